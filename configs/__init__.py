@@ -1,0 +1,1 @@
+"""Training protocols and suites in YAML, installed as ``kdzoo.configs``."""

@@ -1,0 +1,263 @@
+"""Typed run settings: YAML of ``configs/`` and ``key=value`` overrides, checked before any work begins."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from kdzoo import registry
+from kdzoo.errors import UserError, unknown
+
+
+@dataclass
+class Augmentation:
+    """What happens to training images; everything off by default."""
+
+    crop: int = 0  # random crop after zero padding of this many pixels
+    flip: bool = False  # horizontal, half of the images
+    resized_crop: tuple[float, float] | None = None  # random resized crop: range of the area's share
+    jitter: float = 0.0  # colour jitter of brightness, contrast, saturation
+    rand_augment: str | None = None  # timm's notation, such as rand-m9-mstd0.5-inc1
+    erasing: float = 0.0  # probability of random erasing
+    mixup: float = 0.0  # alpha of mixup's beta distribution
+    cutmix: float = 0.0  # alpha of cutmix's beta distribution
+
+
+@dataclass
+class Protocol:
+    """A training recipe. Epochs count passes over the training set; rates are per optimiser step."""
+
+    name: str = "quick"
+    epochs: int = 10
+    batch_size: int = 64
+    image_size: int | None = None  # the side images are shown at; None: as the data set has them
+    test_crop: float = 1.0  # share of the resized side that the test crop keeps (0.875: resize 256, crop 224)
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: blocks' matrices by Muon, the rest by AdamW
+    lr: float = 0.05
+    lr_of: dict[str, float] = field(default_factory=dict)  # lr by network name, where the recipe has one
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_norms: bool = True  # whether norms and biases are decayed too
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    milestones: tuple[int, ...] = ()  # epochs after which a step schedule multiplies lr by gamma
+    gamma: float = 0.1
+    warmup: float = 0.0  # epochs of linear warm-up
+    min_lr: float = 0.0  # where the cosine ends
+    clip: float = 0.0  # largest norm of a gradient; 0: unclipped
+    label_smoothing: float = 0.0
+    ema: float = 0.0  # decay of the weights' moving average; 0: none
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass
+class StudentSettings:
+    """The network that learns."""
+
+    name: str = ""
+    pretrained: bool = False  # start from timm's pretrained weights
+
+
+@dataclass
+class TeacherSettings:
+    """The network that is learnt from. It is trained once and kept: its recipe is its own, not the student's."""
+
+    name: str | None = None
+    weights: str | None = None  # a file of weights instead of training
+    pretrained: bool = False  # timm's pretrained weights; fine-tuned where the classes differ
+    protocol: str | None = None  # the recipe it is trained by; None: the run's, as it stands in its file
+    epochs: int | None = None  # None: the recipe's
+    seed: int = 0
+    allow_weak: bool = False  # distil from a teacher near chance all the same
+
+
+@dataclass
+class DataSettings:
+    """What the networks see."""
+
+    name: str = "digits"
+    root: str = "data"  # where torchvision's sets lie
+    limit: int | None = None  # this many training images at most
+    image_size: int | None = None  # the side images are shown at; None: the protocol's, else the set's own
+    workers: int = 2  # decoding processes of sets too large for memory
+
+
+@dataclass
+class EngineSettings:
+    """Where and how it computes."""
+
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # of the networks; losses are float32
+    threads: int = 0  # 0: as many as there are cores
+    checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
+
+
+@dataclass
+class OutputSettings:
+    """Where results go."""
+
+    root: str = "runs"
+    tensorboard: bool = False
+
+
+@dataclass
+class Settings:
+    """Everything that a run is made of."""
+
+    distiller: dict[str, Any] = field(default_factory=dict)  # name, and the method's keywords
+    student: StudentSettings = field(default_factory=StudentSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    protocol: Protocol = field(default_factory=Protocol)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+    seed: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain dictionaries, lists and scalars."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def identity(self) -> str:
+        """A hash of all that can change the result: not where it lies, nor how many threads it ran on.
+
+        Files count by their content, so an edited distiller or another teacher's weights make another run.
+        """
+        what = self.plain()
+        del what["output"], what["data"]["root"], what["data"]["workers"], what["teacher"]["allow_weak"]
+        what["engine"] = what["engine"]["precision"]
+        what["files"] = [
+            hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
+            for name in (self.distiller["name"], self.teacher.weights)
+            if name and Path(name).suffix and Path(name).expanduser().is_file()
+        ]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
+    """Settings from nested ``values`` (flags, a file) and ``key=value`` strings, the latter winning.
+
+    A protocol is given by ``protocol.name``; its file is read first and its keys may be overridden. Where
+    ``protocol.epochs`` is overridden alone, milestones and warm-up shrink or grow with it.
+
+    Raises:
+        UserError: an unknown key, name or protocol (with the nearest), a value of the wrong type.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
+    given = _checked(lambda: OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides))))
+    given = OmegaConf.to_container(given)
+    keywords = given.pop("distiller", {}) or {}
+    if not isinstance(keywords, dict) or not keywords.get("name"):
+        raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
+    recipe = given.pop("protocol", {})
+    settings: Settings = _typed(Settings, given, "")
+    settings.protocol = _protocol(recipe)
+    settings.distiller = distiller_settings(keywords)
+    if not settings.student.name:
+        raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
+    return settings
+
+
+def protocol(name: str) -> Protocol:
+    """A recipe of ``configs/protocols``, or of a YAML file by its path."""
+    return _protocol({"name": name})
+
+
+def protocols() -> list[str]:
+    """The names of the recipes that come with kdzoo."""
+    return sorted(f.name.removesuffix(".yaml") for f in _protocol_files())
+
+
+def distiller_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks a method's keywords against its constructor and fills in the defaults."""
+    name = str(keywords["name"])
+    distiller = registry.load(name)
+    parameters = inspect.signature(distiller.__init__, eval_str=True).parameters.values()
+    columns: list[Any] = []
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
+                raise UserError(
+                    f"distiller '{name}': keyword '{parameter.name}' needs a type and a default, since the "
+                    "constructor's keywords are the configuration"
+                )
+            default = parameter.default
+            columns.append((parameter.name, parameter.annotation, field(default_factory=lambda d=default: d)))
+    schema = make_dataclass(f"keywords of {name}", columns)
+    given = {key: value for key, value in keywords.items() if key != "name"}
+    return {"name": name, **asdict(_typed(schema, given, "distiller."))}
+
+
+def _protocol(given: Mapping[str, Any]) -> Protocol:
+    if not isinstance(given, Mapping):
+        raise UserError(f"protocol={given}: expected protocol.KEY=value, or --protocol NAME")
+    name = str(given.get("name", "quick"))
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"no file {name}; expected a YAML file with the keys of a protocol")
+        text = path.read_text(encoding="utf-8")
+    else:
+        known = {f.name.removesuffix(".yaml"): f for f in _protocol_files()}
+        if name not in known:
+            raise unknown("protocol", name, known, hint="(a file's path ends with .yaml)")
+        text = known[name].read_text(encoding="utf-8")
+    try:
+        recipe = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
+    epochs = given.get("epochs")
+    if isinstance(epochs, int) and "epochs" in recipe:
+        scale = epochs / recipe["epochs"]
+        recipe["milestones"] = [max(1, round(m * scale)) for m in recipe.get("milestones", ())]
+        recipe["warmup"] = recipe.get("warmup", 0) * scale
+    augmentation = {**recipe.pop("augmentation", {}), **given.get("augmentation", {})}
+    result: Protocol = _typed(Protocol, {**recipe, **given, "augmentation": augmentation, "name": name}, "protocol.")
+    if result.epochs < 1 or result.batch_size < 2:
+        raise UserError(
+            f"protocol.epochs={result.epochs} and protocol.batch_size={result.batch_size}: "
+            "expected at least 1 epoch and batches of at least 2"
+        )
+    return result
+
+
+def _protocol_files() -> list[Traversable]:
+    folder = files("kdzoo.configs") / "protocols"
+    return [f for f in folder.iterdir() if f.name.endswith(".yaml")]
+
+
+def _typed(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """An instance of a dataclass, its types checked by OmegaConf."""
+    merged = _checked(
+        lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))),
+        prefix,
+        list(_keys(schema)),
+    )
+    return merged
+
+
+def _checked(work: Any, prefix: str = "", known: Sequence[str] = ()) -> Any:
+    try:
+        return work()
+    except ConfigKeyError as error:
+        raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        said = str(error).split("\n")[0]
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{prefix}{key}: {said}" if key else said) from error
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+    for column in fields(schema):
+        yield prefix + column.name
+        if column.default_factory is not MISSING and is_dataclass(column.default_factory):
+            yield from _keys(column.default_factory, f"{prefix}{column.name}.")  # type: ignore[arg-type]

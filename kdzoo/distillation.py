@@ -1,0 +1,99 @@
+"""Teacher, student and distiller as one module, for kdzoo's engine and for anybody's own training loop."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from kdzoo.distiller import Batch, Distiller, Output
+
+
+def _autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to ``dtype``, or none at all for None; devices that know no autocast are left alone."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled=dtype is not None)
+
+
+class Seen(nn.Module):
+    """A network as a distiller sees it: run in the caller's precision, its output in float32.
+
+    Distillers call it with images (B, 3, H, W) and get an ``Output``; ``network`` is the module itself.
+    """
+
+    def __init__(self, network: nn.Module, precision: torch.dtype | None = None, grad: bool = True):
+        super().__init__()
+        self.network, self.precision, self.grad = network, precision, grad
+
+    def forward(self, images: Tensor) -> Output:
+        grad = self.grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), _autocast(images.device.type, self.precision):
+            return self.network(images).float()
+
+
+class Distillation(nn.Module):
+    """One training step's forward pass: from a batch to the loss terms, the frozen teacher included.
+
+    Under ``torch.autocast`` the networks run in its precision; losses and the distiller's own modules stay
+    in float32. Only the student and the distiller have parameters that require a gradient; the teacher stays
+    in evaluation mode whatever ``train()`` says.
+
+    Args:
+        student: images (B, 3, H, W) in [0, 1] -> ``Output``; ``kdzoo.models.wrap`` makes one of any network.
+        teacher: the same; None for a distiller that needs no teacher.
+        distiller: the method.
+
+    Example::
+
+        distillation = Distillation(student, teacher, distiller)
+        optimizer = torch.optim.SGD([p for p in distillation.parameters() if p.requires_grad], lr=0.05)
+        for images, labels in loader:
+            terms = distillation(Batch.of(images, labels, num_classes=10))
+            sum(terms.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        shipped = distillation.deploy()
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, distiller: Distiller):
+        super().__init__()
+        needs = distiller.needs
+        if teacher is None and needs.teacher:
+            raise ValueError(f"{type(distiller).__name__} needs a teacher and got None; pass one")
+        self.student, self.teacher, self.distiller = student, teacher, distiller
+        for network in (student, teacher):
+            if hasattr(network, "wants_features"):
+                network.wants_features = needs.features
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Distillation":
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted loss terms, float32 scalars by name; minimise their sum."""
+        device = batch.images.device.type
+        with _autocast(device, None):
+            return self.distiller(*self._seen(device), batch)
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Runs the method's phase before training, if it has one; an iteration of ``batches`` is an epoch."""
+        device = next((p.device.type for p in self.student.parameters()), "cpu")
+        with _autocast(device, None):
+            self.distiller.prepare(*self._seen(device), batches)
+
+    def deploy(self) -> nn.Module:
+        """What ships: usually the student."""
+        return self.distiller.deploy(self.student)
+
+    def _seen(self, device: str) -> tuple[nn.Module, nn.Module | None]:
+        known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        precision = torch.get_autocast_dtype(device) if known else None
+        student = Seen(self.student, precision)
+        if self.teacher is None:
+            return student, None
+        return student, Seen(self.teacher, precision, grad=self.distiller.needs.teacher_grad)

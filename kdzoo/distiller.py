@@ -1,0 +1,113 @@
+"""The interface between a distillation method and everything else: batches, outputs, needs, the base class."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Fidelity(StrEnum):
+    """How sure it is that a method here is the method of its paper."""
+
+    EXACT = "exact"  # formulas read in the authors' code or paper
+    ADAPTED = "adapted"  # carried over from another task or architecture
+    RECONSTRUCTED = "reconstructed"  # the full text was not available
+
+
+class Batch(NamedTuple):
+    """One step's data, the same for every method of a comparison."""
+
+    images: Tensor  # (B, 3, H, W), float in [0, 1], augmented; every network normalises for itself
+    labels: Tensor  # (B,) int64, hard labels, kept under mixup and cutmix
+    targets: Tensor  # (B, K) float: what cross-entropy is taken against (smoothed, mixed)
+    index: Tensor  # (B,) int64, row of the training set
+    progress: Tensor  # () float in [0, 1): the share of training that is done
+    views: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default, never written to)  further views by name
+    partner: Tensor | None = None  # (B,) int64: the row whose image was mixed into this one; None without mixing
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, num_classes: int, progress: float = 0.0) -> "Batch":
+        """A batch from one's own loader: ``images`` (B, 3, H, W) in [0, 1], ``labels`` (B,) int64."""
+        return cls(
+            images,
+            labels,
+            F.one_hot(labels, num_classes).to(torch.float32),
+            torch.arange(len(labels), device=labels.device),
+            torch.tensor(progress, device=images.device),
+        )
+
+
+class Output(NamedTuple):
+    """What a network shows of one batch. Distillers read it in float32."""
+
+    logits: Tensor  # (B, K)
+    embedding: Tensor  # (B, D): what the classifier reads
+    features: tuple[Tensor, ...]  # four stages, shallow to deep, each (B, C, H, W); empty where nobody asked
+
+    def float(self) -> "Output":
+        """The same in float32."""
+        return Output(self.logits.float(), self.embedding.float(), tuple(f.float() for f in self.features))
+
+
+class DataSpec(NamedTuple):
+    """What is known of a data set before the first batch."""
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_size: int  # side in pixels
+    labels: Tensor  # (N,) int64, of the training set, on the device
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel of images in [0, 1]
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    superclasses: tuple[int, ...] = ()  # (K,) coarse class of each class; empty where none are defined
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs beyond the plain case of one pass with features through both networks."""
+
+    teacher: bool = True  # False: trains without a teacher
+    features: bool = True  # False: reads logits and embedding only, so networks run their plain forward
+    views: tuple[str, ...] = ()  # further views in batch.views: "weak", "strong", "rotations"
+    teacher_grad: bool = False  # the graph is kept through the frozen teacher
+
+
+class Distiller(nn.Module):
+    """What a method adds to supervised training: loss terms, and the modules they train.
+
+    The constructor reads shapes and builds modules; its keywords are the method's configuration. A term's
+    weight is the keyword of the same name, and a weight of 0 skips the term's work. The constructor may set
+    ``self.needs`` where its keywords change what is needed.
+
+    Args:
+        student: the student's output on the meta device: shapes only, batch size of no meaning.
+        teacher: the teacher's output on the meta device (the student's own where there is no teacher).
+        data: what is known of the data set.
+    """
+
+    paper: ClassVar[str]
+    fidelity: ClassVar[Fidelity]
+    needs: Needs = Needs()
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        """The weighted loss terms of one batch, each a float32 scalar; their sum is what is minimised."""
+        raise NotImplementedError
+
+    def forward(self, student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """One pass through each network, then ``loss``; methods that need another course override this."""
+        if not self.needs.teacher:
+            seen = student(batch.images)
+            return self.loss(seen, seen, batch)
+        reference = teacher(batch.images)
+        return self.loss(student(batch.images), reference, batch)
+
+    def prepare(self, student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]) -> None:
+        """A phase before training. ``batches`` may be iterated again and again, an epoch each time."""
+
+    def deploy(self, student: nn.Module) -> nn.Module:
+        """What ships, from images to ``Output``: the student itself unless a method says otherwise."""
+        return student

@@ -1,0 +1,16 @@
+"""Errors that are the user's to mend: one line of what was given, what was expected and what to do next."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """The command line prints its message without a traceback and exits with 2."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+    """The error for a ``name`` that is none of the ``known`` names, with the nearest of them."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    guess = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names[:30])}"
+    return UserError(f"unknown {kind} '{name}'{guess}{' ' + hint if hint else ''}")

@@ -1,0 +1,62 @@
+"""Files that are whole or not there: written beside their place, flushed to disk, then renamed into it."""
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from kdzoo.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` with a temporary path in the same folder and renames the result to ``path``.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise _explained(error, path) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def slug(name: str) -> str:
+    """``name`` as one harmless part of a path: letters, digits, dot, underscore, hyphen."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[-60:] or "unnamed"
+
+
+def cache_folder() -> Path:
+    """Where decoded data sets and trained teachers are kept: ``$KDZOO_CACHE``, else ``~/.cache/kdzoo``."""
+    return Path(os.environ.get("KDZOO_CACHE") or Path.home() / ".cache" / "kdzoo")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _explained(error: Exception, path: Path) -> Exception:
+    code = getattr(error, "errno", None)
+    said = str(error)
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said:
+        return UserError(f"the disk of {path.parent} is full; free some space and run the same command again")
+    if isinstance(error, OSError):
+        return UserError(f"{path.parent} cannot be written ({error.strerror or said}); choose another folder")
+    return error
