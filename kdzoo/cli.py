@@ -1,0 +1,154 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdzoo import __version__
+from kdzoo.errors import UserError
+
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """An option that sets the setting ``key``."""
+    return click.option(name, key.replace(".", "__"), **options)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kdzoo")
+def cli() -> None:
+    """Knowledge distillation: any teacher, any student, any method, compared fairly."""
+
+
+@cli.command()
+@flag("--distiller", "distiller.name", required=True, help="A method's name, or the path of a file with one.")
+@flag("--student", "student.name", required=True, help="timm's names, short names, torchvision:NAME, module:factory.")
+@flag("--teacher", "teacher.name", help="The same; not needed by --distiller none.")
+@flag("--data", "data.name", help="digits (default), cifar10, cifar100, folder:PATH.")
+@flag("--protocol", "protocol.name", help="A training recipe: quick (default), crd, ofa-cnn ..., or a YAML file.")
+@flag("--epochs", "protocol.epochs", type=int, help="Instead of the recipe's; milestones and warm-up scale along.")
+@flag("--batch-size", "protocol.batch_size", type=int, help="Instead of the recipe's.")
+@flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
+@flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
+@flag("--precision", "engine.precision", help="Of the networks: float32 or bf16; what is fast, by itself.")
+@flag("--out", "output.root", help="The folder of runs (default: runs).")
+@flag("--teacher-weights", "teacher.weights", help="A safetensors or .pt file, instead of training the teacher.")
+@flag("--allow-weak-teacher", "teacher.allow_weak", is_flag=True, default=None, help="Distil from one near chance.")
+@click.option("--resume/--fresh", default=True, help="Go on with a run that was interrupted (default), or start anew.")
+@DEBUG
+@OVERRIDES
+def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
+    """Distil one student from one teacher.
+
+    Any setting may follow as KEY=VALUE: distiller.size=5 protocol.lr=0.1 data.limit=2000
+    """
+    from kdzoo import config
+    from kdzoo.engine.run import execute
+    from kdzoo.results.show import result_table
+
+    values: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            section, _, name = key.partition("__")
+            if name:
+                values.setdefault(section, {})[name] = value
+            else:
+                values[section] = value
+    settings = config.resolve(values, overrides)
+    _print(result_table(execute(settings, fresh=not resume)))
+
+
+@cli.command("eval")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@DEBUG
+def evaluate(folder: Path) -> None:
+    """Measure a finished run's student again."""
+    from kdzoo.engine.run import evaluate_run
+
+    top1, top5 = evaluate_run(folder)
+    click.echo(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %")
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
+@click.option("--format", "style", type=click.Choice(["markdown", "csv", "latex"]), default="markdown")
+@DEBUG
+def table(folders: tuple[Path, ...], style: str) -> None:
+    """Tabulate finished runs: mean and standard deviation over seeds."""
+    from kdzoo.results import table
+    from kdzoo.results.folder import find_runs
+
+    found = table.rows(find_runs(list(folders)))
+    if found.empty:
+        raise UserError(f"no finished run in {', '.join(map(str, folders))}")
+    click.echo(table.render(table.summary(found), style), nl=False)
+
+
+@cli.command("list")
+@click.argument("kind", type=click.Choice(["distillers", "models", "data", "protocols"]))
+@click.option("--format", "style", type=click.Choice(["text", "markdown"]), default="text")
+@DEBUG
+def list_names(kind: str, style: str) -> None:
+    """List what can be named."""
+    from kdzoo.results.show import listing
+
+    click.echo(listing(kind, style))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--data", default="cifar100", help="The data set whose size and classes a network is made for.")
+@DEBUG
+def show(name: str, data: str) -> None:
+    """Explain a method (uhkd, ./mine.py) or a network (swin_t)."""
+    from kdzoo.results.show import distiller_page, is_distiller, model_page
+
+    _print(distiller_page(name) if is_distiller(name) else model_page(name, data))
+
+
+@cli.command()
+@click.argument("name", metavar="NAME|FILE.py")
+@DEBUG
+def check(name: str) -> None:
+    """Check that a method keeps the promises of a distiller."""
+    from kdzoo import registry
+    from kdzoo.checks import run_checks
+
+    failed = 0
+    for result in run_checks(registry.load(name)):
+        mark = "ok  " if result.passed else "FAIL"
+        click.echo(f"{mark}  {result.name}" + (f": {result.message}" if result.message else ""))
+        failed += not result.passed
+    if failed:
+        raise UserError(f"{name} fails {failed} checks")
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(renderable)
+
+
+def main() -> None:
+    """The entry point: the user's mistakes are one line and exit code 2."""
+    try:
+        code = cli(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (UserError, click.ClickException) as error:
+        if "--debug" in sys.argv:
+            raise
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command goes on where it stopped", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Checkpoints that survive being killed at any moment: atomic, checksummed, the last two kept."""
+
+import hashlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdzoo.errors import UserError
+from kdzoo.files import write_atomically
+
+_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+KEPT = 2
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Writes ``state`` (tensors and plain values) as the checkpoint of ``step``; older ones than the last go."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    name = f"step-{step:09d}-{_digest(content)}.pt"
+    write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
+    for file in [*_files(folder)[KEPT:], *folder.glob(".step-*.part")]:  # parts are what a kill left behind
+        file.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
+    """The newest whole checkpoint: its step, its state, and a line for each damaged one passed over.
+
+    None where there is no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints and every one is damaged.
+    """
+    damaged = []
+    for file in _files(folder):
+        match = _NAME.fullmatch(file.name)
+        assert match is not None
+        content = file.read_bytes()
+        if _digest(content) == match[2]:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return int(match[1]), state, damaged
+        damaged.append(f"checkpoint {file} is damaged (its checksum differs); using the one before it")
+    if damaged:
+        raise UserError(f"every checkpoint in {folder} is damaged; start anew with --fresh")
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Deletes all checkpoints in ``folder``."""
+    for file in _files(folder):
+        file.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((f for f in folder.glob("step-*.pt") if _NAME.fullmatch(f.name)), reverse=True)
+
+
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""Which device and precision to compute in, and random numbers that depend on nothing but seed and step."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from kdzoo.config import EngineSettings
+from kdzoo.errors import UserError
+
+DTYPES = {"float32": None, "bf16": torch.bfloat16}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; for ``auto`` cuda, mps or cpu, the first that is there.
+
+    Raises:
+        UserError: the name is no device, or the device is not there.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator if accelerator is not None and accelerator.type in ("cuda", "mps") else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"'{name}' is no device; expected cpu, cuda, cuda:1 or mps") from error
+    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
+        raise UserError(f"this machine has no {device.type} device that torch can use; try --device cpu")
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"no device {name}; this machine has {torch.cuda.device_count()} of them")
+    return device
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """``name``, or for ``auto`` the one that is fast: bf16 where the hardware has it, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    else:
+        fast = False
+    return "bf16" if fast else "float32"
+
+
+def settle(engine: EngineSettings) -> torch.device:
+    """Replaces every ``auto`` by what it means on this machine, sets the threads, and gives the device."""
+    device = find_device(engine.device)
+    engine.device = str(device)
+    engine.precision = find_precision(engine.precision, device)  # type: ignore[assignment]
+    if engine.threads:
+        torch.set_num_threads(engine.threads)
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context in which networks compute in ``precision``."""
+    dtype = DTYPES[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed of 63 bits that is a function of ``parts`` and as good as independent of every other's."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,159 @@
+"""The training loop: one teacher pass and one batch for all lanes, read from top to bottom."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from kdzoo.data import Dataset, Loader
+from kdzoo.engine import checkpoint
+from kdzoo.engine.device import autocast
+from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.progress import Progress
+from kdzoo.errors import UserError
+
+READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
+
+
+def train(
+    lanes: Sequence[Lane], teacher: SharedTeacher | None, dataset: Dataset, loader: Loader, progress: Progress
+) -> None:
+    """Trains every lane from its newest common checkpoint to the end of the protocol.
+
+    All lanes share data, protocol, seed and engine settings. A lane that fails stops alone, with its reason in
+    ``lane.failure``; the others go on.
+    """
+    settings = lanes[0].settings
+    per_epoch, batch_size = loader.steps_per_epoch, settings.protocol.batch_size
+    start = resume(lanes, progress)
+    if start is None:
+        start = 0
+        for lane in lanes:
+            attempt(lane, lane.prepare, loader)
+    running = [lane for lane in lanes if lane.failure is None]
+    begun = saved = shown = time.monotonic()
+    epoch_begun, epoch_start = begun, start
+    progress.begin(per_epoch, loader.total_steps, start)
+
+    for step, batch in enumerate(loader.batches(start), start):
+        if teacher is not None:
+            teacher.forget()
+        for lane in running:
+            attempt(lane, lane.step, batch, step)
+
+        now = time.monotonic()
+        if now - shown >= READ_EVERY:
+            speed = (step + 1 - epoch_start) * batch_size / (now - epoch_begun)
+            for lane in running:
+                attempt(lane, show, lane, step + 1, speed, progress)
+            shown = now
+
+        if (step + 1) % per_epoch == 0:
+            for lane in running:
+                attempt(lane, lane.meter.read)  # waits for the device, so that the speed is true
+            speed = (step + 1 - epoch_start) * batch_size / (time.monotonic() - epoch_begun)
+            for lane in running:
+                attempt(lane, finish_epoch, lane, dataset, step, speed, progress)
+            epoch_begun, epoch_start = time.monotonic(), step + 1
+
+        if time.monotonic() - saved >= settings.engine.checkpoint_seconds:
+            for lane in running:
+                attempt(lane, save, lane, step + 1, now - begun)
+            saved = time.monotonic()
+
+        running = [lane for lane in running if lane.failure is None]
+        if not running:
+            break
+    for lane in running:
+        lane.seconds += time.monotonic() - begun
+
+
+def attempt(lane: Lane, work: Callable[..., object], *arguments: object) -> None:
+    """Does one lane's ``work``; what goes wrong is the lane's failure and nobody else's."""
+    if lane.failure is not None:
+        return
+    try:
+        work(*arguments)
+    except UserError as error:
+        lane.failure = error
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        lane.failure = UserError(
+            f"out of memory with batches of {lane.settings.protocol.batch_size} on {lane.device}; "
+            "lower --batch-size or data.image_size"
+        )
+
+
+def show(lane: Lane, step: int, speed: float, progress: Progress) -> None:
+    """Shows the terms' means so far, which waits for the device."""
+    progress.show(step, lane.meter.read(), speed)
+
+
+def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress) -> None:
+    """Measures the student and writes the epoch down."""
+    terms = lane.meter.read()
+    top1, top5 = evaluate(lane.deployed(), dataset, lane.settings.engine.precision, lane.settings.protocol.test_crop)
+    record = {
+        "epoch": (step + 1) // lane.steps_per_epoch,
+        "step": step + 1,
+        "lr": lane.rate(step),
+        "loss": terms,
+        "top1": top1,
+        "top5": top5,
+        "images_per_second": round(speed, 1),
+    }
+    lane.history.append(record)
+    lane.folder.write_history(lane.history)
+    lane.meter.reset()
+    progress.epoch(record)
+
+
+def evaluate(
+    network: nn.Module, dataset: Dataset, precision: str, test_crop: float = 1.0, batch_size: int = 256
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy on the test set, in percent; top-5 is top-K where there are fewer classes."""
+    training = network.training
+    network.eval()
+    best = min(5, dataset.spec.num_classes)
+    hits = torch.zeros(2, device=dataset.spec.labels.device, dtype=torch.int64)
+    count = 0
+    with torch.inference_mode():
+        for images, labels in dataset.test_batches(batch_size, test_crop=test_crop):
+            with autocast(images.device, precision):
+                logits = network(images).logits
+            found = logits.topk(best).indices == labels[:, None]
+            hits += torch.stack([found[:, 0].sum(), found.sum()])
+            count += len(labels)
+    network.train(training)
+    top1, top5 = (100 * hits.double() / count).tolist()
+    return top1, top5
+
+
+def save(lane: Lane, step: int, seconds: float) -> None:
+    """Writes a checkpoint, unless a term has gone bad since the last."""
+    lane.meter.read()
+    checkpoint.save(lane.folder.checkpoints, step, {**lane.state_dict(), "seconds": lane.seconds + seconds})
+
+
+def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
+    """Restores every lane from its newest checkpoint; the step to go on at, None where there is none."""
+    starts: set[int | None] = set()
+    for lane in lanes:
+        found = checkpoint.newest(lane.folder.checkpoints)
+        if found is None:
+            starts.add(None)
+            continue
+        step, state, damaged = found
+        for line in damaged:
+            progress.say(line)
+        lane.load_state_dict(state)
+        lane.folder.write_history(lane.history)
+        starts.add(step)
+    if len(starts) > 1:
+        raise UserError(f"the lanes' checkpoints stand at different steps ({starts}); start anew with --fresh")
+    start = starts.pop()
+    if start is not None:
+        progress.say(f"resumed at step {start}")
+    return start

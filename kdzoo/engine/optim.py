@@ -1,0 +1,98 @@
+"""Optimisers and schedules as protocols describe them."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdzoo.config import Protocol
+
+def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:
+    """The rate of one step, a function of nothing but the step, so that resuming needs no schedule's state."""
+    epoch = step / steps_per_epoch
+    if epoch < protocol.warmup:
+        return base * (step + 1) / (protocol.warmup * steps_per_epoch + 1)
+    if protocol.schedule == "step":
+        passed = sum(epoch >= milestone for milestone in protocol.milestones)
+        return base * protocol.gamma**passed
+    if protocol.schedule == "cosine":
+        share = (epoch - protocol.warmup) / max(protocol.epochs - protocol.warmup, 1e-9)
+        return protocol.min_lr + (base - protocol.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    return base
+
+
+def parameter_groups(module: nn.Module, protocol: Protocol) -> dict[str, list[nn.Parameter]]:
+    """Every trainable parameter, once, by how it is treated.
+
+    ``matrices``: 2-D weights inside a network's repeated blocks, which Muon takes. ``plain``: norms and
+    biases, which are not decayed where the protocol says so. ``rest``: all others.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "plain": []}
+    seen: set[nn.Parameter] = set()
+    for path, owner in module.named_modules():
+        for parameter in owner.parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            if not protocol.decay_norms and parameter.ndim < 2:
+                groups["plain"].append(parameter)
+            elif protocol.optimizer == "muon" and _in_block(path) and parameter.ndim == 2:
+                groups["matrices"].append(parameter)
+            else:
+                groups["rest"].append(parameter)
+    return groups
+
+
+class Optimizer:
+    """One or two torch optimisers that step together; norms and biases are undecayed where asked."""
+
+    def __init__(self, module: nn.Module, protocol: Protocol):
+        groups = parameter_groups(module, protocol)
+        self.parameters = [p for group in groups.values() for p in group]
+        self.clip = protocol.clip
+        decayed = [
+            {"params": groups["rest"], "weight_decay": protocol.weight_decay},
+            {"params": groups["plain"], "weight_decay": 0.0},
+        ]
+        decayed = [group for group in decayed if group["params"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if groups["matrices"]:
+            self.parts.append(
+                torch.optim.Muon(
+                    groups["matrices"],
+                    lr=protocol.lr,
+                    weight_decay=protocol.weight_decay,
+                    momentum=0.95,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        if decayed and protocol.optimizer == "sgd":
+            self.parts.append(torch.optim.SGD(decayed, lr=protocol.lr, momentum=protocol.momentum, fused=fused))
+        elif decayed:
+            self.parts.append(torch.optim.AdamW(decayed, lr=protocol.lr, fused=fused))
+
+    def step(self, rate: float) -> None:
+        """Clips, steps at the given learning rate and forgets the gradients."""
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What ``load_state_dict`` takes."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Restores moments and counters."""
+        for part, saved in zip(self.parts, state, strict=True):
+            part.load_state_dict(saved)
+
+
+
+def _in_block(path: str) -> bool:
+    return any(part in ("blocks", "layers", "stages", "transformer", "encoder") for part in path.split("."))

@@ -1,0 +1,126 @@
+"""One run from its settings to its result: what ``kdzoo run`` does, and ``kdzoo.run`` from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdzoo import config, data, models, registry
+from kdzoo.distiller import Distiller
+from kdzoo.engine import checkpoint, loop, teachers
+from kdzoo.engine.device import settle
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import build, train_one
+from kdzoo.errors import UserError
+from kdzoo.results.folder import Result, RunFolder
+
+__all__ = ["Result", "evaluate_run", "execute", "run"]
+
+
+def run(
+    distiller: str,
+    student: str,
+    teacher: str | None = None,
+    *,
+    data: str = "digits",
+    protocol: str = "quick",
+    seed: int = 0,
+    out: str | Path = "runs",
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Distils ``student`` from ``teacher`` and returns what the command line prints.
+
+    A run that was finished before is not run again; one that was interrupted goes on.
+
+    Args:
+        distiller: a method's name, or the path of a file that holds one.
+        student: a network's name: timm's, a short name, ``torchvision:NAME`` or ``package.module:factory``.
+        teacher: the same; None for a method that needs none.
+        data: ``digits``, ``cifar10``, ``cifar100`` or ``folder:PATH``.
+        protocol: a recipe's name, or the path of a YAML file.
+        seed: decides initial weights, order and augmentation of the batches.
+        out: the folder of runs.
+        overrides: further settings as ``key=value``, such as ``distiller.size=5`` or ``protocol.epochs=30``.
+        fresh: start anew, whatever lies there.
+        quiet: show nothing.
+
+    Raises:
+        UserError: a name, a setting, a file or a loss that is the user's to mend, in one line.
+
+    Example::
+
+        result = kdzoo.run("kd", teacher="vit_s", student="resnet18")
+        print(result.top1, result.folder)
+    """
+    values: dict[str, Any] = {
+        "distiller": {"name": distiller},
+        "student": {"name": student},
+        "teacher": {"name": teacher},
+        "data": {"name": data},
+        "protocol": {"name": protocol},
+        "output": {"root": str(out)},
+        "seed": seed,
+    }
+    return execute(config.resolve(values, overrides), fresh=fresh, quiet=quiet)
+
+
+def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False) -> Result:
+    """Runs ``settings``, or shows the run that is already finished. Global random state is left as it was."""
+    device = settle(settings.engine)
+    folder = RunFolder.of(settings)
+    if fresh:
+        folder.clear()
+        checkpoint.remove(folder.checkpoints)
+    finished = folder.read_result()
+    with Progress(quiet) as progress:
+        if finished is not None:
+            progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
+            return finished
+        folder.open(settings)
+        with torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda"):
+            dataset = open_data(settings, device, quiet)
+            teacher = teachers.obtain(settings, dataset, progress) if settings.teacher.name else None
+            return train_one(settings, dataset, teacher, progress)
+
+
+def open_data(settings: config.Settings, device: torch.device, quiet: bool = False) -> data.Dataset:
+    """The data set of a run, at the size that its settings or its protocol ask for."""
+    wanted = settings.data
+    return data.open_dataset(
+        wanted.name,
+        root=wanted.root,
+        image_size=wanted.image_size or settings.protocol.image_size,
+        limit=wanted.limit,
+        device=device,
+        progress=not quiet,
+    )
+
+
+def evaluate_run(path: Path) -> tuple[float, float]:
+    """Measures a finished run's shipped student again: top-1 and top-5 in percent.
+
+    Raises:
+        UserError: there is no finished run at ``path``.
+    """
+    folder = RunFolder(path)
+    settings = folder.settings()
+    if folder.read_result() is None:
+        raise UserError(f"{path} is not finished; run its command again and it goes on")
+    dataset = open_data(settings, settle(settings.engine), quiet=True)
+    with torch.random.fork_rng():
+        deployed = shape_of_shipped(settings, dataset)
+        models.load_weights(deployed, folder.student)
+    deployed.to(dataset.spec.labels.device, memory_format=torch.channels_last)
+    return loop.evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
+
+
+def shape_of_shipped(settings: config.Settings, dataset: data.Dataset) -> nn.Module:
+    """The module that a run ships, its weights yet to be loaded; the teacher is fetched only where it ships too."""
+    if registry.load(settings.distiller["name"]).deploy is Distiller.deploy:
+        return models.create(settings.student.name, dataset.spec)
+    teacher = teachers.obtain(settings, dataset, Progress(quiet=True))
+    return build(settings, dataset, teacher.network).deploy()

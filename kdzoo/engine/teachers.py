@@ -1,0 +1,95 @@
+"""Where teachers come from: a file, the teachers trained before, timm's weights, or training now."""
+
+from dataclasses import replace
+from math import sqrt
+
+import torch
+
+from kdzoo import config, models
+from kdzoo.data import Dataset
+from kdzoo.engine.device import seed_of
+from kdzoo.engine.loop import evaluate
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import Teacher, train_one
+from kdzoo.errors import UserError
+from kdzoo.files import cache_folder
+from kdzoo.results.folder import RunFolder
+
+
+def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> Teacher:
+    """The teacher of a run, on its device and measured.
+
+    Raises:
+        UserError: its weights do not fit or are not to be had, or it is hardly better than chance.
+    """
+    wanted, spec = settings.teacher, dataset.spec
+    assert wanted.name is not None
+    if wanted.weights:
+        network = _new(settings, dataset)
+        models.load_weights(network, wanted.weights)
+        origin = wanted.weights
+    elif wanted.pretrained and (ready := _new(settings, dataset, pretrained=True)).fits_pretrained:
+        network, origin = ready, "timm's pretrained weights"
+    else:
+        folder = trained(settings, dataset, progress)
+        network = _new(settings, dataset)
+        models.load_weights(network, folder.student)
+        origin = str(folder.path)
+    device = spec.labels.device
+    network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    top1, _ = evaluate(network, dataset, settings.engine.precision, settings.protocol.test_crop)
+    progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}  ({origin})")
+    if top1 < near_chance(spec.num_classes, dataset.test_size) and not wanted.allow_weak:
+        raise UserError(
+            f"teacher {wanted.name} reaches {top1:.2f} % on {spec.name}, near the chance of "
+            f"{100 / spec.num_classes:.2f} %; train it longer (teacher.epochs=N), give --teacher-weights, "
+            "or insist with --allow-weak-teacher"
+        )
+    return Teacher(network, top1)
+
+
+def near_chance(num_classes: int, tests: int) -> float:
+    """The top-1 in percent below which a teacher is hardly better than guessing among ``num_classes``."""
+    chance = 1 / num_classes
+    error = sqrt(chance * (1 - chance) / tests)
+    return 100 * (chance + max(3 * error, min(chance, 0.05)))
+
+
+def recipe(settings: config.Settings, dataset: Dataset) -> config.Settings:
+    """The settings of the teacher's own training: a run like any other, without a teacher.
+
+    It takes the run's protocol as it stands in its file, so that what one changes for the student never
+    changes the teacher.
+    """
+    wanted = settings.teacher
+    protocol = {"name": wanted.protocol or settings.protocol.name}
+    if wanted.epochs is not None:
+        protocol["epochs"] = wanted.epochs  # type: ignore[assignment]
+    own = config.resolve(
+        {
+            "distiller": {"name": "none"},
+            "student": {"name": wanted.name, "pretrained": wanted.pretrained},
+            "protocol": protocol,
+            "seed": wanted.seed,
+        }
+    )
+    own.data = replace(settings.data, image_size=dataset.spec.image_size)
+    own.engine = settings.engine
+    own.output = config.OutputSettings(root=str(cache_folder() / "teachers"))
+    return own
+
+
+def trained(settings: config.Settings, dataset: Dataset, progress: Progress) -> RunFolder:
+    """The run that trained this teacher, trained now where it was not before."""
+    own = recipe(settings, dataset)
+    folder = RunFolder.of(own)
+    if folder.read_result() is None:
+        progress.say(f"no trained {own.student.name} is at hand: training it now for {own.protocol.epochs} epochs")
+        train_one(own, dataset, None, progress)
+    return folder
+
+
+def _new(settings: config.Settings, dataset: Dataset, pretrained: bool = False) -> models.Network:
+    assert settings.teacher.name is not None
+    torch.manual_seed(seed_of(settings.teacher.seed, "student"))
+    return models.create(settings.teacher.name, dataset.spec, pretrained=pretrained)

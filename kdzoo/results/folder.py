@@ -1,0 +1,165 @@
+"""A run's folder: its settings, its history, its result and its student, each written whole or not at all."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdzoo import config
+from kdzoo.errors import UserError
+from kdzoo.files import slug, write_text
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run found. Accuracies are in percent, of the whole test set."""
+
+    folder: Path
+    data: str
+    protocol: str
+    teacher: str | None
+    student: str
+    distiller: str
+    fidelity: str
+    seed: int
+    teacher_top1: float | None
+    top1: float  # of the last epoch
+    top5: float
+    best_top1: float  # of the best epoch
+    best_epoch: int
+    epochs: int
+    seconds: float  # of training and measuring, without the teacher's training
+    images_per_second: float  # the median over epochs
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it; where it lies is not part of it."""
+        values = asdict(self)
+        del values["folder"]
+        return values
+
+
+class RunFolder:
+    """The files of one run; the folder's name holds the hash of its settings."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.config = path / "config.yaml"
+        self.history = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.student = path / "student.safetensors"
+        self.environment = path / "environment.json"
+
+    @classmethod
+    def of(cls, settings: config.Settings) -> "RunFolder":
+        """Where a run of these settings lies."""
+        parts = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller["name"])
+        title = "-".join(slug(part.removesuffix(".py")) for part in parts if part)
+        return cls(Path(settings.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
+
+    def open(self, settings: config.Settings) -> None:
+        """Makes the folder and writes what is known before the first step."""
+        write_text(self.config, yaml.safe_dump(settings.plain(), sort_keys=False))
+        write_text(self.environment, json.dumps(environment(settings), indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings that the run was made with, as they stand in the file."""
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is no run; expected a folder with a config.yaml that kdzoo wrote")
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
+    def settings(self) -> config.Settings:
+        """The same, checked against what is installed now."""
+        return config.resolve(self.read_config())
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """One line an epoch."""
+        write_text(self.history, "".join(json.dumps(record) + "\n" for record in history))
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """What ``write_history`` wrote; empty before the first epoch's end."""
+        if not self.history.is_file():
+            return []
+        return [json.loads(line) for line in self.history.read_text(encoding="utf-8").splitlines()]
+
+    def write_result(self, result: Result) -> None:
+        """Finishes the run: with this file it is done and is not run again."""
+        write_text(self.result, json.dumps(result.plain(), indent=2) + "\n")
+
+    def read_result(self) -> Result | None:
+        """The result, or None where the run is not finished."""
+        if not self.result.is_file():
+            return None
+        try:
+            return Result(folder=self.path, **json.loads(self.result.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.result} is damaged ({error}); run the same command with --fresh") from error
+
+    def clear(self) -> None:
+        """Removes what kdzoo wrote here, and nothing else."""
+        for file in (self.result, self.history, self.student, self.environment, self.config):
+            file.unlink(missing_ok=True)
+        for file in self.path.glob("events.out.tfevents.*"):
+            file.unlink()
+
+
+def environment(settings: config.Settings) -> dict[str, Any]:
+    """Versions, device and code revision: what one needs to trust a number later."""
+    import torch
+
+    device = torch.device(settings.engine.device)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in ("kdzoo", "torch", "torchvision", "timm", "ptwt", "numpy")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
+        "device_type": device.type,
+        "precision": settings.engine.precision,
+        "threads": torch.get_num_threads(),
+        "revision": _revision(),
+        "command": sys.argv,
+    }
+
+
+def find_runs(paths: list[Path]) -> list[RunFolder]:
+    """The finished runs in or below ``paths``.
+
+    Raises:
+        UserError: a path is not there.
+    """
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"no folder {path}; expected a run or a folder of runs")
+        found += [RunFolder(file.parent) for file in sorted(path.rglob("result.json"))]
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The commit of kdzoo's checkout, with ``+`` where files differ from it; None for an installed package."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != here.parents[1]:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
