@@ -1,0 +1,62 @@
+"""Data sets by name: what is known of them, and batches on the device.
+
+>>> data = open_dataset("digits")
+>>> batch = next(data.loader(Protocol(), seed=0).batches())
+"""
+
+from pathlib import Path
+
+import torch
+
+from kdzoo.data.dataset import Dataset
+from kdzoo.data.loader import Loader
+from kdzoo.data.prepare import prepare
+from kdzoo.data.sources import open_source
+from kdzoo.distiller import DataSpec
+from kdzoo.files import cache_folder
+
+__all__ = ["Dataset", "Loader", "open_dataset"]
+
+
+def open_dataset(
+    name: str,
+    *,
+    root: Path | str = "data",
+    image_size: int | None = None,
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+    cache: Path | None = None,
+    progress: bool = True,
+    stream: bool | None = None,
+) -> Dataset:
+    """Opens a data set.
+
+    Args:
+        name: ``digits``, ``cifar10``, ``cifar100``, or ``folder:PATH``, a tree train/CLASS/* with val or test
+            beside train.
+        root: where torchvision's files lie, or are downloaded to.
+        image_size: the side in pixels images are shown at; None: the set's own where all its images have one
+            size, else 224.
+        limit: keep this many training images, each class with its share; the test set stays whole.
+        device: where batches lie.
+        cache: folder of decoded images; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
+        progress: show a bar while images are decoded.
+        stream: True decodes at every use, False keeps the set on the device; None: whatever fits is kept.
+
+    Raises:
+        UserError: an unknown name, files that are missing or damaged, a cache that cannot be written.
+    """
+    device = torch.device(device)
+    source = open_source(name, Path(root)).limited(limit)
+    ready = prepare(source, image_size, device, cache or cache_folder() / "data", progress, stream)
+    spec = DataSpec(
+        name=name,
+        num_classes=len(source.class_names),
+        class_names=source.class_names,
+        image_size=ready.image_size,
+        labels=torch.from_numpy(source.train.labels).to(device),
+        mean=ready.mean,
+        std=ready.std,
+        superclasses=source.superclasses,
+    )
+    return Dataset(spec, ready.train, ready.test, ready.fits)

@@ -1,0 +1,79 @@
+"""A data set that is open: what is known of it, its training loader and its test batches."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kdzoo.config import Protocol
+from kdzoo.data import augment
+from kdzoo.data.loader import Loader
+from kdzoo.data.sources import Pictures, Pixels
+from kdzoo.data.stream import Streamed, stream, whole_transform
+from kdzoo.distiller import DataSpec
+
+
+class Dataset:
+    """Training and test pictures with what is known of them.
+
+    Args:
+        spec: its labels say on which device batches lie.
+        train: the training pictures.
+        test: the test pictures.
+        fits: whether both are arrays of square pictures that shall live on the device.
+    """
+
+    def __init__(self, spec: DataSpec, train: Pictures, test: Pictures, fits: bool):
+        self.spec, self.fits = spec, fits
+        self._train, self._test = train, test
+        self._device = spec.labels.device
+        self._train_pixels = self._on_device(train) if fits else None
+        self._test_pixels = self._on_device(test) if fits else None
+
+    @property
+    def test_size(self) -> int:
+        """How many test images there are."""
+        return len(self._test)
+
+    def loader(self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), workers: int = 0) -> Loader:
+        """The training batches by this protocol, see ``Loader``; ``workers`` serve what is streamed."""
+        return Loader(
+            self.spec,
+            protocol,
+            seed=seed,
+            views=views,
+            pixels=self._train_pixels,
+            pictures=self._train,
+            workers=workers,
+        )
+
+    def test_batches(
+        self, batch_size: int, test_crop: float = 1.0, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images in order, (B, 3, H, W) float in [0, 1], channels last, and labels (B,) int64.
+
+        Args:
+            batch_size: of all batches but the last.
+            test_crop: share of the resized side that the centre crop keeps.
+            workers: processes that decode what is streamed.
+        """
+        labels = torch.from_numpy(self._test.labels).to(self._device)
+        size = self.spec.image_size
+        starts = range(0, len(labels), batch_size)
+        if self._test_pixels is not None:
+            resized = int(size / test_crop)
+            margin = round((resized - size) / 2)
+            for start in starts:
+                images = augment.floats(self._test_pixels[start : start + batch_size])
+                images = augment.resize(images, resized)[:, :, margin : margin + size, margin : margin + size]
+                images = images.contiguous(memory_format=torch.channels_last)
+                yield images, labels[start : start + batch_size]
+            return
+        dataset = Streamed(self._test, {"images": whole_transform(size, test_crop)}, seed=0)
+        keys = ([(0, row) for row in range(start, min(start + batch_size, len(labels)))] for start in starts)
+        for start, drawn in zip(starts, stream(dataset, keys, workers, self._device), strict=True):
+            yield drawn["images"], labels[start : start + batch_size]
+
+    def _on_device(self, pictures: Pictures) -> Tensor:
+        assert isinstance(pictures, Pixels)
+        return torch.from_numpy(pictures.array).to(self._device)

@@ -1,0 +1,149 @@
+"""Training batches as a pure function of seed and step: runs resume to the bit, comparisons are paired."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from kdzoo.config import Augmentation, Protocol
+from kdzoo.data import augment
+from kdzoo.data.randomness import seed_of
+from kdzoo.data.sources import Pictures
+from kdzoo.data.stream import Streamed, stream, train_transform
+from kdzoo.data.targets import Targets
+from kdzoo.distiller import Batch, DataSpec
+from kdzoo.errors import UserError, unknown
+
+VIEWS = ("weak", "strong", "rotations")
+
+
+class Loader:
+    """The batches of one training, addressed by step.
+
+    An epoch is a permutation of the training set, its incomplete last batch dropped; a set smaller than a
+    batch is one batch. Neither the order nor any draw reads or changes a global random state.
+
+    Args:
+        spec: the data set; its labels say on which device batches lie.
+        protocol: epochs, batch size, augmentation, smoothing.
+        seed: of the order and of every draw.
+        views: further views in ``batch.views``; asking for them leaves the images as they are.
+            ``weak``: a second draw of crop and flip, (B, 3, H, W), unmixed;
+            ``strong``: a third with RandAugment on top (the protocol's, else rand-m9), (B, 3, H, W), unmixed;
+            ``rotations``: the batch's images by 0, 90, 180 and 270 degrees, (B, 4, 3, H, W).
+        pixels: (N, S, S, 3) uint8 on the device; None streams the pictures.
+        pictures: the same, one by one.
+        workers: processes that decode and augment what is streamed.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        protocol: Protocol,
+        *,
+        seed: int,
+        views: tuple[str, ...],
+        pixels: Tensor | None,
+        pictures: Pictures,
+        workers: int,
+    ):
+        for view in views:
+            if view not in VIEWS:
+                raise unknown("view", view, VIEWS)
+        augmentation = protocol.augmentation
+        if augmentation.resized_crop and augmentation.crop:
+            raise UserError("augmentation.crop and augmentation.resized_crop are both set; keep one of them")
+        self.batch_size = min(protocol.batch_size, len(spec.labels))
+        self.mixes = augmentation.mixup > 0 or augmentation.cutmix > 0
+        if self.mixes and self.batch_size % 2:
+            raise UserError(f"mixup and cutmix pair rows, and a batch has {self.batch_size}; use an even batch_size")
+        self.steps_per_epoch = len(spec.labels) // self.batch_size
+        self.total_steps = self.steps_per_epoch * protocol.epochs
+        self._spec, self._seed, self._views = spec, seed, views
+        self._augmentation = augmentation
+        self._pixels = pixels
+        self._workers = workers
+        self._targets = Targets(protocol, spec.num_classes)
+        self._device = spec.labels.device
+        self._generator = torch.Generator(self._device)
+        plain = Augmentation(crop=augmentation.crop, flip=augmentation.flip, resized_crop=augmentation.resized_crop)
+        strong = replace(plain, rand_augment=augmentation.rand_augment or "rand-m9")
+        recipes = {"images": augmentation, "weak": plain, "strong": strong}
+        self._recipes = {name: recipes[name] for name in ("images", *views) if name in recipes}
+        transforms = {
+            name: train_transform(recipe, spec.image_size, spec.mean)
+            for name, recipe in self._recipes.items()
+            if pixels is None or recipe.rand_augment  # RandAugment is Pillow's work
+        }
+        self._streamed = Streamed(pictures, transforms, seed) if transforms else None
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """The batches of steps ``start`` to ``stop - 1`` of the whole training, across epochs."""
+        stop = self.total_steps if stop is None else min(stop, self.total_steps)
+        steps = self._schedule(start, stop, self._device)
+        streamed: Iterator[dict[str, Tensor]] = repeat({})
+        if self._streamed is not None:
+            keys = (
+                [(epoch, row) for row in rows.tolist()]
+                for _, epoch, rows in self._schedule(start, stop, torch.device("cpu"))
+            )
+            streamed = stream(self._streamed, keys, self._workers, self._device)
+        for (step, _, rows), drawn in zip(steps, streamed, strict=False):
+            yield self._batch(step, rows, drawn)
+
+    def _schedule(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        """(step, epoch, rows (B,) on the device); drawn on the CPU, so the same for every device."""
+        order, current = torch.empty(0, dtype=torch.int64), -1
+        for step in range(start, stop):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != current:
+                generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, "order"))
+                order, current = torch.randperm(len(self._spec.labels), generator=generator), epoch
+                if device.type == "cuda":
+                    order = order.pin_memory()  # else the copy would wait
+                order = order.to(device, non_blocking=True)
+            yield step, epoch, order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def _batch(self, step: int, rows: Tensor, streamed: dict[str, Tensor]) -> Batch:
+        drawn = {
+            name: streamed[name] if name in streamed else self._draw(name, recipe, step, rows)
+            for name, recipe in self._recipes.items()
+        }
+        images = drawn["images"]
+        if self._augmentation.erasing:
+            generator = self._seeded(step, "erasing")
+            images = augment.erase(images, generator, self._augmentation.erasing, self._spec.mean, self._spec.std)
+        labels = self._spec.labels[rows]
+        images, targets = self._targets(images, labels, seed_of(self._seed, step, "mix"))
+        if "rotations" in self._views:
+            drawn["rotations"] = augment.rotations(images)
+        return Batch(
+            images,
+            labels,
+            targets,
+            rows,
+            torch.full((), step / self.total_steps, device=self._device),  # filled there: no copy to wait for
+            {view: drawn[view] for view in self._views},
+            torch.arange(len(rows) - 1, -1, -1, device=self._device) if self.mixes else None,
+        )
+
+    def _seeded(self, step: int, name: str) -> torch.Generator:
+        return self._generator.manual_seed(seed_of(self._seed, step, name))
+
+    def _draw(self, name: str, recipe: Augmentation, step: int, rows: Tensor) -> Tensor:
+        """The rows cropped, mirrored, jittered: (B, 3, H, W) float in [0, 1], channels last."""
+        assert self._pixels is not None
+        generator, size = self._seeded(step, name), self._spec.image_size
+        pixels = self._pixels[rows]
+        if recipe.resized_crop:
+            images = augment.resized_crop(
+                augment.floats(pixels), generator, size, recipe.resized_crop, flip=recipe.flip
+            )
+        elif pixels.shape[1] == size:  # crop while it is a byte per value
+            images = augment.floats(augment.crop_and_flip(pixels, generator, recipe.crop, recipe.flip))
+        else:
+            shown = augment.resize(augment.floats(pixels), size).permute(0, 2, 3, 1)
+            images = augment.crop_and_flip(shown, generator, recipe.crop, recipe.flip).permute(0, 3, 1, 2)
+        return augment.jitter(images, generator, recipe.jitter) if recipe.jitter else images

@@ -1,0 +1,34 @@
+"""Seeds: every random draw of the data pipeline is named by what it is for, so a resumed run repeats it."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+
+def seed_of(*name: int | str) -> int:
+    """A seed in [0, 2^63) for the draw of this name, such as ``(seed, step, "weak")``."""
+    return int.from_bytes(blake2b(repr(name).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextmanager
+def globally_seeded(*name: int | str) -> Iterator[None]:
+    """Seeds the generators that libraries take from the air, and puts back what they held before.
+
+    Python's, numpy's and torch's CPU generator; CUDA's are left alone, as nothing under this draws from them.
+    """
+    # timm draws from numpy's global generator, hence the legacy calls.
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    seed = seed_of(*name)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.default_generator.set_state(before[2])

@@ -1,0 +1,34 @@
+"""What cross-entropy is taken against: labels smoothed, and mixed together with their images."""
+
+from timm.data.mixup import Mixup, one_hot
+from torch import Tensor
+
+from kdzoo.config import Protocol
+from kdzoo.data.randomness import globally_seeded
+
+
+class Targets:
+    """Targets as timm makes them: smoothing leaves eps / K at every class, a mix pairs row i with B-1-i.
+
+    Args:
+        protocol: its label smoothing, mixup and cutmix count.
+        num_classes: K.
+    """
+
+    def __init__(self, protocol: Protocol, num_classes: int):
+        mixup, cutmix = protocol.augmentation.mixup, protocol.augmentation.cutmix
+        self.num_classes = num_classes
+        self.smoothing = protocol.label_smoothing
+        self.mixup = (
+            Mixup(mixup, cutmix, label_smoothing=self.smoothing, num_classes=num_classes)
+            if mixup > 0 or cutmix > 0
+            else None
+        )
+
+    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), mixed in place where the protocol mixes, and their targets (B, K)."""
+        if self.mixup is not None:
+            with globally_seeded(seed):
+                return self.mixup(images, labels)
+        off = self.smoothing / self.num_classes
+        return images, one_hot(labels, self.num_classes, on_value=1.0 - self.smoothing + off, off_value=off)
