@@ -27,18 +27,38 @@ def cli() -> None:
 
 @cli.command()
 @flag("--distiller", "distiller.name", required=True, help="A method's name, or the path of a file with one.")
-@flag("--student", "student.name", required=True, help="timm's names, short names, torchvision:NAME, module:factory.")
+@flag(
+    "--student",
+    "student.name",
+    required=True,
+    help="timm's names, short names, torchvision:NAME, module:factory.",
+)
 @flag("--teacher", "teacher.name", help="The same; not needed by --distiller none.")
 @flag("--data", "data.name", help="digits (default), cifar10, cifar100, folder:PATH.")
-@flag("--protocol", "protocol.name", help="A training recipe: quick (default), crd, ofa-cnn ..., or a YAML file.")
-@flag("--epochs", "protocol.epochs", type=int, help="Instead of the recipe's; milestones and warm-up scale along.")
+@flag(
+    "--protocol",
+    "protocol.name",
+    help="A training recipe: quick (default), crd, ofa-cnn ..., or a YAML file.",
+)
+@flag(
+    "--epochs",
+    "protocol.epochs",
+    type=int,
+    help="Instead of the recipe's; milestones and warm-up scale along.",
+)
 @flag("--batch-size", "protocol.batch_size", type=int, help="Instead of the recipe's.")
 @flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
 @flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
 @flag("--precision", "engine.precision", help="Of the networks: float32 or bf16; what is fast, by itself.")
 @flag("--out", "output.root", help="The folder of runs (default: runs).")
 @flag("--teacher-weights", "teacher.weights", help="A safetensors or .pt file, instead of training the teacher.")
-@flag("--allow-weak-teacher", "teacher.allow_weak", is_flag=True, default=None, help="Distil from one near chance.")
+@flag(
+    "--allow-weak-teacher",
+    "teacher.allow_weak",
+    is_flag=True,
+    default=None,
+    help="Distil from one near chance.",
+)
 @click.option("--resume/--fresh", default=True, help="Go on with a run that was interrupted (default), or start anew.")
 @DEBUG
 @OVERRIDES
@@ -117,13 +137,12 @@ def show(name: str, data: str) -> None:
 def check(name: str) -> None:
     """Check that a method keeps the promises of a distiller."""
     from kdzoo import registry
-    from kdzoo.checks import run_checks
+    from kdzoo.checks import Outcome, run_checks
 
     failed = 0
     for result in run_checks(registry.load(name)):
-        mark = "ok  " if result.passed else "FAIL"
-        click.echo(f"{mark}  {result.name}" + (f": {result.message}" if result.message else ""))
-        failed += not result.passed
+        click.echo(f"{result.outcome:8}  {result.name}" + (f": {result.message}" if result.message else ""))
+        failed += result.outcome is Outcome.FAILED
     if failed:
         raise UserError(f"{name} fails {failed} checks")
 

@@ -153,8 +153,11 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setting
     for override in overrides:
         if "=" not in override:
             raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
-    given = _checked(lambda: OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides))))
-    given = OmegaConf.to_container(given)
+    given: dict[str, Any] = _checked(
+        lambda: OmegaConf.to_container(
+            OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides)))
+        )
+    )
     keywords = given.pop("distiller", {}) or {}
     if not isinstance(keywords, dict) or not keywords.get("name"):
         raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
@@ -190,8 +193,7 @@ def distiller_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
                     f"distiller '{name}': keyword '{parameter.name}' needs a type and a default, since the "
                     "constructor's keywords are the configuration"
                 )
-            default = parameter.default
-            columns.append((parameter.name, parameter.annotation, field(default_factory=lambda d=default: d)))
+            columns.append((parameter.name, parameter.annotation, _always(parameter.default)))
     schema = make_dataclass(f"keywords of {name}", columns)
     given = {key: value for key, value in keywords.items() if key != "name"}
     return {"name": name, **asdict(_typed(schema, given, "distiller."))}
@@ -256,8 +258,13 @@ def _checked(work: Any, prefix: str = "", known: Sequence[str] = ()) -> Any:
         raise UserError(f"{prefix}{key}: {said}" if key else said) from error
 
 
+def _always(value: Any) -> Any:
+    """A dataclass field with this default, which may be a list."""
+    return field(default_factory=lambda: value)
+
+
 def _keys(schema: type, prefix: str = "") -> Iterator[str]:
     for column in fields(schema):
         yield prefix + column.name
         if column.default_factory is not MISSING and is_dataclass(column.default_factory):
-            yield from _keys(column.default_factory, f"{prefix}{column.name}.")  # type: ignore[arg-type]
+            yield from _keys(column.default_factory, f"{prefix}{column.name}.")

@@ -63,7 +63,7 @@ class Distillation(nn.Module):
             raise ValueError(f"{type(distiller).__name__} needs a teacher and got None; pass one")
         self.student, self.teacher, self.distiller = student, teacher, distiller
         for network in (student, teacher):
-            if hasattr(network, "wants_features"):
+            if network is not None and hasattr(network, "wants_features"):
                 network.wants_features = needs.features
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -77,23 +77,25 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss terms, float32 scalars by name; minimise their sum."""
         device = batch.images.device.type
+        networks = self._seen(device)
         with _autocast(device, None):
-            return self.distiller(*self._seen(device), batch)
+            return self.distiller(*networks, batch)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Runs the method's phase before training, if it has one; an iteration of ``batches`` is an epoch."""
         device = next((p.device.type for p in self.student.parameters()), "cpu")
+        networks = self._seen(device)
         with _autocast(device, None):
-            self.distiller.prepare(*self._seen(device), batches)
+            self.distiller.prepare(*networks, batches)
 
     def deploy(self) -> nn.Module:
         """What ships: usually the student."""
         return self.distiller.deploy(self.student)
 
-    def _seen(self, device: str) -> tuple[nn.Module, nn.Module | None]:
+    def _seen(self, device: str) -> tuple[nn.Module, nn.Module]:
         known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         precision = torch.get_autocast_dtype(device) if known else None
         student = Seen(self.student, precision)
         if self.teacher is None:
-            return student, None
+            return student, student  # the method said that it never asks
         return student, Seen(self.teacher, precision, grad=self.distiller.needs.teacher_grad)

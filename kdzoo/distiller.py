@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W), float in [0, 1], augmented; every network normalises for itself
     labels: Tensor  # (B,) int64, hard labels, kept under mixup and cutmix
     targets: Tensor  # (B, K) float: what cross-entropy is taken against (smoothed, mixed)
-    index: Tensor  # (B,) int64, row of the training set
+    index: Tensor  # type: ignore[assignment]  # (B,) int64, row of the training set; tuple.index is not missed
     progress: Tensor  # () float in [0, 1): the share of training that is done
     views: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default, never written to)  further views by name
     partner: Tensor | None = None  # (B,) int64: the row whose image was mixed into this one; None without mixing

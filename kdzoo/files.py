@@ -4,6 +4,7 @@ import errno
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from kdzoo.errors import UserError
@@ -23,8 +24,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:  # an interruption leaves nothing behind either
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise _explained(error, path) from error
 
 
@@ -52,7 +54,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _explained(error: Exception, path: Path) -> Exception:
+def _explained(error: BaseException, path: Path) -> BaseException:
     code = getattr(error, "errno", None)
     said = str(error)
     if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said:

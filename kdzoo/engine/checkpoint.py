@@ -34,7 +34,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
     Raises:
         UserError: there are checkpoints and every one is damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for file in _files(folder):
         match = _NAME.fullmatch(file.name)
         assert match is not None

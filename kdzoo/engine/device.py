@@ -38,7 +38,7 @@ def find_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        known = getattr(torch.cpu, "get_capabilities", dict)()
+        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         fast = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     else:
         fast = False

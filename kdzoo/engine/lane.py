@@ -11,10 +11,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdzoo.config import Settings
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import Batch, Output
+from kdzoo.distiller import Batch, Distiller, Output
 from kdzoo.engine.device import autocast, seed_of
 from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.errors import UserError
+from kdzoo.results.curves import Curves
 from kdzoo.results.folder import RunFolder
 
 _NEVER = 2**62
@@ -101,6 +102,14 @@ class Meter:
         self.first_bad = {name: value.to(self.device) for name, value in state["first_bad"].items()}
 
 
+class Trained(nn.Module):
+    """What a lane trains and keeps: never the teacher."""
+
+    def __init__(self, student: nn.Module, distiller: Distiller):
+        super().__init__()
+        self.student, self.distiller = student, distiller
+
+
 @dataclass
 class Lane:
     """All the state of one run in training. Every step is a function of that state, the seed and the step."""
@@ -119,10 +128,10 @@ class Lane:
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on this run so far, over all its starts
         self.failure: UserError | None = None
-        trained = nn.ModuleDict({"student": self.distillation.student, "distiller": self.distillation.distiller})
-        self.trained = trained
+        self.curves = Curves(self.folder.path) if self.settings.output.tensorboard else None
+        self.trained = Trained(self.distillation.student, self.distillation.distiller)
         self.average = (
-            AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(protocol.ema), use_buffers=True)
+            AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(protocol.ema), use_buffers=True)
             if protocol.ema
             else None
         )
@@ -144,17 +153,24 @@ class Lane:
             terms = self.distillation(batch)
         if not terms:
             raise UserError(f"distiller '{self.settings.distiller['name']}' has no loss term: all weights are 0")
-        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(terms.values())).sum().backward()
         self.optimizer.step(self.rate(step))
         if self.average is not None:
             self.average.update_parameters(self.trained)
         self.meter.add(terms, step)
 
+    def record(self, found: dict[str, Any]) -> None:
+        """Writes an epoch down."""
+        self.history.append(found)
+        self.folder.write_history(self.history)
+        if self.curves is not None:
+            self.curves.write(self.history)
+        self.meter.reset()
+
     def deployed(self) -> nn.Module:
         """What would ship now."""
-        if self.average is None:
-            return self.distillation.deploy()
-        return self.average.module.distiller.deploy(self.average.module.student)
+        trained: Trained = self.trained if self.average is None else self.average.module
+        return trained.distiller.deploy(trained.student)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on with the same bits."""

@@ -104,9 +104,7 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
         "top5": top5,
         "images_per_second": round(speed, 1),
     }
-    lane.history.append(record)
-    lane.folder.write_history(lane.history)
-    lane.meter.reset()
+    lane.record(record)
     progress.epoch(record)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from kdzoo.config import Protocol
 
+
 def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:
     """The rate of one step, a function of nothing but the step, so that resuming needs no schedule's state."""
     epoch = step / steps_per_epoch
@@ -91,7 +92,6 @@ class Optimizer:
         """Restores moments and counters."""
         for part, saved in zip(self.parts, state, strict=True):
             part.load_state_dict(saved)
-
 
 
 def _in_block(path: str) -> bool:

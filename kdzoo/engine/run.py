@@ -114,7 +114,7 @@ def evaluate_run(path: Path) -> tuple[float, float]:
     with torch.random.fork_rng():
         deployed = shape_of_shipped(settings, dataset)
         models.load_weights(deployed, folder.student)
-    deployed.to(dataset.spec.labels.device, memory_format=torch.channels_last)
+    deployed.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
     return loop.evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
 
 

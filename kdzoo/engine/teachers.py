@@ -28,7 +28,7 @@ def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> T
         network = _new(settings, dataset)
         models.load_weights(network, wanted.weights)
         origin = wanted.weights
-    elif wanted.pretrained and (ready := _new(settings, dataset, pretrained=True)).fits_pretrained:
+    elif wanted.pretrained and (ready := pretrained(settings, dataset)) is not None:
         network, origin = ready, "timm's pretrained weights"
     else:
         folder = trained(settings, dataset, progress)
@@ -36,7 +36,7 @@ def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> T
         models.load_weights(network, folder.student)
         origin = str(folder.path)
     device = spec.labels.device
-    network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     top1, _ = evaluate(network, dataset, settings.engine.precision, settings.protocol.test_crop)
     progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}  ({origin})")
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not wanted.allow_weak:
@@ -87,6 +87,13 @@ def trained(settings: config.Settings, dataset: Dataset, progress: Progress) -> 
         progress.say(f"no trained {own.student.name} is at hand: training it now for {own.protocol.epochs} epochs")
         train_one(own, dataset, None, progress)
     return folder
+
+
+def pretrained(settings: config.Settings, dataset: Dataset) -> models.Network | None:
+    """timm's pretrained network as it is; None where its classes are others, so that it must be fine-tuned."""
+    network = _new(settings, dataset, pretrained=True)
+    classes = getattr(network.body, "pretrained_cfg", {}).get("num_classes")
+    return network if classes == dataset.spec.num_classes else None
 
 
 def _new(settings: config.Settings, dataset: Dataset, pretrained: bool = False) -> models.Network:

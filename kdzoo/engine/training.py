@@ -48,7 +48,7 @@ def build(settings: config.Settings, dataset: Dataset, teacher: nn.Module | None
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller['name']}' needs a teacher; pass --teacher NAME")
     distillation = Distillation(student, teacher, distiller)
-    return distillation.to(spec.labels.device, memory_format=torch.channels_last)
+    return distillation.to(spec.labels.device).to(memory_format=torch.channels_last)
 
 
 def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:

@@ -1,6 +1,7 @@
 """Pages for people: a finished run, a method, a network, and lists of what can be named."""
 
 import inspect
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -8,13 +9,15 @@ from rich.text import Text
 
 from kdzoo import registry
 from kdzoo.errors import UserError
-from kdzoo.results.folder import Result
+
+if TYPE_CHECKING:
+    from kdzoo.results.folder import Result
 
 # What is known of data sets without opening them: classes, side in pixels.
 OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32)}
 
 
-def result_table(result: Result) -> Table:
+def result_table(result: "Result") -> Table:
     """What ``kdzoo run`` prints at the end."""
     pair = f"{result.teacher} → {result.student}" if result.teacher else result.student
     table = Table(title=f"{result.distiller} ({result.fidelity}): {pair} on {result.data}", title_justify="left")
@@ -81,7 +84,7 @@ def model_page(name: str, data: str) -> RenderableType:
     for key, value in known.items():
         if key == "adapted":
             value = "\n".join(value) or "nothing"
-        elif key == "features":
+        elif key == "taps":
             value = "\n".join(" x ".join(map(str, shape)) for shape in value)
         facts.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     return Group(Text(f"{name} on {data} ({spec.num_classes} classes, {spec.image_size} px)"), Text(), facts)
@@ -96,11 +99,15 @@ def listing(kind: str, style: str) -> str:
             head, *body = [f"| {' | '.join(row)} |" for row in rows]
             return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+        )
     if kind == "models":
         from kdzoo import models
 
-        return "\n".join([*sorted(models.short_names()), "and any name of timm, torchvision:NAME, package.module:factory"])
+        return "\n".join(
+            [*sorted(models.short_names()), "and any name of timm, torchvision:NAME, package.module:factory"]
+        )
     if kind == "data":
         return "\n".join([*OUTLINES, "folder:PATH  (train/CLASS/*.png|jpg|webp, with val or test beside train)"])
     from kdzoo import config

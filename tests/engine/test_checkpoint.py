@@ -1,0 +1,83 @@
+"""A checkpoint is whole or it is not there, and a damaged one is never used."""
+
+import errno
+
+import pytest
+import torch
+
+from kdzoo.engine import checkpoint
+from kdzoo.errors import UserError
+from kdzoo.files import write_atomically, write_text
+
+
+def test_the_newest_comes_back_and_two_are_kept(tmp_path):
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, step, {"weight": torch.full((3,), float(step)), "history": [{"top1": 1.5}]})
+    step, state, damaged = checkpoint.newest(tmp_path)
+    assert (step, damaged) == (30, [])
+    assert torch.equal(state["weight"], torch.full((3,), 30.0))
+    assert state["history"] == [{"top1": 1.5}]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.newest(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip"])
+def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, harm):
+    checkpoint.save(tmp_path, 1, {"step": 1})
+    checkpoint.save(tmp_path, 2, {"step": 2})
+    newest = max(tmp_path.iterdir())
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 255
+    newest.write_bytes(content[: len(content) // 2] if harm == "truncate" else content)
+    step, state, damaged = checkpoint.newest(tmp_path)
+    assert (step, state) == (1, {"step": 1})
+    assert len(damaged) == 1
+    assert newest.name in damaged[0]
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    checkpoint.save(tmp_path, 1, {"step": 1})
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="--fresh"):
+        checkpoint.newest(tmp_path)
+
+
+def test_what_a_kill_left_half_written_is_ignored_and_cleaned(tmp_path):
+    (tmp_path / ".step-000000009-0123456789abcdef.pt.99.part").write_bytes(b"half")
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.save(tmp_path, 1, {})
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("never",))
+
+    checkpoint.save(tmp_path, 1, {"evil": Evil()})
+    with pytest.raises(Exception, match="weights_only"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_what_stood_there_stays(tmp_path):
+    file = tmp_path / "result.json"
+    write_text(file, "before")
+
+    def full(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="is full"):
+        write_atomically(file, full)
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_text(tmp_path / "file" / "below" / "result.json", "{}")

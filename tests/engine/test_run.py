@@ -1,0 +1,191 @@
+"""A whole run: from a method's name to a student on disk, killed, resumed, measured again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kdzoo
+from kdzoo.engine import checkpoint
+from kdzoo.engine.run import evaluate_run
+from kdzoo.engine.teachers import near_chance
+from kdzoo.errors import UserError
+from kdzoo.results.folder import RunFolder
+
+QUICK = ["teacher.epochs=2", "protocol.epochs=2", "protocol.augmentation.flip=true"]
+
+# A method that kills its own process, as a power cut would, where an environment variable says so.
+DOOMED = '''"""Dies when told to."""
+import os, signal
+import torch
+from kdzoo import Distiller, Fidelity
+from kdzoo.losses import cross_entropy, softened_kl
+
+
+class Doomed(Distiller):
+    """Plain distillation with a memory and noise of its own."""
+
+    paper = "none"
+    fidelity = Fidelity.EXACT
+
+    def __init__(self, student, teacher, data, *, ce: float = 1.0, kd: float = 1.0):
+        super().__init__()
+        self.ce, self.kd, self.calls = ce, kd, 0
+        self.register_buffer("bank", torch.zeros(data.num_classes))
+        self.head = torch.nn.Linear(data.num_classes, data.num_classes)
+
+    def loss(self, student, teacher, batch):
+        self.calls += 1
+        if self.calls == int(os.environ.get("DIE_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.bank.lerp_(student.logits.detach().mean(0), 0.1)
+        noisy = self.head(student.logits + 0.1 * torch.randn_like(student.logits)) + self.bank
+        return {
+            "ce": self.ce * cross_entropy(student.logits, batch.targets),
+            "kd": self.kd * softened_kl(noisy, teacher.logits, 4.0),
+        }
+'''
+
+
+def distil(out, *more, distiller="kd", **options):
+    return kdzoo.run(distiller, "resnet8", "resnet14", out=out, overrides=[*QUICK, *more], quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return distil(tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_leaves_everything_that_its_number_stands_on(finished):
+    folder = RunFolder(finished.folder)
+    assert json.loads(folder.result.read_text())["top1"] == finished.top1
+    assert folder.settings().distiller == {"name": "kd", "ce": 0.1, "kd": 0.9, "temperature": 4.0}
+    history = folder.read_history()
+    assert [record["epoch"] for record in history] == [1, 2]
+    assert set(history[0]["loss"]) == {"ce", "kd"}
+    assert history[-1]["top1"] == finished.top1
+    environment = json.loads(folder.environment.read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
+    assert not list(folder.checkpoints.glob("*.pt"))
+
+
+def test_what_ships_is_the_student_alone_and_measures_the_same(finished):
+    names = load_file(finished.folder / "student.safetensors").keys()
+    assert not [name for name in names if "teacher" in name or "distiller" in name]
+    assert evaluate_run(finished.folder) == (finished.top1, finished.top5)
+
+
+def test_a_finished_run_is_shown_and_not_run_again(finished, monkeypatch):
+    monkeypatch.setattr("kdzoo.engine.run.train_one", None)
+    assert distil(finished.folder.parent) == finished
+
+
+def test_the_same_seed_gives_the_same_student(finished, tmp_path):
+    again = distil(tmp_path)
+    assert again.plain() | {"seconds": 0, "images_per_second": 0} == finished.plain() | {
+        "seconds": 0,
+        "images_per_second": 0,
+    }
+    one, other = (load_file(run.folder / "student.safetensors") for run in (finished, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_seed_gives_another(finished, tmp_path):
+    other = load_file(distil(tmp_path, seed=1).folder / "student.safetensors")
+    one = load_file(finished.folder / "student.safetensors")
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_global_randomness_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    kdzoo.run("none", "resnet8", out=tmp_path, overrides=["protocol.epochs=1", "data.limit=128"], quiet=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("die_at", [1, 9, 30])
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, die_at):
+    method = tmp_path / "doomed.py"
+    method.write_text(DOOMED)
+    more = ["engine.checkpoint_seconds=0", "data.limit=1280", "protocol.ema=0.9"]
+    whole = distil(tmp_path / "whole", *more, distiller=str(method))
+    code = ("import kdzoo; kdzoo.run({!r}, 'resnet8', 'resnet14', out={!r}, overrides={!r}, quiet=True)").format(
+        str(method), str(tmp_path / "killed"), [*QUICK, *more]
+    )
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "DIE_AT": str(die_at)}, check=False)
+    assert killed.returncode == -9
+    resumed = distil(tmp_path / "killed", *more, distiller=str(method))
+    one, other = (load_file(run.folder / "student.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    records = [RunFolder(run.folder).read_history() for run in (whole, resumed)]
+    timeless = [[{**record, "images_per_second": 0} for record in history] for history in records]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_damaged_newest_checkpoint_does_not_change_the_end(tmp_path):
+    method = tmp_path / "doomed.py"
+    method.write_text(DOOMED)
+    more = ["engine.checkpoint_seconds=0", "data.limit=1280"]
+    whole = distil(tmp_path / "whole", *more, distiller=str(method))
+    code = ("import kdzoo; kdzoo.run({!r}, 'resnet8', 'resnet14', out={!r}, overrides={!r}, quiet=True)").format(
+        str(method), str(tmp_path / "killed"), [*QUICK, *more]
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "DIE_AT": "12"}, check=False)
+    newest = max((tmp_path / "killed").glob("*/checkpoints/step-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = distil(tmp_path / "killed", *more, distiller=str(method))
+    assert resumed.top1 == whole.top1
+    one, other = (load_file(run.folder / "student.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_good_checkpoint_kept(tmp_path):
+    method = tmp_path / "bad.py"
+    method.write_text(
+        DOOMED.replace(
+            "self.kd * softened_kl(noisy, teacher.logits, 4.0)",
+            "self.kd * softened_kl(noisy, teacher.logits, 4.0) / (batch.progress < 0.5)",
+        )
+    )
+    with pytest.raises(UserError, match="'kd' is not finite at step 20"):
+        distil(tmp_path, "engine.checkpoint_seconds=0", "data.limit=1280", distiller=str(method))
+    folder = next(tmp_path.glob("*/checkpoints"))
+    step, state, _ = checkpoint.newest(folder)
+    assert step == 20
+    assert all(value.isfinite().all() for value in state["trained"].values())
+
+
+def test_a_teacher_near_chance_is_refused_unless_one_insists(tmp_path):
+    more = ["teacher.epochs=1", "teacher.seed=3", "data.limit=64", "protocol.epochs=1"]
+    with pytest.raises(UserError, match=r"near the chance of 10.00 %; train it longer .*--allow-weak-teacher"):
+        distil(tmp_path, *more)
+    assert distil(tmp_path, *more, "teacher.allow_weak=true").teacher_top1 < near_chance(10, 360)
+
+
+def test_a_teacher_comes_from_a_file_of_weights(finished, tmp_path, cache):
+    weights = next(cache.glob("teachers/digits-resnet14-none-*/student.safetensors"))
+    result = distil(tmp_path, f"teacher.weights={weights}", "protocol.epochs=1")
+    assert result.teacher_top1 == finished.teacher_top1
+    with pytest.raises(UserError, match=r"not fit"):
+        kdzoo.run("kd", "resnet8", "resnet20", out=tmp_path, overrides=[f"teacher.weights={weights}"], quiet=True)
+
+
+def test_a_method_that_needs_a_teacher_says_so(tmp_path):
+    with pytest.raises(UserError, match="needs a teacher; pass --teacher"):
+        kdzoo.run("kd", "resnet8", out=tmp_path, quiet=True)
+
+
+def test_all_weights_at_zero_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="all weights are 0"):
+        distil(tmp_path, "distiller.ce=0", "distiller.kd=0")
+
+
+def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        distil(tmp_path / "file")

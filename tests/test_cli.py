@@ -1,0 +1,121 @@
+"""The command line: quick to start, one line and exit code 2 for the user's mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kdzoo.cli import main
+
+TINY = ["--student", "resnet8", "protocol.epochs=1", "data.limit=128"]
+
+
+@pytest.fixture
+def kdzoo(capsys, monkeypatch):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kdzoo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        said = capsys.readouterr()
+        return exit.value.code, said.out, said.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--distiler", "kd"], "No such option"),
+        (["run", "--distiller", "kdd", "--student", "resnet8"], "unknown distiller 'kdd'; did you mean kd"),
+        (
+            ["run", "--distiller", "none", "--student", "resnet81"],
+            "unknown model 'resnet81'; did you mean resnet8",
+        ),
+        (
+            ["run", "--distiller", "none", *TINY, "--data", "digit"],
+            "unknown data 'digit'; did you mean digits",
+        ),
+        (
+            ["run", "--distiller", "none", *TINY, "--protocol", "quik"],
+            "unknown protocol 'quik'; did you mean quick",
+        ),
+        (["run", "--distiller", "none", *TINY, "protocol.epoch=1"], "unknown setting 'protocol.epoch'"),
+        (["run", "--distiller", "none", *TINY, "--device", "tpu9"], "device"),
+        (["run", "--distiller", "none", *TINY, "--data", "folder:/nowhere"], "/nowhere"),
+        (["table", "/nowhere"], "no folder /nowhere"),
+        (["eval", "/nowhere"], "/nowhere is no run"),
+        (["show", "uhkdd"], "uhkdd"),
+        (["list", "things"], "things"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(kdzoo, tmp_path, arguments, said):
+    if arguments[0] == "run":
+        arguments = [*arguments, f"output.root={tmp_path}"]
+    code, _, err = kdzoo(*arguments)
+    assert code == 2
+    assert said in err
+    assert err.startswith("error: ")
+    assert err.strip().count("\n") == 0
+    assert "Traceback" not in err
+
+
+def test_debug_shows_where_it_went_wrong(monkeypatch):
+    from kdzoo.errors import UserError
+
+    monkeypatch.setattr(sys, "argv", ["kdzoo", "eval", "/nowhere", "--debug"])
+    with pytest.raises(UserError):
+        main()
+
+
+def test_a_run_prints_its_table_and_can_be_tabulated_and_measured_again(kdzoo, tmp_path):
+    code, out, _ = kdzoo("run", "--distiller", "none", *TINY, "--out", tmp_path)
+    assert code == 0
+    assert "student top-1, last epoch" in out
+    folder = next(tmp_path.iterdir())
+    top1 = json.loads((folder / "result.json").read_text())["top1"]
+    assert f"{top1:.2f} %" in out
+    code, out, _ = kdzoo("eval", folder)
+    assert (code, f"top-1 {top1:.2f} %" in out) == (0, True)
+    code, out, _ = kdzoo("table", tmp_path)
+    assert (code, f"| {top1:.2f} |" in out) == (0, True)
+    code, _, err = kdzoo("run", "--distiller", "none", *TINY, "--out", tmp_path)
+    assert (code, "finished before" in err) == (0, True)
+    code, _, err = kdzoo("run", "--distiller", "none", *TINY, "--out", tmp_path, "--fresh")
+    assert (code, "finished before" in err) == (0, False)
+
+
+def test_nothing_heavy_is_imported_for_help_and_lists():
+    for command in (["--help"], ["run", "--help"], ["list", "distillers"]):
+        code = (
+            f"import sys; sys.argv = ['kdzoo', *{command!r}]\nfrom kdzoo.cli import main\ntry: main()\n"
+            "except SystemExit as end: assert not end.code\n"
+            "assert not {'torch', 'timm', 'pandas', 'numpy', 'omegaconf'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_show_explains_methods_and_networks(kdzoo):
+    _, out, _ = kdzoo("show", "uhkd")
+    assert "arXiv" in out
+    assert "reconstructed" in out
+    assert "spectrum" in out
+    _, out, _ = kdzoo("show", "resnet20", "--data", "cifar100")
+    assert "64 x 8 x 8" in out
+
+
+def test_check_tells_what_a_method_breaks(kdzoo, tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("from kdzoo import Distiller\nclass Broken(Distiller):\n    pass\n")
+    code, out, err = kdzoo("check", file)
+    assert code == 2
+    assert "failed " in out
+    assert "fails" in err
+
+
+@pytest.mark.parametrize("kind", ["distillers", "models", "data", "protocols"])
+def test_lists(kdzoo, kind):
+    code, out, _ = kdzoo("list", kind)
+    assert code == 0
+    assert out.strip()

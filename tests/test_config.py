@@ -1,0 +1,112 @@
+"""Settings are typed, complete, and wrong ones are refused with a helpful line."""
+
+import pytest
+
+from kdzoo import config
+from kdzoo.errors import UserError
+
+BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}}
+
+
+def test_defaults_are_the_quick_protocol_on_digits():
+    settings = config.resolve(BASE)
+    assert (settings.data.name, settings.protocol.name, settings.seed) == ("digits", "quick", 0)
+
+
+def test_a_methods_keywords_are_its_settings():
+    settings = config.resolve(BASE, ["distiller.temperature=2", "distiller.ce=0.5"])
+    assert settings.distiller == {"name": "kd", "ce": 0.5, "kd": 0.9, "temperature": 2.0}
+
+
+def test_overrides_win_over_the_protocols_file():
+    settings = config.resolve({**BASE, "protocol": {"name": "crd"}}, ["protocol.lr=0.1"])
+    assert settings.protocol.lr == 0.1
+    assert settings.protocol.augmentation.flip
+
+
+def test_milestones_and_warm_up_shrink_with_the_epochs():
+    crd = {**BASE, "protocol": {"name": "crd"}}
+    assert config.resolve(crd).protocol.milestones == (150, 180, 210)
+    assert config.resolve(crd, ["protocol.epochs=24"]).protocol.milestones == (15, 18, 21)
+    own = config.resolve(crd, ["protocol.epochs=24", "protocol.milestones=[20]"])
+    assert own.protocol.milestones == (20,)
+
+
+@pytest.mark.parametrize("name", config.protocols())
+def test_every_shipped_protocol_is_valid(name):
+    assert config.protocol(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("protocol.epoch=3", "did you mean protocol.epochs"),
+        ("distiller.temprature=3", "did you mean distiller.temperature"),
+        ("distiller.name=kdd", "did you mean kd"),
+        ("protocol.name=cdr", "did you mean crd"),
+        ("sed=1", "did you mean seed"),
+        ("protocol.augmentation.flp=true", "protocol.augmentation.flip"),
+        ("distiller.ce=much", "distiller.ce: Value 'much'"),
+        ("protocol.epochs=x", "protocol.epochs: Value 'x'"),
+        ("protocol.epochs=0", "at least 1 epoch"),
+        ("protocol.optimizer=adam", "expected one of ['sgd', 'adamw', 'muon']"),
+        ("engine.precision=half", "expected one of"),
+        ("protocol=3", "expected protocol.KEY=value"),
+        ("epochs", "expected key=value"),
+        ("student.name=[1", "parsing"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_helps(override, said):
+    with pytest.raises(UserError) as caught:
+        config.resolve(BASE, [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_protocol_file_of_ones_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 3\noptimizer: adamw\nlr: 0.001\n")
+    assert config.resolve({**BASE, "protocol": {"name": str(file)}}).protocol.epochs == 3
+    file.write_text("epochs: [3\n")
+    with pytest.raises(UserError, match="no valid YAML"):
+        config.protocol(str(file))
+    with pytest.raises(UserError, match="no file"):
+        config.protocol(str(tmp_path / "other.yaml"))
+
+
+def test_yaml_cannot_build_objects(tmp_path):
+    file = tmp_path / "evil.yaml"
+    file.write_text("epochs: !!python/object/apply:os.getpid []\n")
+    with pytest.raises(UserError, match="no valid YAML"):
+        config.protocol(str(file))
+
+
+def test_identity_tells_runs_apart_by_what_changes_the_result():
+    identity = config.resolve(BASE).identity()
+    assert config.resolve(BASE, ["output.root=elsewhere", "engine.threads=1"]).identity() == identity
+    for override in ("seed=1", "distiller.kd=1", "protocol.lr=0.1", "data.limit=9", "student.name=resnet14"):
+        assert config.resolve(BASE, [override]).identity() != identity
+
+
+def test_an_edited_distiller_file_is_another_run(tmp_path):
+    file = tmp_path / "mine.py"
+    text = '''"""Mine."""
+from kdzoo import Distiller
+class Mine(Distiller):
+    def __init__(self, student, teacher, data, *, ce: float = 1.0):
+        super().__init__()
+'''
+    file.write_text(text)
+    base = {**BASE, "distiller": {"name": str(file)}}
+    before = config.resolve(base).identity()
+    file.write_text(text + "# another\n")
+    assert config.resolve(base).identity() != before
+
+
+def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
+    file = tmp_path / "untyped.py"
+    file.write_text(
+        "from kdzoo import Distiller\nclass U(Distiller):\n    def __init__(self, s, t, d, *, ce=1.0): ...\n"
+    )
+    with pytest.raises(UserError, match="'ce' needs a type and a default"):
+        config.resolve({**BASE, "distiller": {"name": str(file)}})

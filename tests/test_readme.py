@@ -1,0 +1,48 @@
+"""The README keeps its word: its table is the registry's, its examples run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kdzoo import registry
+from kdzoo.checks import check_distiller
+from kdzoo.results.show import listing
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_table_of_methods_is_the_registrys():
+    _, _, rest = README.partition("<!-- methods: kdzoo list distillers --format markdown -->\n")
+    table, _, _ = rest.partition("<!-- end of methods -->")
+    assert table.strip() == listing("distillers", "markdown")
+
+
+def test_the_example_of_a_method_keeps_every_promise(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(EXAMPLES[0])
+    check_distiller(registry.load(str(file)))
+
+
+def test_the_example_of_ones_own_loop_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *[nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for i in range(4)],
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+    before = [p.clone() for p in network.parameters()]
+    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    exec(EXAMPLES[1], {"my_trained_network": network, "my_loader": [(images, labels)] * 2})
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert Path("student.pt").is_file()
+
+
+@pytest.mark.parametrize("name", ["uhkd", "figkd", "lfcc"])
+def test_reconstructions_are_called_so(name):
+    assert registry.find(name).fidelity == "reconstructed"
