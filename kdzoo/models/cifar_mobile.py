@@ -1,0 +1,142 @@
+"""Mobile networks for 32x32 images: ShuffleNet v1 and v2, and MobileNetV2 at half width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo.models.staged import StagedNet, conv_norm, init_classifier, init_weights, register
+
+REDUCTIONS = (1, 2, 4, 8)  # of the stem and the stages of both ShuffleNets
+
+
+def _shuffle(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class ShuffleUnitV1(nn.Module):
+    """Grouped 1x1, depthwise 3x3 and grouped 1x1; added to its input, or beside its pooled input when strided."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int, first_groups: int):
+        super().__init__()
+        self.stride, self.first_groups = stride, first_groups
+        added = outputs - inputs if stride == 2 else outputs
+        middle = added // 4
+        self.squeeze = conv_norm(inputs, middle, 1, groups=first_groups)
+        self.depthwise = conv_norm(middle, middle, 3, stride, groups=middle)
+        self.expand = conv_norm(middle, added, 1, groups=groups, relu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        path = self.expand(self.depthwise(_shuffle(self.squeeze(x), self.first_groups)))
+        if self.stride == 2:
+            return F.relu(torch.cat([path, F.avg_pool2d(x, 3, 2, 1)], 1))
+        return F.relu(path + x)
+
+
+class ShuffleUnitV2(nn.Module):
+    """One half of the channels (both halves anew when strided) through 1x1, depthwise 3x3 and 1x1."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        half = outputs // 2
+        entering = inputs if stride == 2 else half
+        self.path = nn.Sequential(
+            conv_norm(entering, half, 1),
+            conv_norm(half, half, 3, stride, groups=half, relu=False),
+            conv_norm(half, half, 1),
+        )
+        self.other: nn.Module = nn.Identity()
+        self.strided = stride == 2
+        if self.strided:
+            self.other = nn.Sequential(
+                conv_norm(inputs, inputs, 3, stride, groups=inputs, relu=False), conv_norm(inputs, half, 1)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        kept, changed = (x, x) if self.strided else x.chunk(2, 1)
+        return _shuffle(torch.cat([self.other(kept), self.path(changed)], 1), 2)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise 3x3 and linear 1x1, added to the input where the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = inputs * expansion
+        self.path = nn.Sequential(
+            conv_norm(inputs, hidden, 1),
+            conv_norm(hidden, hidden, 3, stride, groups=hidden),
+            conv_norm(hidden, outputs, 1, relu=False),
+        )
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        return x + self.path(x) if self.adds else self.path(x)
+
+
+def shufflenetv1(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> StagedNet:
+    """ShuffleNet with three groups and a 1x1 stem that keeps the resolution.
+
+    Source: Zhang et al. 2018, table 1, as trained on CIFAR (RepDistiller, models/ShuffleNetv1.py).
+    """
+    widths, groups = [24, 240, 480, 960], 3
+    stages = []
+    for index, depth in enumerate((4, 8, 4)):
+        inputs, width = widths[index], widths[index + 1]
+        # Groups would starve the first convolution after the narrow stem.
+        first = ShuffleUnitV1(inputs, width, 2, groups, 1 if index == 0 else groups)
+        rest = [ShuffleUnitV1(width, width, 1, groups, groups) for _ in range(depth - 1)]
+        stages.append(nn.Sequential(first, *rest))
+    return StagedNet(conv_norm(in_chans, 24, 1), stages, nn.Identity(), widths, REDUCTIONS, num_classes, drop_rate)
+
+
+def shufflenetv2(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> StagedNet:
+    """ShuffleNetV2 1x with a 1x1 stem that keeps the resolution.
+
+    Source: Ma et al. 2018, table 5, as trained on CIFAR (RepDistiller, models/ShuffleNetv2.py).
+    """
+    widths = [24, 116, 232, 464]
+    stages = []
+    for index, depth in enumerate((4, 8, 4)):
+        inputs, width = widths[index], widths[index + 1]
+        rest = [ShuffleUnitV2(width, width, 1) for _ in range(depth - 1)]
+        stages.append(nn.Sequential(ShuffleUnitV2(inputs, width, 2), *rest))
+    neck = conv_norm(widths[-1], 1024, 1)
+    return StagedNet(conv_norm(in_chans, 24, 1), stages, neck, [*widths, 1024], REDUCTIONS, num_classes, drop_rate)
+
+
+def mobilenetv2_half(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> StagedNet:
+    """MobileNetV2 at half width, expansion 6, which takes a 32x32 image to a 2x2 map.
+
+    Source: Sandler et al. 2018, table 2, as trained on CIFAR (RepDistiller, models/mobilenetv2.py).
+    """
+    table = [  # stages of (expansion, channels, blocks, stride)
+        [(1, 8, 1, 1), (6, 12, 2, 1)],
+        [(6, 16, 3, 2)],
+        [(6, 32, 4, 2), (6, 48, 3, 1)],
+        [(6, 80, 3, 2), (6, 160, 1, 1)],
+    ]
+    channels, stages, widths = 16, [], [16]
+    for rows in table:
+        blocks = []
+        for expansion, width, count, stride in rows:
+            for index in range(count):
+                blocks.append(InvertedResidual(channels, width, stride if index == 0 else 1, expansion))
+                channels = width
+        stages.append(nn.Sequential(*blocks))
+        widths.append(channels)
+    neck = conv_norm(channels, 1280, 1)
+    net = StagedNet(
+        conv_norm(in_chans, 16, 3, 2), stages, neck, [*widths, 1280], [2, 2, 4, 8, 16], num_classes, drop_rate
+    )
+    init_weights(net)
+    init_classifier(net, 0.01)
+    return net
+
+
+for build in (shufflenetv1, shufflenetv2, mobilenetv2_half):
+    register(build.__name__, build)

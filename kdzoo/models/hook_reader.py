@@ -1,0 +1,157 @@
+"""How any other network is read: hooks on the submodules whose outputs are its stages and its embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from kdzoo.distiller import Output
+from kdzoo.errors import UserError
+from kdzoo.models.maps import CannotRead, Layout, Slot, as_map, layout_of, spread
+
+
+class Passed(NamedTuple):
+    """One module's call in the probe."""
+
+    name: str
+    module: nn.Module
+    layout: Layout
+
+
+def find_taps(calls: Sequence[Passed]) -> list[Passed]:
+    """Four stages among the calls of a pass: the last map of each resolution, the deepest four of them.
+
+    Three resolutions give a fourth tap, the first map of the shallowest (as in the 32x32 ResNets); a single
+    resolution gives four of the longest row of alike blocks.
+
+    Raises:
+        CannotRead: two resolutions, or no row of four blocks.
+    """
+    stages: list[list[Passed]] = []
+    largest = 0
+    # Of modules that are called again and again, hooks keep the last output.
+    last = {call.name: call for call in calls}
+    # Backwards, because whatever is followed by a larger map (a gate of squeeze-and-excitation) is no stage.
+    for call in reversed(calls):
+        if call is not last[call.name]:
+            continue
+        area = call.layout.height * call.layout.width
+        if area > largest:
+            stages.append([])
+            largest = area
+        if area == largest:
+            stages[-1].append(call)
+    if stages and largest > 1 and _is_global_pool(stages[0]):
+        stages.pop(0)
+    if len(stages) >= 4:
+        return [_outermost(stage) for stage in reversed(stages[:4])]
+    if len(stages) == 3:
+        return [stages[2][-1], *(_outermost(stage) for stage in reversed(stages))]
+    if len(stages) == 1:
+        return _blocks(list(reversed(stages[0])))
+    raise CannotRead(f"{len(stages)} resolutions")
+
+
+def _outermost(stage: list[Passed]) -> Passed:
+    """The last call of the least nested modules: the stage itself, not the first layers of the next."""
+    return min(stage, key=lambda call: call.name.count("."))
+
+
+def _is_global_pool(stage: list[Passed]) -> bool:
+    first = stage[-1]
+    kind = type(first.module).__name__
+    return first.layout[1:] == (1, 1) and any(word in kind for word in ("Avg", "Adaptive", "Global"))
+
+
+def _blocks(calls: list[Passed]) -> list[Passed]:
+    rows: dict[tuple[str, type], list[Passed]] = {}
+    for call in calls:
+        rows.setdefault((call.name.rpartition(".")[0], type(call.module)), []).append(call)
+    row = max(rows.values(), key=len)
+    return [row[i] for i in spread(len(row))]
+
+
+class HookReader:
+    """Reads a network through hooks, registered once.
+
+    Args:
+        body: images -> logits (B, K), in evaluation mode.
+        images: a probe, (B, 3, H, W), normalised.
+        taps: names of four submodules, shallow to deep; None to find them.
+
+    Raises:
+        UserError: an unknown name, or an output that is no map.
+        CannotRead: no four stages were found.
+    """
+
+    def __init__(self, body: nn.Module, images: Tensor, taps: Sequence[str] | None = None):
+        calls, self._classifier = _probe(body, images)
+        chosen = find_taps(calls) if taps is None else [_named(body, calls, name) for name in taps]
+        self.names = tuple(call.name for call in chosen)
+        self._layouts = [call.layout for call in chosen]
+        self._slots = [Slot() for _ in chosen]
+        for call, slot in zip(chosen, self._slots, strict=True):
+            call.module.register_forward_hook(slot.output)
+        self._embedding = Slot()
+        if self._classifier is not None:
+            body.get_submodule(self._classifier).register_forward_pre_hook(self._embedding.input)
+
+    def read(self, body: nn.Module, images: Tensor, features: bool) -> Output:
+        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none."""
+        logits = body(images)
+        maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
+        embedding = maps[-1].mean((2, 3)) if self._classifier is None else self._embedding.take()
+        return Output(logits, embedding, maps if features else ())
+
+    def classifier(self, body: nn.Module) -> nn.Linear | None:
+        """The layer that makes the logits of the embedding, where there is exactly one."""
+        if self._classifier is None:
+            return None
+        module = body.get_submodule(self._classifier)
+        return module if isinstance(module, nn.Linear) else None
+
+
+def _probe(body: nn.Module, images: Tensor) -> tuple[list[Passed], str | None]:
+    """The calls that gave maps, in order, and the name of the linear layer that gave the logits."""
+    calls: list[Passed] = []
+    linear: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            layout = layout_of(output, len(images))
+            if layout is not None:
+                calls.append(Passed(name, module, layout))
+            if isinstance(module, nn.Linear):
+                linear.append((name, inputs[0], output))
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in body.named_modules() if name]
+    try:
+        logits = body(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"{type(body).__name__} returns {got}, expected logits of shape (batch, classes); wrap it in a "
+            "module that returns them"
+        )
+    for name, inputs, output in reversed(linear):
+        if inputs.ndim == 2 and output.shape == logits.shape and output.equal(logits):
+            return calls, name
+    return calls, None
+
+
+def _named(body: nn.Module, calls: Sequence[Passed], name: str) -> Passed:
+    for call in reversed(calls):
+        if call.name == name:
+            return call
+    known = [call.name for call in calls]
+    raise UserError(
+        f"tap '{name}' of {type(body).__name__} gives no map; expected submodules whose output is "
+        f"(B, C, H, W), (B, H, W, C) or square tokens (B, N, C), such as {', '.join(known[-4:]) or 'none here'}"
+    )

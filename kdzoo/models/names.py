@@ -1,0 +1,72 @@
+"""What networks are called here: short names for timm's, and the names of the 32x32 nets."""
+
+from __future__ import annotations
+
+import timm
+
+# Where a short name is also timm's, the short name wins: vgg13 is the one of the CIFAR tables.
+SHORT = {
+    "vit_t": "vit_tiny_patch16_224",
+    "vit_s": "vit_small_patch16_224",
+    "vit_b": "vit_base_patch16_224",
+    "deit_t": "deit_tiny_patch16_224",
+    "deit_s": "deit_small_patch16_224",
+    "deit_b": "deit_base_patch16_224",
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "swin_nano": "swin_nano_patch4_window7_224",
+    "swin_pico": "swin_pico_patch4_window7_224",
+    "mixer_s16": "mixer_s16_224",
+    "mixer_b16": "mixer_b16_224",
+    "resmlp_s12": "resmlp_12_224",
+    "resmlp_s24": "resmlp_24_224",
+    "convnext_t": "convnext_tiny",
+    "convnext_s": "convnext_small",
+    "convnext_b": "convnext_base",
+    "mobilenetv1": "mobilenetv1_100",
+    "mobilenetv2": "mobilenetv2_100",
+    "efficientnet_b0": "efficientnet_b0",
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet50": "resnet50",
+    "resnet101": "resnet101",
+    "resnet152": "resnet152",
+    "resnet8": "resnet8",
+    "resnet14": "resnet14",
+    "resnet20": "resnet20",
+    "resnet32": "resnet32",
+    "resnet44": "resnet44",
+    "resnet56": "resnet56",
+    "resnet110": "resnet110",
+    "resnet8x4": "resnet8x4",
+    "resnet32x4": "resnet32x4",
+    "resnet50_cifar": "resnet50_cifar",
+    "wrn_16_1": "wrn_16_1",
+    "wrn_16_2": "wrn_16_2",
+    "wrn_40_1": "wrn_40_1",
+    "wrn_40_2": "wrn_40_2",
+    "vgg8": "vgg8_cifar",
+    "vgg11": "vgg11_cifar",
+    "vgg13": "vgg13_cifar",
+    "vgg16": "vgg16_cifar",
+    "vgg19": "vgg19_cifar",
+    "shufflenetv1": "shufflenetv1",
+    "shufflenetv2": "shufflenetv2",
+    "mobilenetv2_half": "mobilenetv2_half",
+}
+
+
+def short_names() -> dict[str, str]:
+    """Short names and the names by which timm knows the same networks."""
+    return dict(SHORT)
+
+
+def resolve(name: str) -> str:
+    """The name by which timm knows the network; a name that is not short stays as it is."""
+    return SHORT.get(name, name)
+
+
+def known() -> set[str]:
+    """Every name that ``create`` takes without a colon."""
+    return {*SHORT, *timm.list_models()}

@@ -1,0 +1,191 @@
+"""Any network as distillers see it: images in [0, 1] in, logits, embedding and four feature maps out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo.distiller import Output
+from kdzoo.errors import UserError
+from kdzoo.models.hook_reader import HookReader
+from kdzoo.models.maps import CannotRead
+from kdzoo.models.timm_reader import TimmReader, speaks_timm
+
+PROBE_BATCH = 2
+
+# What constructors and forwards raise on sizes that they do not suit.
+FAILURES = (
+    CannotRead,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Network(nn.Module):
+    """A classifier with its input normalisation and its input size inside.
+
+    ``body`` is the bare network, and the only part with a state: its ``state_dict`` is what is saved.
+    ``wants_features`` chooses between the pass that also gives the maps and the plain one. The outputs are
+    float32 whatever the precision inside.
+
+    Args:
+        body: normalised images (B, 3, H, W) -> logits (B, K).
+        name: what it is called.
+        image_size: side in pixels of what ``body`` reads.
+        mean: per channel of images in [0, 1].
+        std: the same.
+        resize: whether images of any other size are brought to ``image_size`` inside.
+        taps: submodules whose outputs are the four features, shallow to deep; None to find them.
+        adapted: sentences about what was changed to suit the image size.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        body: nn.Module,
+        *,
+        name: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resize: bool = True,
+        taps: Sequence[str] | None = None,
+        adapted: Sequence[str] = (),
+    ):
+        super().__init__()
+        self.name, self.image_size, self.adapted = name, image_size, tuple(adapted)
+        self.wants_features = True
+        self.body = body
+        self._resize = resize
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        with _undisturbed(self):
+            self._reader = _reader(body, self._probe(), taps)
+
+    def forward(self, images: Tensor) -> Output:
+        """(B, 3, H, W) in [0, 1] -> logits (B, K), embedding (B, D) and four maps (B, C, H, W), or none."""
+        return self._reader.read(self.body, self._prepared(images), self.wants_features).float()
+
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The linear layer that makes the logits of the embedding; None where it is not one such layer."""
+        return self._reader.classifier(self.body)
+
+    def shapes(self) -> Output:
+        """The output for a batch of two on the meta device: shapes without data."""
+        with _undisturbed(self):
+            logits, embedding, features = self._reader.read(self.body, self._probe(), True)
+        return Output(logits.to("meta"), embedding.to("meta"), tuple(f.to("meta") for f in features)).float()
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if self._resize and images.shape[-2:] != size:
+            shrinks = images.shape[-1] > self.image_size
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)
+        return (images - self.mean) / self.std
+
+    def _probe(self) -> Tensor:
+        # Numbers of its own, lest the global generator move; not zeros, lest two ways of reading agree by chance.
+        side, generator = self.image_size, torch.Generator().manual_seed(0)
+        images = torch.rand(PROBE_BATCH, 3, side, side, generator=generator, device="cpu")
+        weight = next((p for p in self.body.parameters() if p.is_floating_point()), self.mean)
+        return self._prepared(images.to(self.mean)).to(weight)
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    image_size: int,
+    num_classes: int,
+    taps: Sequence[str] | None = None,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    name: str = "custom",
+) -> Network:
+    """Any module that maps images (B, 3, H, W) to logits (B, K), as a ``Network``.
+
+    Args:
+        module: the network.
+        image_size: side in pixels of what it reads; images of other sizes are resized inside.
+        num_classes: K.
+        taps: names of four submodules, shallow to deep, whose outputs are the features; None to find them.
+            Maps may be (B, C, H, W), (B, H, W, C) or tokens (B, N, C) of a square grid after prefix tokens.
+        mean: per channel of images in [0, 1], subtracted inside.
+        std: per channel, divided by inside.
+        name: what it is called.
+
+    Raises:
+        UserError: the module fails on such images, gives other than (B, K), or no four features are found.
+    """
+    if isinstance(module, Network):
+        return module
+    if taps is not None and len(taps) != 4:
+        raise UserError(f"taps of '{name}' are {len(taps)} names, expected four, from shallow to deep")
+    try:
+        network = Network(module, name=name, image_size=image_size, mean=mean, std=std, taps=taps, resize=True)
+    except CannotRead as error:
+        raise UserError(
+            f"no four feature stages found in '{name}' ({error}); pass taps=[...], the names of four of its "
+            "submodules from shallow to deep"
+        ) from None
+    except FAILURES as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"'{name}' fails on images of {image_size} pixels ({reason[0]}); pass the image_size it reads"
+        ) from error
+    classes = network.shapes().logits.shape[1]
+    if classes != num_classes:
+        raise UserError(f"'{name}' gives {classes} logits, expected {num_classes}; give it that many classes")
+    return network
+
+
+def describe(network: Network) -> dict[str, Any]:
+    """What there is to know of a network before it runs, in plain numbers and strings."""
+    shapes = network.shapes()
+    return {
+        "name": network.name,
+        "parameters": sum(p.numel() for p in network.body.parameters()),
+        "image_size": network.image_size,
+        "classes": shapes.logits.shape[1],
+        "embedding": shapes.embedding.shape[1],
+        "taps": [list(f.shape[1:]) for f in shapes.features],
+        "adapted": list(network.adapted),
+    }
+
+
+def _reader(body: nn.Module, images: Tensor, taps: Sequence[str] | None) -> TimmReader | HookReader:
+    if taps is None and speaks_timm(body):
+        try:
+            reader = TimmReader(body, images)
+            if reader.read(body, images, True).logits.allclose(body(images), rtol=1e-3, atol=1e-4):
+                return reader
+        except FAILURES:
+            pass  # hooks read what the interface does not show
+    return HookReader(body, images, taps)
+
+
+@contextmanager
+def _undisturbed(network: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients; generators and each module's mode are put back."""
+    modes = [(module, module.training) for module in network.modules()]
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    network.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,89 @@
+"""How a timm network is read: four of its intermediate maps, its embedding and its logits, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdzoo.distiller import Output
+from kdzoo.models.maps import CannotRead, Layout, Slot, as_map, layout_of, spread
+
+STEMS = ("stem", "patch_embed")  # the modules whose output makes a fourth map beside three stages
+
+
+def speaks_timm(body: nn.Module) -> bool:
+    """Whether the network has timm's interface."""
+    return all(
+        callable(getattr(body, name, None))
+        for name in ("forward_features", "forward_intermediates", "forward_head", "get_classifier")
+    )
+
+
+class TimmReader:
+    """Reads features with ``forward_intermediates`` and the embedding with ``forward_head``.
+
+    Args:
+        body: the network, in evaluation mode; ``Any`` because timm's interface has no type.
+        images: a probe, (B, 3, H, W), normalised.
+
+    Raises:
+        CannotRead: fewer than four intermediate maps.
+    """
+
+    def __init__(self, body: Any, images: Tensor):
+        final, maps = body.forward_intermediates(images, output_fmt="NCHW")
+        grids = {m.shape[2:] for m in maps}
+        count = len(maps)
+        self._stem = Slot()
+        self._stem_layout: Layout | None = None
+        if count == 3:
+            self.indices = [0, 1, 2]
+            self._watch_stem(body, images)
+        elif len(grids) == 1:
+            self.indices = spread(count)
+        elif count >= 4:
+            self.indices = list(range(count - 4, count))
+        else:
+            raise CannotRead(f"{count} intermediate maps")
+        # Pairs of classifiers (DeiT's and LeViT's distilled heads) and 1x1 convolutions are not one linear
+        # map of the embedding: there the whole head runs.
+        classifier = body.get_classifier()
+        embedding = body.forward_head(final, pre_logits=True)
+        self.linear = (
+            isinstance(classifier, nn.Linear)
+            and embedding.ndim == 2
+            and classifier(embedding).allclose(body.forward_head(final), rtol=1e-3, atol=1e-4)
+        )
+
+    def _watch_stem(self, body: Any, images: Tensor) -> None:
+        stem = next((module for name in STEMS if (module := getattr(body, name, None)) is not None), None)
+        if stem is None:
+            raise CannotRead("three stages and no stem")
+        handle = stem.register_forward_hook(self._stem.output)
+        body.forward_features(images)
+        output = self._stem.take()
+        self._stem_layout = layout_of(output, len(images))
+        if self._stem_layout is None:
+            handle.remove()
+            raise CannotRead("three stages and no map from the stem")
+
+    def read(self, body: Any, images: Tensor, features: bool) -> Output:
+        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none."""
+        maps: list[Tensor] = []
+        if features:
+            final, maps = body.forward_intermediates(images, indices=self.indices, output_fmt="NCHW")
+        else:
+            final = body.forward_features(images)
+        if self._stem_layout is not None:
+            stem = as_map(self._stem.take(), self._stem_layout)
+            maps = [stem, *maps] if features else []
+        embedding = body.forward_head(final, pre_logits=True)
+        if self.linear:
+            return Output(body.get_classifier()(embedding), embedding, tuple(maps))
+        pooled = embedding if embedding.ndim == 2 else embedding.flatten(2).mean(2)
+        return Output(body.forward_head(final), pooled, tuple(maps))
+
+    def classifier(self, body: Any) -> nn.Linear | None:
+        """The layer that makes the logits of the embedding, where there is exactly one."""
+        return body.get_classifier() if self.linear else None

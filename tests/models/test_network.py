@@ -1,0 +1,196 @@
+"""What a network promises whatever is inside: reading, wrapping, compiling, copying."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdzoo import DataSpec
+from kdzoo.errors import UserError
+from kdzoo.models import create, wrap
+
+DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+ONE_OF_EACH_KIND = [
+    "resnet8x4",
+    "wrn_16_1",
+    "vgg8",
+    "shufflenetv1",
+    "shufflenetv2",
+    "mobilenetv2_half",
+    "test_resnet",
+    "test_vit",
+    "swin_pico",
+    "test_convnext",
+    "mobilenetv2_035",
+    "mixer_s32_224",
+    "torchvision:mobilenet_v3_small",
+]
+
+
+class Tokens(nn.Module):
+    """Blocks on tokens (B, 1 + N, C), a class token first; a pass gives only logits."""
+
+    def __init__(self, depth=6):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 8, 8)
+        self.cls = nn.Parameter(torch.ones(1, 1, 8))
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x[:, 0])
+
+
+class ChannelsLast(nn.Module):
+    """Stages whose maps are (B, H, W, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(4 * w, 2 * w) for w in (3, 6, 12, 24))
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        for stage in self.stages:
+            x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(3)
+            x = stage(x)
+        return self.head(x.mean((1, 2)))
+
+
+class Flat(nn.Module):
+    """No maps at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_the_whole_pass_compiles_as_one_graph(name):
+    network = create(name, DATA).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected, got = network(IMAGES), compiled(IMAGES)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet8x4", "test_vit", "test_convnext", "torchvision:mobilenet_v3_small"])
+def test_low_precision_inside_leaves_float32_outside(name):
+    network = create(name, DATA).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(IMAGES.to(memory_format=torch.channels_last))
+    assert {output.logits.dtype, output.embedding.dtype, *(f.dtype for f in output.features)} == {torch.float32}
+    output.logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "test_vit", "torchvision:shufflenet_v2_x0_5"])
+def test_asking_for_shapes_disturbs_nothing(name):
+    network = create(name, DATA).train()
+    network.body.get_submodule(next(n for n, _ in network.body.named_children())).eval()
+    modes = [module.training for module in network.modules()]
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    generator = torch.get_rng_state()
+    shapes = network.shapes()
+    assert shapes.logits.is_meta
+    assert all(f.is_meta and len(f) == 2 for f in shapes.features)
+    assert torch.get_rng_state().equal(generator)
+    assert [module.training for module in network.modules()] == modes
+    assert all(value.equal(state[key]) for key, value in network.state_dict().items())
+
+
+def test_shapes_are_those_of_a_pass():
+    network = create("swin_pico", DATA)
+    shapes, output = network.shapes(), network(IMAGES)
+    assert shapes.embedding.shape == output.embedding.shape
+    assert [f.shape for f in shapes.features] == [f.shape for f in output.features]
+
+
+def test_images_are_normalised_inside():
+    network = create("resnet8", DATA).eval()
+    mean, std = torch.tensor(DATA.mean).view(1, 3, 1, 1), torch.tensor(DATA.std).view(1, 3, 1, 1)
+    torch.testing.assert_close(network(IMAGES).logits, network.body((IMAGES - mean) / std))
+
+
+def test_only_the_body_has_a_state():
+    network = create("resnet8", DATA)
+    assert {f"body.{key}" for key in network.body.state_dict()} == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("body", [Tokens, ChannelsLast])
+def test_a_copy_reads_its_own_body(body):
+    network = wrap(body(), image_size=32, num_classes=10).eval()
+    double = copy.deepcopy(network)
+    torch.testing.assert_close(double(IMAGES), network(IMAGES))
+    for parameter in double.parameters():
+        nn.init.zeros_(parameter)
+    assert all((f == 0).all() for f in double(IMAGES).features)
+    assert any((f != 0).any() for f in network(IMAGES).features)
+
+
+def test_tokens_become_maps_without_their_prefix():
+    body = Tokens()
+    network = wrap(body, image_size=32, num_classes=10)
+    kept = []
+    body.blocks[-1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    output = network(IMAGES)
+    assert [tuple(f.shape) for f in output.features] == [(2, 8, 4, 4)] * 4
+    torch.testing.assert_close(output.features[-1].flatten(2).transpose(1, 2), kept[0][:, 1:])
+    torch.testing.assert_close(body.head(output.embedding), output.logits)
+
+
+def test_maps_with_channels_last_become_channels_first():
+    output = wrap(ChannelsLast(), image_size=32, num_classes=10)(IMAGES)
+    assert [tuple(f.shape[1:]) for f in output.features] == [(6, 16, 16), (12, 8, 8), (24, 4, 4), (48, 2, 2)]
+    torch.testing.assert_close(output.features[-1].mean((2, 3)), output.embedding)
+
+
+def test_taps_may_be_named():
+    body = Tokens()
+    network = wrap(body, image_size=32, num_classes=10, taps=["patch", "blocks.0", "blocks.1", "blocks.2"])
+    torch.testing.assert_close(network(IMAGES).features[0], body.patch(IMAGES))
+
+
+def test_a_timm_network_is_wrapped_by_timms_own_interface():
+    body = create("test_vit", DATA).body.eval()
+    network = wrap(body, image_size=32, num_classes=10).eval()
+    torch.testing.assert_close(network(IMAGES).logits, body(IMAGES))
+    assert network.classifier is body.head
+
+
+def test_images_of_another_size_are_resized_inside():
+    network = wrap(Tokens(), image_size=32, num_classes=10)
+    assert network(torch.rand(2, 3, 48, 48)).logits.shape == (2, 10)
+    torch.testing.assert_close(network(torch.ones(2, 3, 64, 64)).logits, network(torch.ones(2, 3, 32, 32)).logits)
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "said"),
+    [
+        (Flat(), {}, "taps="),
+        (Tokens(depth=2), {}, "taps="),
+        (Tokens(), {"taps": ["patch"]}, "expected four"),
+        (Tokens(), {"taps": ["patch", "blocks.0", "blocks.1", "nowhere"]}, "nowhere"),
+        (Tokens(), {"num_classes": 11}, "gives 10 logits"),
+        (Flat(), {"image_size": 16}, "image_size"),
+        (nn.Conv2d(3, 10, 3), {}, "expected logits"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused_in_one_line(body, options, said):
+    with pytest.raises(UserError, match=said) as error:
+        wrap(body, **{"image_size": 32, "num_classes": 10, **options})
+    assert "\n" not in str(error.value)
