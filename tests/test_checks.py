@@ -1,0 +1,88 @@
+"""The conformance suite: every installed distiller passes it, and each check notices what it is for."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from kdzoo import Distiller
+from kdzoo.checks import CHECKS, Outcome, check_distiller, run_checks
+from kdzoo.errors import UserError
+from kdzoo.registry import load, names
+
+from . import broken
+
+BY_NAME = {check.__name__: check for check in CHECKS}
+BROKEN = [value for value in vars(broken).values() if isinstance(value, type) and getattr(value, "fails", "")]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=BY_NAME)
+@pytest.mark.parametrize("name", names())
+def test_every_installed_distiller_conforms(name, check):
+    distiller = load(name)
+    reason = getattr(distiller, "expected_failures", {}).get(check.__name__)
+    if reason is None:
+        check(distiller)
+    else:
+        with pytest.raises(AssertionError):
+            check(distiller)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=BY_NAME)
+def test_a_sound_distiller_passes(check):
+    check(broken.Sound)
+
+
+@pytest.mark.parametrize("distiller", BROKEN, ids=lambda distiller: distiller.__name__)
+def test_a_broken_promise_is_noticed(distiller):
+    with pytest.raises(AssertionError, match=r"^expected .+; got .+; .+$") as failure:
+        BY_NAME[distiller.fails](distiller)
+    assert "\n" not in str(failure.value)
+
+
+def test_every_check_has_a_distiller_that_fails_it():
+    assert {distiller.fails for distiller in BROKEN} == set(BY_NAME)
+
+
+def test_results_come_in_the_order_of_the_checks():
+    results = run_checks(broken.Sound)
+    assert [result.name for result in results] == list(BY_NAME)
+    assert {result.outcome for result in results} == {Outcome.PASSED}
+
+
+def test_an_expected_failure_is_none():
+    check_distiller(broken.ExpectedToFail)
+    outcomes = {result.name: result.outcome for result in run_checks(broken.ExpectedToFail)}
+    assert outcomes.pop("check_learns") == Outcome.EXPECTED_FAILURE
+    assert set(outcomes.values()) == {Outcome.PASSED}
+
+
+def test_an_expected_failure_that_passes_is_a_failure():
+    results = run_checks(broken.Sound, {"check_terms": "no more"})
+    failed = [result for result in results if result.outcome is Outcome.FAILED]
+    assert [result.name for result in failed] == ["check_terms"]
+    assert "take check_terms out" in failed[0].message
+
+
+def test_an_expected_failure_of_no_check_is_an_error():
+    with pytest.raises(UserError, match="did you mean check_terms"):
+        run_checks(broken.Sound, {"check_term": "misspelled"})
+
+
+def test_the_first_failure_is_raised_with_the_names_of_distiller_and_check():
+    with pytest.raises(AssertionError, match=r"^StrangeName, check_terms: expected a keyword"):
+        check_distiller(broken.StrangeName)
+
+
+def test_a_partial_checks_another_configuration():
+    usual: type[Distiller] = broken.HidesAWeight
+    weighed = partial(usual, gap=1.0)
+    BY_NAME["check_terms"](weighed)
+    with pytest.raises(AssertionError, match="twice the gap"):
+        BY_NAME["check_weights"](weighed)
+
+
+def test_checks_leave_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    BY_NAME["check_learns"](broken.Sound)
+    assert torch.equal(torch.get_rng_state(), before)
