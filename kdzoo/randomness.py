@@ -1,4 +1,4 @@
-"""Seeds: every random draw of the data pipeline is named by what it is for, so a resumed run repeats it."""
+"""Seeds: every random draw is named by what it is for, so a resumed run repeats it and lanes cannot disturb it."""
 
 import random
 from collections.abc import Iterator

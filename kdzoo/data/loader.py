@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import augment
-from kdzoo.data.randomness import seed_of
+from kdzoo.randomness import seed_of
 from kdzoo.data.sources import Pictures
 from kdzoo.data.stream import Streamed, stream, train_transform
 from kdzoo.data.targets import Targets

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from kdzoo.config import Augmentation
-from kdzoo.data.randomness import globally_seeded
+from kdzoo.randomness import globally_seeded
 from kdzoo.data.sources import Pictures
 from kdzoo.errors import UserError
 

@@ -4,7 +4,7 @@ from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
 
 from kdzoo.config import Protocol
-from kdzoo.data.randomness import globally_seeded
+from kdzoo.randomness import globally_seeded
 
 
 class Targets:

@@ -1,6 +1,5 @@
-"""Which device and precision to compute in, and random numbers that depend on nothing but seed and step."""
+"""Which device and precision to compute in."""
 
-import hashlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -59,9 +58,3 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which networks compute in ``precision``."""
     dtype = DTYPES[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed of 63 bits that is a function of ``parts`` and as good as independent of every other's."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -12,9 +12,10 @@ from kdzoo.config import Settings
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Output
-from kdzoo.engine.device import autocast, seed_of
+from kdzoo.engine.device import autocast
 from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.errors import UserError
+from kdzoo.randomness import seed_of
 from kdzoo.results.curves import Curves
 from kdzoo.results.folder import RunFolder
 

@@ -7,12 +7,12 @@ import torch
 
 from kdzoo import config, models
 from kdzoo.data import Dataset
-from kdzoo.engine.device import seed_of
 from kdzoo.engine.loop import evaluate
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, train_one
 from kdzoo.errors import UserError
 from kdzoo.files import cache_folder
+from kdzoo.randomness import seed_of
 from kdzoo.results.folder import RunFolder
 
 

@@ -1,5 +1,6 @@
-"""Trains one run's student and writes its folder, given the data and, where the method has one, the teacher."""
+"""Trains runs side by side and writes their folders, given the data and, where a method has one, the teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,10 +11,10 @@ from kdzoo import config, models, registry
 from kdzoo.data import Dataset
 from kdzoo.distillation import Distillation
 from kdzoo.engine import checkpoint, loop
-from kdzoo.engine.device import seed_of
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
+from kdzoo.randomness import seed_of
 from kdzoo.results.folder import Result, RunFolder
 
 
@@ -51,25 +52,48 @@ def build(settings: config.Settings, dataset: Dataset, teacher: nn.Module | None
     return distillation.to(spec.labels.device).to(memory_format=torch.channels_last)
 
 
-def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:
-    """Trains a run from where its folder stands to its end."""
-    folder = RunFolder.of(settings)
+def train_lanes(
+    runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
+) -> list[Result | UserError]:
+    """Trains runs that share data, protocol, seed and teacher side by side, each from where its folder stands.
+
+    Returns:
+        For each run its result, or why it failed; no lane's failure stops another.
+    """
     shared = None if teacher is None else SharedTeacher(teacher.network)
-    distillation = build(settings, dataset, shared)
-    loader = dataset.loader(
-        settings.protocol,
-        seed=settings.seed,
-        views=distillation.distiller.needs.views,
-        workers=settings.data.workers,
-    )
-    if teacher is not None:
-        teacher.network.wants_features = distillation.distiller.needs.features
-    folder.open(settings)
-    lane = Lane(settings, distillation.train(), folder, dataset.spec.labels.device, loader.steps_per_epoch)
-    loop.train([lane], shared, dataset, loader, progress)
-    if lane.failure is not None:
-        raise lane.failure
-    return finish(lane, dataset, teacher)
+    outcomes: dict[int, Result | UserError] = {}
+    built: dict[int, Distillation] = {}
+    for i, settings in enumerate(runs):
+        try:
+            built[i] = build(settings, dataset, shared).train()
+            RunFolder.of(settings).open(settings)
+        except UserError as error:
+            outcomes[i] = error
+    if built:
+        needs = [distillation.distiller.needs for distillation in built.values()]
+        views = tuple(sorted({view for need in needs for view in need.views}))
+        first = runs[0]
+        loader = dataset.loader(first.protocol, seed=first.seed, views=views, workers=first.data.workers)
+        if teacher is not None:
+            teacher.network.wants_features = any(need.features for need in needs)
+        device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch
+        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch) for i in built}
+        loop.train(list(lanes.values()), shared, dataset, loader, progress)
+        for i, lane in lanes.items():
+            outcomes[i] = lane.failure or finish(lane, dataset, teacher)
+    return [outcomes[i] for i in range(len(runs))]
+
+
+def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:
+    """Trains a run from where its folder stands to its end.
+
+    Raises:
+        UserError: it failed.
+    """
+    [outcome] = train_lanes([settings], dataset, teacher, progress)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:

@@ -1,0 +1,143 @@
+"""Lanes share a teacher pass and a batch, and otherwise know nothing of each other."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdzoo import config, models
+from kdzoo.data import open_dataset
+from kdzoo.engine import loop
+from kdzoo.engine.lane import Meter, SharedTeacher
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import Teacher, train_lanes
+from kdzoo.errors import UserError
+from kdzoo.results.folder import RunFolder
+
+SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
+
+
+def settings(out, distiller, *more):
+    values = {
+        "distiller": {"name": distiller},
+        "student": {"name": "resnet8"},
+        "teacher": {"name": "resnet14"},
+        "output": {"root": str(out)},
+    }
+    return config.resolve(values, [*SHORT, *more])
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return open_dataset("digits", limit=320, progress=False)
+
+
+@pytest.fixture
+def teacher(dataset):
+    torch.manual_seed(0)
+    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+
+
+def students(outcomes):
+    return [load_file(outcome.folder / "student.safetensors") for outcome in outcomes]
+
+
+def test_a_lane_ends_with_the_same_bits_as_the_run_alone(tmp_path, dataset, teacher):
+    names = ["kd", "lfcc", "none"]
+    together = train_lanes([settings(tmp_path / "a", n) for n in names], dataset, teacher, Progress(quiet=True))
+    for name, beside in zip(names, students(together), strict=True):
+        alone = train_lanes([settings(tmp_path / "b", name)], dataset, teacher, Progress(quiet=True))
+        [single] = students(alone)
+        assert all(torch.equal(beside[key], single[key]) for key in single), name
+
+
+def test_the_teacher_sees_each_batch_once_whatever_the_number_of_lanes(tmp_path, dataset, teacher):
+    shown = []
+    teacher.network.register_forward_hook(lambda _network, images, _output: shown.append(images[0]))
+    runs = [settings(tmp_path, "kd", f"distiller.temperature={t}") for t in (1, 2, 4)]
+    train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    assert len(shown) == 2 * (320 // 64)
+
+
+def test_a_lane_that_fails_stops_alone(tmp_path, dataset, teacher):
+    runs = [settings(tmp_path, "kd"), settings(tmp_path, "kd", "distiller.kd=.inf"), settings(tmp_path, "none")]
+    good, bad, other = train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    assert isinstance(bad, UserError)
+    assert "'kd' is not finite at step 0" in str(bad)
+    assert good.epochs == other.epochs == 2
+    assert RunFolder.of(runs[1]).read_result() is None
+
+
+def test_a_method_that_does_not_fit_fails_before_training_and_alone(tmp_path, dataset, teacher):
+    runs = [settings(tmp_path, "lfcc", "distiller.stages=[7]"), settings(tmp_path, "kd")]
+    bad, good = train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    assert "stages" in str(bad)
+    assert good.epochs == 2
+
+
+def test_a_shared_pass_is_forgotten_between_steps():
+    class Counter(torch.nn.Module):
+        def forward(self, images):
+            self.calls = getattr(self, "calls", 0) + 1
+            return images
+
+    counter = Counter()
+    shared, images = SharedTeacher(counter), torch.rand(2, 3, 4, 4)
+    with torch.no_grad():
+        shared(images), shared(images), shared(images.clone())
+        assert counter.calls == 2
+        shared.forget()
+        shared(images)
+        assert counter.calls == 3
+    shared(images.requires_grad_()), shared(images)  # with a graph, each lane has its own pass
+    assert counter.calls == 5
+
+
+def test_a_meter_names_the_first_term_that_went_bad():
+    meter = Meter(torch.device("cpu"))
+    for step in range(6):
+        meter.add({"ce": torch.tensor(1.0), "kd": torch.tensor(float("nan") if step >= 4 else step)}, step)
+    with pytest.raises(UserError, match="'kd' is not finite at step 4"):
+        meter.read()
+    fine = Meter(torch.device("cpu"))
+    for step in range(4):
+        fine.add({"ce": torch.tensor(float(step))}, step)
+    assert fine.read() == {"ce": 1.5}
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, dataset, teacher, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kdzoo.engine.lane.Lane.step", full)
+    [outcome] = train_lanes([settings(tmp_path, "kd")], dataset, teacher, Progress(quiet=True))
+    assert "out of memory with batches of 64 on cpu; lower --batch-size" in str(outcome)
+
+
+def test_another_error_is_no_users_mistake(tmp_path, dataset, teacher, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("kdzoo.engine.lane.Lane.step", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_lanes([settings(tmp_path, "kd")], dataset, teacher, Progress(quiet=True))
+
+
+def test_measuring_counts_the_whole_test_set(dataset):
+    class Oracle(torch.nn.Module):
+        def forward(self, images):
+            rank = self.labels[self.seen : self.seen + len(images)]
+            self.seen += len(images)
+            logits = torch.zeros(len(images), 10).scatter(1, rank[:, None], 1.0)
+            logits[::4] = -logits[::4]  # every fourth is ranked last
+            return type("Output", (), {"logits": logits})
+
+    oracle = Oracle()
+    oracle.seen, oracle.labels = 0, torch.cat([labels for _, labels in dataset.test_batches(256)])
+    top1, top5 = loop.evaluate(oracle, dataset, "float32", batch_size=100)
+    assert top1 == top5 == pytest.approx(75.0)
+
+
+def test_curves_are_written_where_asked(tmp_path, dataset, teacher):
+    run = settings(tmp_path, "kd", "output.tensorboard=true")
+    [result] = train_lanes([run], dataset, teacher, Progress(quiet=True))
+    assert len(list(result.folder.glob("events.out.tfevents.*"))) == 1
