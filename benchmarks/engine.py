@@ -49,7 +49,8 @@ def engine_steps(settings: config.Settings, dataset: Dataset, teacher: models.Ne
 
 def bare_steps(settings: config.Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
     """The same tensor operations with nothing around them."""
-    student = build(settings, dataset, teacher).student.train()
+    student = build(settings, dataset, SharedTeacher(teacher)).student.train()
+    assert dataset.train_pixels is not None
     pixels = dataset.train_pixels
     labels, device = dataset.spec.labels, dataset.spec.labels.device
     size, rows = settings.protocol.batch_size, torch.arange(32, device=device)
@@ -116,6 +117,7 @@ def main() -> None:
         return models.create(name, dataset.spec).to(device).to(memory_format=torch.channels_last)
 
     teacher = network(arguments.teacher).eval().requires_grad_(False)
+    assert dataset.train_pixels is not None
     pictures = Pictures(
         dataset.train_pixels.cpu().numpy(),
         dataset.spec.labels.cpu().numpy(),

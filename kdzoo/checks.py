@@ -20,18 +20,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import cache, partial, wraps
+from functools import wraps
 from inspect import Parameter, signature
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from kdzoo import toys
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.distiller import Batch, Distiller, Fidelity, Output
 from kdzoo.errors import unknown
 
 Check = Callable[[type[Distiller]], None]
@@ -64,7 +63,7 @@ def run_checks(distiller: type[Distiller], expected_failures: Mapping[str, str] 
     Raises:
         UserError: an expected failure names no check.
     """
-    reasons = {**getattr(_class(distiller), "expected_failures", {}), **expected_failures}
+    reasons = {**getattr(toys.class_of(distiller), "expected_failures", {}), **expected_failures}
     known = {check.__name__: check for check in CHECKS}
     for name in reasons.keys() - known.keys():
         raise unknown("check", name, known)
@@ -75,7 +74,7 @@ def check_distiller(distiller: type[Distiller]) -> None:
     """Raises an ``AssertionError`` for the first check that fails and is not expected to."""
     for result in run_checks(distiller):
         if result.outcome is Outcome.FAILED:
-            raise AssertionError(f"{_class(distiller).__name__}, {result.name}: {result.message}")
+            raise AssertionError(f"{toys.class_of(distiller).__name__}, {result.name}: {result.message}")
 
 
 def _result(name: str, check: Check, distiller: type[Distiller], reason: str | None) -> CheckResult:
@@ -142,7 +141,7 @@ def _expect_finite(together: Distillation, batch: Batch, where: str) -> None:
         remedy = "guard divisions, logs and roots; use log_softmax"
         for name, term in terms.items():
             _expect(bool(term.isfinite()), f"a finite '{name}' for {where}", term.item(), remedy)
-        _total(terms).backward()
+        toys.total(terms).backward()
         remedy = "guard abs, sqrt and norms, whose gradient at 0 is not finite"
         for name, parameter in together.named_parameters():
             finite = parameter.grad is None or bool(parameter.grad.isfinite().all())
@@ -158,13 +157,17 @@ def _expect_equal(terms: Terms, others: Terms, when: str, remedy: str, tolerance
     _expect(same, f"the same terms {when}", " against ".join(shown), remedy)
 
 
+def _keywords(distiller: Callable[..., Distiller]) -> dict[str, Parameter]:
+    return {p.name: p for p in signature(distiller).parameters.values() if p.kind is Parameter.KEYWORD_ONLY}
+
+
 # What a distiller is
 
 
 @_check
 def check_documented(distiller: type[Distiller]) -> None:
     """Module and class say what they are, and every keyword has a default, a type and a line in Args."""
-    cls = _class(distiller)
+    cls = toys.class_of(distiller)
     paper, fidelity = getattr(cls, "paper", None), getattr(cls, "fidelity", None)
     _expect(bool(sys.modules[cls.__module__].__doc__), "a docstring of the module", "none", "say what it does")
     _expect(
@@ -188,13 +191,13 @@ def check_documented(distiller: type[Distiller]) -> None:
 @_check
 def check_needs(distiller: type[Distiller]) -> None:
     """It runs on exactly what its needs name: the teacher, the features and the views."""
-    student, teacher = Toy(STUDENT), Toy(TEACHER)
-    method = _build(distiller, student, teacher)
-    batch, needs = _batch(), method.needs
+    student, teacher = toys.Toy(toys.STUDENT), toys.Toy(toys.TEACHER)
+    method = toys.build(distiller, student, teacher)
+    batch, needs = toys.batch_of(), method.needs
     strange = set(needs.views) - batch.views.keys()
     _expect(not strange, f"views among {', '.join(batch.views)}", strange, "mend needs.views")
     batch = batch._replace(views={name: batch.views[name] for name in needs.views})
-    together = Distillation(student, teacher if needs.teacher else Absent(), method).train()
+    together = Distillation(student, teacher if needs.teacher else toys.Absent(), method).train()
     together.prepare([batch])
     _expect_finite(together, batch, f"no more than {needs}")
 
@@ -202,7 +205,7 @@ def check_needs(distiller: type[Distiller]) -> None:
 @_check
 def check_terms(distiller: type[Distiller]) -> None:
     """The loss is a dict of float32 scalars, each named after the keyword that is its weight."""
-    terms, keywords = _distillation(distiller)(_batch()), _keywords(distiller)
+    terms, keywords = toys.distillation(distiller)(toys.batch_of()), _keywords(distiller)
     _expect(isinstance(terms, dict) and len(terms) > 0, "a dict of terms", terms, "return {'ce': ...}")
     for name, term in terms.items():
         known = f"the keywords {', '.join(keywords)}"
@@ -217,21 +220,21 @@ def check_weights(distiller: type[Distiller]) -> None:
     """A term grows in proportion to the keyword of its name, and a weight of 0 leaves nothing of it."""
     defaults = {name: keyword.default for name, keyword in _keywords(distiller).items()}
     weights = {name: value for name, value in defaults.items() if type(value) in (int, float)}
-    usual = _distillation(distiller)(_batch())
+    usual = toys.distillation(distiller)(toys.batch_of())
     for name, default in weights.items():
         if name not in usual and (default != 0 or type(default) is int):
             continue  # a number that weighs no term
         weight = default or 0.5
-        terms = _distillation(distiller, {name: weight})(_batch())
+        terms = toys.distillation(distiller, {name: weight})(toys.batch_of())
         if name not in terms:
             continue
-        double = _distillation(distiller, {name: 2 * weight})(_batch())
+        double = toys.distillation(distiller, {name: 2 * weight})(toys.batch_of())
         remedy = f"multiply the term by self.{name}, once"
         _expect_equal({name: 2 * terms[name]}, {name: double[name]}, f"at twice the {name}", remedy, 1e-4)
-        without = _distillation(distiller, {name: 0.0})
-        rest = without(_batch()).get(name, torch.zeros(()))
+        without = toys.distillation(distiller, {name: 0.0})
+        rest = without(toys.batch_of()).get(name, torch.zeros(()))
         _expect(rest.item() == 0, f"no '{name}' at a weight of 0", rest.item(), "skip the term where it is 0")
-        grads = torch.autograd.grad(rest, _trained(without), allow_unused=True) if rest.requires_grad else ()
+        grads = torch.autograd.grad(rest, toys.trained(without), allow_unused=True) if rest.requires_grad else ()
         still = all(grad is None or not grad.any() for grad in grads)
         _expect(still, f"no gradient of '{name}' at a weight of 0", "one", "skip the term where it is 0")
 
@@ -242,10 +245,10 @@ def check_weights(distiller: type[Distiller]) -> None:
 @_check
 def check_feature_shapes(distiller: type[Distiller]) -> None:
     """Any student goes with any teacher: other widths, other grids, odd grids, 1x1 maps, tokens."""
-    for where, (student, teacher) in PAIRS.items():
+    for where, (student, teacher) in toys.PAIRS.items():
         with _promising(f"finite terms for {where}"):
-            together = _distillation(distiller, student=Toy(student), teacher=Toy(teacher))
-        _expect_finite(together, _batch(), where)
+            together = toys.distillation(distiller, student=toys.Toy(student), teacher=toys.Toy(teacher))
+        _expect_finite(together, toys.batch_of(), where)
 
 
 @_check
@@ -253,22 +256,22 @@ def check_class_counts(distiller: type[Distiller]) -> None:
     """Any number of classes goes, an odd one too."""
     for classes in (2, 10, 67, 101):
         with _promising(f"finite terms for {classes} classes"):
-            together = _distillation(distiller, classes=classes)
-        _expect_finite(together, _batch(classes=classes), f"{classes} classes")
+            together = toys.distillation(distiller, classes=classes)
+        _expect_finite(together, toys.batch_of(classes=classes), f"{classes} classes")
 
 
 @_check
 def check_batch_sizes(distiller: type[Distiller]) -> None:
     """A batch may be larger or smaller than the one before."""
-    together = _distillation(distiller)
+    together = toys.distillation(distiller)
     for size in (8, 2):
-        _expect_finite(together, _batch(size=size), f"a batch of {size}")
+        _expect_finite(together, toys.batch_of(size=size), f"a batch of {size}")
 
 
 @_check
 def check_mixed_targets(distiller: type[Distiller]) -> None:
     """Images, and with them targets, may be mixed and smoothed."""
-    _expect_finite(_distillation(distiller), _batch(mixed=True), "mixed images and smoothed targets")
+    _expect_finite(toys.distillation(distiller), toys.batch_of(mixed=True), "mixed images and smoothed targets")
 
 
 @_check
@@ -282,8 +285,8 @@ def check_extreme_values(distiller: type[Distiller]) -> None:
         ("a teacher of zeros", normal, zeros, 1.0),
         ("logits of 1e4", normal, normal, 1e4),
     ):
-        students, teachers = Replay(STUDENT, student, scale), Replay(TEACHER, teacher, scale)
-        _expect_finite(_distillation(distiller, student=students, teacher=teachers), _batch(), where)
+        students, teachers = toys.Replay(toys.STUDENT, student, scale), toys.Replay(toys.TEACHER, teacher, scale)
+        _expect_finite(toys.distillation(distiller, student=students, teacher=teachers), toys.batch_of(), where)
 
 
 # What it must leave alone
@@ -292,15 +295,15 @@ def check_extreme_values(distiller: type[Distiller]) -> None:
 @_check
 def check_gradients(distiller: type[Distiller]) -> None:
     """All that the loss trains is a parameter, and all that ships or belongs to the method is trained."""
-    together = _distillation(distiller)
+    together = toys.distillation(distiller)
     trained = {id(p): name for name, p in together.named_parameters() if p.requires_grad}
-    shipped = _leaves(together.deploy()(_batch().images).logits)
+    shipped = toys.leaves(together.deploy()(toys.batch_of().images).logits)
     wanted = {id(p) for p in (*together.distiller.parameters(), *shipped)}
     moved: set[int] = set()
     for seed in range(4):
         together.zero_grad()
-        loss = _total(together(_batch(seed, progress=(seed + 1) / 5)))
-        strays = [tuple(leaf.shape) for leaf in _leaves(loss) if id(leaf) not in trained]
+        loss = toys.total(together(toys.batch_of(seed, progress=(seed + 1) / 5)))
+        strays = [tuple(leaf.shape) for leaf in toys.leaves(loss) if id(leaf) not in trained]
         _expect(not strays, "all that trains to be a parameter", f"others of shape {strays}", "register them")
         loss.backward()
         moved |= {id(p) for p in together.parameters() if p.grad is not None and p.grad.any()}
@@ -311,9 +314,9 @@ def check_gradients(distiller: type[Distiller]) -> None:
 @_check
 def check_teacher_frozen(distiller: type[Distiller]) -> None:
     """The teacher stays as it is: no gradient, no new values, evaluation mode."""
-    teacher = Toy(TEACHER)
+    teacher = toys.Toy(toys.TEACHER)
     before = copy.deepcopy(teacher.state_dict())
-    _train(_distillation(distiller, teacher=teacher), steps=2)
+    toys.train(toys.distillation(distiller, teacher=teacher), steps=2)
     remedy = "take the teacher as given, and copy what you train"
     changed = [name for name, value in teacher.state_dict().items() if not torch.equal(value, before[name])]
     _expect(not changed, "the teacher's values as before", f"new ones in {changed}", remedy)
@@ -326,7 +329,7 @@ def check_teacher_frozen(distiller: type[Distiller]) -> None:
 @_check
 def check_inputs_unchanged(distiller: type[Distiller]) -> None:
     """Nothing is written into batch and outputs, which others read too, and the student keeps its mode."""
-    together, batch = _distillation(distiller), _batch()
+    together, batch = toys.distillation(distiller), toys.batch_of()
     seen: list[tuple[Tensor, Tensor]] = []  # what a distiller is given, and a copy of it
 
     def keep(*values: Tensor) -> None:
@@ -346,12 +349,12 @@ def check_inputs_unchanged(distiller: type[Distiller]) -> None:
 @_check
 def check_deterministic(distiller: type[Distiller]) -> None:
     """The same seed gives the same loss, and the seed stays the caller's."""
-    first, second = _distillation(distiller), _distillation(distiller)
+    first, second = toys.distillation(distiller), toys.distillation(distiller)
     remedy = "draw from torch's own generator, and never set its seed"
-    _expect_equal(_seeded(first, 5), _seeded(second, 5), "from the same seed", remedy)
+    _expect_equal(toys.seeded(first, 5), toys.seeded(second, 5), "from the same seed", remedy)
     drawn = []
     for seed in (1, 2):
-        _seeded(first, seed)
+        toys.seeded(first, seed)
         drawn.append(torch.rand(()).item())
     _expect(drawn[0] != drawn[1], "other numbers after another seed", "the same", remedy)
 
@@ -362,15 +365,15 @@ def check_deterministic(distiller: type[Distiller]) -> None:
 @_check
 def check_float32(distiller: type[Distiller]) -> None:
     """Losses are computed in float32, and a network's own bfloat16 changes them little."""
-    together = _distillation(distiller)
+    together = toys.distillation(distiller)
     with _Narrow() as narrow:
-        together(_batch())
+        together(toys.batch_of())
     _expect(not narrow.found, "float32 alone", f"less from {sorted(narrow.found)}", "drop the conversion")
-    exact, rounded = (_distillation(distiller, teacher=copy.deepcopy(_taught())) for _ in range(2))
+    exact, rounded = (toys.distillation(distiller, teacher=copy.deepcopy(toys.taught())) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        terms = rounded(_batch(size=8))
+        terms = rounded(toys.batch_of(size=8))
     remedy = "look for steps and cancellation"
-    _expect_equal(terms, exact(_batch(size=8)), "from bfloat16 networks, to a tenth", remedy, 0.1)
+    _expect_equal(terms, exact(toys.batch_of(size=8)), "from bfloat16 networks, to a tenth", remedy, 0.1)
 
 
 class _Narrow(TorchFunctionMode):
@@ -390,8 +393,8 @@ class _Narrow(TorchFunctionMode):
 @_check
 def check_meta(distiller: type[Distiller]) -> None:
     """It follows .to(device), constants too, and runs on the meta device, where only shapes exist."""
-    together = _distillation(distiller, prepared=False).to("meta")
-    for name, term in together(_to_meta(_batch())).items():
+    together = toys.distillation(distiller, prepared=False).to("meta")
+    for name, term in together(toys.to_meta(toys.batch_of())).items():
         _expect(term.device.type == "meta", f"'{name}' on the meta device", term.device, "use register_buffer")
 
 
@@ -399,16 +402,16 @@ def check_meta(distiller: type[Distiller]) -> None:
 def check_compiles(distiller: type[Distiller]) -> None:
     """It compiles as one graph, once for all batches, and then gives what it gives without."""
     torch.compiler.reset()
-    plain, inner = _distillation(distiller), _distillation(distiller)
+    plain, inner = toys.distillation(distiller), toys.distillation(distiller)
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     for step in (1, 2, 3):
-        terms = _seeded(plain, step)
-        _total(terms).backward()
+        terms = toys.seeded(plain, step)
+        toys.total(terms).backward()
         with torch.compiler.set_stance("default" if step == 1 else "fail_on_recompile"):
-            others = _seeded(compiled, step)
-        _total(others).backward()
+            others = toys.seeded(compiled, step)
+        toys.total(others).backward()
         _expect_equal(others, terms, "compiled and not", "look for state that lives in Python", 1e-4)
-    slopes = [{"gradient": nn.utils.get_total_norm(_gradients(each))} for each in (inner, plain)]
+    slopes = [{"gradient": nn.utils.get_total_norm(toys.gradients(each))} for each in (inner, plain)]
     _expect_equal(slopes[0], slopes[1], "compiled and not", "look at custom autograd functions", 1e-3)
 
 
@@ -418,34 +421,34 @@ def check_compiles(distiller: type[Distiller]) -> None:
 @_check
 def check_state(distiller: type[Distiller]) -> None:
     """A fresh instance that loads a saved state goes on where the saved one stopped."""
-    saved, fresh = _distillation(distiller), _distillation(distiller, seed=9, prepared=False)
-    _train(saved, steps=2)
+    saved, fresh = toys.distillation(distiller), toys.distillation(distiller, seed=9, prepared=False)
+    toys.train(saved, steps=2)
     file = io.BytesIO()
     torch.save(saved.state_dict(), file)
     file.seek(0)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     remedy = "keep all state in parameters and buffers"
-    _expect_equal(_seeded(fresh, 5), _seeded(saved, 5), "after saving and loading", remedy)
+    _expect_equal(toys.seeded(fresh, 5), toys.seeded(saved, 5), "after saving and loading", remedy)
 
 
 @_check
 def check_copies(distiller: type[Distiller]) -> None:
     """It can be pickled and copied in the midst of training."""
-    together = _distillation(distiller)
-    _train(together, steps=1)
+    together = toys.distillation(distiller)
+    toys.train(together, steps=1)
     pickled, copied = pickle.loads(pickle.dumps(together)), copy.deepcopy(together)
-    terms = _seeded(together, 5)
+    terms = toys.seeded(together, 5)
     remedy = "keep all state in parameters and buffers"
-    _expect_equal(_seeded(pickled, 5), terms, "after being pickled", remedy)
-    _expect_equal(_seeded(copied, 5), terms, "after being copied", remedy)
+    _expect_equal(toys.seeded(pickled, 5), terms, "after being pickled", remedy)
+    _expect_equal(toys.seeded(copied, 5), terms, "after being copied", remedy)
 
 
 @_check
 def check_learns(distiller: type[Distiller]) -> None:
     """On an easy problem the loss falls, and what ships comes to agree with labels or teacher."""
-    teacher = copy.deepcopy(_taught())
-    together = _distillation(distiller, teacher=teacher)
-    test = _batch(seed=999, size=32)
+    teacher = copy.deepcopy(toys.taught())
+    together = toys.distillation(distiller, teacher=teacher)
+    test = toys.batch_of(seed=999, size=32)
     answers = torch.stack([test.labels, teacher(test.images).logits.argmax(1)])
 
     def standing() -> tuple[float, float]:
@@ -453,10 +456,10 @@ def check_learns(distiller: type[Distiller]) -> None:
         shipped = copy.deepcopy(now.deploy()).eval()(test.images)
         _expect(isinstance(shipped, Output), "deploy to ship images -> Output", type(shipped), "mend deploy")
         agreement = (shipped.logits.argmax(1) == answers).float().mean(1).max().item()
-        return _total(_seeded(now, 5, size=32)).item(), agreement
+        return toys.total(toys.seeded(now, 5, size=32)).item(), agreement
 
     loss_before, agreement_before = standing()
-    _train(together, steps=60, size=16)
+    toys.train(together, steps=60, size=16)
     loss, agreement = standing()
     falls, learns = loss < loss_before - 0.1 * abs(loss_before), agreement > max(0.6, agreement_before)
     remedy = "look at the sign and the scale of each term"
@@ -465,210 +468,3 @@ def check_learns(distiller: type[Distiller]) -> None:
 
 
 CHECKS: tuple[Check, ...] = tuple(_declared)
-
-
-# The toy problem
-
-
-class Shape(NamedTuple):
-    """The four stages of a toy network."""
-
-    widths: tuple[int, int, int, int]
-    grids: tuple[tuple[int, int], ...] = ((8, 8), (4, 4), (2, 2), (1, 1))
-    tokens: bool = False  # features lie in memory as (B, H, W, C), as a transformer leaves them
-
-
-STUDENT, TEACHER = Shape((6, 8, 8, 12)), Shape((8, 12, 16, 20))
-FINE, ODD, DOTS, PLAIN = ((16, 16), (8, 8), (4, 4), (2, 2)), ((7, 5),) * 4, ((1, 1),) * 4, ((4, 4),) * 4
-PAIRS = {
-    "the same shapes": (STUDENT, STUDENT),
-    "other widths": (STUDENT, TEACHER),
-    "a narrower teacher": (TEACHER, STUDENT),
-    "a finer teacher": (STUDENT, TEACHER._replace(grids=FINE)),
-    "a coarser teacher": (STUDENT._replace(grids=FINE), TEACHER),
-    "7x5 maps": (STUDENT._replace(grids=ODD), TEACHER._replace(grids=ODD)),
-    "7x5 maps under tokens": (STUDENT._replace(grids=ODD), Shape((20,) * 4, PLAIN, tokens=True)),
-    "1x1 maps": (STUDENT._replace(grids=DOTS), TEACHER._replace(grids=DOTS)),
-    "a pyramid under tokens": (STUDENT, Shape((20,) * 4, PLAIN, tokens=True)),
-    "tokens under a pyramid": (Shape((12,) * 4, PLAIN, tokens=True), TEACHER),
-}
-
-
-class Toy(nn.Module):
-    """A small convolutional network, read as those of ``kdzoo.models`` are."""
-
-    def __init__(self, shape: Shape, classes: int = 4):
-        super().__init__()
-        self.shape, self.wants_features = shape, True
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out), nn.GELU())
-            for fan_in, fan_out in pairwise((3, *shape.widths))
-        )
-        self.classifier = nn.Linear(shape.widths[-1], classes)
-
-    def forward(self, images: Tensor) -> Output:
-        x, features = images, []
-        for stage, grid in zip(self.stages, self.shape.grids, strict=True):
-            x = F.adaptive_avg_pool2d(stage(x), grid)
-            if self.shape.tokens:
-                x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-            features.append(x)
-        embedding = x.mean((2, 3))
-        return Output(self.classifier(embedding), embedding, tuple(features) if self.wants_features else ())
-
-
-class Replay(nn.Module):
-    """A network that shows the same rows whatever the images, and collects the gradients on them."""
-
-    def __init__(self, shape: Shape, make: Callable[..., Tensor], scale: float):
-        super().__init__()
-        self.wants_features = True
-        features = [make(4, width, *grid) for width, grid in zip(shape.widths, shape.grids, strict=True)]
-        self.rows = nn.ParameterList([make(4, 4) * scale, make(4, shape.widths[-1]), *features])
-        self.classifier = nn.Linear(shape.widths[-1], 4)
-
-    def forward(self, images: Tensor) -> Output:
-        picks = torch.arange(len(images)) % 4
-        logits, embedding, *features = (rows[picks] for rows in self.rows)
-        return Output(logits, embedding, tuple(features))
-
-
-class Absent(nn.Module):
-    """The teacher of a method that needs none."""
-
-    def forward(self, images: Tensor) -> Output:
-        raise RuntimeError("it asks a teacher; its needs say that there is none")
-
-
-def _distillation(
-    distiller: type[Distiller],
-    keywords: Mapping[str, Any] = {},
-    *,
-    student: "Toy | Replay | None" = None,
-    teacher: "Toy | Replay | None" = None,
-    seed: int = 0,
-    classes: int = 4,
-    prepared: bool = True,
-) -> Distillation:
-    """A seeded toy pair, which shows all there is, under a distiller that is ready to train."""
-    torch.manual_seed(seed)
-    student, teacher = student or Toy(STUDENT, classes), teacher or Toy(TEACHER, classes)
-    method = _build(distiller, student, teacher, classes, keywords)
-    together = Distillation(student, teacher, method).train()
-    student.wants_features = teacher.wants_features = True
-    if prepared:
-        together.prepare([_batch(seed=101, classes=classes), _batch(seed=102, classes=classes)])
-    torch.manual_seed(seed)
-    return together
-
-
-def _build(
-    distiller: type[Distiller],
-    student: nn.Module,
-    teacher: nn.Module,
-    classes: int = 4,
-    keywords: Mapping[str, Any] = {},
-) -> Distiller:
-    """The distiller of a pair; one that needs no teacher is told of the student twice."""
-    reference = teacher if _class(distiller).needs.teacher else student
-    return distiller(_shapes(student), _shapes(reference), _data(classes), **keywords)
-
-
-def _data(classes: int = 4) -> DataSpec:
-    names = tuple(f"class {k}" for k in range(classes))
-    labels = torch.arange(max(64, 2 * classes)) % classes
-    return DataSpec("toy", classes, names, 8, labels, superclasses=tuple(k // 2 for k in range(classes)))
-
-
-def _batch(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0.5, mixed: bool = False) -> Batch:
-    """A batch whose classes differ in colour, with every view there is."""
-    random = torch.Generator().manual_seed(seed)
-    labels = _data(classes).labels
-    index = torch.randperm(len(labels), generator=random)[:size]
-    labels = labels[index]
-    colours = torch.rand(classes, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    images = 0.7 * colours[labels] + 0.3 * torch.rand(size, 3, 8, 8, generator=random)
-    targets, partner = F.one_hot(labels, classes).float(), None
-    if mixed:
-        partner = torch.arange(size).flip(0)
-        images = 0.7 * images + 0.3 * images[partner]
-        targets = 0.9 * (0.7 * targets + 0.3 * targets[partner]) + 0.1 / classes
-    turned = torch.stack([images.rot90(turns, (2, 3)) for turns in range(4)], 1)
-    views = {"weak": images.flip(3), "strong": images * 0.8, "rotations": turned}
-    return Batch(images, labels, targets, index, torch.tensor(progress), views, partner)
-
-
-def _shapes(network: nn.Module) -> Output:
-    """A network's output for one image, on the meta device."""
-    with torch.no_grad():
-        return _to_meta(copy.deepcopy(network).eval()(torch.zeros(1, 3, 8, 8)))
-
-
-def _to_meta(value: Any) -> Any:
-    """The same tuples and dicts, their tensors on the meta device."""
-    if isinstance(value, dict):
-        return {key: _to_meta(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        items = [_to_meta(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value.to("meta") if isinstance(value, Tensor) else value
-
-
-def _seeded(together: Callable[[Batch], dict[str, Tensor]], seed: int, size: int = 4) -> dict[str, Tensor]:
-    """The terms of a batch and of random numbers that are the seed's own, seed tenths into training."""
-    torch.manual_seed(seed)
-    return together(_batch(seed, size, progress=seed / 10))
-
-
-def _total(terms: Terms) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
-
-
-def _trained(together: Distillation) -> list[nn.Parameter]:
-    return [p for p in together.parameters() if p.requires_grad]
-
-
-def _gradients(together: nn.Module) -> list[Tensor]:
-    return [p.grad for p in together.parameters() if p.grad is not None]
-
-
-def _train(together: Distillation, steps: int, size: int = 4) -> None:
-    optimizer = torch.optim.Adam(_trained(together), lr=0.01)
-    for step in range(steps):
-        optimizer.zero_grad()
-        _total(together(_batch(seed=step, size=size, progress=step / steps))).backward()
-        optimizer.step()
-
-
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors that a loss's backward pass ends in."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes.extend(following for following, _ in node.next_functions)
-            if hasattr(node, "variable"):
-                yield node.variable
-
-
-@cache
-def _taught() -> Toy:
-    """A teacher of the toy problem."""
-    torch.manual_seed(7)
-    teacher = Toy(TEACHER)
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    for seed in range(60):
-        batch = _batch(seed, size=16)
-        optimizer.zero_grad()
-        F.cross_entropy(teacher(batch.images).logits, batch.labels).backward()
-        optimizer.step()
-    return teacher.eval()
-
-
-def _class(distiller: Any) -> type[Distiller]:
-    return _class(distiller.func) if isinstance(distiller, partial) else distiller
-
-
-def _keywords(distiller: Callable[..., Distiller]) -> dict[str, Parameter]:
-    return {p.name: p for p in signature(distiller).parameters.values() if p.kind is Parameter.KEYWORD_ONLY}

@@ -64,7 +64,7 @@ class Distillation(nn.Module):
         self.student, self.teacher, self.distiller = student, teacher, distiller
         for network in (student, teacher):
             if network is not None and hasattr(network, "wants_features"):
-                network.wants_features = needs.features
+                network.wants_features = needs.features  # type: ignore[assignment]  # no tensor, though modules may say so
         if teacher is not None:
             teacher.requires_grad_(False).eval()
 

@@ -20,15 +20,16 @@ class Dataset:
         spec: its labels say on which device batches lie.
         train: the training pictures.
         test: the test pictures.
-        fits: whether both are arrays of square pictures that shall live on the device.
+        fits: whether both are arrays of square pictures that shall live on the device, as ``train_pixels`` and
+            ``test_pixels`` (N, S, S, 3) uint8; these are None where pictures are streamed.
     """
 
     def __init__(self, spec: DataSpec, train: Pictures, test: Pictures, fits: bool):
         self.spec, self.fits = spec, fits
         self._train, self._test = train, test
         self._device = spec.labels.device
-        self._train_pixels = self._on_device(train) if fits else None
-        self._test_pixels = self._on_device(test) if fits else None
+        self.train_pixels = self._on_device(train) if fits else None
+        self.test_pixels = self._on_device(test) if fits else None
 
     @property
     def test_size(self) -> int:
@@ -42,7 +43,7 @@ class Dataset:
             protocol,
             seed=seed,
             views=views,
-            pixels=self._train_pixels,
+            pixels=self.train_pixels,
             pictures=self._train,
             workers=workers,
         )
@@ -60,11 +61,11 @@ class Dataset:
         labels = torch.from_numpy(self._test.labels).to(self._device)
         size = self.spec.image_size
         starts = range(0, len(labels), batch_size)
-        if self._test_pixels is not None:
+        if self.test_pixels is not None:
             resized = int(size / test_crop)
             margin = round((resized - size) / 2)
             for start in starts:
-                images = augment.floats(self._test_pixels[start : start + batch_size])
+                images = augment.floats(self.test_pixels[start : start + batch_size])
                 images = augment.resize(images, resized)[:, :, margin : margin + size, margin : margin + size]
                 images = images.contiguous(memory_format=torch.channels_last)
                 yield images, labels[start : start + batch_size]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from kdzoo.distiller import Batch, Distiller, Output
 from kdzoo.engine.device import autocast
 from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.errors import UserError
+from kdzoo.models import Network
 from kdzoo.randomness import seed_of
 from kdzoo.results.curves import Curves
 from kdzoo.results.folder import RunFolder
@@ -25,7 +26,7 @@ _NEVER = 2**62
 class SharedTeacher(nn.Module):
     """The teacher of all lanes: whatever several of them show it in one step runs through it once."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Network):
         super().__init__()
         self.network = network
         self._passes: dict[int, tuple[Tensor, Output]] = {}
@@ -170,7 +171,7 @@ class Lane:
 
     def deployed(self) -> nn.Module:
         """What would ship now."""
-        trained: Trained = self.trained if self.average is None else self.average.module
+        trained = self.trained if self.average is None else cast(Trained, self.average.module)
         return trained.distiller.deploy(trained.student)
 
     def state_dict(self) -> dict[str, Any]:

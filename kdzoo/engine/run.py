@@ -11,6 +11,7 @@ from kdzoo import config, data, models, registry
 from kdzoo.distiller import Distiller
 from kdzoo.engine import checkpoint, loop, teachers
 from kdzoo.engine.device import settle
+from kdzoo.engine.lane import SharedTeacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_one
 from kdzoo.errors import UserError
@@ -123,4 +124,4 @@ def shape_of_shipped(settings: config.Settings, dataset: data.Dataset) -> nn.Mod
     if registry.load(settings.distiller["name"]).deploy is Distiller.deploy:
         return models.create(settings.student.name, dataset.spec)
     teacher = teachers.obtain(settings, dataset, Progress(quiet=True))
-    return build(settings, dataset, teacher.network).deploy()
+    return build(settings, dataset, SharedTeacher(teacher.network)).deploy()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import nn
 
 from kdzoo import config, models, registry
 from kdzoo.data import Dataset
@@ -26,7 +25,7 @@ class Teacher:
     top1: float  # in percent, on the test set
 
 
-def build(settings: config.Settings, dataset: Dataset, teacher: nn.Module | None) -> Distillation:
+def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | None) -> Distillation:
     """Student and distiller of these settings on the data's device; the seed alone decides their weights.
 
     Raises:
@@ -36,16 +35,15 @@ def build(settings: config.Settings, dataset: Dataset, teacher: nn.Module | None
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained)
     shapes = student.shapes()
-    network = teacher.network if isinstance(teacher, SharedTeacher) else teacher
-    teacher_shapes = shapes if network is None else network.shapes()
-    if teacher_shapes.logits.shape[1] != shapes.logits.shape[1]:
+    reference = shapes if teacher is None else teacher.network.shapes()
+    if reference.logits.shape[1] != shapes.logits.shape[1]:
         raise UserError(
-            f"the teacher tells {teacher_shapes.logits.shape[1]} classes apart and the student "
+            f"the teacher tells {reference.logits.shape[1]} classes apart and the student "
             f"{shapes.logits.shape[1]}; both must have the {spec.num_classes} of {spec.name}"
         )
     keywords = {key: value for key, value in settings.distiller.items() if key != "name"}
     torch.manual_seed(seed_of(settings.seed, "distiller"))
-    distiller = registry.load(settings.distiller["name"])(shapes, teacher_shapes, spec, **keywords)
+    distiller = registry.load(settings.distiller["name"])(shapes, reference, spec, **keywords)
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller['name']}' needs a teacher; pass --teacher NAME")
     distillation = Distillation(student, teacher, distiller)

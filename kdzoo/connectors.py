@@ -1,0 +1,110 @@
+"""What makes features of two networks comparable: the choice of stages, and maps over positions."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo.distiller import Output
+from kdzoo.errors import UserError
+from kdzoo.losses import full_precision
+from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis
+
+
+def check_stages(stages: Sequence[int], student: Output, teacher: Output) -> tuple[int, ...]:
+    """The stages as a tuple, once each is known to exist in both networks.
+
+    Raises:
+        UserError: none is given, one is given twice, or a network lacks one.
+    """
+    count = min(len(student.features), len(teacher.features))
+    if not stages or len(set(stages)) < len(stages) or not set(stages) <= set(range(count)):
+        raise UserError(f"stages {tuple(stages)}: expected distinct numbers from 0 to {count - 1}; choose of these")
+    return tuple(stages)
+
+
+class Positions(nn.Module):
+    """A fixed linear map of positions, such as a pooling or a transform: (B, C, H, W) -> (B, C, N).
+
+    Args:
+        basis: (N, H * W), of ``kdzoo.spectral``.
+    """
+
+    basis: Tensor
+
+    def __init__(self, basis: Tensor):
+        super().__init__()
+        self.register_buffer("basis", basis.float(), persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return apply_basis(maps, self.basis)
+
+
+class Pool(nn.Module):
+    """Adaptive average pooling to ``size``, with a backward pass that is deterministic on every device.
+
+    (B, C, H, W) -> (B, C, *size).
+
+    Args:
+        grid: H and W.
+        size: height and width after pooling, neither above the grid's.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, grid: Sequence[int], size: Sequence[int]):
+        super().__init__()
+        self.window = (grid[0] // size[0], grid[1] // size[1])
+        self.even = grid[0] % size[0] == 0 and grid[1] % size[1] == 0
+        if not self.even:
+            self.register_buffer("rows", average_rows(grid[0], size[0]).float(), persistent=False)
+            self.register_buffer("columns", average_rows(grid[1], size[1]).float(), persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = full_precision(maps)
+        if not self.even:
+            return self.rows.to(maps.dtype) @ maps @ self.columns.to(maps.dtype).mT
+        return maps if self.window == (1, 1) else F.avg_pool2d(maps, self.window)
+
+
+class CommonGrid(nn.Module):
+    """Pools a map of each network to the grid that both have: the smaller height by the smaller width.
+
+    Maps (B, C_s, H_s, W_s) and (B, C_t, H_t, W_t) -> (B, C_s, H, W) and, detached, (B, C_t, H, W).
+
+    Args:
+        student: the student's map, of which only the shape is read.
+        teacher: the teacher's.
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor):
+        super().__init__()
+        s_grid, t_grid = student.shape[2:], teacher.shape[2:]
+        self.size = (min(s_grid[0], t_grid[0]), min(s_grid[1], t_grid[1]))
+        self.student, self.teacher = Pool(s_grid, self.size), Pool(t_grid, self.size)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return self.student(student), self.teacher(teacher.detach())
+
+
+class Wavelets(nn.Module):
+    """The wavelet transform of maps (B, C, H, W), as ``kdzoo.spectral.dwt2`` gives it: content, and details by level.
+
+    Args:
+        grid: H and W.
+        wavelet: a discrete wavelet that PyWavelets knows.
+        level: how often content is split; 0 leaves the maps whole, with no detail.
+        padding: one of PyWavelets' signal extension modes.
+    """
+
+    def __init__(self, grid: Sequence[int], wavelet: str, level: int, padding: str):
+        super().__init__()
+        self.level = level
+        for name, n in zip(("rows", "columns"), grid, strict=True):
+            for step, matrix in enumerate(dwt_basis(n, wavelet, level, padding) if level else ()):
+                self.register_buffer(f"{name}{step}", matrix.float(), persistent=False)
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, list[Tensor]]:
+        rows, columns = ([getattr(self, f"{name}{step}") for step in range(self.level)] for name in ("rows", "columns"))
+        return dwt2(full_precision(maps), rows, columns)

@@ -1,0 +1,85 @@
+"""Losses that several methods share: pure functions of tensors, in float32 or better whatever comes in."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of ``logits`` (B, K) against the distributions ``targets`` (B, K), mean over the batch."""
+    logits = full_precision(logits)
+    return F.cross_entropy(logits, targets.to(logits.dtype))
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits (B, K): sum over K, mean over B.
+
+    T^2 keeps the gradient's size as T grows (Hinton, Vinyals and Dean 2015, section 2.1).
+    """
+    log_s = F.log_softmax(full_precision(student) / temperature, dim=1)
+    log_t = F.log_softmax(full_precision(teacher) / temperature, dim=1)
+    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+
+
+def centred_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of logits (B, K), each row less its mean, which no softmax can see."""
+    difference = full_precision(student) - full_precision(teacher)
+    return (difference - difference.mean(dim=1, keepdim=True)).square().mean()
+
+
+def true_class(targets: Tensor) -> Tensor:
+    """True at the class with the largest share of each row of ``targets`` (B, K), the first of equals: (B, K) bool."""
+    return torch.arange(targets.shape[1], device=targets.device) == targets.argmax(dim=1, keepdim=True)
+
+
+def warm_up(progress: Tensor, share: float) -> Tensor:
+    """From 0 to 1 over the first ``share`` of training, linearly, then 1. ``progress`` () is the share that is done."""
+    return (progress / share).clamp(max=1) if share > 0 else torch.ones_like(progress)
+
+
+def info_nce(queries: Tensor, keys: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """Contrastive loss: query i shall resemble key i and no other key.
+
+    Args:
+        queries: (B, D), normalised by the caller.
+        keys: (N, D) with N >= B, of which row i belongs to query i and the rest only repel.
+        temperature: divides the similarities.
+        mask: (B, N) bool, true for pairs that shall not repel; what it says of a positive is ignored.
+
+    Source: van den Oord, Li and Vinyals 2018, eq. 4.
+    """
+    logits = full_precision(queries) @ full_precision(keys).mT / temperature
+    positives = torch.arange(len(queries), device=queries.device)
+    if mask is not None:
+        others = torch.arange(len(keys), device=keys.device) != positives[:, None]
+        logits = logits.masked_fill(mask & others, -torch.inf)
+    return F.cross_entropy(logits, positives)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The rows (B, ...) of every rank, this rank's own first and with their gradient: (B * ranks, ...).
+
+    Own rows first means that row i still belongs to sample i. Without ``torch.distributed`` it is the tensor
+    itself. Every rank must bring equally many rows.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    del parts[dist.get_rank()]
+    return torch.cat([tensor, *parts])
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over every rank, the same bits on each; no gradient. Without ``torch.distributed`` it is ``tensor``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total

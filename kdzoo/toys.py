@@ -1,0 +1,216 @@
+"""The toy problem of the conformance suite: networks and batches small enough to check a method in seconds."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo.distillation import Distillation
+from kdzoo.distiller import Batch, DataSpec, Distiller, Output
+
+Terms = Mapping[str, Tensor]
+
+
+class Shape(NamedTuple):
+    """The four stages of a toy network."""
+
+    widths: tuple[int, int, int, int]
+    grids: tuple[tuple[int, int], ...] = ((8, 8), (4, 4), (2, 2), (1, 1))
+    tokens: bool = False  # features lie in memory as (B, H, W, C), as a transformer leaves them
+
+
+STUDENT, TEACHER = Shape((6, 8, 8, 12)), Shape((8, 12, 16, 20))
+FINE, ODD, DOTS, PLAIN = ((16, 16), (8, 8), (4, 4), (2, 2)), ((7, 5),) * 4, ((1, 1),) * 4, ((4, 4),) * 4
+PAIRS = {
+    "the same shapes": (STUDENT, STUDENT),
+    "other widths": (STUDENT, TEACHER),
+    "a narrower teacher": (TEACHER, STUDENT),
+    "a finer teacher": (STUDENT, TEACHER._replace(grids=FINE)),
+    "a coarser teacher": (STUDENT._replace(grids=FINE), TEACHER),
+    "7x5 maps": (STUDENT._replace(grids=ODD), TEACHER._replace(grids=ODD)),
+    "7x5 maps under tokens": (STUDENT._replace(grids=ODD), Shape((20,) * 4, PLAIN, tokens=True)),
+    "1x1 maps": (STUDENT._replace(grids=DOTS), TEACHER._replace(grids=DOTS)),
+    "a pyramid under tokens": (STUDENT, Shape((20,) * 4, PLAIN, tokens=True)),
+    "tokens under a pyramid": (Shape((12,) * 4, PLAIN, tokens=True), TEACHER),
+}
+
+
+class Toy(nn.Module):
+    """A small convolutional network, read as those of ``kdzoo.models`` are."""
+
+    def __init__(self, shape: Shape, classes: int = 4):
+        super().__init__()
+        self.shape, self.wants_features = shape, True
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out), nn.GELU())
+            for fan_in, fan_out in pairwise((3, *shape.widths))
+        )
+        self.classifier = nn.Linear(shape.widths[-1], classes)
+
+    def forward(self, images: Tensor) -> Output:
+        x, features = images, []
+        for stage, grid in zip(self.stages, self.shape.grids, strict=True):
+            x = F.adaptive_avg_pool2d(stage(x), grid)
+            if self.shape.tokens:
+                x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            features.append(x)
+        embedding = x.mean((2, 3))
+        return Output(self.classifier(embedding), embedding, tuple(features) if self.wants_features else ())
+
+
+class Replay(nn.Module):
+    """A network that shows the same rows whatever the images, and collects the gradients on them."""
+
+    def __init__(self, shape: Shape, make: Callable[..., Tensor], scale: float):
+        super().__init__()
+        self.wants_features = True
+        features = [make(4, width, *grid) for width, grid in zip(shape.widths, shape.grids, strict=True)]
+        self.rows = nn.ParameterList([make(4, 4) * scale, make(4, shape.widths[-1]), *features])
+        self.classifier = nn.Linear(shape.widths[-1], 4)
+
+    def forward(self, images: Tensor) -> Output:
+        picks = torch.arange(len(images)) % 4
+        logits, embedding, *features = (rows[picks] for rows in self.rows)
+        return Output(logits, embedding, tuple(features))
+
+
+class Absent(nn.Module):
+    """The teacher of a method that needs none."""
+
+    def forward(self, images: Tensor) -> Output:
+        raise RuntimeError("it asks a teacher; its needs say that there is none")
+
+
+def distillation(
+    distiller: type[Distiller],
+    keywords: Mapping[str, Any] = {},
+    *,
+    student: "Toy | Replay | None" = None,
+    teacher: "Toy | Replay | None" = None,
+    seed: int = 0,
+    classes: int = 4,
+    prepared: bool = True,
+) -> Distillation:
+    """A seeded toy pair, which shows all there is, under a distiller that is ready to train."""
+    torch.manual_seed(seed)
+    student, teacher = student or Toy(STUDENT, classes), teacher or Toy(TEACHER, classes)
+    method = build(distiller, student, teacher, classes, keywords)
+    together = Distillation(student, teacher, method).train()
+    student.wants_features = teacher.wants_features = True
+    if prepared:
+        together.prepare([batch_of(seed=101, classes=classes), batch_of(seed=102, classes=classes)])
+    torch.manual_seed(seed)
+    return together
+
+
+def build(
+    distiller: type[Distiller],
+    student: nn.Module,
+    teacher: nn.Module,
+    classes: int = 4,
+    keywords: Mapping[str, Any] = {},
+) -> Distiller:
+    """The distiller of a pair; one that needs no teacher is told of the student twice."""
+    reference = teacher if class_of(distiller).needs.teacher else student
+    return distiller(shapes(student), shapes(reference), data(classes), **keywords)
+
+
+def data(classes: int = 4) -> DataSpec:
+    names = tuple(f"class {k}" for k in range(classes))
+    labels = torch.arange(max(64, 2 * classes)) % classes
+    return DataSpec("toy", classes, names, 8, labels, superclasses=tuple(k // 2 for k in range(classes)))
+
+
+def batch_of(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0.5, mixed: bool = False) -> Batch:
+    """A batch whose classes differ in colour, with every view there is."""
+    random = torch.Generator().manual_seed(seed)
+    labels = data(classes).labels
+    index = torch.randperm(len(labels), generator=random)[:size]
+    labels = labels[index]
+    colours = torch.rand(classes, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    images = 0.7 * colours[labels] + 0.3 * torch.rand(size, 3, 8, 8, generator=random)
+    targets, partner = F.one_hot(labels, classes).float(), None
+    if mixed:
+        partner = torch.arange(size).flip(0)
+        images = 0.7 * images + 0.3 * images[partner]
+        targets = 0.9 * (0.7 * targets + 0.3 * targets[partner]) + 0.1 / classes
+    turned = torch.stack([images.rot90(turns, (2, 3)) for turns in range(4)], 1)
+    views = {"weak": images.flip(3), "strong": images * 0.8, "rotations": turned}
+    return Batch(images, labels, targets, index, torch.tensor(progress), views, partner)
+
+
+def shapes(network: nn.Module) -> Output:
+    """A network's output for one image, on the meta device."""
+    with torch.no_grad():
+        return to_meta(copy.deepcopy(network).eval()(torch.zeros(1, 3, 8, 8)))
+
+
+def to_meta(value: Any) -> Any:
+    """The same tuples and dicts, their tensors on the meta device."""
+    if isinstance(value, dict):
+        return {key: to_meta(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        items = [to_meta(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def seeded(together: Callable[[Batch], dict[str, Tensor]], seed: int, size: int = 4) -> dict[str, Tensor]:
+    """The terms of a batch and of random numbers that are the seed's own, seed tenths into training."""
+    torch.manual_seed(seed)
+    return together(batch_of(seed, size, progress=seed / 10))
+
+
+def total(terms: Terms) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def trained(together: Distillation) -> list[nn.Parameter]:
+    return [p for p in together.parameters() if p.requires_grad]
+
+
+def gradients(together: nn.Module) -> list[Tensor]:
+    return [p.grad for p in together.parameters() if p.grad is not None]
+
+
+def train(together: Distillation, steps: int, size: int = 4) -> None:
+    optimizer = torch.optim.Adam(trained(together), lr=0.01)
+    for step in range(steps):
+        optimizer.zero_grad()
+        total(together(batch_of(seed=step, size=size, progress=step / steps))).backward()
+        optimizer.step()
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a loss's backward pass ends in."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                yield node.variable
+
+
+@cache
+def taught() -> Toy:
+    """A teacher of the toy problem."""
+    torch.manual_seed(7)
+    teacher = Toy(TEACHER)
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
+    for seed in range(60):
+        batch = batch_of(seed, size=16)
+        optimizer.zero_grad()
+        F.cross_entropy(teacher(batch.images).logits, batch.labels).backward()
+        optimizer.step()
+    return teacher.eval()
+
+
+def class_of(distiller: Any) -> type[Distiller]:
+    return class_of(distiller.func) if isinstance(distiller, partial) else distiller

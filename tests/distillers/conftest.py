@@ -1,0 +1,74 @@
+"""Closed-form outputs of a student and a teacher for the tests of single methods."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdzoo import Batch, DataSpec, Output
+
+Grids = Sequence[tuple[int, int, int]]  # channels, height, width of each stage
+STUDENT: Grids = ((4, 8, 8), (6, 6, 6), (8, 4, 4), (10, 2, 2))
+TEACHER: Grids = ((5, 7, 7), (5, 7, 7), (5, 7, 7), (5, 7, 7))
+
+
+@pytest.fixture
+def waves() -> Callable[..., Tensor]:
+    """Numbers of size 1 in any shape, by a closed form without a pattern along any axis."""
+
+    def build(*shape: int, phase: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        t = torch.arange(int(np.prod(shape)), dtype=torch.float64)
+        return (torch.sin(1.7 * t + phase) + torch.cos(0.61 * t * t.sqrt() - phase)).reshape(shape).to(dtype)
+
+    return build
+
+
+@pytest.fixture
+def output(waves: Callable[..., Tensor]) -> Callable[..., Output]:
+    """An output of 6 images: logits of ``classes``, an embedding, maps of ``grids``, which may be a constant."""
+
+    def build(grids: Grids = STUDENT, classes: int = 10, phase: float = 0.0, constant: float | None = None) -> Output:
+        shapes = [(6, classes), (6, grids[-1][0]), *((6, *grid) for grid in grids)]
+        if constant is None:
+            tensors = [waves(*shape, phase=phase) for shape in shapes]
+        else:
+            tensors = [torch.full(shape, constant) for shape in shapes]
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        return Output(leaves[0], leaves[1], tuple(leaves[2:]))
+
+    return build
+
+
+@pytest.fixture
+def student(output: Callable[..., Output]) -> Output:
+    return output(STUDENT)
+
+
+@pytest.fixture
+def teacher(output: Callable[..., Output]) -> Output:
+    return output(TEACHER, phase=1.0)
+
+
+@pytest.fixture
+def data() -> Callable[..., DataSpec]:
+    """A data set of so many classes; even and odd classes make two superclasses where they are asked for."""
+
+    def build(classes: int = 10, superclasses: bool = False) -> DataSpec:
+        names = tuple(f"class {k}" for k in range(classes))
+        coarse = tuple(k % 2 for k in range(classes)) if superclasses else ()
+        return DataSpec("sines", classes, names, 32, torch.arange(classes), superclasses=coarse)
+
+    return build
+
+
+@pytest.fixture
+def batch() -> Callable[..., Batch]:
+    """A batch of 6 images, the last two of one class."""
+
+    def build(classes: int = 10) -> Batch:
+        labels = torch.tensor([0, 1, 2, 3, 4, 4]) % classes
+        return Batch.of(torch.zeros(6, 3, 2, 2), labels, classes)
+
+    return build
