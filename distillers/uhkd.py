@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import Positions, check_stages
+from kdzoo.connectors import Pool, Positions, check_stages
 from kdzoo.errors import UserError, unknown
 from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import amplitude, fourier_basis, pooling_basis
@@ -62,11 +62,13 @@ class UHKD(Distiller):
     Z_t: the k x k lowest Fourier coefficients of the teacher's stage (divided by H W), times
     exp(-rho^2 / 2 sigma^2) with rho = radius / (k // 2), then log(1 + \|.\|), then layer norm over channels and
     frequencies; k is the largest odd number not above ``size`` or a side of either grid. Z_s: the student's
-    stage through convolutions and the same transform, or through a learned map of positions.
+    stage, pooled to the common grid where it is finer (the frequencies that are kept are below that grid's own
+    limit, and the convolutions cost a fraction), through convolutions and the same transform, or through a
+    learned map of positions.
 
     The full text was not available. Known are a Fourier transform that compacts the teacher's features, a
     learnable alignment of the student's, and matching of several levels by MSE beside KL on logits. Ours are
-    both forms of alignment, the Gaussian crop, the logarithm, the layer norms and every default.
+    both forms of alignment, the pooling before them, the Gaussian crop, the logarithm, the layer norms and every default.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -128,15 +130,16 @@ class UHKD(Distiller):
             _, inputs, *s_grid = student.features[stage].shape
             _, outputs, *t_grid = teacher.features[stage].shape
             k = (min(size, *s_grid, *t_grid) + 1) // 2 * 2 - 1
-            s_pool, t_pool = (Positions(pooling_basis(grid, (k, k))) for grid in (s_grid, t_grid))
-            s_low, t_low = (Positions(fourier_basis(grid, k, sigma)) for grid in (s_grid, t_grid))
+            common = (min(s_grid[0], t_grid[0]), min(s_grid[1], t_grid[1]))
+            s_pool, t_pool = (Positions(pooling_basis(grid, (k, k))) for grid in (common, t_grid))
+            s_low, t_low = (Positions(fourier_basis(grid, k, sigma)) for grid in (common, t_grid))
             self.transforms.append(t_pool if spectrum == "spatial" else t_low)
             if alignment == "learned":
                 numbers = 2 * k * k if spectrum == "complex" else k * k
-                self.alignments.append(learned_alignment(inputs, outputs, s_pool, k * k, numbers))
+                align = learned_alignment(inputs, outputs, s_pool, k * k, numbers)
             else:
-                transform = s_pool if spectrum == "spatial" else s_low
-                self.alignments.append(fourier_alignment(inputs, outputs, transform))
+                align = fourier_alignment(inputs, outputs, s_pool if spectrum == "spatial" else s_low)
+            self.alignments.append(nn.Sequential(Pool(s_grid, common), align))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         terms = {}

@@ -40,13 +40,31 @@ def test_the_transform_is_a_weighed_crop_of_the_fft_then_a_layer_norm(waves, spe
     np.testing.assert_allclose(seen.flatten(1).numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
+def on_common_grid(student, teacher, stage):
+    """The student's map, averaged to the grid that both have where it is finer."""
+    s, t = student.features[stage], teacher.features[stage]
+    return nn.functional.adaptive_avg_pool2d(s, tuple(map(min, s.shape[2:], t.shape[2:])))
+
+
+def test_a_finer_student_is_aligned_on_the_teachers_grid(teacher, data):
+    finer = teacher._replace(
+        features=tuple(f.repeat_interleave(4, 2).repeat_interleave(4, 3) for f in teacher.features)
+    )
+    torch.manual_seed(0)
+    one = UHKD(teacher, teacher, data()).eval()
+    torch.manual_seed(0)
+    other = UHKD(finer, teacher, data()).eval()
+    for a, b, f, g in zip(one.alignments, other.alignments, teacher.features, finer.features, strict=True):
+        torch.testing.assert_close(a(f), b(g), rtol=1e-4, atol=1e-5)
+
+
 def test_the_term_is_the_weighed_error_between_aligned_and_transformed_stages(student, teacher, data, batch):
     weights = (0.5, 0.3, 0.2)
     method = UHKD(student, teacher, data(), spectral=2.0, stages=(0, 2, 3), stage_weights=weights).eval()
     expected = 0.0
     for n, (stage, k) in enumerate(((0, 7), (2, 3), (3, 1))):  # 7 fits a side of 8, 3 one of 4, 1 one of 2
-        mix, norm, gelu, depthwise, norm2, _, last = method.alignments[n]
-        hidden = norm2(depthwise(gelu(norm(mix(student.features[stage])))))
+        _, (mix, norm, gelu, depthwise, norm2, _, last) = method.alignments[n]
+        hidden = norm2(depthwise(gelu(norm(mix(on_common_grid(student, teacher, stage))))))
         whole = torch.einsum("oc,bchw->bohw", last.weight[:, :, 0], hidden)  # here before the transform
         maps = [f.detach().double().numpy() for f in (whole, teacher.features[stage])]
         z_s, z_t = (reference_map(m, k, 0.5, "log_amplitude") for m in maps)
@@ -60,8 +78,9 @@ def test_stages_share_one_weight_equally_unless_told_otherwise(student, teacher,
 
 def test_the_control_pools_where_the_others_transform(student, teacher, data, batch):
     method = UHKD(student, teacher, data(), spectrum="spatial", stages=(2,)).eval()
-    mix, norm, gelu, depthwise, norm2, _, last = method.alignments[0]
-    whole = last(norm2(depthwise(gelu(norm(mix(student.features[2]))))).flatten(2)).unflatten(2, (4, 4))
+    _, (mix, norm, gelu, depthwise, norm2, _, last) = method.alignments[0]
+    seen = on_common_grid(student, teacher, 2)
+    whole = last(norm2(depthwise(gelu(norm(mix(seen))))).flatten(2)).unflatten(2, seen.shape[2:])
     pooled = (nn.functional.adaptive_avg_pool2d(f, 3) for f in (whole, teacher.features[2]))
     z_s, z_t = (normalised(p.detach().double().numpy()) for p in pooled)
     term = method.loss(student, teacher, batch())["spectral"]
