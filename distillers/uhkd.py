@@ -1,5 +1,7 @@
 """UHKD: the student matches compact low-frequency spectra of the teacher's features, stage by stage."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,28 +16,42 @@ SPECTRA = ("log_amplitude", "amplitude", "complex", "spatial")
 ALIGNMENTS = ("fft", "learned")
 
 
-def compact_map(coefficients: Tensor, spectrum: str) -> Tensor:
-    """What is compared of Fourier coefficients (B, C, 2 N), real parts first: layer norm over all but B.
+def half_basis(grid: Sequence[int], k: int, sigma: float) -> Tensor:
+    """The rows of ``fourier_basis`` up to DC, (k k + 1, H * W): of a real map the others are their conjugates."""
+    return fourier_basis(grid, k, sigma).unflatten(0, (2, -1))[:, : k * k // 2 + 1].flatten(0, 1)
 
-    (B, C, N) for amplitudes; ``"complex"`` and ``"spatial"`` keep the shape, the latter of maps (B, C, N).
+
+def mirrored(half: Tensor, sign: float = 1.0) -> Tensor:
+    """All k k frequencies (..., k k) of those up to DC (..., (k k + 1) / 2); ``sign`` -1 for imaginary parts."""
+    return torch.cat([half, sign * half[..., :-1].flip(-1)], dim=-1)
+
+
+def compact_map(values: Tensor, spectrum: str) -> Tensor:
+    """What is compared: layer norm over all but B of a spectrum, or of the values (B, C, N) where it is "spatial".
+
+    Else the values are coefficients (B, C, k k + 1) up to DC, real parts first, and the spectrum has all
+    frequencies: (B, C, k k) amplitudes, or (B, C, 2 k k) for "complex".
     """
-    if spectrum in ("log_amplitude", "amplitude"):
-        coefficients = amplitude(coefficients)
-    if spectrum == "log_amplitude":
-        coefficients = coefficients.log1p()
-    return F.layer_norm(coefficients, coefficients.shape[1:])
+    if spectrum == "complex":
+        real, imaginary = values.chunk(2, dim=-1)
+        values = torch.cat([mirrored(real), mirrored(imaginary, -1.0)], dim=-1)
+    elif spectrum != "spatial":
+        values = amplitude(values)
+        values = mirrored(values.log1p() if spectrum == "log_amplitude" else values)
+    return F.layer_norm(values, values.shape[1:])
 
 
 def fourier_alignment(inputs: int, outputs: int, transform: nn.Module) -> nn.Sequential:
-    """Student maps (B, inputs, H, W) -> their own coefficients (B, outputs, 2 k k)."""
+    """Student maps (B, inputs, H, W) -> their own coefficients (B, outputs, k k + 1)."""
+    width = min(inputs, outputs)
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, bias=False),
-        nn.BatchNorm2d(outputs),
+        nn.Conv2d(inputs, width, 1, bias=False),
+        nn.BatchNorm2d(width),
         nn.GELU(),  # without it the module would commute with the transform
-        nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs, bias=False),
-        nn.BatchNorm2d(outputs),
+        nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+        nn.BatchNorm2d(width),
         transform,
-        nn.Conv1d(outputs, outputs, 1, bias=False),  # does commute, and few frequencies are fewer than positions
+        nn.Conv1d(width, outputs, 1, bias=False),  # does commute, and few frequencies are fewer than positions
     )
 
 
@@ -62,9 +78,8 @@ class UHKD(Distiller):
     Z_t: the k x k lowest Fourier coefficients of the teacher's stage (divided by H W), times
     exp(-rho^2 / 2 sigma^2) with rho = radius / (k // 2), then log(1 + \|.\|), then layer norm over channels and
     frequencies; k is the largest odd number not above ``size`` or a side of either grid. Z_s: the student's
-    stage, pooled to the common grid where it is finer (the frequencies that are kept are below that grid's own
-    limit, and the convolutions cost a fraction), through convolutions and the same transform, or through a
-    learned map of positions.
+    stage, pooled to the coarsest grid that holds the frequencies kept (of size + 1, or the teacher's where that
+    is coarser), through convolutions and the same transform, or through a learned map of positions.
 
     The full text was not available. Known are a Fourier transform that compacts the teacher's features, a
     learnable alignment of the student's, and matching of several levels by MSE beside KL on logits. Ours are
@@ -130,16 +145,16 @@ class UHKD(Distiller):
             _, inputs, *s_grid = student.features[stage].shape
             _, outputs, *t_grid = teacher.features[stage].shape
             k = (min(size, *s_grid, *t_grid) + 1) // 2 * 2 - 1
-            common = (min(s_grid[0], t_grid[0]), min(s_grid[1], t_grid[1]))
-            s_pool, t_pool = (Positions(pooling_basis(grid, (k, k))) for grid in (common, t_grid))
-            s_low, t_low = (Positions(fourier_basis(grid, k, sigma)) for grid in (common, t_grid))
+            coarse = [min(*sides, size + 1) for sides in zip(s_grid, t_grid, strict=True)]
+            s_pool, t_pool = (Positions(pooling_basis(grid, (k, k))) for grid in (coarse, t_grid))
+            s_low, t_low = (Positions(half_basis(grid, k, sigma)) for grid in (coarse, t_grid))
             self.transforms.append(t_pool if spectrum == "spatial" else t_low)
             if alignment == "learned":
                 numbers = 2 * k * k if spectrum == "complex" else k * k
                 align = learned_alignment(inputs, outputs, s_pool, k * k, numbers)
             else:
                 align = fourier_alignment(inputs, outputs, s_pool if spectrum == "spatial" else s_low)
-            self.alignments.append(nn.Sequential(Pool(s_grid, common), align))
+            self.alignments.append(nn.Sequential(Pool(s_grid, coarse), align))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         terms = {}
