@@ -26,26 +26,30 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
         file.unlink(missing_ok=True)
 
 
-def newest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
-    """The newest whole checkpoint: its step, its state, and a line for each damaged one passed over.
-
-    None where there is no checkpoint at all.
+def survey(folder: Path) -> tuple[dict[int, Path], list[str]]:
+    """The whole checkpoints in ``folder`` by their step, and a line for each damaged one.
 
     Raises:
         UserError: there are checkpoints and every one is damaged.
     """
+    whole: dict[int, Path] = {}
     damaged: list[str] = []
     for file in _files(folder):
         match = _NAME.fullmatch(file.name)
         assert match is not None
-        content = file.read_bytes()
-        if _digest(content) == match[2]:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            return int(match[1]), state, damaged
-        damaged.append(f"checkpoint {file} is damaged (its checksum differs); using the one before it")
-    if damaged:
+        if _digest(file.read_bytes()) == match[2]:
+            whole[int(match[1])] = file
+        else:
+            damaged.append(f"checkpoint {file} is damaged (its checksum differs); using the one before it")
+    if damaged and not whole:
         raise UserError(f"every checkpoint in {folder} is damaged; start anew with --fresh")
-    return None
+    return whole, damaged
+
+
+def load(file: Path) -> dict[str, Any]:
+    """The state that ``save`` was given, on the CPU."""
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
 
 
 def remove(folder: Path) -> None:

@@ -136,22 +136,24 @@ def save(lane: Lane, step: int, seconds: float) -> None:
 
 
 def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
-    """Restores every lane from its newest checkpoint; the step to go on at, None where there is none."""
-    starts: set[int | None] = set()
+    """Restores all lanes from the newest checkpoint that each of them has; its step, None where there is none.
+
+    Lanes are saved one after the other, so a kill between two of them leaves the newest step to some only.
+    """
+    whole = []
     for lane in lanes:
-        found = checkpoint.newest(lane.folder.checkpoints)
-        if found is None:
-            starts.add(None)
-            continue
-        step, state, damaged = found
+        steps, damaged = checkpoint.survey(lane.folder.checkpoints)
+        whole.append(steps)
         for line in damaged:
             progress.say(line)
-        lane.load_state_dict(state)
+    common = set.intersection(*(set(steps) for steps in whole))
+    if not common:
+        if any(whole):
+            raise UserError("the lanes' checkpoints stand at different steps; start anew with --fresh")
+        return None
+    start = max(common)
+    for lane, steps in zip(lanes, whole, strict=True):
+        lane.load_state_dict(checkpoint.load(steps[start]))
         lane.folder.write_history(lane.history)
-        starts.add(step)
-    if len(starts) > 1:
-        raise UserError(f"the lanes' checkpoints stand at different steps ({starts}); start anew with --fresh")
-    start = starts.pop()
-    if start is not None:
-        progress.say(f"resumed at step {start}")
+    progress.say(f"resumed at step {start}")
     return start

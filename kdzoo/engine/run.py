@@ -98,6 +98,7 @@ def open_data(settings: config.Settings, device: torch.device, quiet: bool = Fal
         limit=wanted.limit,
         device=device,
         progress=not quiet,
+        options=wanted.options,
     )
 
 

@@ -155,9 +155,9 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_good_checkpoin
     with pytest.raises(UserError, match="'kd' is not finite at step 20"):
         distil(tmp_path, "engine.checkpoint_seconds=0", "data.limit=1280", distiller=str(method))
     folder = next(tmp_path.glob("*/checkpoints"))
-    step, state, _ = checkpoint.newest(folder)
-    assert step == 20
-    assert all(value.isfinite().all() for value in state["trained"].values())
+    whole, _ = checkpoint.survey(folder)
+    assert max(whole) == 20
+    assert all(value.isfinite().all() for value in checkpoint.load(whole[20])["trained"].values())
 
 
 def test_a_teacher_near_chance_is_refused_unless_one_insists(tmp_path):
