@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.errors import UserError, unknown
 from kdzoo.losses import all_sum, cross_entropy, full_precision, softened_kl
 from kdzoo.spectral import wavelet_basis
@@ -138,7 +138,7 @@ class FiGKD(Distiller):
             self.register_buffer("basis", rows[band].float(), persistent=False)
             self.register_buffer("order", order)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]) -> None:
+    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
         """One epoch of the teacher's mean predictions, where the order of classes comes from them."""
         if not self.detail or self.class_order != "confusion":
             return

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdzoo.distillation import Distillation
-    from kdzoo.distiller import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+    from kdzoo.distiller import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
     from kdzoo.engine.run import Result, run
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "kdzoo.distiller": ("Batch", "DataSpec", "Distiller", "Fidelity", "Needs", "Output"),
+    "kdzoo.distiller": ("Batch", "DataSpec", "Distiller", "Fidelity", "Needs", "Output", "Seen"),
     "kdzoo.distillation": ("Distillation",),
     "kdzoo.engine.run": ("Result", "run"),
 }
@@ -29,6 +29,7 @@ __all__ = [
     "Needs",
     "Output",
     "Result",
+    "Seen",
     "run",
 ]
 

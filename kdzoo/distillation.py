@@ -1,35 +1,11 @@
 """Teacher, student and distiller as one module, for kdzoo's engine and for anybody's own training loop."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from kdzoo.distiller import Batch, Distiller, Output
-
-
-def _autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Autocast to ``dtype``, or none at all for None; devices that know no autocast are left alone."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, dtype, enabled=dtype is not None)
-
-
-class Seen(nn.Module):
-    """A network as a distiller sees it: run in the caller's precision, its output in float32.
-
-    Distillers call it with images (B, 3, H, W) and get an ``Output``; ``network`` is the module itself.
-    """
-
-    def __init__(self, network: nn.Module, precision: torch.dtype | None = None, grad: bool = True):
-        super().__init__()
-        self.network, self.precision, self.grad = network, precision, grad
-
-    def forward(self, images: Tensor) -> Output:
-        grad = self.grad and torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad), _autocast(images.device.type, self.precision):
-            return self.network(images).float()
+from kdzoo.distiller import Batch, Distiller, Seen, autocast
 
 
 class Distillation(nn.Module):
@@ -78,21 +54,21 @@ class Distillation(nn.Module):
         """The weighted loss terms, float32 scalars by name; minimise their sum."""
         device = batch.images.device.type
         networks = self._seen(device)
-        with _autocast(device, None):
+        with autocast(device, None):
             return self.distiller(*networks, batch)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Runs the method's phase before training, if it has one; an iteration of ``batches`` is an epoch."""
         device = next((p.device.type for p in self.student.parameters()), "cpu")
         networks = self._seen(device)
-        with _autocast(device, None):
+        with autocast(device, None):
             self.distiller.prepare(*networks, batches)
 
     def deploy(self) -> nn.Module:
         """What ships: usually the student."""
         return self.distiller.deploy(self.student)
 
-    def _seen(self, device: str) -> tuple[nn.Module, nn.Module]:
+    def _seen(self, device: str) -> tuple[Seen, Seen]:
         known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         precision = torch.get_autocast_dtype(device) if known else None
         student = Seen(self.student, precision)

@@ -1,6 +1,7 @@
 """The interface between a distillation method and everything else: batches, outputs, needs, the base class."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, NamedTuple
@@ -53,6 +54,35 @@ class Output(NamedTuple):
         return Output(self.logits.float(), self.embedding.float(), tuple(f.float() for f in self.features))
 
 
+def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to ``dtype``, or none at all for None; devices that know no autocast are left alone."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled=dtype is not None)
+
+
+class Seen(nn.Module):
+    """A network as a distiller sees it: run in the caller's precision, its output in float32.
+
+    Distillers call it with images (B, 3, H, W) and get an ``Output``.
+    """
+
+    def __init__(self, network: nn.Module, precision: torch.dtype | None = None, grad: bool = True):
+        super().__init__()
+        self.network, self.precision, self.grad = network, precision, grad
+
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The linear layer that makes the logits of the embedding; None where the network names none."""
+        layer = getattr(self.network, "classifier", None)
+        return layer if isinstance(layer, nn.Linear) else None
+
+    def forward(self, images: Tensor) -> Output:
+        grad = self.grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), autocast(images.device.type, self.precision):
+            return self.network(images).float()
+
+
 class DataSpec(NamedTuple):
     """What is known of a data set before the first batch."""
 
@@ -97,7 +127,7 @@ class Distiller(nn.Module):
         """The weighted loss terms of one batch, each a float32 scalar; their sum is what is minimised."""
         raise NotImplementedError
 
-    def forward(self, student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
         """One pass through each network, then ``loss``; methods that need another course override this."""
         if not self.needs.teacher:
             seen = student(batch.images)
@@ -105,7 +135,7 @@ class Distiller(nn.Module):
         reference = teacher(batch.images)
         return self.loss(student(batch.images), reference, batch)
 
-    def prepare(self, student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]) -> None:
+    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
         """A phase before training. ``batches`` may be iterated again and again, an epoch each time."""
 
     def deploy(self, student: nn.Module) -> nn.Module:

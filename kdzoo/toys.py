@@ -70,13 +70,13 @@ class Replay(nn.Module):
         super().__init__()
         self.wants_features = True
         features = [make(4, width, *grid) for width, grid in zip(shape.widths, shape.grids, strict=True)]
-        self.rows = nn.ParameterList([make(4, 4) * scale, make(4, shape.widths[-1]), *features])
+        self.rows = nn.ParameterList([make(4, 4) * scale, *features])
         self.classifier = nn.Linear(shape.widths[-1], 4)
 
     def forward(self, images: Tensor) -> Output:
         picks = torch.arange(len(images)) % 4
-        logits, embedding, *features = (rows[picks] for rows in self.rows)
-        return Output(logits, embedding, tuple(features))
+        logits, *features = (rows[picks] for rows in self.rows)
+        return Output(logits, features[-1].mean((2, 3)), tuple(features))
 
 
 class Absent(nn.Module):

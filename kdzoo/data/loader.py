@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import augment
-from kdzoo.randomness import seed_of
 from kdzoo.data.sources import Pictures
 from kdzoo.data.stream import Streamed, stream, train_transform
 from kdzoo.data.targets import Targets
 from kdzoo.distiller import Batch, DataSpec
 from kdzoo.errors import UserError, unknown
+from kdzoo.randomness import seed_of
 
 VIEWS = ("weak", "strong", "rotations")
 

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from kdzoo.config import Augmentation
-from kdzoo.randomness import globally_seeded
 from kdzoo.data.sources import Pictures
 from kdzoo.errors import UserError
+from kdzoo.randomness import globally_seeded
 
 Transform = Callable[[Any], Tensor]  # a Pillow image -> (3, H, W) uint8
 

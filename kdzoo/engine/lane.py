@@ -31,6 +31,11 @@ class SharedTeacher(nn.Module):
         self.network = network
         self._passes: dict[int, tuple[Tensor, Output]] = {}
 
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The network's own."""
+        return self.network.classifier
+
     def forward(self, images: Tensor) -> Output:
         """``network(images)``, remembered until ``forget``; passes that keep a graph are each lane's own."""
         if torch.is_grad_enabled():

@@ -1,0 +1,82 @@
+"""CTKD: knowledge distillation whose temperature learns against the student, to make its task harder step by step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo.errors import UserError
+from kdzoo.losses import cross_entropy, softened_kl, warm_up
+
+
+def reverse_gradient(x: Tensor, strength: float | Tensor) -> Tensor:
+    """``x`` to the bit; its gradient is multiplied by -``strength``."""
+    return x.detach() + strength * (x.detach() - x)
+
+
+def cosine_rise(progress: Tensor, share: float) -> Tensor:
+    """From 0 to 1 by half a cosine over the first ``share`` of training, then 1. ``progress`` is ()."""
+    return (1 - torch.cos(math.pi * warm_up(progress, share))) / 2
+
+
+class CTKD(Distiller):
+    r"""Curriculum Temperature for Knowledge Distillation.
+
+    .. math:: L = w_{ce} H(y, p_s) + w_{kd} T^2 KL(p_t^{(T)} \| p_s^{(T)}), \quad T = T_0 + \Delta \, \sigma(g)
+
+    One number g is learned for all images (the authors' global version), and in the opposite direction: its
+    gradient is multiplied by -lambda, and lambda rises from 0 to 1. T^2 is part of what g can raise, as in the
+    authors' code.
+
+    Args:
+        ce: weight of the cross-entropy with the ground truth.
+        kd: weight of the distillation term.
+        lowest: T_0, the least that the temperature can be.
+        span: Delta, by how much it can rise above that.
+        start: g at the beginning; 1 means T = 15.6.
+        warmup: share of training over which lambda rises.
+
+    Source: Li et al. 2023; ``train_student.py``, ``helper/loops.py`` and ``scripts/run_cifar_distill.sh`` of
+    zhengli97/CTKD.
+    """
+
+    paper = "arXiv:2211.16231"
+    fidelity = Fidelity.EXACT
+    needs = Needs(features=False)
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        ce: float = 0.1,
+        kd: float = 0.9,
+        lowest: float = 1.0,
+        span: float = 20.0,
+        start: float = 1.0,
+        warmup: float = 10 / 240,
+    ):
+        super().__init__()
+        if not lowest > 0 or span < 0:
+            raise UserError(f"lowest {lowest}, span {span}: expected above 0 and not below 0; 1 and 20 are usual")
+        if not 0 <= warmup <= 1:
+            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 10 of 240 epochs is 10/240")
+        self.ce, self.kd, self.lowest, self.span, self.warmup = ce, kd, lowest, span, warmup
+        if kd:
+            self.hardness = nn.Parameter(torch.tensor(float(start)))  # g
+
+    def temperature(self, progress: Tensor) -> Tensor:
+        """T as it stands, (); its gradient reaches g reversed."""
+        hardness = reverse_gradient(self.hardness, cosine_rise(progress, self.warmup))
+        return self.lowest + self.span * hardness.sigmoid()
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        terms = {}
+        if self.ce:
+            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
+        if self.kd:
+            temperature = self.temperature(batch.progress)
+            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits.detach(), temperature)
+        return terms

@@ -1,0 +1,88 @@
+"""DKD: how sure the teacher is of the true class, and how it shares the rest, are learned as two separate things."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo.errors import UserError
+from kdzoo.losses import cross_entropy, full_precision, true_class, warm_up
+
+
+def target_class_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """T^2 KL between (p_y, 1 - p_y) of teacher and student; logits (B, K), ``target`` (B, K) bool, mean over B."""
+    binary = []
+    for logits in (student, teacher):
+        log_p = F.log_softmax(full_precision(logits) / temperature, dim=1)
+        of_target = log_p.masked_fill(~target, 0).sum(dim=1)
+        of_others = log_p.masked_fill(target, -torch.inf).logsumexp(dim=1)  # log(1 - p_y), also where p_y rounds to 1
+        binary.append(torch.stack([of_target, of_others], dim=1))
+    return F.kl_div(binary[0], binary[1], reduction="batchmean", log_target=True) * temperature**2
+
+
+def other_classes_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """T^2 KL between the distributions over all classes but the target, mean over B; 0 where there are two classes."""
+    others = []
+    for logits in (student, teacher):
+        log_p = F.log_softmax((full_precision(logits) / temperature).masked_fill(target, -torch.inf), dim=1)
+        others.append(log_p.masked_fill(target, 0))  # equal on both sides, so that it adds nothing
+    return F.kl_div(others[0], others[1], reduction="batchmean", log_target=True) * temperature**2
+
+
+class DKD(Distiller):
+    r"""Decoupled Knowledge Distillation.
+
+    .. math:: L = w_{ce} H(y, p_s) + w_{dkd} r \, (\alpha \, \mathrm{TCKD} + \beta \, \mathrm{NCKD})
+
+    .. math:: \mathrm{TCKD} = T^2 KL((p_t^y, 1 - p_t^y) \| (p_s^y, 1 - p_s^y)),
+        \quad \mathrm{NCKD} = T^2 KL(\hat p_t \| \hat p_s)
+
+    p is softened by T, p-hat is p over all classes but the true one, which is the largest of the batch's targets,
+    and r rises from 0 to 1. Classical distillation is TCKD + (1 - p_t^y) NCKD, sample by sample. Everything stays
+    in logarithms, where the authors' code takes the log of a softmax that may have become 0.
+
+    Args:
+        ce: weight of the cross-entropy with the ground truth.
+        dkd: weight of both parts of the distillation.
+        alpha: weight of TCKD inside it.
+        beta: weight of NCKD inside it; the authors choose it by pair, from 0.25 to 8.
+        temperature: T, which softens all distributions.
+        warmup: share of training over which r rises.
+
+    Source: Zhao et al. 2022; ``mdistiller/distillers/DKD.py`` and ``engine/cfg.py`` of megvii-research/mdistiller.
+    """
+
+    paper = "arXiv:2203.08679"
+    fidelity = Fidelity.EXACT
+    needs = Needs(features=False)
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        ce: float = 1.0,
+        dkd: float = 1.0,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        warmup: float = 20 / 240,
+    ):
+        super().__init__()
+        if not temperature > 0:
+            raise UserError(f"temperature {temperature}: expected a number above 0; 4 is usual")
+        if not 0 <= warmup <= 1:
+            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 20 of 240 epochs is 20/240")
+        self.ce, self.dkd, self.alpha, self.beta = ce, dkd, alpha, beta
+        self.temperature, self.warmup = temperature, warmup
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        terms = {}
+        if self.ce:
+            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
+        if self.dkd:
+            given = student.logits, teacher.logits.detach(), true_class(batch.targets), self.temperature
+            both = self.alpha * target_class_loss(*given) + self.beta * other_classes_loss(*given)
+            terms["dkd"] = self.dkd * warm_up(batch.progress, self.warmup) * both
+        return terms

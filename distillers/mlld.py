@@ -1,0 +1,134 @@
+"""MLLD: predictions agree image by image, in how alike images are, and in how alike classes are, at many softenings."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo.errors import UserError, unknown
+from kdzoo.losses import cross_entropy, full_precision
+
+LEVELS = ("instance", "batch", "class")
+
+
+def lower_half(values: Tensor) -> Tensor:
+    """True where ``values`` (N,) are at most their median: (N,) bool."""
+    ordered, middle = values.sort().values, len(values) // 2
+    return values <= (ordered[(len(values) - 1) // 2] + ordered[middle]) / 2
+
+
+def instance_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """T^2 KL of logits (B, K), mean over B, where rows outside of ``mask`` (B,) count as 0."""
+    log_s, log_t = (F.log_softmax(full_precision(logits) / temperature, dim=1) for logits in (student, teacher))
+    rows = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
+    return (rows if mask is None else rows * mask).mean() * temperature**2
+
+
+def batch_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
+    """Squared distance of the Gram matrices p p' (B, B) of logits (B, K), columns in ``mask`` (B,), over B."""
+    p_s, p_t = ((full_precision(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
+    return ((p_t @ p_t.mT - p_s @ p_s.mT).square() * mask).sum() / len(mask)
+
+
+def class_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
+    """Squared distance of the matrices p' p (K, K) of logits (B, K), columns in ``mask`` (K,), over K."""
+    p_s, p_t = ((full_precision(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
+    return ((p_t.mT @ p_t - p_s.mT @ p_s).square() * mask).sum() / len(mask)
+
+
+def multi_level_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    temperatures: Sequence[float],
+    levels: Sequence[str] = LEVELS,
+) -> Tensor:
+    """All levels and temperatures, summed. Each network's logits (B, K) of the weak and of the strong view."""
+    certainty = full_precision(teacher[0]).softmax(dim=1)
+    images, classes = lower_half(certainty.amax(dim=1)), lower_half(certainty.sum(dim=0))
+    parts = []
+    for temperature in temperatures:
+        weak = student[0], teacher[0], temperature
+        if "instance" in levels:
+            parts += [instance_loss(*weak, images), instance_loss(student[1], teacher[1], temperature)]
+        if "batch" in levels:
+            parts.append(batch_loss(*weak, images))
+        if "class" in levels:
+            parts.append(class_loss(*weak, classes))
+    return torch.stack(parts).sum()
+
+
+def stacked(outputs: Sequence[Output]) -> Output:
+    """The outputs of several passes as those of one."""
+    return Output(torch.cat([o.logits for o in outputs]), torch.cat([o.embedding for o in outputs]), ())
+
+
+class MLLD(Distiller):
+    r"""Multi-level Logit Distillation.
+
+    .. math:: L = w_{ce} \sum_v H(y, p_s^v) + w_{kd} \sum_T \Big( T^2 KL_m(p_t \| p_s)^{weak}
+        + T^2 KL(p_t \| p_s)^{strong} + \tfrac{1}{B} \|G_t - G_s\|_m^2 + \tfrac{1}{K} \|M_t - M_s\|_m^2 \Big)
+
+    G = p p' compares the images of a batch, M = p' p its classes, both of the weak view, softened by each T. The
+    mask m keeps the images of whose class the teacher is less sure than the median, and the classes with less than
+    the median of its probability.
+
+    The authors' code multiplies its masks with sums that are scalars already, so that they halve every term and
+    choose nothing, and takes the weak view for the strong one at T = 2 and 6; we mask rows and columns before the
+    sums and keep the strong view. It adds up the other two levels of the strong view and leaves them out of the
+    loss, and so do we.
+
+    Args:
+        ce: weight of the cross-entropy with the ground truth, the sum of both views.
+        kd: weight of all levels together.
+        temperatures: every T of the sum.
+        levels: which of "instance", "batch" and "class" count.
+
+    Source: Jin, Wang and Lin 2023; ``mdistiller/distillers/KD_ours.py`` of Jin-Ying/Multi-Level-Logit-Distillation.
+    """
+
+    paper = "doi:10.1109/CVPR52729.2023.02325"
+    fidelity = Fidelity.EXACT
+    needs = Needs(features=False, views=("weak", "strong"))
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        ce: float = 0.1,
+        kd: float = 0.9,
+        temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0),
+        levels: tuple[str, ...] = LEVELS,
+    ):
+        super().__init__()
+        if not temperatures or min(temperatures) <= 0:
+            raise UserError(f"temperatures {tuple(temperatures)}: expected numbers above 0; 2 to 6 are usual")
+        for level in levels:
+            if level not in LEVELS:
+                raise unknown("level", level, LEVELS)
+        if not levels:
+            raise UserError("levels (): expected one at least; to have none, set kd to 0")
+        self.ce, self.kd = ce, kd
+        self.temperatures, self.levels = tuple(temperatures), tuple(levels)
+
+    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+        """Both views, each in a pass of its own; ``loss`` sees them one below the other."""
+        views = batch.views["weak"], batch.views["strong"]
+        reference = stacked([teacher(view) for view in views])
+        return self.loss(stacked([student(view) for view in views]), reference, batch)
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        """Outputs of 2 B rows: the weak views of the batch, then the strong ones."""
+        s, t = student.logits.chunk(2), teacher.logits.detach().chunk(2)
+        terms = {}
+        if self.ce:
+            targets = batch.targets
+            if batch.partner is not None:  # the views are not mixed
+                targets = F.one_hot(batch.labels, targets.shape[1])
+            terms["ce"] = self.ce * (cross_entropy(s[0], targets) + cross_entropy(s[1], targets))
+        if self.kd:
+            terms["kd"] = self.kd * multi_level_loss(s, t, self.temperatures, self.levels)
+        return terms
