@@ -83,7 +83,8 @@ class UHKD(Distiller):
 
     The full text was not available. Known are a Fourier transform that compacts the teacher's features, a
     learnable alignment of the student's, and matching of several levels by MSE beside KL on logits. Ours are
-    both forms of alignment, the pooling before them, the Gaussian crop, the logarithm, the layer norms and every default.
+    both forms of alignment (the one with the transform convolves in the narrower of both widths), the pooling
+    before them, the Gaussian crop, the logarithm, the layer norms and every default.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -87,6 +87,7 @@ class DataSettings:
     root: str = "data"  # where torchvision's sets lie
     limit: int | None = None  # this many training images at most
     image_size: int | None = None  # the side images are shown at; None: the protocol's, else the set's own
+    options: dict[str, Any] = field(default_factory=dict)  # keywords of what makes the set, where it has any
     workers: int = 2  # decoding processes of sets too large for memory
 
 
@@ -183,20 +184,33 @@ def protocols() -> list[str]:
 def distiller_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Checks a method's keywords against its constructor and fills in the defaults."""
     name = str(keywords["name"])
-    distiller = registry.load(name)
-    parameters = inspect.signature(distiller.__init__, eval_str=True).parameters.values()
+    given = {key: value for key, value in keywords.items() if key != "name"}
+    return {"name": name, **keyword_settings(registry.load(name), given)}
+
+
+def keyword_settings(
+    factory: Callable[..., Any], given: Mapping[str, Any], prefix: str = "distiller."
+) -> dict[str, Any]:
+    """The keyword-only arguments of ``factory`` with their defaults, of which some are ``given``; types are checked.
+
+    Args:
+        factory: a distiller, or anything else whose signature is its configuration.
+        given: values by keyword.
+        prefix: how errors name a keyword.
+
+    Raises:
+        UserError: an unknown keyword, a value of another type, or a keyword that lacks a type or a default.
+    """
     columns: list[Any] = []
-    for parameter in parameters:
+    for parameter in inspect.signature(factory, eval_str=True).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
                 raise UserError(
-                    f"distiller '{name}': keyword '{parameter.name}' needs a type and a default, since the "
-                    "constructor's keywords are the configuration"
+                    f"keyword '{parameter.name}' needs a type and a default, since the constructor's keywords are "
+                    "the configuration"
                 )
             columns.append((parameter.name, parameter.annotation, _always(parameter.default)))
-    schema = make_dataclass(f"keywords of {name}", columns)
-    given = {key: value for key, value in keywords.items() if key != "name"}
-    return {"name": name, **asdict(_typed(schema, given, "distiller."))}
+    return asdict(_typed(make_dataclass("Keywords", columns), given, prefix))
 
 
 def _protocol(given: Mapping[str, Any]) -> Protocol:

@@ -100,6 +100,19 @@ class NoDefault(Sound):
         super().__init__(student, teacher, data, ce=ce)
 
 
+class NoYaml(Sound):
+    """Has a keyword of a type that no YAML can hold.
+
+    Args:
+        ce: weight of the cross-entropy.
+    """
+
+    fails = "check_documented"
+
+    def __init__(self, student: Output, teacher: Output, data: DataSpec, *, ce: Tensor = 1.0):  # type: ignore[assignment]
+        super().__init__(student, teacher, data, ce=1.0)
+
+
 class NoSource(Sound):
     """Names no paper."""
 
