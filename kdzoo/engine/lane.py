@@ -143,6 +143,12 @@ class Lane:
             else None
         )
 
+    @property
+    def title(self) -> str:
+        """The method with its settings, to tell lanes apart."""
+        name, *keywords = self.settings.distiller.items()
+        return " ".join([str(name[1]), *(f"{key}={value}" for key, value in keywords)])
+
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
         return learning_rate(self.settings.protocol, self.base_rate, step, self.steps_per_epoch)

@@ -54,7 +54,7 @@ def train(
                 attempt(lane, lane.meter.read)  # waits for the device, so that the speed is true
             speed = (step + 1 - epoch_start) * batch_size / (time.monotonic() - epoch_begun)
             for lane in running:
-                attempt(lane, finish_epoch, lane, dataset, step, speed, progress)
+                attempt(lane, finish_epoch, lane, dataset, step, speed, progress, lane.title if len(lanes) > 1 else "")
             epoch_begun, epoch_start = time.monotonic(), step + 1
 
         if time.monotonic() - saved >= settings.engine.checkpoint_seconds:
@@ -91,8 +91,8 @@ def show(lane: Lane, step: int, speed: float, progress: Progress) -> None:
     progress.show(step, lane.meter.read(), speed)
 
 
-def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress) -> None:
-    """Measures the student and writes the epoch down."""
+def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress, title: str) -> None:
+    """Measures the student and writes the epoch down; ``title`` tells lanes apart."""
     terms = lane.meter.read()
     top1, top5 = evaluate(lane.deployed(), dataset, lane.settings.engine.precision, lane.settings.protocol.test_crop)
     record = {
@@ -105,7 +105,7 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
         "images_per_second": round(speed, 1),
     }
     lane.record(record)
-    progress.epoch(record)
+    progress.epoch(record, title)
 
 
 def evaluate(

@@ -47,23 +47,23 @@ class Progress:
             self.bars.remove_task(task)
         self.task = self.bars.add_task(self._title(start), total=total, completed=start, speed="", terms="")
 
-    def show(self, step: int, terms: dict[str, float], speed: float) -> None:
-        """The state after ``step`` steps: mean terms of this epoch, images per second."""
+    def show(self, step: int, terms: dict[str, float], speed: float, title: str = "") -> None:
+        """The state after ``step`` steps: mean terms of this epoch, images per second; ``title`` names the lane."""
         self.bars.update(
             self.task,
             completed=step,
             description=self._title(step),
             speed=f"{speed:.0f} images/s",
-            terms="  ".join(f"{name} {value:.3f}" for name, value in terms.items()),
+            terms="  ".join([title, *(f"{name} {value:.3f}" for name, value in terms.items())]).strip(),
         )
 
-    def epoch(self, record: dict[str, Any]) -> None:
+    def epoch(self, record: dict[str, Any], title: str = "") -> None:
         """An epoch's end."""
-        self.show(record["step"], record["loss"], record["images_per_second"])
+        self.show(record["step"], record["loss"], record["images_per_second"], title)
         terms = ", ".join(f"{name} {value:.3f}" for name, value in record["loss"].items())
         self.say(
             f"  epoch {record['epoch']:>3}/{self.epochs}: top-1 {record['top1']:6.2f} %"
-            f"  ({terms}; {record['images_per_second']:.0f} images/s)"
+            f"  ({terms}; {record['images_per_second']:.0f} images/s)  {title}".rstrip()
         )
 
     def _title(self, step: int) -> str:

@@ -16,6 +16,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_one
 from kdzoo.errors import UserError
 from kdzoo.results.folder import Result, RunFolder
+from kdzoo.results.lock import RunLock
 
 __all__ = ["Result", "evaluate_run", "execute", "run"]
 
@@ -73,11 +74,11 @@ def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False)
     """Runs ``settings``, or shows the run that is already finished. Global random state is left as it was."""
     device = settle(settings.engine)
     folder = RunFolder.of(settings)
-    if fresh:
-        folder.clear()
-        checkpoint.remove(folder.checkpoints)
-    finished = folder.read_result()
-    with Progress(quiet) as progress:
+    with RunLock(folder.path), Progress(quiet) as progress:
+        if fresh:
+            folder.clear()
+            checkpoint.remove(folder.checkpoints)
+        finished = folder.read_result()
         if finished is not None:
             progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
             return finished

@@ -14,6 +14,7 @@ from kdzoo.errors import UserError
 from kdzoo.files import cache_folder
 from kdzoo.randomness import seed_of
 from kdzoo.results.folder import RunFolder
+from kdzoo.results.lock import RunLock
 
 
 def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> Teacher:
@@ -83,9 +84,18 @@ def trained(settings: config.Settings, dataset: Dataset, progress: Progress) -> 
     """The run that trained this teacher, trained now where it was not before."""
     own = recipe(settings, dataset)
     folder = RunFolder.of(own)
-    if folder.read_result() is None:
-        progress.say(f"no trained {own.student.name} is at hand: training it now for {own.protocol.epochs} epochs")
-        train_one(own, dataset, None, progress)
+    if folder.read_result() is not None:
+        return folder
+    lock = RunLock(folder.path)
+    if not lock.acquire():
+        progress.say(f"{lock.who()} is training {own.student.name}: waiting for it")
+        lock.acquire(wait=True)
+    try:
+        if folder.read_result() is None:
+            progress.say(f"no trained {own.student.name} is at hand: training it now for {own.protocol.epochs} epochs")
+            train_one(own, dataset, None, progress)
+    finally:
+        lock.release()
     return folder
 
 

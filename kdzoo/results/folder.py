@@ -36,6 +36,9 @@ class Result:
     epochs: int
     seconds: float  # of training and measuring, without the teacher's training
     images_per_second: float  # the median over epochs
+    parameters: int | None = None  # of the student that ships; None: not counted, as in results of older versions
+    extra_parameters: int | None = None  # that the method trains beside the student
+    peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it; where it lies is not part of it."""
@@ -55,6 +58,7 @@ class RunFolder:
         self.result = path / "result.json"
         self.student = path / "student.safetensors"
         self.environment = path / "environment.json"
+        self.failure = path / "failed.txt"
 
     @classmethod
     def of(cls, settings: config.Settings) -> "RunFolder":
@@ -103,7 +107,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what kdzoo wrote here, and nothing else."""
-        for file in (self.result, self.history, self.student, self.environment, self.config):
+        for file in (self.result, self.history, self.student, self.environment, self.config, self.failure):
             file.unlink(missing_ok=True)
         for file in self.path.glob("events.out.tfevents.*"):
             file.unlink()

@@ -168,7 +168,8 @@ def test_a_teacher_near_chance_is_refused_unless_one_insists(tmp_path):
 
 
 def test_a_teacher_comes_from_a_file_of_weights(finished, tmp_path, cache):
-    weights = next(cache.glob("teachers/digits-resnet14-none-*/student.safetensors"))
+    folders = map(RunFolder, cache.glob("teachers/digits-resnet14-none-s0-*"))
+    weights = next(folder.student for folder in folders if folder.read_config()["data"]["limit"] is None)
     result = distil(tmp_path, f"teacher.weights={weights}", "protocol.epochs=1")
     assert result.teacher_top1 == finished.teacher_top1
     with pytest.raises(UserError, match=r"not fit"):

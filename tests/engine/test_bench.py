@@ -1,0 +1,180 @@
+"""A suite runs in groups, survives being killed, and never runs twice what is finished."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdzoo import suites
+from kdzoo.engine.bench import alike, bench, grouped
+from kdzoo.errors import UserError
+from kdzoo.results.folder import RunFolder
+from kdzoo.results.lock import RunLock
+
+SUITE = """
+data: {name: digits, limit: 640}
+protocol: {name: quick, epochs: 2}
+pairs: [[resnet14, resnet8], [resnet14, resnet14]]
+distillers: [none, kd, {name: kd, temperature: 1}]
+seeds: [0, 1]
+teacher: {epochs: 4}
+"""
+QUICK = ["engine.precision=float32", "engine.device=cpu"]
+
+
+@pytest.fixture
+def suite(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(SUITE)
+    return suites.load(str(file), overrides=QUICK)
+
+
+def weights(out):
+    return {folder.name: load_file(folder / "student.safetensors") for folder in out.iterdir() if folder.is_dir()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n][k], other[n][k]) for n in one for k in one[n])
+
+
+def test_a_group_shares_teacher_data_recipe_and_seed(suite):
+    groups = grouped(suite.runs)
+    assert [len(group) for group in groups] == [6, 6]
+    assert {run.seed for run in groups[0]} == {0}
+    assert {run.student.name for run in groups[0]} == {"resnet8", "resnet14"}
+
+
+def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
+    whole = bench(suite, tmp_path / "whole", quiet=True)
+    assert len(whole.finished) == 12
+    code = (
+        "import os, signal, sys; from pathlib import Path; from kdzoo import suites; from kdzoo.engine import bench, lane\n"
+        "step, left = lane.Lane.step, int(sys.argv[3])\n"
+        "def doomed(self, *given):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if not left: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    step(self, *given)\n"
+        "lane.Lane.step = doomed\n"
+        f"suite = suites.load(sys.argv[1], overrides={[*QUICK, 'engine.checkpoint_seconds=0']!r})\n"
+        "bench.bench(suite, Path(sys.argv[2]), quiet=True)"
+    )
+    killed = tmp_path / "killed"
+    for left in (50, 100):
+        command = [sys.executable, "-c", code, str(tmp_path / "mine.yaml"), str(killed), str(left)]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    report = bench(suite, killed, quiet=True)
+    assert len(report.finished) == 12
+    assert same(weights(tmp_path / "whole"), weights(killed))
+
+
+def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is_new(suite, tmp_path, monkeypatch):
+    bench(suite, tmp_path / "runs", quiet=True)
+    trained = []
+    import kdzoo.engine.bench as engine
+
+    train_lanes = engine.train_lanes
+    monkeypatch.setattr(engine, "train_lanes", lambda runs, *rest: trained.extend(runs) or train_lanes(runs, *rest))
+    bench(suite, tmp_path / "runs", quiet=True)
+    assert not trained
+    (tmp_path / "mine.yaml").write_text(SUITE.replace("temperature: 1", "temperature: 2"))
+    bench(suites.load(str(tmp_path / "mine.yaml"), overrides=QUICK), tmp_path / "runs", quiet=True)
+    assert [run.distiller["temperature"] for run in trained] == [2.0] * 4
+
+
+def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(SUITE.replace("temperature: 1", "kd: .inf").replace("seeds: [0, 1]", "seeds: [0]"))
+    suite = suites.load(str(file), overrides=QUICK)
+    report = bench(suite, tmp_path / "runs", quiet=True)
+    assert (len(report.finished), len(report.failed)) == (4, 2)
+    assert all("'kd' is not finite" in reason for reason in report.failed.values())
+    folder = RunFolder(next(iter(report.failed)))
+    before = folder.failure.stat().st_mtime_ns
+    bench(suite, tmp_path / "runs", quiet=True)
+    assert folder.failure.stat().st_mtime_ns == before
+    bench(suite, tmp_path / "runs", retry=True, quiet=True)
+    assert folder.failure.stat().st_mtime_ns > before
+
+
+def test_what_another_process_works_on_is_left_to_it(suite, tmp_path):
+    for run in suite.runs:
+        run.output.root = str(tmp_path / "runs")
+    with RunLock(RunFolder.of(suite.runs[0]).path):
+        report = bench(suite, tmp_path / "runs", quiet=True)
+    assert report.elsewhere == [RunFolder.of(suite.runs[0]).path]
+    assert len(report.finished) == 11
+
+
+def test_one_folder_holds_one_suite(suite, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "suite.json").write_text('{"name": "other"}')
+    with pytest.raises(UserError, match="holds the suite 'other', not 'mine'"):
+        bench(suite, tmp_path / "runs", quiet=True)
+
+
+def test_a_run_that_was_edited_or_half_deleted_is_an_error_and_nothing_is_lost(suite, tmp_path):
+    report = bench(suite, tmp_path / "runs", quiet=True)
+    folder = RunFolder(report.finished[0])
+    text = folder.config.read_text()
+    folder.config.write_text(text.replace("epochs: 2", "epochs: 3"))
+    with pytest.raises(UserError, match="edited by hand"):
+        bench(suite, tmp_path / "runs", quiet=True)
+    folder.config.write_text(text)
+    folder.student.unlink()
+    with pytest.raises(UserError, match="lost its student"):
+        bench(suite, tmp_path / "runs", quiet=True)
+    assert all(RunFolder(path).read_result() for path in report.finished)
+
+
+def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
+    from kdzoo.engine import checkpoint
+
+    runs = suite.runs[:4]
+    for run in runs:
+        run.output.root = str(tmp_path)
+    for run, steps in zip(runs, [(4, 6), (6,), (), (4,)], strict=True):
+        for step in steps:
+            checkpoint.save(RunFolder.of(run).checkpoints, step, {})
+    assert [len(together) for together in alike(runs)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pairs: [[a, b]]\ndistillers: [kd]\nseed: [1]", "unknown key in suite bad 'seed'; did you mean seeds"),
+        ("pairs: [[a, b, c]]\ndistillers: [kd]", "is no pair"),
+        ("pairs: [[a, b]]", "has no distillers"),
+        ("pairs: [[a, b]]\ndistillers: [kdd]", "unknown distiller 'kdd'; did you mean kd"),
+        ("pairs: [[a, b]]\ndistillers: [kd, kd]", "has a run twice"),
+        ("pairs: [[a, b]]\ndistillers: [{name: kd, temp: 1}]", "distiller.temp"),
+        ("[1, 2]", "holds no mapping"),
+        ("pairs: [", "no valid YAML"),
+    ],
+)
+def test_a_wrong_suite_is_one_line(tmp_path, text, said):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        suites.load(str(file))
+    assert said in str(caught.value).replace(str(file), "bad")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_suite_gets_the_nearest():
+    with pytest.raises(UserError, match="did you mean digits"):
+        suites.load("digit")
+
+
+@pytest.mark.parametrize("name", suites.shipped())
+def test_every_shipped_suite_is_valid(name):
+    assert suites.load(name).runs
+
+
+def test_seeds_of_the_command_replace_the_files(tmp_path, suite):
+    assert {run.seed for run in suites.load(str(tmp_path / "mine.yaml"), seeds=range(3)).runs} == {0, 1, 2}
+
+
