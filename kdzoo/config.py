@@ -1,5 +1,6 @@
 """Typed run settings: YAML of ``configs/`` and ``key=value`` overrides, checked before any work begins."""
 
+import csv
 import hashlib
 import inspect
 import json
@@ -145,6 +146,8 @@ class Settings:
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
     """Settings from nested ``values`` (flags, a file) and ``key=value`` strings, the latter winning.
 
+    A method's keywords that nobody gave are those that the field uses for this pair, else the method's defaults.
+
     A protocol is given by ``protocol.name``; its file is read first and its keys may be overridden. Where
     ``protocol.epochs`` is overridden alone, milestones and warm-up shrink or grow with it.
 
@@ -165,10 +168,24 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setting
     recipe = given.pop("protocol", {})
     settings: Settings = _typed(Settings, given, "")
     settings.protocol = _protocol(recipe)
-    settings.distiller = distiller_settings(keywords)
+    settings.distiller = distiller_settings({**preset(settings, keywords["name"]), **keywords})
     if not settings.student.name:
         raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
     return settings
+
+
+def preset(settings: Settings, distiller: str) -> dict[str, Any]:
+    """The keywords that the field uses for this method on this pair, data and recipe (``configs/presets.csv``)."""
+    run = {
+        "distiller": distiller,
+        "data": settings.data.name,
+        "protocol": settings.protocol.name,
+        "teacher": settings.teacher.name,
+        "student": settings.student.name,
+    }
+    with (files("kdzoo.configs") / "presets.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in run.items())]
+    return {row["keyword"]: yaml.safe_load(row["value"]) for row in rows}
 
 
 def protocol(name: str) -> Protocol:

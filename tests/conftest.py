@@ -1,6 +1,10 @@
 """Every test session has its own cache of data and teachers, and runs the same on any number of cores."""
 
-import pytest
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, one core each
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,8 @@
 """Settings are typed, complete, and wrong ones are refused with a helpful line."""
 
+import csv
+from importlib.resources import files
+
 import pytest
 
 from kdzoo import config
@@ -110,3 +113,24 @@ def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
     )
     with pytest.raises(UserError, match="'ce' needs a type and a default"):
         config.resolve({**BASE, "distiller": {"name": str(file)}})
+
+
+def test_the_fields_own_weights_for_a_pair_are_the_defaults_there():
+    pair = {
+        "distiller": {"name": "dkd"},
+        "teacher": {"name": "resnet56"},
+        "student": {"name": "resnet20"},
+        "data": {"name": "cifar100"},
+        "protocol": {"name": "crd"},
+    }
+    assert config.resolve(pair).distiller["beta"] == 2.0
+    assert config.resolve(pair, ["distiller.beta=3"]).distiller["beta"] == 3.0
+    assert config.resolve(pair, ["data.name=digits"]).distiller["beta"] == 8.0
+
+
+def test_every_preset_is_a_keyword_of_its_method():
+    with (files("kdzoo.configs") / "presets.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert row["source"]
+        assert row["keyword"] in config.distiller_settings({"name": row["distiller"]})
