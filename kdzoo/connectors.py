@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from kdzoo.distiller import Output
 from kdzoo.errors import UserError
 from kdzoo.losses import full_precision
-from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis
+from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis
 
 
 def check_stages(stages: Sequence[int], student: Output, teacher: Output) -> tuple[int, ...]:
@@ -102,9 +102,17 @@ class Wavelets(nn.Module):
         super().__init__()
         self.level = level
         for name, n in zip(("rows", "columns"), grid, strict=True):
-            for step, matrix in enumerate(dwt_basis(n, wavelet, level, padding) if level else ()):
-                self.register_buffer(f"{name}{step}", matrix.float(), persistent=False)
+            for step in range(level):
+                forward, inverse = (basis(n, wavelet, level, padding)[step] for basis in (dwt_basis, idwt_basis))
+                self.register_buffer(f"{name}{step}", forward.float(), persistent=False)
+                self.register_buffer(f"inverse_{name}{step}", inverse.float(), persistent=False)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, list[Tensor]]:
-        rows, columns = ([getattr(self, f"{name}{step}") for step in range(self.level)] for name in ("rows", "columns"))
-        return dwt2(full_precision(maps), rows, columns)
+        return dwt2(full_precision(maps), self._matrices("rows"), self._matrices("columns"))
+
+    def inverse(self, content: Tensor, details: Sequence[Tensor]) -> Tensor:
+        """The maps of which these are content and details: (B, C, H, W)."""
+        return idwt2(content, details, self._matrices("inverse_rows"), self._matrices("inverse_columns"))
+
+    def _matrices(self, name: str) -> list[Tensor]:
+        return [self.get_buffer(f"{name}{step}") for step in range(self.level)]

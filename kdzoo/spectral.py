@@ -80,12 +80,13 @@ def low_pass(height: int, width: int, cutoff: float) -> Tensor:
 
 
 def high_pass(height: int, width: int, cutoff: float) -> Tensor:
-    """Mask for ``fourier_filter``: true above ``cutoff`` cycles per image, the complement of ``low_pass``; (H, W) bool.
+    """Mask for ``fourier_filter``: true above ``cutoff`` cycles per image; (H, W) bool.
 
-    A map too coarse for any such wave keeps its highest frequency, a 1x1 map its one number.
+    From 0 on it is the complement of ``low_pass``, but that a map too coarse for any such wave keeps its highest
+    frequency, and a 1x1 map its one number.
     """
-    radii = cycles(height, width)
-    return ~low_pass(height, width, cutoff) | (radii >= radii.max() - 1e-9)
+    highest = math.hypot(height // 2, width // 2)
+    return cycles(height, width) > min(cutoff, highest - 1e-6) + 1e-9
 
 
 def radial_basis(grid: Sequence[int]) -> Tensor:

@@ -1,0 +1,189 @@
+"""FAM-KD: the student's stages, filtered by learned weights of their frequencies, match the teacher's."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo.errors import UserError, unknown
+from kdzoo.losses import cross_entropy, softened_kl
+from kdzoo.spectral import high_pass
+
+MIXINGS = ("auto", "full", "depthwise")
+LARGEST = 2**24  # complex weights of one stage, above which "auto" goes depthwise
+
+
+def frequency_filter(maps: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Maps (B, I, H, W) with each of their frequencies mixed over channels, or scaled, and masked: (B, O, H, W).
+
+    Args:
+        weight: real and imaginary parts, (I, O, H, W, 2) to mix, or (I, H, W, 2) to scale each channel.
+        mask: (H, W) bool, unshifted.
+    """
+    spectrum, mixing = torch.fft.fft2(maps, norm="ortho"), torch.view_as_complex(weight)
+    mixed = torch.einsum("bihw,iohw->bohw", spectrum, mixing) if mixing.ndim == 4 else spectrum * mixing
+    return torch.fft.ifft2(mixed * mask, norm="ortho").real
+
+
+def local_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Attention of each position and channel of a query (B, C, H, W) to the 3x3 around it: (B, C, H, W).
+
+    ``rows`` (C // 2, 3) are added to the keys of the first channels, by the neighbour's row, and ``columns`` to
+    those of the rest.
+    """
+    height, width = query.shape[2:]
+    near = [(y, x) for y in range(3) for x in range(3)]
+    offset = [torch.cat([rows[:, y], columns[:, x]])[:, None, None] for y, x in near]
+    padded = (F.pad(maps, (1, 1, 1, 1)) for maps in (key, value))
+    keys, values = ([maps[..., y : y + height, x : x + width] for y, x in near] for maps in padded)
+    share = torch.stack([query * (k + o) for k, o in zip(keys, offset, strict=True)]).softmax(dim=0)
+    return (share * torch.stack(values)).sum(dim=0)
+
+
+class FrequencyAttention(nn.Module):
+    """Half the filtered maps and half a 1x1 convolution of them, the halves learned: (B, C, H, W) -> the same shape."""
+
+    mask: Tensor
+
+    def __init__(self, channels: int, grid: tuple[int, int], cutoff: float, mixing: str):
+        super().__init__()
+        full = (channels, channels, *grid, 2)
+        if mixing == "auto":
+            mixing = "full" if channels**2 * grid[0] * grid[1] <= LARGEST else "depthwise"
+        scale = 1 / channels**2 if mixing == "full" else 1.0
+        self.weight = nn.Parameter(scale * torch.rand(full if mixing == "full" else full[1:]))
+        self.convolve = nn.Conv2d(channels, channels, 1)
+        self.shares = nn.Parameter(torch.full((2,), 0.5))
+        self.register_buffer("mask", high_pass(*grid, cutoff), persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        filtered = frequency_filter(maps, self.weight, self.mask)
+        return self.shares[0] * filtered + self.shares[1] * self.convolve(maps)
+
+
+class Review(nn.Module):
+    """One stage of the student on the teacher's grid: what the teacher is compared with, and what goes on up.
+
+    Args:
+        student: the student's maps, of which only the shape is read.
+        teacher: the teacher's.
+        deeper: channels of what the stage below sends up; 0 for the deepest.
+        cutoff: of the high-pass, in cycles per image.
+        mixing: of the filter.
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor, deeper: int, cutoff: float, mixing: str):
+        super().__init__()
+        channels, *grid = teacher.shape[1:]
+
+        def widen(fan_in: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(fan_in, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+
+        self.grid = (grid[0], grid[1])
+        self.pool = CommonGrid(student, teacher).student
+        self.enter = widen(student.shape[1])
+        self.receive = widen(deeper) if deeper and deeper != channels else nn.Identity()
+        if deeper:
+            self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(3))
+            self.rows = nn.Parameter(torch.randn(channels // 2, 3))
+            self.columns = nn.Parameter(torch.randn(channels - channels // 2, 3))
+        self.leave = nn.Sequential(FrequencyAttention(channels, self.grid, cutoff, mixing), nn.BatchNorm2d(channels))
+
+    def forward(self, maps: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        maps = F.interpolate(self.enter(self.pool(maps)), self.grid, mode="nearest")
+        if deeper is not None:
+            asked = self.query(F.interpolate(self.receive(deeper), self.grid, mode="nearest"))
+            maps = local_attention(asked, self.key(maps), self.value(maps), self.rows, self.columns)
+        return self.leave(maps), maps
+
+
+class FAMKD(Distiller):
+    r"""Frequency Attention for Knowledge Distillation, with its review of stages.
+
+    .. math:: L = w_{ce} H(y, p_s) + w_{kd} T^2 KL(p_t^{(T)} \| p_s^{(T)})
+        + w_{fam} \min(progress / warmup, 1) \sum_l \operatorname{MSE}(A_l(h_l), f_t^l)
+
+    h_l is the student's stage on the teacher's grid, after a 1x1 convolution, BN and ReLU, attending in 3x3 windows,
+    queried by h_l+1; the deepest is the embedding as a 1x1 map. A_l h is batch norm of a Re(F^-1 M W F h) + b V h,
+    where F is the orthonormal Fourier transform, W learned complex weights that mix channels at each frequency, M a
+    high-pass mask, V a 1x1 convolution, and a and b begin at 1/2.
+
+    The published mask clears a square of a tenth of the map's half, rounded down, around DC: nothing at all under
+    20 pixels, frequencies -1 and 0 of each axis at 32, -2 to 1 at 56. Ours clears what is not above ``cutoff``
+    cycles per image on any grid, 1 as the published one at 32; a map too coarse for more keeps its highest
+    frequency. Of the published repository ours also differs in this: complex weights are pairs of real ones;
+    where a stage would need more than 2^24 of them (a ViT's some 10^8) each frequency scales its channel and does
+    not mix, and the 1x1 convolution is left to mix; any width goes, as the attention's groups did nothing; the
+    last ReLU is gone, as features of transformers are negative too; a 1x1 convolution leads to the teacher's
+    channels at every stage; a finer grid is averaged to the teacher's first, not thinned out at the end; and maps
+    are the networks' own stages, not those before their activation.
+
+    Args:
+        ce: weight of the cross-entropy with the ground truth.
+        fam: weight of the features' term, a sum over stages and embedding.
+        kd: weight of the distillation of logits.
+        temperature: T of the distillation of logits.
+        warmup: over which share of training the features' term grows from 0.
+        cutoff: the highest frequency that the mask clears, in cycles per image; below 0 it clears none.
+        mixing: "full"; "depthwise"; or "auto", by the number of weights.
+        stages: which stages are matched, beside the embedding.
+
+    Source: Pham et al. 2024, section 3; distillers/FAM_KD.py and engine/cfg.py of the authors' repository,
+    cuong-pv/FAM-KD.
+    """
+
+    paper = "arXiv:2403.05894"
+    fidelity = Fidelity.ADAPTED
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        ce: float = 1.0,
+        fam: float = 1.0,
+        kd: float = 0.0,
+        temperature: float = 4.0,
+        warmup: float = 20 / 240,
+        cutoff: float = 1.0,
+        mixing: str = "auto",
+        stages: tuple[int, ...] = (0, 1, 2, 3),
+    ):
+        super().__init__()
+        if not temperature > 0:
+            raise UserError(f"temperature {temperature}: expected a number above 0; 4 is usual")
+        if not 0 <= warmup <= 1:
+            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 20 of 240 epochs are 1/12")
+        if mixing not in MIXINGS:
+            raise unknown("mixing", mixing, MIXINGS)
+        self.ce, self.fam, self.kd = ce, fam, kd
+        self.temperature, self.warmup = temperature, warmup
+        if not fam:
+            self.needs = Needs(features=False)
+            return
+        self.stages = tuple(sorted(check_stages(stages, student, teacher), reverse=True))
+        self.reviews, deeper = nn.ModuleList(), 0
+        for f_s, f_t in zip(self.deep_first(student), self.deep_first(teacher), strict=True):
+            self.reviews.append(Review(f_s, f_t, deeper, cutoff, mixing))
+            deeper = f_t.shape[1]
+
+    def deep_first(self, output: Output) -> list[Tensor]:
+        """The embedding as a 1x1 map, and the stages, the deepest first: (B, C, H, W) each."""
+        return [output.embedding[:, :, None, None], *(output.features[stage] for stage in self.stages)]
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        terms = {}
+        if self.ce:
+            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
+        if self.fam:
+            errors, deeper = [], None
+            for f_s, f_t, review in zip(self.deep_first(student), self.deep_first(teacher), self.reviews, strict=True):
+                seen, deeper = review(f_s, deeper)
+                errors.append(F.mse_loss(seen, f_t.detach()))
+            grown = (batch.progress / self.warmup).clamp(max=1.0) if self.warmup else 1.0
+            terms["fam"] = self.fam * grown * torch.stack(errors).sum()
+        if self.kd:
+            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits.detach(), self.temperature)
+        return terms

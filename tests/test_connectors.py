@@ -1,0 +1,51 @@
+"""Pooling that both networks' maps go through."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdzoo.connectors import CommonGrid, Pool
+
+
+def wave(*shape):
+    t = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return torch.sin(1.7 * t + t.sqrt()).reshape(shape)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 5), (6, 4), (1, 1), (5, 12)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 4), (4, 4), (5, 3), (8, 8)])
+def test_pooling_is_adaptive_average_pooling(grid, size):
+    size = (min(size[0], grid[0]), min(size[1], grid[1]))
+    maps = wave(2, 3, *grid)
+    torch.testing.assert_close(Pool(grid, size).double()(maps), F.adaptive_avg_pool2d(maps, size))
+
+
+def test_pooling_to_the_same_grid_changes_nothing():
+    maps = wave(2, 3, 7, 5)
+    assert Pool((7, 5), (7, 5))(maps) is maps
+
+
+@pytest.mark.parametrize(("grid", "size"), [((8, 8), (4, 4)), ((7, 5), (4, 4))])
+def test_pooling_takes_half_precision_to_float32_and_has_the_gradient_of_its_values(grid, size):
+    pool = Pool(grid, size)
+    assert pool(wave(2, 3, *grid).bfloat16()).dtype == torch.float32
+    assert torch.autograd.gradcheck(pool.double(), wave(1, 2, *grid).requires_grad_())
+
+
+def test_pooling_keeps_no_state():
+    assert not Pool((7, 5), (4, 4)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "size"),
+    [((8, 8), (4, 4), (4, 4)), ((4, 4), (8, 8), (4, 4)), ((7, 5), (5, 7), (5, 5)), ((1, 1), (7, 7), (1, 1))],
+)
+def test_the_common_grid_has_the_smaller_height_and_the_smaller_width(student, teacher, size):
+    f_s, f_t = wave(2, 3, *student).requires_grad_(), wave(2, 5, *teacher).requires_grad_()
+    grid = CommonGrid(f_s, f_t).double()
+    assert grid.size == size
+    pooled = grid(f_s, f_t)
+    for maps, each in zip(pooled, (f_s, f_t), strict=True):
+        torch.testing.assert_close(maps, F.adaptive_avg_pool2d(each, size))
+    assert pooled[0].requires_grad
+    assert not pooled[1].requires_grad
