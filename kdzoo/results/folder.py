@@ -121,7 +121,7 @@ def environment(settings: config.Settings) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in ("kdzoo", "torch", "torchvision", "timm", "ptwt", "numpy")},
+        "packages": {name: _version(name) for name in ("kdzoo", "torch", "torchvision", "timm", "PyWavelets", "numpy")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
         "device_type": device.type,
         "precision": settings.engine.precision,

@@ -1,0 +1,78 @@
+"""AT: the student looks at the same places as the teacher, stage by stage."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo.errors import UserError
+from kdzoo.losses import cross_entropy, full_precision
+
+
+def attention_map(maps: Tensor, p: float) -> Tensor:
+    """Mean over channels of |maps|^p, flattened and of length 1: (B, C, H, W) -> (B, H * W)."""
+    return F.normalize(full_precision(maps).abs().pow(p).mean(dim=1).flatten(1), eps=1e-6)
+
+
+def attention_loss(student: Tensor, teacher: Tensor, p: float) -> Tensor:
+    """Mean squared error of the attention of maps (B, C_s, H, W) and (B, C_t, H, W)."""
+    return F.mse_loss(attention_map(student, p), attention_map(teacher, p))
+
+
+class AT(Distiller):
+    r"""Attention Transfer.
+
+    .. math:: L = w_{ce} H(y, p_s) + w_{at} \sum_l
+        \operatorname{MSE}\left(\frac{Q_s^l}{\|Q_s^l\|_2}, \frac{Q_t^l}{\|Q_t^l\|_2}\right),
+        \quad Q = \operatorname{mean}_c |f_c|^p
+
+    The paper takes the norm of the difference; the authors' code, which is followed, takes the mean square over
+    positions and batch. Where the grids of a stage differ, the larger map is average-pooled to the smaller height
+    and width before Q is taken. A stage with one position has nothing to match.
+
+    Args:
+        ce: weight of the cross-entropy with the ground truth.
+        at: weight of the sum over stages.
+        p: power of each activation.
+        stages: which stages are matched. The default leaves out the first, which is the stem's map where networks
+            have three stages.
+
+    Source: Zagoruyko and Komodakis 2017, eq. 2; the authors' ``cifar.py``; weight of RepDistiller.
+    """
+
+    paper = "arXiv:1612.03928"
+    fidelity = Fidelity.EXACT
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        ce: float = 1.0,
+        at: float = 1000.0,
+        p: float = 2.0,
+        stages: tuple[int, ...] = (1, 2, 3),
+    ):
+        super().__init__()
+        if not p >= 1:
+            raise UserError(f"p {p}: expected a number from 1, whose gradient is finite at 0; 2 is usual")
+        self.ce, self.at, self.p = ce, at, p
+        if not at:
+            self.needs = Needs(features=False)
+            return
+        self.stages = check_stages(stages, student, teacher)
+        self.grids = nn.ModuleList(CommonGrid(student.features[l], teacher.features[l]) for l in self.stages)
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        terms = {}
+        if self.ce:
+            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
+        if self.at:
+            losses = []
+            for l, grid in zip(self.stages, self.grids, strict=True):
+                f_s, f_t = grid(student.features[l], teacher.features[l])
+                losses.append(attention_loss(f_s, f_t, self.p))
+            terms["at"] = self.at * torch.stack(losses).sum()
+        return terms

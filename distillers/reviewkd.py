@@ -1,0 +1,147 @@
+"""ReviewKD: maps of the student, each fused with all deeper ones, repeat the teacher's at several scales."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo.connectors import Pool, check_stages
+from kdzoo.errors import UserError
+from kdzoo.losses import cross_entropy, full_precision, warm_up
+
+LEVELS = (4, 2, 1)  # cells on a side
+
+
+class Pyramid(nn.Module):
+    """Maps (B, C, H, W), then their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
+
+    Args:
+        grid: H and W.
+    """
+
+    def __init__(self, grid: Sequence[int]):
+        super().__init__()
+        self.pools = nn.ModuleList(Pool(grid, (cells, cells)) for cells in LEVELS if cells < min(grid))
+
+    def forward(self, maps: Tensor) -> list[Tensor]:
+        return [maps, *(pool(maps) for pool in self.pools)]
+
+
+def context_loss(student: Tensor, teacher: Tensor, pyramid: Callable[[Tensor], list[Tensor]]) -> Tensor:
+    """Hierarchical context loss of maps (B, C, H, W): MSE at each level, weighted 1, 1/2, 1/4 ... over their sum."""
+    gaps = pyramid(full_precision(student) - full_precision(teacher))  # averaging is linear: that of the gap will do
+    weights = [0.5**level for level in range(len(gaps))]
+    losses = [weight * gap.square().mean() for weight, gap in zip(weights, gaps, strict=True)]
+    return torch.stack(losses).sum() / sum(weights)
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    """Convolution that keeps the grid, and batch norm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Maps (B, C, H, W) on another grid, by nearest neighbours."""
+    return maps if tuple(maps.shape[2:]) == tuple(grid) else F.interpolate(maps, tuple(grid), mode="nearest")
+
+
+class Fusion(nn.Module):
+    """Attention-based fusion: a student's map and the fusion of deeper ones, weighed against each other everywhere.
+
+    Args:
+        inputs: channels of the student's map.
+        middle: channels of every fusion.
+        outputs: channels of the teacher's map.
+        deepest: whether no deeper fusion exists.
+    """
+
+    def __init__(self, inputs: int, middle: int, outputs: int, deepest: bool):
+        super().__init__()
+        self.enter, self.leave = conv_norm(inputs, middle, 1), conv_norm(middle, outputs, 3)
+        self.weigh = None if deepest else nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid())
+
+    def forward(self, maps: Tensor, deeper: Tensor | None, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(B, inputs, H, W) and (B, middle, h, w) -> (B, outputs, *grid) and the fusion, (B, middle, *grid)."""
+        fused = self.enter(maps)
+        if self.weigh is not None and deeper is not None:
+            deeper = resized(deeper, maps.shape[2:])
+            own, other = self.weigh(torch.cat([fused, deeper], dim=1)).split(1, dim=1)
+            fused = fused * own + deeper * other
+        fused = resized(fused, grid)
+        return self.leave(fused), fused
+
+
+class ReviewKD(Distiller):
+    r"""Distilling Knowledge via Knowledge Review.
+
+    .. math:: L = w_{ce} H(y, p_s) + w_{review} r \sum_l \operatorname{HCL}(\Phi_l(f_s^l, \ldots, f_s^n), f_t^l)
+
+    The maps are those of ``stages`` and, the deepest, the embedding as a map of one cell. Phi goes from deep to
+    shallow: the student's map through a 1x1 convolution and batch norm, fused with what the deeper map left behind,
+    by two attention maps of both; resized to the teacher's grid by nearest neighbours, and through a 3x3 convolution
+    and batch norm. HCL is the MSE of the maps and of their averages over 4x4, 2x2 and 1x1 cells, where those are
+    fewer, with weights that halve. r rises from 0 to 1 over ``warmup``. Student maps of any grid and width fit.
+
+    Adapted in one thing: the authors take the teacher's maps before the last ReLU of a stage on CIFAR-100; these are
+    as the network passes them on, after it, as theirs on ImageNet.
+
+    Args:
+        ce: weight of the cross-entropy with the ground truth.
+        review: weight of the sum over maps; the authors choose it by pair, from 0.6 (resnet56 to resnet20) and
+            1 (resnet110 to resnet32) to 5 (most) and 8 (resnet32x4 to ShuffleNetV2).
+        stages: which stages are matched. The default leaves out the first, which is the stem's map where networks
+            have three stages.
+        warmup: share of training over which r rises.
+
+    Source: Chen et al. 2021; the authors' ``CIFAR-100/model/reviewkd.py``, ``CIFAR-100/train.py`` and
+    ``CIFAR-100/script/reviewKD.sh``.
+    """
+
+    paper = "arXiv:2104.09044"
+    fidelity = Fidelity.ADAPTED
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        ce: float = 1.0,
+        review: float = 5.0,
+        stages: tuple[int, ...] = (1, 2, 3),
+        warmup: float = 20 / 240,
+    ):
+        super().__init__()
+        if not 0 <= warmup <= 1:
+            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 20 of 240 epochs is 20/240")
+        self.ce, self.review, self.warmup = ce, review, warmup
+        if not review:
+            self.needs = Needs(features=False)
+            return
+        self.stages = tuple(sorted(check_stages(stages, student, teacher), reverse=True))
+        self.fusions, self.pyramids = nn.ModuleList(), nn.ModuleList()
+        middle = min(512, student.embedding.shape[1])
+        for f_s, f_t in zip(self.maps(student), self.maps(teacher), strict=True):
+            self.fusions.append(Fusion(f_s.shape[1], middle, f_t.shape[1], deepest=not self.fusions))
+            self.pyramids.append(Pyramid(f_t.shape[2:]))
+
+    def maps(self, output: Output) -> list[Tensor]:
+        """What is matched of an output, deep to shallow, each (B, C, H, W)."""
+        return [output.embedding[:, :, None, None], *(output.features[l] for l in self.stages)]
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        terms = {}
+        if self.ce:
+            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
+        if self.review:
+            losses, deeper = [], None
+            maps = zip(self.maps(student), self.maps(teacher), self.fusions, self.pyramids, strict=True)
+            for f_s, f_t, fuse, pyramid in maps:
+                seen, deeper = fuse(f_s, deeper, f_t.shape[2:])
+                losses.append(context_loss(seen, f_t.detach(), pyramid))
+            terms["review"] = self.review * warm_up(batch.progress, self.warmup) * torch.stack(losses).sum()
+        return terms

@@ -1,0 +1,144 @@
+"""SimKD: the student's last map is projected onto the teacher's, and the teacher's own classifier reads it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output, Seen
+from kdzoo.connectors import CommonGrid, Pool, check_stages
+from kdzoo.errors import UserError
+from kdzoo.losses import full_precision
+
+
+class Projector(nn.Module):
+    """A bottleneck of 1x1, 3x3 and 1x1 convolutions: (B, inputs, H, W) -> (B, outputs, *grid).
+
+    Args:
+        inputs: channels of the student's map.
+        outputs: channels of what it becomes.
+        middle: channels in between.
+        pool: from the student's grid to the one that is matched.
+    """
+
+    rectified: Tensor  # () bool: whether a ReLU ends it
+
+    def __init__(self, inputs: int, outputs: int, middle: int, pool: Pool):
+        super().__init__()
+        self.pool = pool
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, middle, 1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(),
+            nn.Conv2d(middle, middle, 3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(),
+            nn.Conv2d(middle, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.register_buffer("rectified", torch.tensor(False))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = self.layers(self.pool(maps))
+        return torch.where(self.rectified, maps.relu(), maps)
+
+
+class WithTeachersHead(nn.Module):
+    """Student, projector and the teacher's classifier: images (B, 3, H, W) -> ``Output``."""
+
+    def __init__(self, student: nn.Module, projector: Projector, head: nn.Linear):
+        super().__init__()
+        self.student, self.projector, self.head = student, projector, head
+        self.training = student.training
+
+    def forward(self, images: Tensor) -> Output:
+        seen: Output = self.student(images)
+        embedding = self.projector(seen.features[-1]).mean(dim=(2, 3))
+        return Output(self.head(embedding), embedding, seen.features).float()
+
+
+class SimKD(Distiller):
+    r"""Knowledge Distillation with the Reused Teacher Classifier.
+
+    .. math:: L = w_{simkd} \operatorname{MSE}(P(f_s), f_t)
+
+    f are the last maps and P the projector. No label is read. What ships is the student, P, the mean over positions and
+    the teacher's classifier, so their parameters and time count when the student is measured; the student's own
+    classifier is not trained. Where the grids differ, the larger map is average-pooled to the smaller height and
+    width, as in the authors' code.
+
+    The authors' networks classify the mean of their last map, which ends in a ReLU. Others do not, so one batch of
+    the teacher decides before training: where its embedding is not the mean of its last map (class tokens, last norms,
+    layers after the last stage), the mean of P(f_s) is matched to the embedding instead; and P ends in a
+    ReLU only where no number of what is matched is negative.
+
+    Args:
+        simkd: weight of the squared error, a mean over all numbers.
+        factor: the teacher's width over that of the projector's bottleneck.
+
+    Source: Chen et al. 2022; the authors' ``models/util.py``, ``helper/loops.py`` and ``train_student.py``.
+    """
+
+    paper = "arXiv:2203.14001"
+    fidelity = Fidelity.EXACT
+
+    pooled: Tensor  # () bool: whether the teacher's embedding is the mean of its last map
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        simkd: float = 1.0,
+        factor: int = 2,
+    ):
+        super().__init__()
+        (last,) = check_stages((len(student.features) - 1,), student, teacher)
+        f_s, f_t = student.features[last], teacher.features[last]
+        width = teacher.embedding.shape[1]
+        if not 1 <= factor <= width:
+            raise UserError(f"factor {factor}: expected a number from 1 to the teacher's width {width}; 2 is usual")
+        self.simkd = simkd
+        self.grid = CommonGrid(f_s, f_t)
+        self.projector = Projector(f_s.shape[1], width, width // factor, self.grid.student)
+        self.same_width = f_t.shape[1] == width
+        self.register_buffer("pooled", torch.tensor(False))
+        self.head = nn.Linear(width, data.num_classes).requires_grad_(False)
+        for parameter in self.head.parameters():
+            nn.init.constant_(parameter, torch.nan)  # so that no one takes it for the teacher's before it is
+
+    @torch.no_grad()
+    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
+        """Takes the teacher's classifier over, and looks at one batch of what it shows."""
+        classifier = teacher.classifier
+        if classifier is None:
+            raise UserError(
+                "simkd reuses a linear classifier, but the teacher has none; choose another teacher or method"
+            )
+        self.head.weight.copy_(classifier.weight)
+        self.head.bias.copy_(torch.zeros_like(self.head.bias) if classifier.bias is None else classifier.bias)
+        seen = teacher(next(iter(batches)).images)
+        target = seen.embedding
+        if self.same_width:
+            mean = seen.features[-1].mean(dim=(2, 3))
+            self.pooled.copy_((mean - target).norm() <= 0.02 * target.norm())  # bfloat16 rounds to 0.4 %
+            target = seen.features[-1] if self.pooled else target
+        self.projector.rectified.copy_((target >= 0).all())
+
+    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
+        return {"simkd": self.simkd * self.match(student, teacher)} if self.simkd else {}
+
+    def match(self, student: Output, teacher: Output) -> Tensor:
+        """The squared error of the last maps, or of the embeddings where the teacher's is not its map's mean."""
+        maps = self.projector(student.features[-1])
+        embeddings = F.mse_loss(maps.mean(dim=(2, 3)), full_precision(teacher.embedding.detach()))
+        if not self.same_width:
+            return embeddings
+        target = self.grid.teacher(teacher.features[-1].detach())
+        return torch.where(self.pooled, F.mse_loss(maps, target), embeddings)
+
+    def deploy(self, student: nn.Module) -> nn.Module:
+        """The student, the projector and the teacher's classifier as one network."""
+        return WithTeachersHead(student, self.projector, self.head)

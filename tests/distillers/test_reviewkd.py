@@ -1,0 +1,129 @@
+"""Knowledge review: fused maps and the hierarchical context loss."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.signal import correlate
+from scipy.special import expit
+from torch.nn import functional as F
+
+from distillers.reviewkd import Pyramid, ReviewKD, context_loss
+from kdzoo.errors import UserError
+
+
+def averaged(maps, cells):
+    """Averages over cells x cells windows, which overlap where the sides are no multiples."""
+    _, _, h, w = maps.shape
+    windows = [[(i * n // cells, -(-(i + 1) * n // cells)) for i in range(cells)] for n in (h, w)]
+    rows = [[maps[:, :, a:b, c:d].mean((2, 3)) for c, d in windows[1]] for a, b in windows[0]]
+    return np.moveaxis(np.array(rows), (0, 1), (2, 3))
+
+
+def context(f_s, f_t, levels):
+    losses = [np.mean((f_s - f_t) ** 2)]
+    losses += [np.mean((averaged(f_s, g) - averaged(f_t, g)) ** 2) for g in levels]
+    return np.average(losses, weights=[0.5**i for i in range(len(losses))])
+
+
+@pytest.mark.parametrize(("side", "levels"), [(8, (4, 2, 1)), (4, (2, 1)), (2, (1,)), (1, ())])
+def test_the_context_loss_weighs_coarser_levels_by_half_and_half_again(waves, side, levels):
+    f_s = waves(3, 4, side, side, dtype=torch.float64)
+    f_t = waves(3, 4, side, side, phase=1.0, dtype=torch.float64)
+    expected = context(f_s.numpy(), f_t.numpy(), levels)
+    assert context_loss(f_s, f_t, Pyramid((side, side))).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_levels_of_odd_grids_are_adaptive_averages(waves):
+    maps = waves(3, 4, 7, 5, dtype=torch.float64)
+    levels = Pyramid((7, 5)).double()(maps)
+    assert [level.shape[2:] for level in levels] == [(7, 5), (4, 4), (2, 2), (1, 1)]
+    for level in levels:
+        torch.testing.assert_close(level, F.adaptive_avg_pool2d(maps, level.shape[2:]))
+
+
+def numbers(tensor):
+    return tensor.detach().double().numpy()
+
+
+def normed(maps, norm):
+    return maps / np.sqrt(1 + norm.eps)  # as it is before the first batch, in evaluation
+
+
+def nearest(maps, grid):
+    h, w = maps.shape[2:]
+    return maps[:, :, np.arange(grid[0]) * h // grid[0]][:, :, :, np.arange(grid[1]) * w // grid[1]]
+
+
+def reviewed(method, maps_s, grids):
+    """The fusions in plain numpy, deep to shallow."""
+    deeper, results = None, []
+    for maps, fuse, grid in zip(maps_s, method.fusions, grids, strict=True):
+        mixed = np.einsum("oc,bchw->bohw", numbers(fuse.enter[0].weight)[:, :, 0, 0], maps)
+        fused = normed(mixed, fuse.enter[1])
+        if deeper is not None:
+            deeper = nearest(deeper, maps.shape[2:])
+            weights = numbers(fuse.weigh[0].weight)[:, :, 0, 0]
+            z = np.einsum("oc,bchw->bohw", weights, np.concatenate([fused, deeper], axis=1))
+            z = expit(z + numbers(fuse.weigh[0].bias)[:, None, None])
+            fused = fused * z[:, :1] + deeper * z[:, 1:]
+        deeper = nearest(fused, grid)
+        kernels = numbers(fuse.leave[0].weight)
+        padded = np.pad(deeper, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        out = [[correlate(image, kernel, mode="valid")[0] for kernel in kernels] for image in padded]
+        results.append(normed(np.array(out), fuse.leave[1]))
+    return results
+
+
+def test_the_term_reviews_from_the_embedding_to_the_shallowest_stage(output, data, batch):
+    grids = ((5, 16, 16), (5, 8, 8), (7, 4, 4), (6, 3, 3))  # the teacher's, each finer than the student's
+    student, teacher = output(), output(grids, phase=1.0)
+    method = ReviewKD(student, teacher, data(), stages=(1, 3), warmup=0.5).eval()
+    maps_s = [numbers(student.embedding)[:, :, None, None], *(numbers(student.features[l]) for l in (3, 1))]
+    maps_t = [numbers(teacher.embedding)[:, :, None, None], *(numbers(teacher.features[l]) for l in (3, 1))]
+    expected = 0.0
+    seen = reviewed(method, maps_s, [maps.shape[2:] for maps in maps_t])
+    for f_s, f_t, levels in zip(seen, maps_t, ((), (2, 1), (4, 2, 1)), strict=True):
+        expected += context(f_s, f_t, levels)
+    late = batch()._replace(progress=torch.tensor(0.9))
+    assert method.loss(student, teacher, late)["review"].item() == pytest.approx(5 * expected, rel=1e-5)
+
+
+def test_the_weight_rises_over_the_warmup(student, teacher, data, batch):
+    method = ReviewKD(student, teacher, data(), warmup=0.4).eval()
+    at = {p: method.loss(student, teacher, batch()._replace(progress=torch.tensor(p)))["review"] for p in (0, 0.1, 0.7)}
+    assert at[0] == 0
+    torch.testing.assert_close(4 * at[0.1], at[0.7])
+    steady = ReviewKD(student, teacher, data(), warmup=0).eval()
+    steady.load_state_dict(method.state_dict())
+    assert steady.loss(student, teacher, batch())["review"] == at[0.7]
+
+
+def test_the_student_learns_from_every_stage_asked_for_and_the_teacher_from_none(student, teacher, data, batch):
+    method = ReviewKD(student, teacher, data(), ce=0, stages=(1, 3), warmup=0)
+    method.loss(student, teacher, batch())["review"].backward()
+    assert [f.grad is not None for f in student.features] == [False, True, False, True]
+    assert all(p.grad.abs().sum() > 0 for p in method.parameters())
+    assert all(f.grad is None for f in teacher.features)
+    assert teacher.embedding.grad is None
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0])
+def test_gradients_are_finite_for_constant_maps(output, teacher, data, batch, constant):
+    student = output(constant=constant)
+    method = ReviewKD(student, teacher, data(), warmup=0)
+    method.loss(student, teacher, batch())["review"].backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters())
+
+
+def test_a_weight_of_zero_leaves_its_term_and_its_modules_out(student, teacher, data, batch):
+    method = ReviewKD(student, teacher, data(), review=0)
+    assert method.loss(student, teacher, batch()).keys() == {"ce"}
+    assert not list(method.parameters())
+    assert not method.needs.features
+    assert ReviewKD(student, teacher, data(), ce=0).loss(student, teacher, batch()).keys() == {"review"}
+
+
+@pytest.mark.parametrize(("keywords", "message"), [({"warmup": 20}, "warmup 20"), ({"stages": (5,)}, "stages")])
+def test_a_bad_keyword_is_the_users_error(student, teacher, data, keywords, message):
+    with pytest.raises(UserError, match=message):
+        ReviewKD(student, teacher, data(), **keywords)
