@@ -1,1 +1,1 @@
-"""Training protocols and suites in YAML, installed as ``kdzoo.configs``."""
+"""Training protocols and suites in YAML, what was published under them in CSV, installed as ``kdzoo.configs``."""

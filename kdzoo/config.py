@@ -183,8 +183,8 @@ def preset(settings: Settings, distiller: str) -> dict[str, Any]:
         "teacher": settings.teacher.name,
         "student": settings.student.name,
     }
-    with (files("kdzoo.configs") / "presets.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in run.items())]
+    lines = (files("kdzoo.configs") / "presets.csv").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in csv.DictReader(lines) if all(row[key] == value for key, value in run.items())]
     return {row["keyword"]: yaml.safe_load(row["value"]) for row in rows}
 
 

@@ -1,71 +1,212 @@
-"""Tables: seeds are averaged, variants told apart, nothing compared that differs in protocol."""
+"""Tables: seeds are averaged, variants told apart, nothing compared that differs in data or protocol."""
 
+import json
 import statistics
 
+import pandas as pd
 import pytest
+from scipy import stats
 
-from kdzoo import config
-from kdzoo.results import table
-from kdzoo.results.folder import Result, RunFolder, find_runs
+from kdzoo.errors import UserError
+from kdzoo.results import layout, table
+from kdzoo.results.folder import find_runs
+
+from .made_runs import runs, varied, write
 
 
-def write(root, top1, seed, *overrides, distiller="kd"):
-    settings = config.resolve(
-        {"distiller": {"name": distiller}, "student": {"name": "resnet_8"}, "output": {"root": str(root)}},
-        [f"seed={seed}", "engine.device=cpu", "engine.precision=float32", *overrides],
-    )
-    folder = RunFolder.of(settings)
-    folder.open(settings)
-    folder.write_result(
-        Result(
-            folder=folder.path,
-            data="digits",
-            protocol="quick",
-            teacher="vit_s",
-            student="resnet_8",
-            distiller=distiller,
-            fidelity="exact",
-            seed=seed,
-            teacher_top1=96.0,
-            top1=top1,
-            top5=99.0,
-            best_top1=top1 + 1,
-            best_epoch=1,
-            epochs=2,
-            seconds=1.0,
-            images_per_second=100.0,
-        )
-    )
+def one(found, **where):
+    for name, value in where.items():
+        found = found[found[name] == value]
+    assert len(found) == 1
+    return found.iloc[0]
 
 
 @pytest.fixture
-def summary(tmp_path):
-    for seed, top1 in enumerate((80.0, 81.0, 85.0)):
-        write(tmp_path, top1, seed)
-    write(tmp_path, 70.0, 0, "distiller.temperature=1")
-    write(tmp_path, 60.0, 0, "protocol.epochs=1")
-    write(tmp_path, 50.0, 0, distiller="none")
-    return table.summary(table.rows(find_runs([tmp_path])))
+def found(tmp_path):
+    return varied(tmp_path)
 
 
-def test_seeds_are_averaged_with_the_deviation_of_a_sample(summary):
-    row = summary[(summary.method == "kd") & (summary.protocol == "quick")].iloc[0]
+def test_seeds_are_averaged_with_the_deviation_of_a_sample(found):
+    row = one(table.summary(found), method="kd", protocol="quick")
     assert row.seeds == 3
     assert row.top1_mean == pytest.approx(82)
     assert row.top1_std == pytest.approx(statistics.stdev([80, 81, 85]))
+    assert (row.top1_low, row.top1_high) == pytest.approx(
+        stats.t.interval(0.95, 2, loc=82, scale=stats.sem([80, 81, 85]))
+    )
     assert row.best_top1_mean == pytest.approx(83)
 
 
-def test_what_differs_is_another_row_and_says_how(summary):
+def test_what_differs_is_another_row_and_says_how(found):
+    summary = table.summary(found)
     assert set(summary.method) == {"kd", "kd (temperature=1.0)", "none"}
     assert any("epochs=1" in protocol for protocol in summary.protocol)
     assert len(summary) == 4
 
 
-def test_markdown_csv_and_latex_hold_the_same_numbers(summary):
-    markdown, csv, latex = (table.render(summary, style) for style in ("markdown", "csv", "latex"))
-    assert "| 82.00 ± 2.65 |" in markdown
-    assert r"82.00 $\pm$ 2.65" in latex
-    assert r"resnet\_8" in latex
-    assert "82.0," in csv
-    assert "| 70.00 |" in markdown  # one seed: no deviation is made up
+@pytest.mark.parametrize(
+    ("override", "column", "name"),
+    [
+        ("teacher.pretrained=true", "teacher", "vit_s (pretrained=True)"),
+        ("teacher.weights=/some/where/theirs.pt", "teacher", "vit_s (weights=theirs.pt)"),
+        ("teacher.protocol=quick", "teacher", "vit_s"),
+        ("teacher.allow_weak=true", "teacher", "vit_s"),
+        ("student.pretrained=true", "student", "resnet_8 (pretrained=True)"),
+        ("data.limit=50", "data", "digits (50 images)"),
+        ("data.image_size=32", "data", "digits (32 px)"),
+    ],
+)
+def test_settings_of_teacher_student_and_data_tell_rows_apart(tmp_path, override, column, name):
+    write(tmp_path, 80.0, 0, override)
+    assert table.rows(find_runs([tmp_path]))[column].item() == name
+
+
+def test_a_preset_is_the_default_on_its_pair_and_is_said(tmp_path):
+    pair = {"data": "cifar100", "protocol": "crd", "teacher": "resnet56", "student": "resnet20", "distiller": "dkd"}
+    names = [f"{key}.name={value}" for key, value in pair.items()]
+    write(tmp_path, 70.0, 0, *names, **pair)
+    write(tmp_path, 70.0, 0, *names, "distiller.beta=8", **pair)
+    found = table.rows(find_runs([tmp_path]))
+    assert set(found.method) == {"dkd", "dkd (beta=8.0)"}
+    said = layout.render(found, "markdown")
+    assert "the keywords that the field uses for each pair (presets): dkd." in said
+    assert "71.97" in said
+
+
+def test_results_of_older_versions_still_load(tmp_path):
+    folder = write(tmp_path, 80.0, 0)
+    values = json.loads(folder.result.read_text())
+    for name in ("parameters", "extra_parameters", "peak_memory"):
+        del values[name]
+    folder.result.write_text(json.dumps(values))
+    assert folder.read_result().parameters is None
+    assert "parameters" not in layout.render(table.rows([folder]), "markdown")
+
+
+def test_what_a_method_costs_stands_beside_what_it_brings(tmp_path):
+    write(tmp_path, 80.0, 0, parameters=1234567, extra_parameters=89, peak_memory=3 * 2**20, seconds=61.0)
+    markdown = layout.render(table.rows(find_runs([tmp_path])), "markdown")
+    assert "| 61 | 100 | 1,234,567 | 89 | 3 |" in markdown
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have():
+    found = runs(
+        *[("t", "s", "kd", seed, top1) for seed, top1 in enumerate((70.0, 72.0, 71.0, 99.0))],
+        *[("t", "s", "at", seed, top1) for seed, top1 in enumerate((70.4, 72.9, 71.5))],
+        ("t", "s", "at", 7, 10.0),
+    )
+    row = one(table.summary(found), method="at")
+    expected = stats.ttest_rel([70.4, 72.9, 71.5], [70, 72, 71])
+    assert (row.seeds, row.compared) == (4, 3)
+    assert row.difference == pytest.approx(0.6)
+    assert row.p == row.p_holm == pytest.approx(expected.pvalue)
+    assert row.difference_low == pytest.approx(expected.confidence_interval().low)
+    assert row.verdict == "not told apart"
+
+
+def test_methods_of_a_pair_are_corrected_by_their_number():
+    found = runs(
+        *[("t", "s", "kd", seed, top1) for seed, top1 in enumerate((70.0, 72.0, 71.0))],
+        *[("t", "s", "at", seed, top1) for seed, top1 in enumerate((73.0, 75.1, 74.1))],
+        *[("t", "s", "sp", seed, top1) for seed, top1 in enumerate((70.0, 72.5, 70.5))],
+        *[("t", "s2", name, seed, 70.0 + seed) for name in ("kd", "at") for seed in range(3)],
+    )
+    summary = table.summary(found)
+    at, sp = (one(summary, method=name, student="s") for name in ("at", "sp"))
+    assert at.p_holm == pytest.approx(2 * at.p)
+    assert (at.verdict, sp.verdict) == ("better", "not told apart")
+    assert one(summary, method="kd", student="s").verdict == "baseline"
+    equal = one(summary, method="at", student="s2")
+    assert (equal.difference, equal.p_holm, equal.verdict) == (0, 1, "not told apart")
+
+
+def test_over_pairs_all_seeds_and_pairs_that_both_have_are_compared():
+    ours = {("a", 0): 71.0, ("a", 1): 72.1, ("b", 0): 61.3}
+    theirs = {("a", 0): 70.0, ("a", 1): 71.0, ("b", 0): 60.1, ("c", 0): 50.0}
+    found = runs(
+        *[("t", student, "kd", seed, top1) for (student, seed), top1 in theirs.items()],
+        *[("t", student, "at", seed, top1) for (student, seed), top1 in ours.items()],
+    )
+    row = one(table.comparisons(found), method="at")
+    assert (row.compared, row.pairs) == (3, 2)
+    assert row.p == pytest.approx(stats.ttest_rel([71, 72.1, 61.3], [70, 71, 60.1]).pvalue)
+
+
+def test_another_baseline_may_be_chosen_and_a_wrong_one_is_an_error():
+    found = runs(("t", "s", "kd", 0, 70.0), ("t", "s", "at", 0, 71.0))
+    assert one(table.summary(found, "at"), method="kd").difference == -1
+    with pytest.raises(UserError, match="unknown baseline 'ta'"):
+        table.check_baseline(found, "ta")
+
+
+def test_without_the_baseline_nothing_is_compared():
+    found = runs(("t", "s", "sp", 0, 70.0), ("t", "s", "at", 1, 71.0))
+    assert set(table.summary(found).verdict) == {""}
+    assert "No run of the baseline kd" in layout.render(found, "markdown")
+
+
+@pytest.mark.parametrize("pivot", [False, True])
+@pytest.mark.parametrize("style", ["markdown", "latex", "html"])
+def test_one_seed_of_one_pair_concludes_nothing(style, pivot):
+    found = runs(("t", "s", "kd", 0, 70.0), ("t", "s", "at", 0, 79.0))
+    said = layout.render(found, style, pivot=pivot)
+    assert "One seed and one pair: nothing can be concluded" in said
+    assert "no test (n = 1)" in said
+    assert "±" not in said.replace("mean ± standard", "")
+
+
+def test_one_seed_of_several_pairs_concludes_nothing_about_a_pair_and_something_over_them():
+    found = runs(
+        *[("t", f"s{i}", "kd", 0, 70.0 + i) for i in range(4)],
+        *[("t", f"s{i}", "at", 0, 71.0 + i * 1.01) for i in range(4)],
+    )
+    assert "nothing can be concluded" in layout.render(found, "markdown")
+    pivoted = layout.render(found, "markdown", pivot=True)
+    assert "nothing can be concluded" not in pivoted
+    assert "better" in pivoted
+
+
+@pytest.mark.parametrize("other", [{"data": "cifar10"}, {"protocol": "quick"}])
+def test_other_data_and_protocols_are_never_compared_nor_ranked_together(other):
+    scores = [("t", f"s{i}", "kd", 0, 70.0 + i) for i in range(3)], [("t", f"s{i}", "at", 0, 90.0) for i in range(3)]
+    found = pd.concat([runs(*scores[0]), runs(*scores[1], **other)])
+    for compared in (table.summary(found), table.comparisons(found)):
+        assert not compared.compared.any()
+    assert table.comparisons(found)["rank"].isna().all()
+    assert layout.render(found, "markdown").count("### ") == 2
+    assert "**" not in layout.render(found, "markdown")  # nobody is best of one
+
+
+def test_a_student_trained_alone_is_compared_beside_every_teacher_of_it():
+    found = runs(
+        *[(teacher, "s", "kd", seed, 70.0 + seed) for teacher in ("t1", "t2") for seed in range(2)],
+        *[("-", "s", "none", seed, 68.0 + seed) for seed in range(2)],
+        ("-", "other", "none", 0, 50.0),
+    )
+    summary = table.summary(found)
+    assert set(summary[summary.method == "none"].teacher) == {"t1", "t2", "-"}
+    assert one(table.comparisons(found), method="none").compared == 4
+
+
+def test_a_repeated_seed_counts_once_and_is_said_to():
+    found = runs(("t", "s", "kd", 0, 70.0), ("t", "s", "kd", 0, 72.0), ("t", "s", "kd", 1, 74.0))
+    row = one(table.summary(found), method="kd")
+    assert (row.seeds, row.top1_mean) == (2, 72.5)
+    assert "1 runs repeat a row and seed" in layout.render(found, "markdown")
+
+
+def test_runs_of_two_machines_are_said_to_be():
+    found = pd.concat([runs(("t", "s", "kd", 0, 70.0)), runs(("t", "s", "at", 0, 70.0), device="gpu")])
+    assert "more than one device (cpu, gpu): times are not comparable" in layout.render(found, "markdown")
+
+
+def test_ranks_are_over_the_pairs_that_all_ranked_methods_have():
+    found = runs(
+        *[("t", f"s{i}", name, 0, 70.0 + better) for i in range(3) for better, name in enumerate(("kd", "at"))],
+        ("t", "s0", "sp", 0, 99.0),
+        ("t", "s9", "kd", 0, 70.0),
+    )
+    average = table.comparisons(found).set_index("method")["rank"]
+    assert (average["at"], average["kd"]) == (1, 2)
+    assert pd.isna(average["sp"])
+    assert "Not ranked, since runs are missing: sp." in layout.render(found, "markdown", pivot=True)

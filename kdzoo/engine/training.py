@@ -1,10 +1,13 @@
 """Trains runs side by side and writes their folders, given the data and, where a method has one, the teacher."""
 
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import nn
 
 from kdzoo import config, models, registry
 from kdzoo.data import Dataset
@@ -96,7 +99,7 @@ def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | No
 
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
     """Writes the student that ships, then the result."""
-    settings, history = lane.settings, lane.history
+    settings, history, shipped = lane.settings, lane.history, lane.deployed()
     best = max(history, key=lambda record: record["top1"])
     result = Result(
         folder=lane.folder.path,
@@ -115,8 +118,23 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         epochs=settings.protocol.epochs,
         seconds=round(lane.seconds, 1),
         images_per_second=median(record["images_per_second"] for record in history),
+        parameters=count(shipped),
+        extra_parameters=count(lane.trained) - count(shipped),
+        peak_memory=peak_memory(lane.device),
     )
-    models.save_weights(lane.deployed(), lane.folder.student)
+    models.save_weights(shipped, lane.folder.student)
     lane.folder.write_result(result)
     checkpoint.remove(lane.folder.checkpoints)
     return result
+
+
+def count(module: nn.Module) -> int:
+    """How many parameters it has."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were ever in use: of the device, or of this process where it computes on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

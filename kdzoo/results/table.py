@@ -1,97 +1,255 @@
-"""Tables of finished runs: one row for each data set, recipe, pair and method, over its seeds."""
+"""Finished runs as tables: one row for each data set, protocol, pair and method, and what sets methods apart."""
 
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from kdzoo import config
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, unknown
+from kdzoo.results import published, statistics
 from kdzoo.results.folder import RunFolder
 
-SETTING = ["data", "protocol", "teacher", "student", "method", "fidelity"]
-MEASURES = {"top1": "top-1 last", "best_top1": "top-1 best", "top5": "top-5 last"}
+BASELINE = "kd"
+SECTION = ["data", "protocol"]  # what is compared with each other agrees in these
+PAIR = ["teacher", "student"]
+ALONE = "-"  # the teacher of a student that has none
+MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
+FIDELITIES = ("exact", "adapted", "reconstructed")  # from the surest to the least sure
+NUMBERS = ("teacher_top1", *MEASURES, "seconds", "images_per_second")
+COUNTS = ("parameters", "extra_parameters", "peak_memory")
 
 
 def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
-    """A row for each finished run: what it was and what it found."""
+    """A row for each finished run: what it was, what it found, and the device and precision it ran in.
+
+    Whatever in its settings is not the default stands in the name of the method, protocol, teacher, student or
+    data that it belongs to, so rows of equal names are comparable. A method's defaults on a pair for which there
+    is a preset are those of the preset.
+    """
     found = []
     for folder in folders:
         result = folder.read_result()
         if result is None:
             continue
         settings = folder.read_config()
-        values = result.plain()
-        values["method"] = _named(settings["distiller"], lambda name: config.distiller_settings({"name": name}))
-        values["protocol"] = _named(settings["protocol"], lambda name: asdict(config.protocol(name)))
-        if settings["data"]["limit"]:
-            values["data"] += f" ({settings['data']['limit']} images)"
-        values["teacher"] = result.teacher or "-"
-        found.append(values)
+        machine = json.loads(folder.environment.read_text(encoding="utf-8")) if folder.environment.is_file() else {}
+        protocol = settings["protocol"]
+        method, preset = _method(settings)
+        found.append(
+            {
+                **result.plain(),
+                "method": method,
+                "preset": preset,
+                "protocol": _named(protocol, lambda name: asdict(config.protocol(name))),
+                "data": _data(settings["data"]),
+                "teacher": _teacher(settings["teacher"], protocol["name"]) if result.teacher else ALONE,
+                "student": _named(settings["student"], lambda _: asdict(config.StudentSettings())),
+                "device": machine.get("device") or "unknown",
+                "precision": machine.get("precision") or "unknown",
+            }
+        )
+    table = pd.DataFrame(found)
+    for name in (*NUMBERS, *COUNTS) if found else ():
+        table[name] = pd.to_numeric(table[name], errors="coerce")
+    return table
+
+
+def repeated(runs: pd.DataFrame) -> int:
+    """How many runs are further runs of a row and seed that has one: in another precision, of an edited file."""
+    return int(runs.duplicated([*SECTION, *PAIR, "method", "seed"]).sum())
+
+
+def observations(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row for each section, pair, method and seed.
+
+    A student trained alone stands beside every teacher of its student, since it is what each of them must beat.
+    Several runs of one seed count once, by their mean; of their fidelities the least sure counts.
+    """
+    student = [*SECTION, "student"]
+    alone, taught = runs[runs["teacher"] == ALONE], runs[runs["teacher"] != ALONE]
+    pairs = taught[[*SECTION, *PAIR]].drop_duplicates()
+    beside = alone.drop(columns="teacher").merge(pairs, on=student)
+    lonely = alone[~pd.MultiIndex.from_frame(alone[student]).isin(pd.MultiIndex.from_frame(pairs[student]))]
+    everyone = pd.concat([part for part in (taught, beside, lonely) if len(part)])
+    return (
+        everyone.groupby([*SECTION, *PAIR, "method", "seed"], sort=False)
+        .agg(
+            fidelity=("fidelity", lambda names: max(names, key=_doubt)),
+            **{name: (name, "mean") for name in NUMBERS},
+            **{name: (name, "max") for name in COUNTS},
+        )
+        .reset_index()
+    )
+
+
+def summary(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
+    """One row for each section, pair and method, numbers at full precision, what is not known missing.
+
+    Accuracies are in percent. ``difference`` is of the last epoch's top-1, over the seeds that the method and the
+    baseline both have (``compared`` many); ``p_holm`` is corrected over the methods compared on the same pair.
+    The published number of either epoch stands beside ours, its difference being ours minus it.
+    """
+    seen = observations(runs)
+    found = []
+    for key, pair in groups(seen, [*SECTION, *PAIR]):
+        compared = _compare(pair, baseline)
+        where = dict(zip([*SECTION, *PAIR], key, strict=True))
+        block = []
+        for method, group in pair.groupby("method", sort=False):
+            row: dict[str, Any] = {**where, "method": method, "fidelity": max(group["fidelity"], key=_doubt)}
+            row |= {"seeds": len(group), "teacher_top1": group["teacher_top1"].mean()}
+            for name in MEASURES:
+                measured = statistics.mean(group[name])
+                row |= {f"{name}_{part}": getattr(measured, part) for part in ("mean", "std", "low", "high")}
+            row |= compared[str(method)]
+            for epoch, ours in (("last", row["top1_mean"]), ("best", row["best_top1_mean"])):
+                row |= _beside(published.find(**where, method=str(method), epoch=epoch), ours, epoch)
+            row |= {name: group[name].mean() for name in ("seconds", "images_per_second")}
+            row |= {name: group[name].max() for name in COUNTS}
+            block.append(row)
+        found += sorted(block, key=lambda row: -row["top1_mean"])
+    table = pd.DataFrame(found)
+    return table.astype(dict.fromkeys(COUNTS, "Int64"))
+
+
+def comparisons(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
+    """One row for each section and method, compared over all its pairs: what ``summary`` says, pooled.
+
+    ``difference`` is over the pairs and seeds that the method and the baseline both have, ``p_holm`` corrected
+    over the methods. The test is about these pairs, not about pairs in general: for those, see the ranks.
+    ``rank`` is the average over the pairs that all ranked methods have, missing for a method that lacks one.
+    """
+    seen = observations(runs)
+    found = []
+    for key, section in groups(seen, SECTION):
+        compared = _compare(section, baseline)
+        ranks = average_ranks(scores(section))
+        block = []
+        for method, group in section.groupby("method", sort=False):
+            row: dict[str, Any] = {**dict(zip(SECTION, key, strict=True)), "method": method}
+            row |= {"fidelity": max(group["fidelity"], key=_doubt), "pairs": len(group[PAIR].drop_duplicates())}
+            block.append(row | compared[str(method)] | {"rank": ranks.get(str(method), math.nan)})
+        found += sorted(block, key=lambda row: math.inf if math.isnan(row["rank"]) else row["rank"])
     return pd.DataFrame(found)
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation (n - 1) over seeds; the deviation is missing where there is one seed."""
-    groups = runs.groupby(SETTING, sort=False, dropna=False)
-    table = groups.agg(
-        seeds=("seed", "nunique"),
-        teacher_top1=("teacher_top1", "mean"),
-        **{f"{name}_{how}": (name, how) for name in MEASURES for how in ("mean", "std")},
-    )
-    return table.reset_index()
+def scores(section: pd.DataFrame) -> pd.DataFrame:
+    """Mean top-1 of the last epoch, pairs x methods, of the largest share of a section that has no gaps.
+
+    The pair or method that lacks the larger share of its cells is left out, one after the other.
+    """
+    named = section.assign(pair=[pair_name(*pair) for pair in zip(section["teacher"], section["student"], strict=True)])
+    table = named.pivot_table(index="pair", columns="method", values="top1", aggfunc="mean", sort=False)
+    while table.isna().any(axis=None):
+        pairs, methods = table.isna().mean(axis=1), table.isna().mean(axis=0)
+        table = (
+            table.drop(index=pairs.idxmax()) if pairs.max() > methods.max() else table.drop(columns=methods.idxmax())
+        )
+    return table
 
 
-def render(table: pd.DataFrame, style: str) -> str:
-    """The summary as ``markdown``, ``csv`` or ``latex``; accuracies in percent."""
-    if style == "csv":
-        return table.to_csv(index=False, lineterminator="\n")
-    shown = pd.DataFrame({name: table[name].astype(str) for name in SETTING})
-    shown["seeds"] = table["seeds"].astype(str)
-    shown["teacher top-1"] = [_number(value) for value in table["teacher_top1"]]
-    plus = " ± " if style == "markdown" else r" $\pm$ "
-    for name, title in MEASURES.items():
-        pairs = zip(table[f"{name}_mean"], table[f"{name}_std"], strict=True)
-        shown[title] = [_number(mean) + (plus + _number(std) if pd.notna(std) else "") for mean, std in pairs]
-    if style == "latex":
-        return _latex(shown)
-    return _markdown(shown)
+def groups(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """The rows that agree in the columns ``by``, in the order in which they are met, with what they agree in."""
+    for key, group in table.groupby(by, sort=False):
+        yield tuple(map(str, key)), group
 
 
-def _named(settings: dict[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
+def pair_name(teacher: str, student: str) -> str:
+    """A pair in one word: ``vit_s → resnet18``, or the student where it has no teacher."""
+    return student if teacher == ALONE else f"{teacher} → {student}"
+
+
+def average_ranks(complete: pd.DataFrame) -> dict[str, float]:
+    """The average rank of each method of ``scores``; empty where there is one pair or one method."""
+    if min(complete.shape) < 2:
+        return {}
+    return dict(zip(map(str, complete.columns), map(float, statistics.average_ranks(complete)), strict=True))
+
+
+def check_baseline(runs: pd.DataFrame, baseline: str) -> None:
+    """Raises a UserError where no run is of the method ``baseline``."""
+    if baseline not in set(runs["method"]):
+        raise unknown("baseline", baseline, set(runs["method"]), hint="(a method of the table, as the table names it)")
+
+
+def _compare(seen: pd.DataFrame, baseline: str) -> dict[str, dict[str, Any]]:
+    """For each method its paired difference to the baseline; p is corrected over the methods."""
+    groups = {str(name): group.set_index([*PAIR, "seed"])["top1"] for name, group in seen.groupby("method")}
+    theirs = groups.get(baseline)
+    differences = {}
+    for name, ours in groups.items():
+        if theirs is not None and name != baseline:
+            common = ours.index.intersection(theirs.index)
+            differences[name] = statistics.paired(ours[common], theirs[common])
+    corrected = dict(zip(differences, statistics.holm([d.p for d in differences.values()]), strict=True))
+    found: dict[str, dict[str, Any]] = {}
+    for name in groups:
+        blank = statistics.Difference(0, *[math.nan] * 4)
+        d = differences.get(name, blank)
+        said = "baseline" if name == baseline else ""
+        found[name] = {
+            "difference": d.mean,
+            "difference_low": d.low,
+            "difference_high": d.high,
+            "compared": d.n,
+            "p": d.p,
+            "p_holm": corrected.get(name, math.nan),
+            "verdict": statistics.verdict(d, corrected[name]) if name in corrected else said,
+        }
+    return found
+
+
+def _beside(number: published.Published | None, ours: float, epoch: str) -> dict[str, Any]:
+    return {
+        f"published_{epoch}_top1": number.top1 if number else math.nan,
+        f"published_{epoch}_difference": ours - number.top1 if number else math.nan,
+        f"published_{epoch}_source": number.source if number else "",
+        f"published_{epoch}_status": number.status if number else "",
+    }
+
+
+def _doubt(fidelity: str) -> int:
+    """The place of a fidelity in the order of doubt; one that is not known is the least sure."""
+    return FIDELITIES.index(fidelity) if fidelity in FIDELITIES else len(FIDELITIES)
+
+
+def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
     """The name, and whatever differs from its defaults; the name alone where those are not to be had any more."""
     try:
         defaults = json.loads(json.dumps(defaults_of(settings["name"])))
     except UserError:
         defaults = settings
-    changed = [f"{key}={value}" for key, value in settings.items() if value != defaults.get(key)]
+    changed = [f"{key}={value}" for key, value in settings.items() if key != "name" and value != defaults.get(key)]
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])
 
 
-def _number(value: float) -> str:
-    return "-" if pd.isna(value) else f"{value:.2f}"
+def _method(settings: Mapping[str, Any]) -> tuple[str, bool]:
+    """A run's method with what sets it apart, and whether it has the keywords that the field uses for the pair."""
+    known = config.Settings()
+    for part in ("data", "protocol", "teacher", "student"):
+        getattr(known, part).name = settings[part]["name"]
+    keywords = settings["distiller"]
+    preset = config.preset(known, keywords["name"])
+    name = _named(keywords, lambda name: config.distiller_settings({"name": name, **preset}))
+    return name, bool(preset) and all(keywords.get(key) == value for key, value in preset.items())
 
 
-def _markdown(table: pd.DataFrame) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
-
-    head = line(table.columns) + line("---" for _ in table.columns)
-    return head + "".join(line(row) for row in table.itertuples(index=False))
-
-
-def _latex(table: pd.DataFrame) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return " & ".join(_escaped(cell) for cell in cells) + r" \\" + "\n"
-
-    body = "".join(line(row) for row in table.itertuples(index=False))
-    rules = f"\\begin{{tabular}}{{{'l' * len(SETTING)}{'r' * (table.shape[1] - len(SETTING))}}}\n\\toprule\n"
-    return f"{rules}{line(table.columns)}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
+    """The teacher's name with what sets it apart: its recipe where it is not the student's, its weights' file."""
+    kept = {key: value for key, value in settings.items() if key != "allow_weak"}
+    if kept.get("protocol") == protocol:
+        kept["protocol"] = None
+    if kept.get("weights"):
+        kept["weights"] = Path(kept["weights"]).name
+    return _named(kept, lambda _: asdict(config.TeacherSettings()))
 
 
-def _escaped(text: str) -> str:
-    for special in "&%#_{}":
-        text = text.replace(special, "\\" + special)
-    return text
+def _data(settings: Mapping[str, Any]) -> str:
+    size, limit = settings.get("image_size"), settings.get("limit")
+    changed = [*([f"{limit} images"] if limit else []), *([f"{size} px"] if size else [])]
+    return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

@@ -1,0 +1,73 @@
+"""Published accuracies: the rows of ``configs/published.csv``, found by data, protocol, pair, method and epoch."""
+
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import pandas as pd
+
+KEY = ["dataset", "protocol", "teacher", "student", "method", "epoch"]
+
+# The authors' name for a pair of recipes, and ours for CNN students and for token students.
+# Source: OFA-KD trains the former by SGD and the latter by AdamW.
+RECIPES = {
+    ("cifar100", "ofa"): ("ofa-cnn", "ofa-vit"),
+    ("imagenet", "ofa"): ("imagenet-cnn", "imagenet-vit"),
+}
+TOKEN_STUDENTS = {"deit_t", "resmlp_s12", "swin_nano", "swin_pico"}
+
+
+class Published(NamedTuple):
+    """A number of the literature: top-1 in percent, where it was read and how sure that is."""
+
+    top1: float
+    std: float | None
+    source: str
+    status: str  # read: in the authors' own place; quoted: by others
+
+    @property
+    def origin(self) -> str:
+        """Source and status, as a footnote says them."""
+        return f"{self.source} ({self.status})"
+
+
+@cache
+def everything() -> pd.DataFrame:
+    """All rows of the file, those that nobody verified among them, under the names of our protocols."""
+    with (files("kdzoo.configs") / "published.csv").open(encoding="utf-8") as file:
+        table = pd.read_csv(file)
+    named = zip(table["dataset"], table["protocol"], table["student"], strict=True)
+    table["protocol"] = [_recipe(data, protocol, student) for data, protocol, student in named]
+    return table
+
+
+def find(data: str, protocol: str, teacher: str, student: str, method: str, epoch: str) -> Published | None:
+    """The published number of exactly this setting, or None. A row marked ``unverified`` is nobody's number.
+
+    Args:
+        teacher: a name, which settings such as its weights may follow in brackets; ``-`` for a student trained
+            alone, whose number does not depend on the teacher it stands beside.
+        method: a method's name, or ``teacher`` for the teacher's own accuracy.
+        epoch: ``last`` or ``best``.
+    """
+    alone = teacher == "-"
+    named = "" if alone else teacher.partition(" (")[0]
+    numbers = _index(alone).get((data, protocol, named, student, method, epoch), [])
+    return numbers[0] if len({number.top1 for number in numbers}) == 1 else None
+
+
+@cache
+def _index(alone: bool) -> dict[tuple[str, ...], list[Published]]:
+    """The verified rows by their key; the teacher is left out of it where the student is ``alone``."""
+    index: dict[tuple[str, ...], list[Published]] = {}
+    for row in everything().to_dict("records"):
+        if row["status"] != "unverified":
+            key = tuple("" if alone and name == "teacher" else str(row[name]) for name in KEY)
+            std = None if pd.isna(row["std"]) else float(row["std"])
+            index.setdefault(key, []).append(Published(float(row["top1"]), std, row["source"], row["status"]))
+    return index
+
+
+def _recipe(data: str, protocol: str, student: str) -> str:
+    cnn, token = RECIPES.get((data, protocol), (protocol, protocol))
+    return token if student in TOKEN_STUDENTS else cnn
