@@ -34,7 +34,7 @@ def cli() -> None:
     help="timm's names, short names, torchvision:NAME, module:factory.",
 )
 @flag("--teacher", "teacher.name", help="The same; not needed by --distiller none.")
-@flag("--data", "data.name", help="digits (default), cifar10, cifar100, folder:PATH.")
+@flag("--data", "data.name", help="digits (default), cifar10, cifar100, bands, folder:PATH.")
 @flag(
     "--protocol",
     "protocol.name",
@@ -83,6 +83,44 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     _print(result_table(execute(settings, fresh=not resume)))
 
 
+@cli.command()
+@click.argument("suite")
+@click.option("--seeds", type=int, help="This many seeds, from 0, instead of the suite's.")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder of its runs (default: runs/SUITE).")
+@click.option("--retry", is_flag=True, help="Try again what failed before.")
+@click.option("--dry-run", is_flag=True, help="List the runs and their groups, and train nothing.")
+@DEBUG
+@OVERRIDES
+def bench(
+    suite: str, seeds: int | None, out: Path | None, retry: bool, dry_run: bool, overrides: tuple[str, ...]
+) -> None:
+    """Run a suite: every method, pair and seed of it, then the table.
+
+    Started again by the same command it goes on where it was stopped; several processes may work on one suite.
+    Settings may follow as KEY=VALUE and hold for every run.
+    """
+    from kdzoo import suites
+    from kdzoo.engine import bench as engine
+    from kdzoo.results import layout, table
+    from kdzoo.results.folder import find_runs
+    from kdzoo.results.show import plan
+
+    found = suites.load(suite, range(seeds or 0), overrides)
+    if dry_run:
+        click.echo(plan(found.name, engine.grouped(found.runs)))
+        return
+    folder = out or Path("runs") / found.name
+    report = engine.bench(found, folder, retry)
+    runs = table.rows(find_runs([folder]))
+    if not runs.empty:
+        click.echo(layout.render(runs, "markdown"), nl=False)
+    if report.elsewhere:
+        click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
+    if report.failed:
+        lines = "; ".join(f"{path.name}: {reason}" for path, reason in report.failed.items())
+        raise UserError(f"{len(report.failed)} runs failed ({lines}); --retry tries them again")
+
+
 @cli.command("eval")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @DEBUG
@@ -96,21 +134,63 @@ def evaluate(folder: Path) -> None:
 
 @cli.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
-@click.option("--format", "style", type=click.Choice(["markdown", "csv", "latex"]), default="markdown")
+@click.option("--format", "style", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown")
+@click.option("--baseline", metavar="METHOD", help="The method that the others are compared with (default: kd).")
+@click.option("--pivot", is_flag=True, help="Methods x pairs, compared over all pairs.")
+@click.option(
+    "--ranks",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Also draw which average ranks over pairs differ.",
+)
 @DEBUG
-def table(folders: tuple[Path, ...], style: str) -> None:
-    """Tabulate finished runs: mean and standard deviation over seeds."""
-    from kdzoo.results import table
+def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bool, ranks: Path | None) -> None:
+    """Tabulate finished runs: means over seeds, tested differences, published numbers."""
+    from kdzoo.results import layout, table
     from kdzoo.results.folder import find_runs
+    from kdzoo.results.ranks import draw
 
     found = table.rows(find_runs(list(folders)))
     if found.empty:
         raise UserError(f"no finished run in {', '.join(map(str, folders))}")
-    click.echo(table.render(table.summary(found), style), nl=False)
+    if baseline is not None:
+        table.check_baseline(found, baseline)
+    if ranks is not None:
+        draw(found, ranks)
+    click.echo(layout.render(found, style, baseline or table.BASELINE, pivot), nl=False)
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@click.option("--teacher", help="Instead of runs: a network before training, beside --student.")
+@click.option("--student", help="The other one.")
+@click.option("--data", default="digits", help="What untrained networks are shown.")
+@click.option("--batches", type=click.IntRange(min=0), default=8, help="At most this many of 128 images; 0: all.")
+@click.option("--out", type=click.Path(path_type=Path), default="spectrum", help="Writes OUT.csv and OUT.png.")
+@DEBUG
+def spectrum(
+    folders: tuple[Path, ...], teacher: str | None, student: str | None, data: str, batches: int, out: Path
+) -> None:
+    """Show what teacher and students hold in each frequency band, and where they agree.
+
+    Of finished runs that share a teacher, or of two networks before any training. A run of --distiller none
+    among them shows what the student does alone.
+    """
+    from kdzoo.results import spectrum, spectrum_plot
+
+    spectrum_plot.require_matplotlib()
+    if folders and not (teacher or student):
+        found = spectrum.of_runs(folders, batches)
+    elif teacher and student and not folders:
+        found = spectrum.of_networks(teacher, student, data, batches)
+    else:
+        raise UserError("expected finished runs, or both --teacher and --student without any run")
+    for file in spectrum_plot.save(found, out):
+        click.echo(f"wrote {file}")
 
 
 @cli.command("list")
-@click.argument("kind", type=click.Choice(["distillers", "models", "data", "protocols"]))
+@click.argument("kind", type=click.Choice(["distillers", "models", "data", "protocols", "suites"]))
 @click.option("--format", "style", type=click.Choice(["text", "markdown"]), default="text")
 @DEBUG
 def list_names(kind: str, style: str) -> None:

@@ -4,7 +4,9 @@
 >>> batch = next(data.loader(Protocol(), seed=0).batches())
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,12 +30,13 @@ def open_dataset(
     cache: Path | None = None,
     progress: bool = True,
     stream: bool | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Opens a data set.
 
     Args:
-        name: ``digits``, ``cifar10``, ``cifar100``, or ``folder:PATH``, a tree train/CLASS/* with val or test
-            beside train.
+        name: ``digits``, ``cifar10``, ``cifar100``, ``bands``, or ``folder:PATH``, a tree train/CLASS/* with val
+            or test beside train.
         root: where torchvision's files lie, or are downloaded to.
         image_size: the side in pixels images are shown at; None: the set's own where all its images have one
             size, else 224.
@@ -42,12 +45,13 @@ def open_dataset(
         cache: folder of decoded images; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
         progress: show a bar while images are decoded.
         stream: True decodes at every use, False keeps the set on the device; None: whatever fits is kept.
+        options: keywords of what makes the set, where it has any: ``kdzoo.data.bands.bands`` lists its own.
 
     Raises:
-        UserError: an unknown name, files that are missing or damaged, a cache that cannot be written.
+        UserError: an unknown name or option, files that are missing or damaged, a cache that cannot be written.
     """
     device = torch.device(device)
-    source = open_source(name, Path(root)).limited(limit)
+    source = open_source(name, Path(root), options).limited(limit)
     ready = prepare(source, image_size, device, cache or cache_folder() / "data", progress, stream)
     spec = DataSpec(
         name=name,

@@ -1,7 +1,9 @@
 """Where pictures come from: a name becomes classes, labels and pictures, before any of them is decoded."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kdzoo.data.bands import Labelled, bands
 from kdzoo.data.folder import Files, open_folder
 from kdzoo.data.superclasses import superclasses_of
 from kdzoo.errors import UserError, unknown
@@ -68,14 +71,46 @@ def stratified(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     return np.sort(np.lexsort((labels, share))[:limit])
 
 
-def open_source(name: str, root: Path) -> Source:
-    """The source of this name: ``digits``, ``cifar10``, ``cifar100`` or ``folder:PATH``."""
-    if name.startswith("folder:"):
-        path = Path(name.removeprefix("folder:")).expanduser()
-        return Source(name, *open_folder(path))
-    if name not in _SOURCES:
+def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None) -> Source:
+    """The source of this name: ``digits``, ``cifar10``, ``cifar100``, ``bands`` or ``folder:PATH``.
+
+    ``options`` are keywords of what makes the source, where it has any.
+    """
+    open_it = _folder if name.startswith("folder:") else _SOURCES.get(name)
+    if open_it is None:
         raise unknown("data", name, [*_SOURCES, "folder:PATH"])
-    return _SOURCES[name](name, root)
+    return open_it(name, root, **_checked(name, open_it, options or {}))
+
+
+def _checked(name: str, open_it: Callable[..., Source], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, once each is known to be a keyword of ``open_it`` and of its type."""
+    parameters = inspect.signature(open_it, eval_str=True).parameters.values()
+    types = {p.name: p.annotation for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    if given and not types:
+        raise UserError(f"data '{name}' has no options, and data.options.{next(iter(given))} was given; leave it out")
+    for key, value in given.items():
+        if key not in types:
+            raise unknown("option", f"data.options.{key}", [f"data.options.{known}" for known in types])
+        accepted = (int, float) if types[key] is float else (types[key],)
+        if type(value) not in accepted:
+            raise UserError(f"data.options.{key} is {value!r}; expected {types[key].__name__}")
+    return {key: types[key](value) for key, value in given.items()}
+
+
+def _folder(name: str, root: Path) -> Source:
+    """An image tree at the path that the name gives."""
+    return Source(name, *open_folder(Path(name.removeprefix("folder:")).expanduser()))
+
+
+def _generated(generate: Callable[..., tuple[tuple[str, ...], Labelled, Labelled]]) -> Callable[..., Source]:
+    """A set that is computed; its options are the keywords of ``generate``, whose signature it takes on."""
+
+    @wraps(generate)
+    def open_it(name: str, root: Path, **options: Any) -> Source:
+        class_names, train, test = generate(**options)
+        return Source(name, class_names, Pixels(*train), Pixels(*test))
+
+    return open_it
 
 
 def _digits(name: str, root: Path) -> Source:
@@ -112,8 +147,9 @@ def _cifar(name: str, root: Path) -> Source:
     return Source(name, tuple(splits[0].classes), train, test)
 
 
-_SOURCES: dict[str, Callable[[str, Path], Source]] = {
+_SOURCES: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "cifar10": _cifar,
     "cifar100": _cifar,
+    "bands": _generated(bands),
 }

@@ -11,10 +11,11 @@ from kdzoo import registry
 from kdzoo.errors import UserError
 
 if TYPE_CHECKING:
+    from kdzoo.config import Settings
     from kdzoo.results.folder import Result
 
 # What is known of data sets without opening them: classes, side in pixels.
-OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32)}
+OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32), "bands": (8, 32)}
 
 
 def result_table(result: "Result") -> Table:
@@ -110,6 +111,19 @@ def listing(kind: str, style: str) -> str:
         )
     if kind == "data":
         return "\n".join([*OUTLINES, "folder:PATH  (train/CLASS/*.png|jpg|webp, with val or test beside train)"])
-    from kdzoo import config
+    from kdzoo import config, suites
 
-    return "\n".join(config.protocols())
+    return "\n".join(config.protocols() if kind == "protocols" else suites.shipped())
+
+
+def plan(name: str, groups: list[list["Settings"]]) -> str:
+    """A suite's runs by the groups that train side by side."""
+    lines = [f"{name}: {sum(map(len, groups))} runs in {len(groups)} groups that each share a teacher and its batches"]
+    for group in groups:
+        first = group[0]
+        title = f"{first.teacher.name} on {first.data.name}, {first.protocol.name}"
+        lines.append(f"- {title}, {first.protocol.epochs} epochs, seed {first.seed}:")
+        for run in group:
+            keywords = " ".join(f"{key}={value}" for key, value in run.distiller.items() if key != "name")
+            lines.append(f"    {run.student.name}  {run.distiller['name']}  {keywords}")
+    return "\n".join(lines)

@@ -251,5 +251,6 @@ def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
 
 def _data(settings: Mapping[str, Any]) -> str:
     size, limit = settings.get("image_size"), settings.get("limit")
-    changed = [*([f"{limit} images"] if limit else []), *([f"{size} px"] if size else [])]
+    changed = [f"{key}={value}" for key, value in settings.get("options", {}).items()]
+    changed += [*([f"{limit} images"] if limit else []), *([f"{size} px"] if size else [])]
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

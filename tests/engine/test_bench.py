@@ -15,7 +15,7 @@ from kdzoo.results.folder import RunFolder
 from kdzoo.results.lock import RunLock
 
 SUITE = """
-data: {name: digits, limit: 640}
+data: {name: digits, limit: 320}
 protocol: {name: quick, epochs: 2}
 pairs: [[resnet14, resnet8], [resnet14, resnet14]]
 distillers: [none, kd, {name: kd, temperature: 1}]
@@ -63,7 +63,7 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
         "bench.bench(suite, Path(sys.argv[2]), quiet=True)"
     )
     killed = tmp_path / "killed"
-    for left in (50, 100):
+    for left in (25, 50):
         command = [sys.executable, "-c", code, str(tmp_path / "mine.yaml"), str(killed), str(left)]
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     report = bench(suite, killed, quiet=True)
@@ -176,5 +176,3 @@ def test_every_shipped_suite_is_valid(name):
 
 def test_seeds_of_the_command_replace_the_files(tmp_path, suite):
     assert {run.seed for run in suites.load(str(tmp_path / "mine.yaml"), seeds=range(3)).runs} == {0, 1, 2}
-
-

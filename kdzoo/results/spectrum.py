@@ -1,0 +1,284 @@
+"""What teacher and students hold in each frequency band of their features and logits, and where they agree.
+
+Frequencies are cycles per image, so that maps of different grids have a common axis. ``kdzoo.results.spectrum_plot``
+draws the tables that are computed here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from kdzoo import config, models
+from kdzoo.data import Dataset
+from kdzoo.distiller import Output
+from kdzoo.engine import teachers
+from kdzoo.engine.device import autocast, settle
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.run import open_data, shape_of_shipped
+from kdzoo.errors import UserError
+from kdzoo.losses import full_precision
+from kdzoo.randomness import seed_of
+from kdzoo.results.folder import RunFolder, find_runs
+from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
+
+BATCH = 128  # images; agreement is estimated in each batch and averaged
+COLUMNS = ["network", "stage", "grid", "measure", "band", "value"]
+
+
+def octaves(grids: Iterable[Sequence[int]]) -> tuple[float, ...]:
+    """The edges 0, 1, 2, 4 ... of bands, as many as the finest of the grids (H, W) has waves for."""
+    finest = max(float(cycles(*grid).max()) for grid in grids)
+    edges = [0.0]
+    while (edge := max(1.0, 2 * edges[-1])) < finest:
+        edges.append(edge)
+    return tuple(edges)
+
+
+def band_names(edges: Sequence[float]) -> list[str]:
+    """What the bands between these edges are called, one more than there are edges."""
+    between = [f"{low:g}-{high:g}" for low, high in pairwise(edges)]
+    return [f"{edges[0]:g}", *between, f">{edges[-1]:g}"]
+
+
+def band_passed(maps: Tensor, edges: Sequence[float]) -> list[Tensor]:
+    """Maps (B, C, H, W) as their Fourier coefficients in each band, (B, D) of real numbers; D is 0 in empty bands.
+
+    With ``norm="ortho"`` inner products, thus Gram matrices, are those of the band-passed maps (Parseval).
+    """
+    spectrum = torch.fft.fft2(full_precision(maps), norm="ortho").flatten(2)
+    masks = band_basis(maps.shape[2:], edges).bool().to(maps.device)
+    return [torch.view_as_real(spectrum[:, :, mask]).flatten(1) for mask in masks]
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of rows (B, D), less their mean: (B, B) in float64 on the CPU."""
+    centred = rows - rows.mean(dim=0)  # changes no HSIC, and keeps float32 from cancelling
+    return (centred @ centred.mT).cpu().double()
+
+
+def hsic(one: Tensor, other: Tensor) -> float:
+    """The Hilbert-Schmidt independence criterion of Gram matrices (B, B), B from 4, without bias.
+
+    The usual estimate finds agreement between independent features wherever they are more than the images.
+
+    Source: Song et al. 2012, eq. 5; by minibatch Nguyen, Raghu and Kornblith 2021, eq. 3.
+    """
+    n = len(one)
+    k, l = (matrix - matrix.diag().diag() for matrix in (one, other))
+    trace = (k * l).sum()
+    outer = k.sum() * l.sum() / ((n - 1) * (n - 2))
+    inner = k.sum(dim=0) @ l.sum(dim=0) * 2 / (n - 2)
+    return float(trace + outer - inner) / (n * (n - 3))
+
+
+class Agreement:
+    """Linear CKA of two networks' features, batch by batch: 1 for equal ones, about 0 for independent ones."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)  # of both, of one alone, of the other alone
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Features (B, D) and (B, E) of the same images; fewer than four say nothing and are passed over."""
+        if len(one) >= 4 and one.shape[1] and other.shape[1]:
+            k, l = gram(one), gram(other)
+            self.sums += torch.tensor([hsic(k, l), hsic(k, k), hsic(l, l)], dtype=torch.float64)
+
+    def value(self) -> float:
+        """Not a number where a network's features do not vary or have no such waves."""
+        both, one, other = self.sums.tolist()
+        return both / (one * other) ** 0.5 if min(one, other) > 0 else float("nan")
+
+
+class Measured:
+    """Sums over batches for one network, and its agreement with the teacher.
+
+    Args:
+        shapes: its output's shapes.
+        edges: of the bands, in cycles per image.
+    """
+
+    def __init__(self, shapes: Output, edges: Sequence[float]):
+        self.edges, self.bands = edges, band_names(edges)
+        self.grids = [tuple(maps.shape[2:]) for maps in shapes.features]
+        self.rings = [radial_basis(grid) for grid in self.grids]
+        self.masks = [band_basis(grid, edges) for grid in self.grids]
+        self.haar = wavelet_basis(shapes.logits.shape[1], "haar", 1, "periodization")
+        self.power, self.energy = ([torch.zeros(len(m)) for m in matrices] for matrices in (self.rings, self.masks))
+        self.logits = torch.zeros(2)
+        self.agreement = {(stage, band): Agreement() for stage in range(5) for band in range(len(self.bands))}
+        self.hits = self.images = 0
+
+    def add(self, seen: Output, teacher: Output, labels: Tensor) -> None:
+        """One batch of this network and of its teacher, whose bands are the same."""
+        self.images += len(labels)
+        self.hits += int((seen.logits.argmax(dim=1) == labels).sum())
+        for stage, maps in enumerate(seen.features):
+            for sums, basis in ((self.power, self.rings), (self.energy, self.masks)):
+                power = spectral_power(maps, basis[stage].to(maps.device, torch.float32))
+                sums[stage] += power.mean(dim=1).sum(dim=0).cpu()
+            both = zip(band_passed(maps, self.edges), band_passed(teacher.features[stage], self.edges), strict=True)
+            for band, (ours, theirs) in enumerate(both):
+                self.agreement[stage, band].add(ours, theirs)
+        for part, (ours, theirs) in enumerate(zip(self.split(seen.logits), self.split(teacher.logits), strict=True)):
+            self.logits[part] += ours.square().sum().cpu()
+            self.agreement[4, part].add(ours, theirs)
+
+    def split(self, logits: Tensor) -> list[Tensor]:
+        """Content and detail of logits (B, K) less each row's mean, which no softmax sees: (B, M) and (B, N)."""
+        centred = logits.float() - logits.float().mean(dim=1, keepdim=True)
+        return [centred @ basis.to(logits.device, torch.float32).mT for basis in self.haar]
+
+    def rows(self) -> list[tuple[str, str, str, str, float]]:
+        """(stage, grid, measure, band, value) of all that was measured."""
+        found: list[tuple[str, str, str, str, float]] = []
+        for stage, grid in enumerate(self.grids):
+            place = f"stage {stage + 1}", f"{grid[0]}x{grid[1]}"
+            whole = float(self.energy[stage].sum()) or 1.0
+            present = self.masks[stage].any(dim=1).tolist()
+            found += [(*place, "power", f"{ring}", float(v) / whole) for ring, v in enumerate(self.power[stage])]
+            for band, name in enumerate(self.bands):
+                if present[band]:
+                    found.append((*place, "energy", name, float(self.energy[stage][band]) / whole))
+                    found.append((*place, "cka", name, self.agreement[stage, band].value()))
+        place = "logits", f"{self.haar[0].shape[1]}"
+        for part, name in enumerate(("content", "detail")):
+            found.append((*place, "energy", name, float(self.logits[part] / self.logits.sum())))
+            found.append((*place, "cka", name, self.agreement[4, part].value()))
+        return [*found, (*place, "top1", "", 100 * self.hits / self.images)]
+
+
+def compare(
+    networks: Mapping[str, nn.Module], dataset: Dataset, batches: int = 0, precision: str = "float32", crop: float = 1.0
+) -> pd.DataFrame:
+    """Spectra of networks over test images, and the agreement of each with the first, the teacher.
+
+    Args:
+        networks: by the name they shall have; each gives four feature maps.
+        dataset: whose test images are shown.
+        batches: at most this many batches of 128 images; 0: all.
+        precision: of the networks; the rest is float32.
+        crop: share of the resized side that the test crop keeps.
+
+    Returns:
+        A table with a row for each value, and in ``attrs`` how many ``images`` were seen of how many ``tests``:
+
+        - ``power`` by ring (cycles, rounded): mean power of a frequency, as a share of the map's energy;
+        - ``energy`` by band: share of the map's energy, or of the centred logits' energy;
+        - ``cka`` by band: linear CKA with the teacher, missing where there is nothing to compare;
+        - ``top1`` on these images, in percent.
+
+    Raises:
+        UserError: a network does not show four stages.
+    """
+    for network in networks.values():
+        network.to(dataset.spec.labels.device).to(memory_format=torch.channels_last).eval()
+        for module in network.modules():
+            if isinstance(module, models.Network):
+                module.wants_features = True
+    measured: dict[str, Measured] = {}
+    with torch.inference_mode():
+        for images, labels in islice(dataset.test_batches(BATCH, test_crop=crop), batches or None):
+            with autocast(images.device, precision):
+                outputs = {name: network(images).float() for name, network in networks.items()}
+            if not measured:
+                measured = _begin(outputs)
+            teacher = next(iter(outputs.values()))
+            for name, seen in outputs.items():
+                measured[name].add(seen, teacher, labels)
+    table = pd.DataFrame([(name, *row) for name, one in measured.items() for row in one.rows()], columns=COLUMNS)
+    seen_images = next(iter(measured.values())).images
+    table.attrs = {"data": dataset.spec.name, "images": seen_images, "tests": dataset.test_size}
+    return table
+
+
+def _begin(outputs: Mapping[str, Output]) -> dict[str, Measured]:
+    for name, seen in outputs.items():
+        if len(seen.features) != 4:
+            raise UserError(f"{name} shows {len(seen.features)} feature maps; expected a network of four stages")
+    edges = octaves(maps.shape[2:] for seen in outputs.values() for maps in seen.features)
+    return {name: Measured(seen, edges) for name, seen in outputs.items()}
+
+
+def of_networks(teacher: str, student: str, data: str = "digits", batches: int = 0) -> pd.DataFrame:
+    """``compare`` for two networks as they are before any training, by their names.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    settings = config.resolve(
+        {
+            "distiller": {"name": "none"},
+            "teacher": {"name": teacher},
+            "student": {"name": student},
+            "data": {"name": data},
+        }
+    )
+    dataset = open_data(settings, settle(settings.engine))
+    networks: dict[str, nn.Module] = {}
+    with torch.random.fork_rng():
+        for role, name in (("teacher", teacher), ("student", student)):
+            torch.manual_seed(seed_of(settings.seed, role))
+            networks[f"{role} {name}, untrained"] = models.create(name, dataset.spec)
+        return compare(networks, dataset, batches, settings.engine.precision)
+
+
+def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
+    """``compare`` for the teacher and the shipped students of the finished runs in or below ``paths``.
+
+    Raises:
+        UserError: there is no finished run, none has a teacher, or they differ in teacher or data.
+    """
+    folders = find_runs(list(paths))
+    if not folders:
+        raise UserError(f"no finished run in {', '.join(map(str, paths))}")
+    runs = sorted(((folder, folder.settings()) for folder in folders), key=lambda run: _distilled(run[1]))
+    first = next((settings for _, settings in runs if settings.teacher.name), None)
+    if first is None:
+        raise UserError("none of these runs has a teacher; add one that was distilled, or pass --teacher and --student")
+    for folder, settings in runs:
+        if _images(settings) != _images(first):
+            raise UserError(f"{folder.path.name} has other data than {first.data.name} here; give runs that share it")
+        if settings.teacher.name and _teacher(settings) != _teacher(first):
+            raise UserError(f"{folder.path.name} has another teacher than the rest; give runs that share one")
+        settings.engine.device = "auto"  # it need not be the machine that trained them
+        device = settle(settings.engine)
+    with torch.random.fork_rng(), Progress() as progress:
+        dataset = open_data(first, device)
+        taught = teachers.obtain(first, dataset, progress)
+        networks: dict[str, nn.Module] = {f"teacher {first.teacher.name}": taught.network}
+        for name, (folder, settings) in zip(_names(runs), runs, strict=True):
+            networks[name] = shape_of_shipped(settings, dataset)
+            models.load_weights(networks[name], folder.student)
+        table = compare(networks, dataset, batches, first.engine.precision, first.protocol.test_crop)
+    if options := first.data.options:
+        table.attrs["data"] += f" ({', '.join(f'{key}={value}' for key, value in options.items())})"
+    return table
+
+
+def _distilled(settings: config.Settings) -> bool:
+    return bool(settings.distiller["name"] != "none")
+
+
+def _images(settings: config.Settings) -> tuple[Any, ...]:
+    """What decides the test images."""
+    data, protocol = settings.data, settings.protocol
+    return data.name, data.options, data.image_size or protocol.image_size, protocol.test_crop
+
+
+def _teacher(settings: config.Settings) -> tuple[Any, ...]:
+    """What decides the teacher's weights."""
+    wanted = settings.teacher
+    recipe = wanted.protocol or settings.protocol.name
+    return wanted.name, wanted.weights, wanted.pretrained, recipe, wanted.epochs, wanted.seed, settings.data.limit
+
+
+def _names(runs: Sequence[tuple[RunFolder, config.Settings]]) -> list[str]:
+    """What students are called: by their method, and by seed or folder where that does not tell them apart."""
+    short = [f"{s.student.name} " + (f"by {s.distiller['name']}" if _distilled(s) else "alone") for _, s in runs]
+    seeds = [f"{name}, seed {s.seed}" for name, (_, s) in zip(short, runs, strict=True)]
+    return next((names for names in (short, seeds) if len(set(names)) == len(runs)), [f.path.name for f, _ in runs])

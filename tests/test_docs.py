@@ -1,0 +1,62 @@
+"""The documents keep their word: every python block runs, every picture is there, every method and suite exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdzoo import registry, suites
+from kdzoo.data import open_dataset
+
+DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+BLOCKS = [
+    pytest.param(block, id=f"{file.stem}-{number}")
+    for file in DOCS
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_python_block_runs_by_itself(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(block, {})
+
+
+def test_there_are_blocks_to_run():
+    assert len(BLOCKS) >= 6
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.stem)
+def test_every_picture_and_every_link_within_the_documents_is_there(file):
+    text = file.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        elif "://" not in target:
+            assert (file.parent / target).is_file()
+
+
+def test_every_frequency_method_is_explained_and_reconstructions_are_called_so():
+    text = (DOCS[0].parent / "frequency.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", text.partition("## Four identities")[0], re.MULTILINE)
+    assert {"uhkd", "figkd", "lfcc", "spectralkd", "famkd", "ufdkd", "freekd", "wkd", "dctat", "fourierkd"} <= set(rows)
+    assert set(rows) <= set(registry.names())
+    for name in rows:
+        if registry.find(name).fidelity == "reconstructed":
+            assert re.search(rf"\*\*[^*]*{name}[^*]*are reconstructions\*\*", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", ["bands", "controls"])
+def test_the_suites_on_frequency_ask_only_for_what_there_is(name):
+    runs = suites.load(name).runs
+    assert runs
+    options = {str(run.data.options): run.data for run in runs if run.data.name == "bands"}
+    for data in options.values():
+        assert open_dataset(data.name, options={**data.options, "train": 1, "test": 1}).spec.num_classes == 8
