@@ -51,7 +51,8 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
     whole = bench(suite, tmp_path / "whole", quiet=True)
     assert len(whole.finished) == 12
     code = (
-        "import os, signal, sys; from pathlib import Path; from kdzoo import suites; from kdzoo.engine import bench, lane\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from kdzoo import suites; from kdzoo.engine import bench, lane\n"
         "step, left = lane.Lane.step, int(sys.argv[3])\n"
         "def doomed(self, *given):\n"
         "    global left\n"
