@@ -21,6 +21,7 @@ from kdzoo import Batch, DataSpec, Distillation, Distiller, Output, models, regi
 from kdzoo.config import EngineSettings, protocol
 from kdzoo.engine.device import autocast, settle
 from kdzoo.engine.optim import Optimizer
+from kdzoo.errors import UserError
 
 PAIRS = ("vit_s:resnet18", "resnet32x4:resnet8x4")
 CLASSES, SIZE = 100, 32
@@ -31,7 +32,7 @@ class Shown(nn.Module):
 
     def __init__(self, network: models.Network, output: Output):
         super().__init__()
-        self.network, self.output = network, output
+        self.classifier, self.output = network.classifier, output
 
     def forward(self, images: Tensor) -> Output:
         return self.output
@@ -97,14 +98,13 @@ def measure(pair: str, methods: list[str], size: int, rounds: int, engine: Engin
         seen, reference = student(batch.images), teacher(batch.images)
     student.wants_features = teacher.wants_features = False
     for name in methods:
+        shown = Shown(student, leaves(seen)), Shown(teacher, reference)
         try:
-            method = build(name, student, teacher, data)
-        except Exception as error:
+            together = Distillation(shown[0], shown[1], build(name, student, teacher, data)).train()
+            together.prepare([batch])
+        except UserError as error:
             print(f"{name} is left out for {pair}: {error}")
             continue
-        shown = Shown(student, leaves(seen)), Shown(teacher, reference)
-        together = Distillation(shown[0], shown[1], method).train()
-        together.prepare([batch])
 
         def loss(together: Distillation = together) -> None:
             torch.stack(list(together(batch).values())).sum().backward()
