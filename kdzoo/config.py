@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
+from kdzoo.files import shipped_folder
 
 
 @dataclass
@@ -183,7 +183,7 @@ def preset(settings: Settings, distiller: str) -> dict[str, Any]:
         "teacher": settings.teacher.name,
         "student": settings.student.name,
     }
-    lines = (files("kdzoo.configs") / "presets.csv").read_text(encoding="utf-8").splitlines()
+    lines = (shipped_folder() / "presets.csv").read_text(encoding="utf-8").splitlines()
     rows = [row for row in csv.DictReader(lines) if all(row[key] == value for key, value in run.items())]
     return {row["keyword"]: yaml.safe_load(row["value"]) for row in rows}
 
@@ -264,7 +264,7 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
 
 
 def _protocol_files() -> list[Traversable]:
-    folder = files("kdzoo.configs") / "protocols"
+    folder = shipped_folder() / "protocols"
     return [f for f in folder.iterdir() if f.name.endswith(".yaml")]
 
 

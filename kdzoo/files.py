@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from kdzoo.errors import UserError
@@ -38,6 +40,14 @@ def write_text(path: Path, text: str) -> None:
 def slug(name: str) -> str:
     """``name`` as one harmless part of a path: letters, digits, dot, underscore, hyphen."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[-60:] or "unnamed"
+
+
+def shipped_folder() -> Traversable:
+    """The protocols, suites and tables that come with kdzoo: ``kdzoo.configs``, which in a checkout is ``configs/``."""
+    try:
+        return files("kdzoo.configs")
+    except ModuleNotFoundError:  # imported from a checkout's own folder, where only an installation maps the name
+        return Path(__file__).parents[1] / "configs"
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,6 @@ A suite is a mapping::
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import yaml
 
 from kdzoo import config
 from kdzoo.errors import UserError, unknown
+from kdzoo.files import shipped_folder
 
 KEYS = ("data", "protocol", "pairs", "distillers", "seeds", "teacher")
 REQUIRED = ("pairs", "distillers")
@@ -127,5 +127,5 @@ def _list(entry: Any) -> list[Any]:
 
 
 def _files() -> list[Traversable]:
-    folder = files("kdzoo.configs") / "suites"
+    folder = shipped_folder() / "suites"
     return [f for f in folder.iterdir() if f.name.endswith(".yaml")] if folder.is_dir() else []

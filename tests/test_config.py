@@ -1,12 +1,16 @@
 """Settings are typed, complete, and wrong ones are refused with a helpful line."""
 
 import csv
-from importlib.resources import files
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import kdzoo
 from kdzoo import config
 from kdzoo.errors import UserError
+from kdzoo.files import shipped_folder
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}}
 
@@ -129,8 +133,15 @@ def test_the_fields_own_weights_for_a_pair_are_the_defaults_there():
 
 
 def test_every_preset_is_a_keyword_of_its_method():
-    with (files("kdzoo.configs") / "presets.csv").open(encoding="utf-8") as file:
+    with (shipped_folder() / "presets.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         assert row["source"]
         assert row["keyword"] in config.distiller_settings({"name": row["distiller"]})
+
+
+def test_a_checkout_that_is_installed_elsewhere_too_finds_its_own_recipes(tmp_path):
+    (tmp_path / "kdzoo").symlink_to(Path(kdzoo.__file__).parent)
+    code = "from kdzoo import config; print(config.protocols())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "quick" in said.stdout

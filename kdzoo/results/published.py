@@ -1,7 +1,6 @@
 """Published accuracies: the rows of ``configs/published.csv``, found by data, protocol, pair, method and epoch."""
 
 from functools import cache
-from importlib.resources import files
 from typing import NamedTuple
 
 import pandas as pd
@@ -34,7 +33,7 @@ class Published(NamedTuple):
 @cache
 def everything() -> pd.DataFrame:
     """All rows of the file, those that nobody verified among them, under the names of our protocols."""
-    with (files("kdzoo.configs") / "published.csv").open(encoding="utf-8") as file:
+    with (shipped_folder() / "published.csv").open(encoding="utf-8") as file:
         table = pd.read_csv(file)
     named = zip(table["dataset"], table["protocol"], table["student"], strict=True)
     table["protocol"] = [_recipe(data, protocol, student) for data, protocol, student in named]
