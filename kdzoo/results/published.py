@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from kdzoo.files import shipped_folder
+
 KEY = ["dataset", "protocol", "teacher", "student", "method", "epoch"]
 
 # The authors' name for a pair of recipes, and ours for CNN students and for token students.
