@@ -108,6 +108,7 @@ class OutputSettings:
 
     root: str = "runs"
     tensorboard: bool = False
+    measure_every: int = 1  # epochs between measurements of the student; the last is always measured
 
 
 @dataclass
@@ -169,6 +170,8 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setting
     settings: Settings = _typed(Settings, given, "")
     settings.protocol = _protocol(recipe)
     settings.distiller = distiller_settings({**preset(settings, keywords["name"]), **keywords})
+    if settings.output.measure_every < 1:
+        raise UserError(f"output.measure_every={settings.output.measure_every}: expected a number of epochs from 1")
     if not settings.student.name:
         raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
     return settings

@@ -92,11 +92,14 @@ def show(lane: Lane, step: int, speed: float, progress: Progress) -> None:
 
 
 def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress, title: str) -> None:
-    """Measures the student and writes the epoch down; ``title`` tells lanes apart."""
-    terms = lane.meter.read()
-    top1, top5 = evaluate(lane.deployed(), dataset, lane.settings.engine.precision, lane.settings.protocol.test_crop)
+    """Measures the student, where it is due, and writes the epoch down; ``title`` tells lanes apart."""
+    settings, terms = lane.settings, lane.meter.read()
+    epoch = (step + 1) // lane.steps_per_epoch
+    top1 = top5 = None
+    if epoch % settings.output.measure_every == 0 or epoch == settings.protocol.epochs:
+        top1, top5 = evaluate(lane.deployed(), dataset, settings.engine.precision, settings.protocol.test_crop)
     record = {
-        "epoch": (step + 1) // lane.steps_per_epoch,
+        "epoch": epoch,
         "step": step + 1,
         "lr": lane.rate(step),
         "loss": terms,

@@ -61,8 +61,9 @@ class Progress:
         """An epoch's end."""
         self.show(record["step"], record["loss"], record["images_per_second"], title)
         terms = ", ".join(f"{name} {value:.3f}" for name, value in record["loss"].items())
+        top1 = "not measured" if record["top1"] is None else f"top-1 {record['top1']:6.2f} %"
         self.say(
-            f"  epoch {record['epoch']:>3}/{self.epochs}: top-1 {record['top1']:6.2f} %"
+            f"  epoch {record['epoch']:>3}/{self.epochs}: {top1}"
             f"  ({terms}; {record['images_per_second']:.0f} images/s)  {title}".rstrip()
         )
 

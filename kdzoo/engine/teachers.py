@@ -76,7 +76,7 @@ def recipe(settings: config.Settings, dataset: Dataset) -> config.Settings:
     )
     own.data = replace(settings.data, image_size=dataset.spec.image_size)
     own.engine = settings.engine
-    own.output = config.OutputSettings(root=str(cache_folder() / "teachers"))
+    own.output = config.OutputSettings(root=str(cache_folder() / "teachers"), measure_every=own.protocol.epochs)
     return own
 
 

@@ -100,7 +100,7 @@ def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | No
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
     """Writes the student that ships, then the result."""
     settings, history, shipped = lane.settings, lane.history, lane.deployed()
-    best = max(history, key=lambda record: record["top1"])
+    best = max((record for record in history if record["top1"] is not None), key=lambda record: record["top1"])
     result = Result(
         folder=lane.folder.path,
         data=settings.data.name,

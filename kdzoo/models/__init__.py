@@ -1,7 +1,7 @@
 """Any network as distillers see it: by name, or one's own module."""
 
-# These register the 32x32 nets and the small Swins with timm.
-from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_swin, wrn  # noqa: F401
+# These register the 32x32 nets and the small transformers with timm.
+from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transformers, wrn  # noqa: F401
 from kdzoo.models.by_name import create
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap

@@ -6,6 +6,7 @@ import timm
 
 # Where a short name is also timm's, the short name wins: vgg13 is the one of the CIFAR tables.
 SHORT = {
+    "vit_pico": "vit_pico_patch16_224",
     "vit_t": "vit_tiny_patch16_224",
     "vit_s": "vit_small_patch16_224",
     "vit_b": "vit_base_patch16_224",

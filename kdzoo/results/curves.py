@@ -23,7 +23,8 @@ class Curves:
         """Adds the records that were not written yet."""
         for record in history[self.written :]:
             for name in ("top1", "top5", "lr", "images_per_second"):
-                self.writer.add_scalar(name, record[name], record["epoch"])
+                if record[name] is not None:
+                    self.writer.add_scalar(name, record[name], record["epoch"])
             for name, value in record["loss"].items():
                 self.writer.add_scalar(f"loss/{name}", value, record["epoch"])
         self.written = len(history)

@@ -92,6 +92,7 @@ def test_the_same_seed_gives_the_same_weights():
         ("vit_t", 32, (192, 8, 8)),
         ("vit_t", 64, (192, 8, 8)),
         ("vit_t", 224, (192, 14, 14)),
+        ("vit_pico", 32, (96, 8, 8)),
         ("mixer_s16", 8, (512, 4, 4)),
         ("swin_pico", 8, (384, 1, 1)),
         ("swin_pico", 32, (384, 2, 2)),
