@@ -14,6 +14,7 @@ from kdzoo.spectral import amplitude, fourier_basis, pooling_basis
 
 SPECTRA = ("log_amplitude", "amplitude", "complex", "spatial")
 ALIGNMENTS = ("fft", "learned")
+NORMALISATIONS = ("image", "batch")
 
 
 def half_basis(grid: Sequence[int], k: int, sigma: float) -> Tensor:
@@ -26,8 +27,16 @@ def mirrored(half: Tensor, sign: float = 1.0) -> Tensor:
     return torch.cat([half, sign * half[..., :-1].flip(-1)], dim=-1)
 
 
-def compact_map(values: Tensor, spectrum: str) -> Tensor:
-    """What is compared: layer norm over all but B of a spectrum, or of the values (B, C, N) where it is "spatial".
+def normalised(values: Tensor, normalisation: str) -> Tensor:
+    """Mean 0 and variance 1 of (B, C, N): of each image ("image"), or of each number over the batch ("batch")."""
+    if normalisation == "image":
+        return F.layer_norm(values, values.shape[1:])
+    centred = values - values.mean(dim=0)
+    return centred * (centred.square().mean(dim=0) + 1e-6).rsqrt()
+
+
+def compact_map(values: Tensor, spectrum: str, normalisation: str = "image") -> Tensor:
+    """What is compared: a spectrum, normalised, or the values (B, C, N) themselves where it is "spatial".
 
     Else the values are coefficients (B, C, k k + 1) up to DC, real parts first, and the spectrum has all
     frequencies: (B, C, k k) amplitudes, or (B, C, 2 k k) for "complex".
@@ -38,7 +47,7 @@ def compact_map(values: Tensor, spectrum: str) -> Tensor:
     elif spectrum != "spatial":
         values = amplitude(values)
         values = mirrored(values.log1p() if spectrum == "log_amplitude" else values)
-    return F.layer_norm(values, values.shape[1:])
+    return normalised(values, normalisation)
 
 
 def fourier_alignment(inputs: int, outputs: int, transform: nn.Module) -> nn.Sequential:
@@ -98,6 +107,8 @@ class UHKD(Distiller):
         spectrum: "log_amplitude"; "amplitude"; "complex", real and imaginary part; or "spatial", the control:
             the same modules with average pooling to k x k where the others transform.
         alignment: "fft", where the student is transformed too, or "learned", where it is not.
+        normalisation: what has mean 0 and variance 1 in Z: "image", all numbers of one image (layer norm), or
+            "batch", each number over the batch, which leaves out what all images have in common.
 
     Source: the abstract of arXiv 2510.24116; formulas reconstructed.
     """
@@ -121,6 +132,7 @@ class UHKD(Distiller):
         sigma: float = 0.5,
         spectrum: str = "log_amplitude",
         alignment: str = "fft",
+        normalisation: str = "image",
     ):
         super().__init__()
         for name, value in (("temperature", temperature), ("sigma", sigma)):
@@ -132,9 +144,12 @@ class UHKD(Distiller):
             raise unknown("spectrum", spectrum, SPECTRA)
         if alignment not in ALIGNMENTS:
             raise unknown("alignment", alignment, ALIGNMENTS)
+        if normalisation not in NORMALISATIONS:
+            raise unknown("normalisation", normalisation, NORMALISATIONS)
         if stage_weights is not None and len(stage_weights) != len(stages):
             raise UserError(f"stage_weights {stage_weights}: expected {len(stages)}; give one for each stage")
         self.ce, self.kd, self.spectral, self.temperature = ce, kd, spectral, temperature
+        self.normalisation = normalisation
         self.spectrum, self.aligned = spectrum, spectrum if alignment == "fft" else "spatial"
         if not spectral:
             self.needs = Needs(features=False)
@@ -168,8 +183,8 @@ class UHKD(Distiller):
             stages = zip(self.stages, self.stage_weights, self.transforms, self.alignments, strict=True)
             for stage, weight, transform, align in stages:
                 with torch.no_grad():
-                    target = compact_map(transform(teacher.features[stage]), self.spectrum)
-                seen = compact_map(align(student.features[stage]), self.aligned)
+                    target = compact_map(transform(teacher.features[stage]), self.spectrum, self.normalisation)
+                seen = compact_map(align(student.features[stage]), self.aligned, self.normalisation)
                 matches.append(weight * F.mse_loss(seen, target))
             terms["spectral"] = self.spectral * torch.stack(matches).sum()
         return terms

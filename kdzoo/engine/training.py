@@ -37,6 +37,8 @@ def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | 
     spec = dataset.spec
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained)
+    if spec.labels.device.type == "cpu":
+        models.unfuse_attention(student)
     shapes = student.shapes()
     reference = shapes if teacher is None else teacher.network.shapes()
     if reference.logits.shape[1] != shapes.logits.shape[1]:

@@ -125,6 +125,16 @@ def shrink_stem(body: nn.Module) -> list[str]:
     return adapted
 
 
+def unfuse_attention(network: nn.Module) -> None:
+    """Writes attention out as two products and a softmax, in place: what trains fast on CPUs.
+
+    There torch's fused attention is slow in the backward pass, several times so in bfloat16.
+    """
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]  # timm's own switch
+
+
 def _resize_conv(conv: nn.Conv2d, stride: int) -> None:
     kernel = conv.kernel_size[0]
     smaller = stride if kernel == conv.stride[0] > 1 else 3 if kernel == 7 and stride == 1 else kernel

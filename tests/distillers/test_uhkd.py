@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillers.uhkd import ALIGNMENTS, SPECTRA, UHKD, compact_map, fourier_alignment, half_basis
+from distillers.uhkd import ALIGNMENTS, NORMALISATIONS, SPECTRA, UHKD, compact_map, fourier_alignment, half_basis
 from kdzoo.connectors import Positions
 from kdzoo.errors import UserError
 from kdzoo.spectral import apply_basis
@@ -13,30 +13,32 @@ from kdzoo.spectral import apply_basis
 ODD = ((3, 7, 5), (4, 5, 7), (5, 3, 1), (6, 1, 1))
 
 
-def normalised(maps):
-    """Layer norm of all axes but the first, in numpy."""
+def standardised(maps, normalisation):
+    """By image or over the batch, in numpy; flat."""
     flat = maps.reshape(len(maps), -1)
-    return (flat - flat.mean(1, keepdims=True)) / np.sqrt(flat.var(1, keepdims=True) + 1e-5)
+    axis, small = (1, 1e-5) if normalisation == "image" else (0, 1e-6)
+    return (flat - flat.mean(axis, keepdims=True)) / np.sqrt(flat.var(axis, keepdims=True) + small)
 
 
-def reference_map(maps, k, sigma, spectrum):
+def reference_map(maps, k, sigma, spectrum, normalisation):
     """The teacher's transform by numpy's FFT, as the docstring writes it."""
     whole = np.fft.fftshift(np.fft.fft2(maps, norm="forward"), axes=(-2, -1))
     top, left = (n // 2 - k // 2 for n in maps.shape[-2:])
     v, h = np.mgrid[-(k // 2) : k // 2 + 1, -(k // 2) : k // 2 + 1] / max(k // 2, 1)
     crop = whole[..., top : top + k, left : left + k] * np.exp(-(v**2 + h**2) / (2 * sigma**2))
     if spectrum == "complex":
-        return normalised(np.stack([crop.real, crop.imag], axis=2))
-    return normalised(np.log1p(np.abs(crop)) if spectrum == "log_amplitude" else np.abs(crop))
+        return standardised(np.stack([crop.real, crop.imag], axis=2), normalisation)
+    return standardised(np.log1p(np.abs(crop)) if spectrum == "log_amplitude" else np.abs(crop), normalisation)
 
 
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("spectrum", ["log_amplitude", "amplitude", "complex"])
 @pytest.mark.parametrize("grid", [(8, 8), (7, 5), (1, 1)])
-def test_the_transform_is_a_weighed_crop_of_the_fft_then_a_layer_norm(waves, spectrum, grid):
+def test_the_transform_is_a_weighed_crop_of_the_fft_then_normalised(waves, spectrum, grid, normalisation):
     maps = waves(3, 4, *grid, dtype=torch.float64)
     k = min(5, *grid)
-    seen = compact_map(apply_basis(maps, half_basis(grid, k, 0.5)), spectrum)
-    expected = reference_map(maps.numpy(), k, 0.5, spectrum)
+    seen = compact_map(apply_basis(maps, half_basis(grid, k, 0.5)), spectrum, normalisation)
+    expected = reference_map(maps.numpy(), k, 0.5, spectrum, normalisation)
     np.testing.assert_allclose(seen.flatten(1).numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
@@ -69,7 +71,7 @@ def test_the_term_is_the_weighed_error_between_aligned_and_transformed_stages(st
         hidden = norm2(depthwise(gelu(norm(mix(on_common_grid(student, teacher, stage))))))
         whole = torch.einsum("oc,bchw->bohw", last.weight[:, :, 0], hidden)  # here before the transform
         maps = [f.detach().double().numpy() for f in (whole, teacher.features[stage])]
-        z_s, z_t = (reference_map(m, k, 0.5, "log_amplitude") for m in maps)
+        z_s, z_t = (reference_map(m, k, 0.5, "log_amplitude", "image") for m in maps)
         expected += 2.0 * weights[n] * np.mean((z_s - z_t) ** 2)
     assert method.loss(student, teacher, batch())["spectral"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -84,7 +86,7 @@ def test_the_control_pools_where_the_others_transform(student, teacher, data, ba
     seen = on_common_grid(student, teacher, 2)
     whole = last(norm2(depthwise(gelu(norm(mix(seen))))).flatten(2)).unflatten(2, seen.shape[2:])
     pooled = (nn.functional.adaptive_avg_pool2d(f, 3) for f in (whole, teacher.features[2]))
-    z_s, z_t = (normalised(p.detach().double().numpy()) for p in pooled)
+    z_s, z_t = (standardised(p.detach().double().numpy(), "image") for p in pooled)
     term = method.loss(student, teacher, batch())["spectral"]
     assert term.item() == pytest.approx(np.mean((z_s - z_t) ** 2), rel=1e-4)
 
@@ -121,14 +123,16 @@ def test_neither_teacher_nor_target_gets_a_gradient_and_all_that_trains_does(stu
         assert all(p.grad is not None for p in method.parameters())
 
 
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("constant", [None, 0.0, 1.0])
 def test_terms_and_gradients_are_finite_for_any_grids_zeros_and_constants(
-    output, data, batch, spectrum, alignment, constant
+    output, data, batch, spectrum, alignment, normalisation, constant
 ):
     student, teacher = output(ODD, constant=constant), output(((5, 3, 8),) * 4, constant=constant)
-    method = UHKD(student, teacher, data(), spectrum=spectrum, alignment=alignment)
+    keywords = {"spectrum": spectrum, "alignment": alignment, "normalisation": normalisation}
+    method = UHKD(student, teacher, data(), **keywords)
     terms = method.loss(student, teacher, batch())
     sum(terms.values()).backward()
     assert all(term.isfinite() for term in terms.values())
@@ -140,6 +144,17 @@ def test_terms_and_gradients_are_finite_for_any_grids_zeros_and_constants(
 def test_gradients_of_the_transform_are_those_of_the_values(waves, spectrum):
     maps, basis = waves(2, 2, 4, 3, dtype=torch.float64), half_basis((4, 3), 3, 0.5)
     assert torch.autograd.gradcheck(lambda f: compact_map(apply_basis(f, basis), spectrum), (maps.requires_grad_(),))
+
+
+def test_over_the_batch_what_all_images_have_in_common_counts_for_nothing(student, teacher, data, batch):
+    torch.manual_seed(0)
+    method = UHKD(student, teacher, data(), spectrum="spatial", normalisation="batch")
+    shifted = teacher._replace(features=tuple(f.detach() + f.detach()[:1] for f in teacher.features))
+    seen = [method.loss(student, other, batch())["spectral"].detach() for other in (teacher, shifted)]
+    torch.testing.assert_close(*seen)
+    by_image = UHKD(student, teacher, data(), spectrum="spatial")
+    seen = [by_image.loss(student, other, batch())["spectral"].detach() for other in (teacher, shifted)]
+    assert not torch.isclose(*seen)
 
 
 def test_a_weight_of_zero_leaves_its_term_and_its_modules_out(student, teacher, data, batch):
@@ -159,6 +174,7 @@ def test_a_weight_of_zero_leaves_its_term_and_its_modules_out(student, teacher, 
         ({"size": 6}, "size 6: expected an odd number"),
         ({"spectrum": "amplitudes"}, "did you mean amplitude"),
         ({"alignment": "learnt"}, "did you mean learned"),
+        ({"normalisation": "images"}, "did you mean image"),
         ({"stages": ()}, "expected distinct numbers from 0 to 3"),
         ({"stages": (1, 1)}, "expected distinct numbers from 0 to 3"),
         ({"stage_weights": (1.0,)}, "give one for each stage"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from kdzoo import DataSpec
 from kdzoo.errors import UserError
-from kdzoo.models import create, wrap
+from kdzoo.models import create, unfuse_attention, wrap
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -111,6 +111,17 @@ def test_asking_for_shapes_disturbs_nothing(name):
     assert torch.get_rng_state().equal(generator)
     assert [module.training for module in network.modules()] == modes
     assert all(value.equal(state[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swin_pico"])
+def test_attention_written_out_is_the_fused_one(name):
+    torch.manual_seed(0)
+    network = create(name, DATA).eval()
+    fused = network(IMAGES)
+    unfuse_attention(network)
+    written_out = network(IMAGES)
+    assert not any(getattr(module, "fused_attn", False) for module in network.modules())
+    torch.testing.assert_close(written_out, fused, rtol=1e-4, atol=1e-5)
 
 
 def test_shapes_are_those_of_a_pass():
