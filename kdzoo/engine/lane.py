@@ -50,15 +50,21 @@ class SharedTeacher(nn.Module):
 
 
 class Epochs:
-    """The batches of training, for phases before it: each iteration is the next epoch, then the first again."""
+    """The batches of training, for phases before it: each iteration is the next epoch, then the first again.
 
-    def __init__(self, loader: Loader):
-        self.loader, self.start = loader, 0
+    ``teacher`` forgets with each batch what it was shown before.
+    """
+
+    def __init__(self, loader: Loader, teacher: SharedTeacher | None):
+        self.loader, self.teacher, self.start = loader, teacher, 0
 
     def __iter__(self) -> Iterator[Batch]:
         start = self.start % self.loader.total_steps
         self.start = start + self.loader.steps_per_epoch
-        return self.loader.batches(start, start + self.loader.steps_per_epoch)
+        for batch in self.loader.batches(start, start + self.loader.steps_per_epoch):
+            if self.teacher is not None:
+                self.teacher.forget()
+            yield batch
 
 
 class Meter:
@@ -153,11 +159,11 @@ class Lane:
         """The learning rate of a step."""
         return learning_rate(self.settings.protocol, self.base_rate, step, self.steps_per_epoch)
 
-    def prepare(self, loader: Loader) -> None:
+    def prepare(self, loader: Loader, teacher: SharedTeacher | None) -> None:
         """The method's phase before training."""
         torch.manual_seed(seed_of(self.settings.seed, "prepare"))
         with autocast(self.device, self.settings.engine.precision):
-            self.distillation.prepare(Epochs(loader))
+            self.distillation.prepare(Epochs(loader, teacher))
 
     def step(self, batch: Batch, step: int) -> None:
         """One optimiser step on one batch. Randomness inside depends on seed and step alone."""

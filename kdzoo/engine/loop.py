@@ -30,7 +30,7 @@ def train(
     if start is None:
         start = 0
         for lane in lanes:
-            attempt(lane, lane.prepare, loader)
+            attempt(lane, lane.prepare, loader, teacher)
     running = [lane for lane in lanes if lane.failure is None]
     begun = saved = shown = time.monotonic()
     epoch_begun, epoch_start = begun, start

@@ -1,5 +1,7 @@
 """Lanes share a teacher pass and a batch, and otherwise know nothing of each other."""
 
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +9,7 @@ from safetensors.torch import load_file
 from kdzoo import config, models
 from kdzoo.data import open_dataset
 from kdzoo.engine import loop
-from kdzoo.engine.lane import Meter, SharedTeacher
+from kdzoo.engine.lane import Epochs, Meter, SharedTeacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, train_lanes
 from kdzoo.errors import UserError
@@ -48,6 +50,16 @@ def test_a_lane_ends_with_the_same_bits_as_the_run_alone(tmp_path, dataset, teac
         alone = train_lanes([settings(tmp_path / "b", name)], dataset, teacher, Progress(quiet=True))
         [single] = students(alone)
         assert all(torch.equal(beside[key], single[key]) for key in single), name
+
+
+def test_a_phase_before_training_keeps_no_more_than_one_batch_of_the_teachers_outputs(dataset, teacher):
+    shared, loader = SharedTeacher(teacher.network), dataset.loader(config.protocol("quick"), seed=0)
+    kept = []
+    with torch.no_grad():
+        for batch in Epochs(loader, shared):
+            kept.append(weakref.ref(shared(batch.images).logits))
+    assert len(kept) == 320 // 64
+    assert [ref() is not None for ref in kept] == [False] * 4 + [True]
 
 
 def test_the_teacher_sees_each_batch_once_whatever_the_number_of_lanes(tmp_path, dataset, teacher):
