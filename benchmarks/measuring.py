@@ -122,9 +122,9 @@ class Group:
         """The next one."""
         return next(self._batches)
 
-    def step(self, lanes: Sequence[Lane] | None = None, batch: Batch | None = None) -> None:
-        """One step of these lanes, of all by default, on one batch."""
-        batch = self.batch() if batch is None else batch
+    def step(self, lanes: Sequence[Lane] | None = None) -> None:
+        """One step of these lanes, of all by default, on the next batch."""
+        batch = self.batch()
         self.teacher.forget()
         for lane in self.lanes if lanes is None else lanes:
             lane.step(batch, self.steps)
