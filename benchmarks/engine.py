@@ -5,46 +5,19 @@
 The three take turns in one process; the table shows medians and ratios, and goes to ``benchmarks/results/``.
 """
 
-import argparse
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from datetime import date
-from pathlib import Path
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
+from measuring import Group, arguments_of, file_of, medians, publish, take_turns, waiting
 from torch.nn import functional as F
 from usual_loop import Pictures, train
 
 from kdzoo import config, models
-from kdzoo.data import Dataset
+from kdzoo.data import Dataset, open_dataset
 from kdzoo.engine.device import autocast, settle
-from kdzoo.engine.lane import Lane, SharedTeacher
-from kdzoo.engine.run import open_data
+from kdzoo.engine.lane import SharedTeacher
 from kdzoo.engine.training import build
-from kdzoo.results.folder import RunFolder
-
-
-def engine_steps(settings: config.Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
-    """The loop's own step on the loader's own batches."""
-    shared = SharedTeacher(teacher)
-    distillation = build(settings, dataset, shared).train()
-    teacher.wants_features = distillation.distiller.needs.features
-    loader = dataset.loader(settings.protocol, seed=0)
-    with tempfile.TemporaryDirectory() as folder:
-        lane = Lane(
-            settings,
-            distillation,
-            RunFolder(Path(folder)),
-            dataset.spec.labels.device,
-            loader.steps_per_epoch,
-        )
-        for step, batch in enumerate(loader.batches()):
-            shared.forget()
-            lane.step(batch, step)
-            yield
 
 
 def bare_steps(settings: config.Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
@@ -81,42 +54,19 @@ def bare_steps(settings: config.Settings, dataset: Dataset, teacher: models.Netw
             yield
 
 
-def speed(steps: Iterator[object], count: int, batch_size: int, wait: Callable[[], None]) -> float:
-    """Images per second of the next ``count`` steps."""
-    wait()
-    begun = time.perf_counter()
-    for _ in range(count):
-        next(steps)
-    wait()
-    return count * batch_size / (time.perf_counter() - begun)
-
-
 def main() -> None:
     """Parses, measures in turns, prints and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__)
     parser.add_argument("--data", default="cifar100")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--teacher", default="resnet32x4")
     parser.add_argument("--student", default="resnet8x4")
-    arguments = parser.parse_args()
-    settings = config.resolve(
-        {
-            "distiller": {"name": "kd"},
-            "student": {"name": arguments.student},
-            "teacher": {"name": arguments.teacher},
-            "data": {"name": arguments.data},
-            "protocol": {"name": "crd"},
-        }
-    )
-    device = settle(settings.engine)
-    dataset = open_data(settings, device)
-    size = settings.protocol.batch_size
-
-    def network(name: str) -> models.Network:
-        return models.create(name, dataset.spec).to(device).to(memory_format=torch.channels_last)
-
-    teacher = network(arguments.teacher).eval().requires_grad_(False)
+    given = parser.parse_args()
+    engine = config.EngineSettings()
+    device = settle(engine)
+    dataset = open_dataset(given.data, device=device)
+    group = Group(given.teacher, given.student, ["kd"], dataset, engine)
     assert dataset.train_pixels is not None
     pictures = Pictures(
         dataset.train_pixels.cpu().numpy(),
@@ -124,38 +74,28 @@ def main() -> None:
         dataset.spec.mean,
         dataset.spec.std,
     )
-    plain = [models.create(name, dataset.spec).body for name in (arguments.teacher, arguments.student)]
-    runners: dict[str, Iterator[object]] = {
-        "usual": train(plain[0], plain[1], pictures, size),
-        "bare": bare_steps(settings, dataset, teacher),
-        "engine": engine_steps(settings, dataset, teacher),
-    }
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    for steps in runners.values():
-        speed(steps, 5, size, wait)  # warm-up
-    measured: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(arguments.rounds):
-        for name, steps in runners.items():
-            measured[name].append(speed(steps, arguments.steps, size, wait))
-    medians = {name: statistics.median(values) for name, values in measured.items()}
+    plain = [models.create(name, dataset.spec).body for name in (given.teacher, given.student)]
+    usual = train(plain[0], plain[1], pictures, group.batch_size)
+    bare = bare_steps(group.settings[0], dataset, group.teacher.network)
+    loops = {"usual": lambda: next(usual), "bare": lambda: next(bare), "engine": group.step}
+    wait = waiting(device)
+    take_turns(loops, 5, wait)  # warm-up
+    measured = take_turns(loops, given.rounds, wait, dict.fromkeys(loops, given.steps))
+    median = medians(measured)
     table = pd.DataFrame(
         [
             {
                 "loop": name,
-                "images_per_second": round(medians[name], 1),
-                "lowest": round(min(values), 1),
-                "highest": round(max(values), 1),
-                "over_usual": round(medians[name] / medians["usual"], 3),
-                "over_bare": round(medians[name] / medians["bare"], 3),
+                "images_per_second": round(group.batch_size / median[name], 1),
+                "lowest": round(group.batch_size / max(seconds), 1),
+                "highest": round(group.batch_size / min(seconds), 1),
+                "over_usual": round(median["usual"] / median[name], 3),
+                "over_bare": round(median["bare"] / median[name], 3),
             }
-            for name, values in measured.items()
+            for name, seconds in measured.items()
         ]
     )
-    conditions = f"{device.type}-{torch.get_num_threads()}threads-{settings.engine.precision}-torch{torch.__version__}"
-    title = f"engine-kd-{arguments.teacher}-{arguments.student}-b{size}-{conditions}-{date.today()}".replace("+", "_")
-    file = Path(__file__).parent / "results" / f"{title}.csv"
-    table.to_csv(file, index=False)
-    print(table.to_string(index=False), f"\n{file}")
+    publish(table, file_of(given.results, f"engine-kd-{given.teacher}-{given.student}-b{group.batch_size}", engine))
 
 
 if __name__ == "__main__":

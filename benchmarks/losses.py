@@ -6,15 +6,9 @@ Networks are of random weights at CIFAR-100's size; the loss runs on outputs tha
 the ``kd`` step take turns; the table shows medians in milliseconds, and goes to ``benchmarks/results/``.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from datetime import date
-from pathlib import Path
-
 import pandas as pd
 import torch
+from measuring import CLASSES, Work, arguments_of, file_of, medians, network, publish, take_turns, waiting
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distillation, Distiller, Output, models, registry
@@ -24,7 +18,7 @@ from kdzoo.engine.optim import Optimizer
 from kdzoo.errors import UserError
 
 PAIRS = ("vit_s:resnet18", "resnet32x4:resnet8x4")
-CLASSES, SIZE = 100, 32
+SIZE = 32
 
 
 class Shown(nn.Module):
@@ -55,16 +49,6 @@ def batch_of(size: int, device: torch.device) -> Batch:
     return batch._replace(views={"weak": images, "strong": images, "rotations": turned})
 
 
-def timed(work: Callable[[], None], wait: Callable[[], None], repeats: int) -> float:
-    """Milliseconds of one call."""
-    wait()
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    wait()
-    return 1000 * (time.perf_counter() - begun) / repeats
-
-
 def build(name: str, student: models.Network, teacher: models.Network, data: DataSpec) -> Distiller:
     """The method with its defaults, on the data's device."""
     distiller = registry.load(name)(student.shapes(), teacher.shapes(), data)
@@ -74,13 +58,10 @@ def build(name: str, student: models.Network, teacher: models.Network, data: Dat
 def measure(pair: str, methods: list[str], size: int, rounds: int, engine: EngineSettings) -> list[dict[str, object]]:
     """Rows of the table for one pair."""
     device = settle(engine)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     labels = torch.randint(CLASSES, (50_000,), device=device)
     data = DataSpec("random", CLASSES, tuple(map(str, range(CLASSES))), SIZE, labels)
     torch.manual_seed(0)
-    teacher, student = (
-        models.create(name, data).to(device).to(memory_format=torch.channels_last) for name in pair.split(":")
-    )
+    teacher, student = (network(name, data) for name in pair.split(":"))
     batch = batch_of(size, device)
 
     step_of_kd = Distillation(student, teacher, build("kd", student, teacher, data)).train()
@@ -92,7 +73,7 @@ def measure(pair: str, methods: list[str], size: int, rounds: int, engine: Engin
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step(0.01)
 
-    works: dict[str, Callable[[], None]] = {"kd step": step}
+    works: dict[str, Work] = {"kd step": step}
     student.wants_features = teacher.wants_features = True
     with torch.no_grad(), autocast(device, engine.precision):
         seen, reference = student(batch.images), teacher(batch.images)
@@ -111,44 +92,31 @@ def measure(pair: str, methods: list[str], size: int, rounds: int, engine: Engin
 
         works[name] = loss
     for work in works.values():
-        timed(work, wait, 1)  # warm-up
-    measured: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            measured[name].append(timed(work, wait, 1 if name == "kd step" else 3))
-    whole = statistics.median(measured["kd step"])
+        work()  # warm-up
+    repeats = {name: 1 if name == "kd step" else 3 for name in works}
+    median = medians(take_turns(works, rounds, waiting(device), repeats))
     return [
         {
             "pair": pair.replace(":", " -> "),
             "method": name,
-            "milliseconds": round(statistics.median(times), 2),
-            "share_of_kd_step": round(statistics.median(times) / whole, 3),
+            "milliseconds": round(1000 * seconds, 2),
+            "share_of_kd_step": round(seconds / median["kd step"], 3),
         }
-        for name, times in measured.items()
+        for name, seconds in median.items()
     ]
 
 
 def main() -> None:
     """Parses, measures, prints and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__)
     parser.add_argument("--methods", nargs="*", default=registry.names())
     parser.add_argument("--pairs", nargs="*", default=PAIRS)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     engine = EngineSettings()
-    rows = [
-        row
-        for pair in arguments.pairs
-        for row in measure(pair, arguments.methods, arguments.batch_size, arguments.rounds, engine)
-    ]
-    table = pd.DataFrame(rows)
-    kind = engine.device.replace(":", "")
-    conditions = f"{kind}-{torch.get_num_threads()}threads-{engine.precision}-torch{torch.__version__}"
-    title = f"losses-b{arguments.batch_size}-{conditions}-{date.today()}".replace("+", "_")
-    file = Path(__file__).parent / "results" / f"{title}.csv"
-    table.to_csv(file, index=False)
-    print(table.to_string(index=False), f"\n{file}")
+    rows = [row for pair in given.pairs for row in measure(pair, given.methods, given.batch_size, given.rounds, engine)]
+    publish(pd.DataFrame(rows), file_of(given.results, f"losses-b{given.batch_size}", engine))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def open_dataset(
     progress: bool = True,
     stream: bool | None = None,
     options: Mapping[str, Any] | None = None,
+    workers: int = 0,
 ) -> Dataset:
     """Opens a data set.
 
@@ -46,6 +47,7 @@ def open_dataset(
         progress: show a bar while images are decoded.
         stream: True decodes at every use, False keeps the set on the device; None: whatever fits is kept.
         options: keywords of what makes the set, where it has any: ``kdzoo.data.bands.bands`` lists its own.
+        workers: processes that decode what is streamed; 0: none but this one.
 
     Raises:
         UserError: an unknown name or option, files that are missing or damaged, a cache that cannot be written.
@@ -63,4 +65,4 @@ def open_dataset(
         std=ready.std,
         superclasses=source.superclasses,
     )
-    return Dataset(spec, ready.train, ready.test, ready.fits)
+    return Dataset(spec, ready.train, ready.test, ready.fits, workers)

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 def square(files: Files, row: int, side: int) -> NDArray[np.uint8]:
     """One picture (side, side, 3): its short side resized to ``side``, then its centre."""
     cut = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side)])
-    return np.asarray(cut(files[row]), dtype=np.uint8)
+    return np.asarray(cut(files.decoded(row, side)), dtype=np.uint8)
 
 
 def cached_pixels(files: Files, side: int, digest: str, path: Path, progress: bool) -> Pixels:

@@ -22,10 +22,11 @@ class Dataset:
         test: the test pictures.
         fits: whether both are arrays of square pictures that shall live on the device, as ``train_pixels`` and
             ``test_pixels`` (N, S, S, 3) uint8; these are None where pictures are streamed.
+        workers: processes that decode what is streamed; 0: none but this one.
     """
 
-    def __init__(self, spec: DataSpec, train: Pictures, test: Pictures, fits: bool):
-        self.spec, self.fits = spec, fits
+    def __init__(self, spec: DataSpec, train: Pictures, test: Pictures, fits: bool, workers: int = 0):
+        self.spec, self.fits, self.workers = spec, fits, workers
         self._train, self._test = train, test
         self._device = spec.labels.device
         self.train_pixels = self._on_device(train) if fits else None
@@ -36,8 +37,8 @@ class Dataset:
         """How many test images there are."""
         return len(self._test)
 
-    def loader(self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), workers: int = 0) -> Loader:
-        """The training batches by this protocol, see ``Loader``; ``workers`` serve what is streamed."""
+    def loader(self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = ()) -> Loader:
+        """The training batches by this protocol, see ``Loader``."""
         return Loader(
             self.spec,
             protocol,
@@ -45,18 +46,15 @@ class Dataset:
             views=views,
             pixels=self.train_pixels,
             pictures=self._train,
-            workers=workers,
+            workers=self.workers,
         )
 
-    def test_batches(
-        self, batch_size: int, test_crop: float = 1.0, workers: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def test_batches(self, batch_size: int, test_crop: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images in order, (B, 3, H, W) float in [0, 1], channels last, and labels (B,) int64.
 
         Args:
             batch_size: of all batches but the last.
             test_crop: share of the resized side that the centre crop keeps.
-            workers: processes that decode what is streamed.
         """
         labels = torch.from_numpy(self._test.labels).to(self._device)
         size = self.spec.image_size
@@ -70,10 +68,11 @@ class Dataset:
                 images = images.contiguous(memory_format=torch.channels_last)
                 yield images, labels[start : start + batch_size]
             return
-        dataset = Streamed(self._test, {"images": whole_transform(size, test_crop)}, seed=0)
+        whole = {"images": whole_transform(size, test_crop)}
+        dataset = Streamed(self._test, whole, int(size / test_crop), seed=0)
         keys = ([(0, row) for row in range(start, min(start + batch_size, len(labels)))] for start in starts)
-        for start, drawn in zip(starts, stream(dataset, keys, workers, self._device), strict=True):
-            yield drawn["images"], labels[start : start + batch_size]
+        for start, drawn in zip(starts, stream(dataset, keys, self.workers, self._device), strict=True):
+            yield augment.floats(drawn["images"]), labels[start : start + batch_size]
 
     def _on_device(self, pictures: Pictures) -> Tensor:
         assert isinstance(pictures, Pixels)

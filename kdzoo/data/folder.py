@@ -28,10 +28,15 @@ class Files:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, row: int) -> Image.Image:
+    def decoded(self, row: int, side: int) -> Image.Image:
+        """One picture in RGB, a large JPEG at a half, quarter or eighth if its short side keeps ``side`` pixels.
+
+        Decoding is most of a worker's time, and a scaled decoder never computes the pixels that a resize drops.
+        """
         path = self._path(self.names[row])
         try:
             with Image.open(path) as image:
+                image.draft(None, (side, side))  # None keeps the mode
                 return image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             raise _unreadable(path, error) from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import augment
 from kdzoo.data.sources import Pictures
-from kdzoo.data.stream import Streamed, stream, train_transform
+from kdzoo.data.stream import Streamed, enough, left_for_the_device, stream, worker_transform
 from kdzoo.data.targets import Targets
 from kdzoo.distiller import Batch, DataSpec
 from kdzoo.errors import UserError, unknown
@@ -71,13 +71,18 @@ class Loader:
         plain = Augmentation(crop=augmentation.crop, flip=augmentation.flip, resized_crop=augmentation.resized_crop)
         strong = replace(plain, rand_augment=augmentation.rand_augment or "rand-m9")
         recipes = {"images": augmentation, "weak": plain, "strong": strong}
-        self._recipes = {name: recipes[name] for name in ("images", *views) if name in recipes}
-        transforms = {
-            name: train_transform(recipe, spec.image_size, spec.mean)
-            for name, recipe in self._recipes.items()
+        drawn = {name: recipes[name] for name in ("images", *views) if name in recipes}
+        streamed = {
+            name: recipe
+            for name, recipe in drawn.items()
             if pixels is None or recipe.rand_augment  # RandAugment is Pillow's work
         }
-        self._streamed = Streamed(pictures, transforms, seed) if transforms else None
+        self._on_device = {
+            name: left_for_the_device(recipe) if name in streamed else recipe for name, recipe in drawn.items()
+        }
+        transforms = {name: worker_transform(recipe, spec.image_size, spec.mean) for name, recipe in streamed.items()}
+        side = max((enough(recipe, spec.image_size) for recipe in streamed.values()), default=spec.image_size)
+        self._streamed = Streamed(pictures, transforms, side, seed) if transforms else None
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of steps ``start`` to ``stop - 1`` of the whole training, across epochs."""
@@ -108,8 +113,8 @@ class Loader:
 
     def _batch(self, step: int, rows: Tensor, streamed: dict[str, Tensor]) -> Batch:
         drawn = {
-            name: streamed[name] if name in streamed else self._draw(name, recipe, step, rows)
-            for name, recipe in self._recipes.items()
+            name: self._draw(name, recipe, step, streamed[name] if name in streamed else self._kept(rows))
+            for name, recipe in self._on_device.items()
         }
         images = drawn["images"]
         if self._augmentation.erasing:
@@ -132,11 +137,13 @@ class Loader:
     def _seeded(self, step: int, name: str) -> torch.Generator:
         return self._generator.manual_seed(seed_of(self._seed, step, name))
 
-    def _draw(self, name: str, recipe: Augmentation, step: int, rows: Tensor) -> Tensor:
-        """The rows cropped, mirrored, jittered: (B, 3, H, W) float in [0, 1], channels last."""
+    def _kept(self, rows: Tensor) -> Tensor:
         assert self._pixels is not None
+        return self._pixels[rows]
+
+    def _draw(self, name: str, recipe: Augmentation, step: int, pixels: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 cropped, mirrored, jittered: (B, 3, S, S) float in [0, 1], channels last."""
         generator, size = self._seeded(step, name), self._spec.image_size
-        pixels = self._pixels[rows]
         if recipe.resized_crop:
             images = augment.resized_crop(
                 augment.floats(pixels), generator, size, recipe.resized_crop, flip=recipe.flip

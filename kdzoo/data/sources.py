@@ -27,7 +27,8 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, row: int) -> Image.Image:
+    def decoded(self, row: int, side: int) -> Image.Image:
+        """One picture; ``side`` is for those that have yet to be decoded."""
         return Image.fromarray(self.array[row])
 
     def take(self, rows: NDArray[np.int64]) -> "Pixels":

@@ -1,8 +1,11 @@
-"""Pictures decoded and augmented one by one, in worker processes where asked: large sets and RandAugment."""
+"""Pictures decoded, cropped and resized one by one, in worker processes where asked: large sets and RandAugment."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import RandAugment, posterize
@@ -17,20 +20,24 @@ from kdzoo.data.sources import Pictures
 from kdzoo.errors import UserError
 from kdzoo.randomness import globally_seeded
 
-Transform = Callable[[Any], Tensor]  # a Pillow image -> (3, H, W) uint8
+AHEAD = 4  # batches that each worker prepares in advance, so that a slow picture is not felt
+
+Transform = Callable[[Image.Image], Image.Image]  # any size -> a square
 
 
-def train_transform(augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> Transform:
-    """timm's training transform, up to erasing and mixing, which follow on the device.
+def worker_transform(augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> Transform:
+    """What a recipe has a worker do: crop and resize; where RandAugment is on, all that comes before it, and it.
 
     As everywhere in timm, colour jitter is left out where RandAugment is on.
     """
-    primary, secondary, final = create_transform(
+    if not augmentation.rand_augment:
+        augmentation = Augmentation(resized_crop=augmentation.resized_crop)
+    primary, secondary, _ = create_transform(
         size,
         is_training=True,
         scale=augmentation.resized_crop,
         hflip=0.5 if augmentation.flip else 0.0,
-        color_jitter=augmentation.jitter or None,  # type: ignore[arg-type]  # None is off
+        color_jitter=None,  # type: ignore[arg-type]  # None is off
         auto_augment=augmentation.rand_augment,
         interpolation="bilinear",
         mean=mean,
@@ -49,7 +56,24 @@ def train_transform(augmentation: Augmentation, size: int, mean: tuple[float, ..
             for operation in transform.ops:
                 if operation.aug_fn is posterize:
                     operation.aug_fn = _posterize
-    return transforms.Compose([primary, secondary, final])
+    return transforms.Compose([primary, secondary])
+
+
+def left_for_the_device(augmentation: Augmentation) -> Augmentation:
+    """What of a recipe remains to be drawn there after ``worker_transform``."""
+    return Augmentation() if augmentation.rand_augment else replace(augmentation, resized_crop=None)
+
+
+def enough(augmentation: Augmentation, size: int) -> int:
+    """The short side in pixels at which no crop of the recipe has fewer than ``size`` pixels a side."""
+    if augmentation.resized_crop is None:
+        return size
+    return math.ceil(size / math.sqrt(augmentation.resized_crop[0] * 3 / 4))  # boxes are up to 4 by 3
+
+
+def whole_transform(size: int, test_crop: float) -> Transform:
+    """The short side resized to ``size / test_crop``, then the centre."""
+    return transforms.Compose([transforms.Resize(int(size / test_crop)), transforms.CenterCrop(size)])
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
@@ -57,41 +81,46 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def whole_transform(size: int, test_crop: float) -> Transform:
-    """The short side resized to ``size / test_crop``, then the centre."""
-    return create_transform(size, interpolation="bilinear", crop_pct=test_crop, normalize=False)
-
-
 class Streamed(TorchDataset[Any]):
-    """(epoch, row) -> the picture once through each transform, as a dict of (3, H, W) uint8.
+    """(epoch, row) -> the picture once through each transform, as a dict of (S, S, 3) uint8.
 
     A draw is seeded by epoch, row and transform's name: neither workers nor further transforms change it.
+
+    Args:
+        pictures: what is decoded.
+        transforms: by name; each makes squares of one size.
+        side: the short side in pixels that suffices for all of them; pictures may be decoded no larger.
+        seed: of every draw.
     """
 
-    def __init__(self, pictures: Pictures, transforms: Mapping[str, Transform], seed: int):
-        self.pictures, self.transforms, self.seed = pictures, transforms, seed
+    def __init__(self, pictures: Pictures, transforms: Mapping[str, Transform], side: int, seed: int):
+        self.pictures, self.transforms, self.side, self.seed = pictures, transforms, side, seed
 
     def __getitem__(self, key: tuple[int, int]) -> "dict[str, Tensor] | UserError":
         epoch, row = key
         try:
-            picture = self.pictures[row]
+            picture = self.pictures.decoded(row, self.side)
         except UserError as error:  # raised, it would come back from a worker wrapped in a traceback
             return error
         drawn = {}
         for name, transform in self.transforms.items():
             with globally_seeded(self.seed, epoch, row, name):
-                drawn[name] = transform(picture)
+                drawn[name] = torch.from_numpy(np.array(transform(picture)))
         return drawn
 
 
 def stream(
     dataset: Streamed, keys: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """One dict of (B, 3, H, W) float tensors in [0, 1] on the device, channels last, per list of keys."""
+    """One dict of (B, S, S, 3) uint8 tensors on the device per list of keys; bytes travel, floats are made there.
+
+    One loader serves all keys, across epochs: its workers start once and are always some batches ahead.
+    """
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=keys,
         num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws its base seed from the global one
@@ -99,13 +128,9 @@ def stream(
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        yield {name: _floats(images.to(device, non_blocking=True)) for name, images in batch.items()}
+        yield {name: pixels.to(device, non_blocking=True) for name, pixels in batch.items()}
 
 
 def _collate(items: list[Any]) -> Any:
     errors = [item for item in items if isinstance(item, UserError)]
     return errors[0] if errors else default_collate(items)
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)

@@ -100,6 +100,7 @@ def open_data(settings: config.Settings, device: torch.device, quiet: bool = Fal
         device=device,
         progress=not quiet,
         options=wanted.options,
+        workers=wanted.workers,
     )
 
 

@@ -76,7 +76,7 @@ def train_lanes(
         needs = [distillation.distiller.needs for distillation in built.values()]
         views = tuple(sorted({view for need in needs for view in need.views}))
         first = runs[0]
-        loader = dataset.loader(first.protocol, seed=first.seed, views=views, workers=first.data.workers)
+        loader = dataset.loader(first.protocol, seed=first.seed, views=views)
         if teacher is not None:
             teacher.network.wants_features = any(need.features for need in needs)
         device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch

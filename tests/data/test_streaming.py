@@ -1,10 +1,14 @@
 """Sets that stream: the same bits with any number of workers, and the same pictures as in memory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import open_dataset
@@ -28,11 +32,13 @@ PROTOCOL = Protocol(
 # Since Python 3.12 a fork beside other threads warns; the workers of torch's loader are forks on Linux.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_workers_change_nothing(make_tree: MakeTree) -> None:
-    data = open_dataset(f"folder:{make_tree()}", progress=False, stream=True)
+    name = f"folder:{make_tree()}"
+    data = open_dataset(name, progress=False, stream=True)
+    helped = open_dataset(name, progress=False, stream=True, workers=2)
     assert not data.fits
     views = ("weak", "strong")
     alone = list(data.loader(PROTOCOL, seed=0, views=views).batches())
-    shared = list(data.loader(PROTOCOL, seed=0, views=views, workers=2).batches())
+    shared = list(helped.loader(PROTOCOL, seed=0, views=views).batches())
     assert len(alone) == 6
     for one, other in zip(alone, shared, strict=True):
         assert torch.equal(one.images, other.images)
@@ -41,6 +47,9 @@ def test_workers_change_nothing(make_tree: MakeTree) -> None:
     resumed = next(data.loader(PROTOCOL, seed=0, views=views).batches(4))
     assert torch.equal(resumed.images, alone[4].images)
     assert not torch.equal(resumed.images, alone[3].images)
+    for (images, labels), (same, too) in zip(data.test_batches(4), helped.test_batches(4), strict=True):
+        assert torch.equal(images, same)
+        assert torch.equal(labels, too)
 
 
 def test_only_measures_are_cached(make_tree: MakeTree, cache: Path) -> None:
@@ -68,6 +77,83 @@ def test_streamed_images_are_those_in_memory(make_tree: MakeTree, crop: float) -
     plain = Protocol(batch_size=5)
     batch = next(streamed.loader(plain, seed=0).batches())
     assert torch.equal(batch.images, next(kept.loader(plain, seed=0).batches()).images)
+
+
+@pytest.mark.parametrize("recipe", [Augmentation(crop=2, flip=True, jitter=0.4, erasing=0.5), Augmentation(flip=True)])
+def test_what_streams_is_drawn_like_what_is_in_memory(make_tree: MakeTree, recipe: Augmentation) -> None:
+    name = f"folder:{make_tree(sizes=[(16, 16)])}"
+    protocol = Protocol(epochs=2, batch_size=5, augmentation=recipe)
+    streamed, kept = (
+        open_dataset(name, progress=False, stream=stream).loader(protocol, seed=0, views=("weak", "rotations"))
+        for stream in (True, False)
+    )
+    for one, other in zip(streamed.batches(), kept.batches(), strict=True):
+        assert torch.allclose(one.images, other.images, atol=1e-6)
+        assert torch.equal(one.views["weak"], other.views["weak"])
+
+
+def test_resized_crops_that_stream_are_mirrored_half_of_the_time(make_tree: MakeTree) -> None:
+    data = open_dataset(f"folder:{make_tree(sizes=[(16, 16)])}", progress=False, stream=True)
+    whole = Augmentation(resized_crop=(1.0, 1.0))
+    batches = [
+        torch.cat(
+            [
+                batch.images
+                for batch in data.loader(Protocol(epochs=6, batch_size=6, augmentation=recipe), seed=0).batches()
+            ]
+        )
+        for recipe in (whole, replace(whole, flip=True))
+    ]
+    mirrored = (batches[1] == batches[0].flip(3)).all((1, 2, 3))
+    assert ((batches[1] == batches[0]).all((1, 2, 3)) ^ mirrored).all()
+    assert 0.3 < mirrored.float().mean() < 0.7
+
+
+def photograph(path: Path, width: int, height: int) -> None:
+    """Writes a JPEG of a smooth pattern that differs from place to place."""
+    x, y = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 2, height))
+    waves = np.stack([np.sin(x * 5), np.cos(y * 4), np.sin(x + y)], axis=-1)
+    Image.fromarray((127 + 120 * waves).astype(np.uint8)).save(path, quality=95)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "decoded"),
+    [
+        (Augmentation(), (80, 60)),
+        (Augmentation(crop=4, flip=True), (80, 60)),
+        (Augmentation(resized_crop=(0.08, 1.0)), (320, 240)),
+        (Augmentation(resized_crop=(0.9, 1.0)), (160, 120)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_no_larger_than_its_crops_need(
+    make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch, recipe: Augmentation, decoded: tuple[int, int]
+) -> None:
+    root = make_tree(suffixes=[".jpg"])
+    for path in root.rglob("*.jpg"):
+        photograph(path, 640, 480)
+    data = open_dataset(f"folder:{root}", progress=False, stream=True, image_size=50)
+    sizes, convert = set(), Image.Image.convert
+
+    def watched(image: Image.Image, *arguments: Any, **keywords: Any) -> Image.Image:
+        sizes.add(image.size)
+        return convert(image, *arguments, **keywords)
+
+    monkeypatch.setattr(Image.Image, "convert", watched)
+    next(data.loader(Protocol(batch_size=4, augmentation=recipe), seed=0).batches())
+    assert sizes == {decoded}
+
+
+def test_a_jpeg_decoded_small_shows_the_same(make_tree: MakeTree) -> None:
+    root = make_tree(suffixes=[".jpg"])
+    for path in root.rglob("*.jpg"):
+        photograph(path, 640, 480)
+    data = open_dataset(f"folder:{root}", progress=False, stream=True, image_size=48)
+    images, _ = next(data.test_batches(1, 0.8))
+    with Image.open(root / "test" / "ant" / "0.jpg") as image:
+        short = image.resize((80, 60), Image.Resampling.BILINEAR).crop((16, 6, 64, 54))
+    expected = torch.from_numpy(np.array(short)).permute(2, 0, 1) / 255
+    assert (images[0] - expected).abs().mean() < 2 / 255
+    assert not torch.allclose(images[0], expected.flip(2), atol=0.1)
 
 
 def test_crops_and_jitter_stream_too(make_tree: MakeTree) -> None:

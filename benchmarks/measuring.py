@@ -1,0 +1,160 @@
+"""What the measurements share: works that take turns, lanes on random images, tables named by their conditions."""
+
+import statistics
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdzoo import DataSpec, config, models
+from kdzoo.data import Dataset
+from kdzoo.data.sources import Pixels
+from kdzoo.distiller import Batch
+from kdzoo.engine.device import autocast
+from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.training import build
+from kdzoo.files import slug, write_text
+from kdzoo.results.folder import RunFolder
+
+CLASSES = 100
+Work = Callable[[], object]
+
+
+def arguments_of(documentation: str | None) -> ArgumentParser:
+    """A parser of command lines that shows the script's own documentation."""
+    parser = ArgumentParser(description=documentation, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of tables")
+    return parser
+
+
+def waiting(device: torch.device) -> Callable[[], None]:
+    """What returns when the device has done all that it was given."""
+    return torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+
+
+def timed(work: Work, wait: Callable[[], None], repeats: int = 1) -> float:
+    """Seconds of one call, on the mean of ``repeats``."""
+    wait()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    wait()
+    return (time.perf_counter() - begun) / repeats
+
+
+def take_turns(
+    works: Mapping[str, Work], rounds: int, wait: Callable[[], None], repeats: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of one call of each work in each round, so that whatever slows the machine slows all of them."""
+    measured: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            measured[name].append(timed(work, wait, repeats[name] if repeats else 1))
+    return measured
+
+
+def medians(measured: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each work."""
+    return {name: statistics.median(times) for name, times in measured.items()}
+
+
+def network(name: str, spec: DataSpec) -> models.Network:
+    """The network on the data's device, with random weights, as the engine lays it out."""
+    return models.create(name, spec).to(spec.labels.device).to(memory_format=torch.channels_last)
+
+
+def random_set(size: int, device: torch.device) -> Dataset:
+    """Noise with labels of 100 classes: as many images as CIFAR-100 has, or fewer where they are large."""
+    count = 50_000 if size <= 64 else 4096
+    draw = np.random.default_rng(0)
+    pixels = Pixels(draw.integers(256, size=(count, size, size, 3), dtype=np.uint8), np.arange(count) % CLASSES)
+    labels = torch.from_numpy(pixels.labels).to(device)
+    spec = DataSpec("noise", CLASSES, tuple(map(str, range(CLASSES))), size, labels)
+    return Dataset(spec, pixels, pixels, fits=True)
+
+
+class Group:
+    """Lanes with one teacher and one loader, whose steps are those of the training loop.
+
+    Args:
+        teacher: the teacher's name.
+        student: the student's name.
+        methods: one lane for each.
+        dataset: what is trained on.
+        engine: settled settings.
+        batch_size: None: the protocol's.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        student: str,
+        methods: Sequence[str],
+        dataset: Dataset,
+        engine: config.EngineSettings,
+        batch_size: int | None = None,
+    ):
+        self.device = dataset.spec.labels.device
+        self.teacher = SharedTeacher(network(teacher, dataset.spec).eval().requires_grad_(False))
+        self.settings = [self._settings(teacher, student, method, engine, batch_size) for method in methods]
+        distillations = [build(settings, dataset, self.teacher).train() for settings in self.settings]
+        needs = [distillation.distiller.needs for distillation in distillations]
+        self.teacher.network.wants_features = any(need.features for need in needs)
+        views = tuple(sorted({view for need in needs for view in need.views}))
+        loader = dataset.loader(self.settings[0].protocol, seed=0, views=views)
+        self.batch_size, self.steps = loader.batch_size, 0
+        self._batches = self._for_ever(loader.batches)
+        nowhere = RunFolder(Path("nowhere"))  # nothing is written before an epoch's end
+        self.lanes = [
+            Lane(settings, distillation, nowhere, self.device, loader.steps_per_epoch)
+            for settings, distillation in zip(self.settings, distillations, strict=True)
+        ]
+        with autocast(self.device, engine.precision):
+            for distillation in distillations:
+                distillation.prepare([self.batch()])
+
+    def batch(self) -> Batch:
+        """The next one."""
+        return next(self._batches)
+
+    def step(self, lanes: Sequence[Lane] | None = None) -> None:
+        """One step of these lanes, of all by default, on the next batch."""
+        batch = self.batch()
+        self.teacher.forget()
+        for lane in self.lanes if lanes is None else lanes:
+            lane.step(batch, self.steps)
+        self.steps += 1
+
+    @staticmethod
+    def _settings(
+        teacher: str, student: str, method: str, engine: config.EngineSettings, batch_size: int | None
+    ) -> config.Settings:
+        protocol = {"name": "crd"} | ({"batch_size": batch_size} if batch_size else {})
+        names = {"distiller": method, "student": student, "teacher": teacher}
+        settings = config.resolve({key: {"name": name} for key, name in names.items()} | {"protocol": protocol})
+        settings.engine = engine
+        return settings
+
+    @staticmethod
+    def _for_ever(batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+        while True:
+            yield from batches()
+
+
+def file_of(results: Path, what: str, engine: config.EngineSettings) -> Path:
+    """The table's file, whose name holds what was measured, on which device, in which precision and when."""
+    threads = f"cpu-{torch.get_num_threads()}threads"
+    machine = slug(torch.cuda.get_device_name(engine.device)) if engine.device.startswith("cuda") else threads
+    title = f"{what}-{machine}-{engine.precision}-torch{torch.__version__}-{date.today()}"
+    return results / f"{title.replace('+', '_')}.csv"
+
+
+def publish(table: pd.DataFrame, file: Path) -> None:
+    """Writes the table and shows it."""
+    write_text(file, table.to_csv(index=False))
+    print(table.to_string(index=False), f"\n{file}")
