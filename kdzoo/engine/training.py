@@ -13,6 +13,7 @@ from kdzoo import config, models, registry
 from kdzoo.data import Dataset
 from kdzoo.distillation import Distillation
 from kdzoo.engine import checkpoint, loop
+from kdzoo.engine.device import DTYPES, current
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
@@ -38,6 +39,10 @@ def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | 
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained)
     shapes = student.shapes()
+    if settings.engine.checkpoint_activations:
+        student.checkpoint_activations()
+    if settings.engine.compile:
+        student.compile()
     reference = shapes if teacher is None else teacher.network.shapes()
     if reference.logits.shape[1] != shapes.logits.shape[1]:
         raise UserError(
@@ -76,13 +81,24 @@ def train_lanes(
         first = runs[0]
         loader = dataset.loader(first.protocol, seed=first.seed, views=views, workers=first.data.workers)
         if teacher is not None:
-            teacher.network.wants_features = any(need.features for need in needs)
+            ready(teacher.network, first.engine, any(need.features for need in needs))
         device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch) for i in built}
-        loop.train(list(lanes.values()), shared, dataset, loader, progress)
+        with current(device):
+            loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
             outcomes[i] = lane.failure or finish(lane, dataset, teacher)
     return [outcomes[i] for i in range(len(runs))]
+
+
+def ready(teacher: models.Network, engine: config.EngineSettings, features: bool) -> None:
+    """Makes a frozen network fast: no pass for maps that nobody reads, and its weights cast or compiled once."""
+    teacher.wants_features = features
+    dtype = DTYPES[engine.precision]
+    if dtype is not None:
+        models.cast_weights(teacher, dtype)
+    if engine.compile:
+        teacher.compile()
 
 
 def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:
