@@ -28,11 +28,11 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Takes the module's present weights in; the first time it becomes equal to them."""
-        pairs = zip(_tensors(self.module), _tensors(module), strict=True)
+        first = int(self.n_averaged) == 0
         averages: list[Tensor] = []
         values: list[Tensor] = []
-        for own, new in pairs:
-            if not self.n_averaged:
+        for own, new in zip(_tensors(self.module), _tensors(module), strict=True):
+            if first:
                 own.copy_(new)
             elif own.is_floating_point():
                 averages.append(own)

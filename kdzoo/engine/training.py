@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 
 import torch
@@ -55,7 +56,15 @@ def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | 
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller['name']}' needs a teacher; pass --teacher NAME")
     distillation = Distillation(student, teacher, distiller)
-    return distillation.to(spec.labels.device).to(memory_format=torch.channels_last)
+    return channels_last(distillation.to(spec.labels.device))
+
+
+def channels_last(distillation: Distillation) -> Distillation:
+    """Lays the weights of convolutions out as their maps are; ``Module.to`` would refuse a method's 5-D weights."""
+    for tensor in chain(distillation.parameters(), distillation.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return distillation
 
 
 def train_lanes(
@@ -81,7 +90,8 @@ def train_lanes(
         first = runs[0]
         loader = dataset.loader(first.protocol, seed=first.seed, views=views, workers=first.data.workers)
         if teacher is not None:
-            ready(teacher.network, first.engine, any(need.features for need in needs))
+            assert shared is not None
+            shared.network = ready(teacher.network, first.engine, any(need.features for need in needs))
         device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch) for i in built}
         with current(device):
@@ -91,14 +101,15 @@ def train_lanes(
     return [outcomes[i] for i in range(len(runs))]
 
 
-def ready(teacher: models.Network, engine: config.EngineSettings, features: bool) -> None:
-    """Makes a frozen network fast: no pass for maps that nobody reads, and its weights cast or compiled once."""
-    teacher.wants_features = features
+def ready(teacher: models.Network, engine: config.EngineSettings, features: bool) -> models.Network:
+    """The frozen network as it is fast: no pass for maps that nobody reads, its weights cast and compiled once."""
     dtype = DTYPES[engine.precision]
     if dtype is not None:
-        models.cast_weights(teacher, dtype)
+        teacher = models.cast_weights(teacher, dtype)
+    teacher.wants_features = features
     if engine.compile:
         teacher.compile()
+    return teacher
 
 
 def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:

@@ -1,4 +1,6 @@
-"""A frozen network's weights, cast once to what autocast would cast them to in every pass."""
+"""A frozen network with its weights cast once to what autocast would cast them to in every pass."""
+
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -9,39 +11,28 @@ from kdzoo.models.network import Network
 _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def cast_weights(network: Network, dtype: torch.dtype) -> bool:
-    """Casts the weights of convolutions and linear layers in place; under autocast all outputs keep their bits.
+def cast_weights(network: Network, dtype: torch.dtype) -> Network:
+    """A copy for use under autocast alone, whose convolutions and linear layers hold weights of ``dtype``.
 
-    That is tried on two images: where it does not hold, or a pass fails, every weight is put back. The classifier
-    is left alone, as methods apply it outside of autocast. From then on the network runs under autocast only.
+    Under autocast all its outputs have the bits of ``network``'s. That is tried on two images: where it does not hold,
+    or a pass fails, the network itself is returned. The classifier stays as it is, as methods apply it outside of
+    autocast.
 
     Args:
         network: in evaluation mode, and never to be trained.
         dtype: autocast's.
-
-    Returns:
-        Whether any weight was cast.
     """
-    layers = [layer for layer in network.modules() if type(layer) in _CAST and layer is not network.classifier]
-    kept = [
-        (layer, name, weight)
-        for layer in layers
-        for name, weight in layer.named_parameters(recurse=False)
-        if weight.dtype == torch.float32
-    ]
-    if not kept:
-        return False
-    before = _outputs(network, dtype)
-    for layer, name, weight in kept:
-        setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    copy = deepcopy(network)
+    for layer in copy.modules():
+        if type(layer) in _CAST and layer is not copy.classifier:
+            for name, weight in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
     try:
-        same = all(torch.equal(new, old) for new, old in zip(_outputs(network, dtype), before, strict=True))
+        pairs = zip(_outputs(copy, dtype), _outputs(network, dtype), strict=True)
+        same = all(torch.equal(one, other) for one, other in pairs)
     except RuntimeError:  # of types that do not go together
         same = False
-    if not same:
-        for layer, name, weight in kept:
-            setattr(layer, name, weight)
-    return same
+    return copy if same else network
 
 
 @torch.no_grad()
