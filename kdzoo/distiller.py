@@ -127,6 +127,10 @@ class Distiller(nn.Module):
     weight is the keyword of the same name, and a weight of 0 skips the term's work. The constructor may set
     ``self.needs`` where its keywords change what is needed.
 
+    On a GPU the engine captures a step and replays it, so what ``forward`` and ``loss`` do in Python is done once:
+    state lies in buffers and is changed in place, and nothing is decided by the value of a tensor. A method that does
+    otherwise is run operation by operation, which is slower.
+
     Args:
         student: the student's output on the meta device: shapes only, batch size of no meaning.
         teacher: the teacher's output on the meta device (the student's own where there is no teacher).

@@ -71,7 +71,7 @@ class Graphed(Plain):
         super().__init__(teacher)
         self.device, self.precision, self.say, self.record = device, precision, say, record
         self.runtime: Any = torch.get_device_module(device)
-        self.streams: dict[int, Any] = {}
+        self.streams: dict[Any, Any] = {}  # of each lane that is captured, and one for all others
         self.replays: dict[int, Work | None] = {}  # by lane; None: it cannot be captured
         self.teach: Work | None = None  # the teacher's passes
         self.passes: dict[Any, Any] = {}  # what they leave for the lanes
@@ -100,9 +100,10 @@ class Graphed(Plain):
             # Only of memory that holds the next batch too: what a method made of the images is its lane's own.
             ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(self.batch)}
             shown = [images for images, _ in teacher.passes.values() if images.untyped_storage().data_ptr() in ours]
+            work = partial(self.pass_through, teacher, shown)
             try:
                 with self.aside("teacher") as stream:
-                    self.teach = self.record(partial(self.pass_through, teacher, shown), stream)
+                    self.teach = self.record(work, stream) if shown else work
             except Exception as error:
                 self.say(f"all steps run kernel by kernel, as the teacher cannot be a CUDA graph: {first_line(error)}")
                 self.plainly = True
@@ -121,8 +122,11 @@ class Graphed(Plain):
 
     def step(self, lane: Lane, batch: Batch, step: int) -> None:
         key = id(lane)
-        if self.plainly or (key in self.replays and self.replays[key] is None):
+        if self.plainly:
             lane.step(batch, step)
+        elif key in self.replays and self.replays[key] is None:
+            with self.aside("plain"):  # where the lanes that come after need not wait for it
+                lane.step(batch, step)
         elif self.begun <= WARM_UP:
             before = kept(lane.trained)
             with self.aside(key):

@@ -156,6 +156,20 @@ def test_a_step_waits_for_nothing(tmp_path, dataset, teacher, name):
     assert lane.meter.read()
 
 
+def test_batches_come_without_waiting(dataset):
+    augmentation = {"crop": 1, "flip": True, "jitter": 0.2, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+    more = [f"protocol.augmentation.{key}={value}" for key, value in augmentation.items()]
+    run = settings("unused", "kd", *more)
+    batches = dataset.loader(run.protocol, seed=0, views=("weak", "rotations")).batches()
+    next(batches)  # fetches the order of the epoch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = [next(batches) for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(batch.images.is_cuda for batch in drawn)
+
+
 def test_an_average_follows_captured_steps(tmp_path, dataset, teacher):
     more = ["protocol.ema=0.9", "engine.precision=float32", "protocol.lr=0.005"]
     one, _, said = train(tmp_path / "graph", ["kd"], dataset, teacher, *more)

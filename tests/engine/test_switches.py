@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -178,3 +179,22 @@ def test_a_methods_weights_of_five_dimensions_are_no_hindrance(tmp_path, dataset
     run = settings(tmp_path, "famkd")
     _, weights = after_a_step(run, dataset, teacher, tmp_path)
     assert weights.isfinite().all()
+
+
+def test_a_compiled_run_ends_where_a_plain_one_does(tmp_path, dataset, teacher, monkeypatch):
+    compiled = []
+
+    def quickly(self):  # all that torch.compile does but for writing kernels
+        compiled.append(self.name)
+        nn.Module.compile(self, backend="eager")
+
+    monkeypatch.setattr(models.Network, "compile", quickly)
+    found = {}
+    for mode in ("on", "off"):
+        run = settings(tmp_path / mode, "uhkd", f"engine.compile={mode}", "protocol.ema=0.9")
+        [found[mode]] = train_lanes([run], dataset, teacher, Progress(quiet=True))
+    assert sorted(compiled) == ["resnet14", "resnet8"]
+    one, other = (load_file(found[mode].folder / "student.safetensors") for mode in ("on", "off"))
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
