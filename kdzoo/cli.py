@@ -49,7 +49,7 @@ def cli() -> None:
 @flag("--batch-size", "protocol.batch_size", type=int, help="Instead of the recipe's.")
 @flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
 @flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
-@flag("--precision", "engine.precision", help="Of the networks: float32 or bf16; what is fast, by itself.")
+@flag("--precision", "engine.precision", help="Of the networks: float32, tf32 (CUDA) or bf16; what is fast, by itself.")
 @flag("--out", "output.root", help="The folder of runs (default: runs).")
 @flag("--teacher-weights", "teacher.weights", help="A safetensors or .pt file, instead of training the teacher.")
 @flag(

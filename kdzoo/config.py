@@ -97,7 +97,11 @@ class EngineSettings:
     """Where and how it computes."""
 
     device: str = "auto"
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # of the networks; losses are float32
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of the networks; losses are float32
+    graph: bool = True  # the step as CUDA graphs, where it can be
+    compile: bool = False  # the networks by torch.compile
+    accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses
+    checkpoint_activations: bool = False  # the student's maps are computed again for the backward pass, not kept
     threads: int = 0  # 0: as many as there are cores
     checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
 
@@ -135,7 +139,8 @@ class Settings:
         """
         what = self.plain()
         del what["output"], what["data"]["root"], what["data"]["workers"], what["teacher"]["allow_weak"]
-        what["engine"] = what["engine"]["precision"]
+        parts = self.engine.accumulate
+        what["engine"] = self.engine.precision + (f" in {parts} parts" if parts > 1 else "")
         what["files"] = [
             hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
             for name in (self.distiller["name"], self.teacher.weights)

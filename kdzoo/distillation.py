@@ -5,15 +5,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from kdzoo.distiller import Batch, Distiller, Seen, autocast
+from kdzoo.distiller import Batch, Distiller, Seen, autocast, products
+from kdzoo.products import FULL, current
 
 
 class Distillation(nn.Module):
     """One training step's forward pass: from a batch to the loss terms, the frozen teacher included.
 
     Under ``torch.autocast`` the networks run in its precision; losses and the distiller's own modules stay
-    in float32. Only the student and the distiller have parameters that require a gradient; the teacher stays
-    in evaluation mode whatever ``train()`` says.
+    in float32, on CUDA without TF32 whatever the networks do. Only the student and the distiller have parameters
+    that require a gradient; the teacher stays in evaluation mode whatever ``train()`` says.
 
     Args:
         student: images (B, 3, H, W) in [0, 1] -> ``Output``; ``kdzoo.models.wrap`` makes one of any network.
@@ -54,14 +55,14 @@ class Distillation(nn.Module):
         """The weighted loss terms, float32 scalars by name; minimise their sum."""
         device = batch.images.device.type
         networks = self._seen(device)
-        with autocast(device, None):
+        with autocast(device, None), products(device, FULL):
             return self.distiller(*networks, batch)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Runs the method's phase before training, if it has one; an iteration of ``batches`` is an epoch."""
         device = next((p.device.type for p in self.student.parameters()), "cpu")
         networks = self._seen(device)
-        with autocast(device, None):
+        with autocast(device, None), products(device, FULL):
             self.distiller.prepare(*networks, batches)
 
     def deploy(self) -> nn.Module:
@@ -71,7 +72,8 @@ class Distillation(nn.Module):
     def _seen(self, device: str) -> tuple[Seen, Seen]:
         known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         precision = torch.get_autocast_dtype(device) if known else None
-        student = Seen(self.student, precision)
+        rounding = current()
+        student = Seen(self.student, precision, rounding=rounding)
         if self.teacher is None:
             return student, student  # the method said that it never asks
-        return student, Seen(self.teacher, precision, grad=self.distiller.needs.teacher_grad)
+        return student, Seen(self.teacher, precision, self.distiller.needs.teacher_grad, rounding)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdzoo.products import Products, computed
+
 
 class Fidelity(StrEnum):
     """How sure it is that a method here is the method of its paper."""
@@ -61,15 +63,26 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
     return torch.autocast(device, dtype, enabled=dtype is not None)
 
 
+def products(device: str, how: Products) -> AbstractContextManager:
+    """Float32 products computed so, on the device that has a choice."""
+    return computed(how) if device == "cuda" else nullcontext()
+
+
 class Seen(nn.Module):
     """A network as a distiller sees it: run in the caller's precision, its output in float32.
 
     Distillers call it with images (B, 3, H, W) and get an ``Output``.
     """
 
-    def __init__(self, network: nn.Module, precision: torch.dtype | None = None, grad: bool = True):
+    def __init__(
+        self,
+        network: nn.Module,
+        precision: torch.dtype | None = None,
+        grad: bool = True,
+        rounding: Products | None = None,
+    ):
         super().__init__()
-        self.network, self.precision, self.grad = network, precision, grad
+        self.network, self.precision, self.grad, self.rounding = network, precision, grad, rounding
 
     @property
     def classifier(self) -> nn.Linear | None:
@@ -78,8 +91,9 @@ class Seen(nn.Module):
         return layer if isinstance(layer, nn.Linear) else None
 
     def forward(self, images: Tensor) -> Output:
-        grad = self.grad and torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad), autocast(images.device.type, self.precision):
+        grad, device = self.grad and torch.is_grad_enabled(), images.device.type
+        rounded = products(device, self.rounding) if self.rounding else nullcontext()
+        with torch.set_grad_enabled(grad), autocast(device, self.precision), rounded:
             return self.network(images).float()
 
 
@@ -112,6 +126,10 @@ class Distiller(nn.Module):
     The constructor reads shapes and builds modules; its keywords are the method's configuration. A term's
     weight is the keyword of the same name, and a weight of 0 skips the term's work. The constructor may set
     ``self.needs`` where its keywords change what is needed.
+
+    On a GPU the engine captures a step and replays it, so what ``forward`` and ``loss`` do in Python is done once:
+    state lies in buffers and is changed in place, and nothing is decided by the value of a tensor. A method that does
+    otherwise is run operation by operation, which is slower.
 
     Args:
         student: the student's output on the meta device: shapes only, batch size of no meaning.

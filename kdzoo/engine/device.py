@@ -1,14 +1,16 @@
 """Which device and precision to compute in."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from kdzoo.config import EngineSettings
 from kdzoo.engine.precision import bf16_is_faster
 from kdzoo.errors import UserError
+from kdzoo.products import FULL, TF32, computed
 
-DTYPES = {"float32": None, "bf16": torch.bfloat16}
+DTYPES = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
 
 
 def find_device(name: str) -> torch.device:
@@ -50,12 +52,29 @@ def settle(engine: EngineSettings) -> torch.device:
     device = find_device(engine.device)
     engine.device = str(device)
     engine.precision = find_precision(engine.precision, device)  # type: ignore[assignment]
+    if engine.precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision tf32 is for CUDA devices, and this is {device}; expected float32 or bf16")
     if engine.threads:
         torch.set_num_threads(engine.threads)
     return device
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """The context in which networks compute in ``precision``."""
     dtype = DTYPES[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    with arithmetic(device, precision), nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+        yield
+
+
+def arithmetic(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context of a backward pass, which takes its types from the forward pass but not how products are computed.
+
+    TF32 then also rounds the gradients of losses, though never a loss.
+    """
+    return computed(TF32 if precision == "tf32" else FULL) if device.type == "cuda" else nullcontext()
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """The context in which streams and graphs are this device's, where a machine has several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -6,30 +6,36 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdzoo.config import Settings
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Output
-from kdzoo.engine.device import autocast
+from kdzoo.engine.average import Average
+from kdzoo.engine.device import arithmetic, autocast
+from kdzoo.engine.meter import Meter
 from kdzoo.engine.optim import Optimizer, learning_rate
+from kdzoo.engine.parts import micro_batches
 from kdzoo.errors import UserError
 from kdzoo.models import Network
 from kdzoo.randomness import seed_of
 from kdzoo.results.curves import Curves
 from kdzoo.results.folder import RunFolder
 
-_NEVER = 2**62
-
 
 class SharedTeacher(nn.Module):
-    """The teacher of all lanes: whatever several of them show it in one step runs through it once."""
+    """The teacher of all lanes: whatever several of them show it in one step runs through it once.
+
+    It runs without gradients, not in inference mode: losses multiply its outputs with the student's, and autograd
+    refuses to keep an inference tensor for the backward pass.
+
+    ``passes`` are what is remembered: images with their output, by the memory they lie in.
+    """
 
     def __init__(self, network: Network):
         super().__init__()
         self.network = network
-        self._passes: dict[int, tuple[Tensor, Output]] = {}
+        self.passes: dict[tuple[Any, ...], tuple[Tensor, Output]] = {}
 
     @property
     def classifier(self) -> nn.Linear | None:
@@ -40,79 +46,32 @@ class SharedTeacher(nn.Module):
         """``network(images)``, remembered until ``forget``; passes that keep a graph are each lane's own."""
         if torch.is_grad_enabled():
             return self.network(images)
-        if id(images) not in self._passes:
-            self._passes[id(images)] = images, self.network(images)
-        return self._passes[id(images)][1]
+        key = images.data_ptr(), images.shape, images.stride(), images.dtype  # the same slice, whoever cut it
+        if key not in self.passes:
+            self.passes[key] = images, self.network(images)  # the images too, lest their memory be used again
+        return self.passes[key][1]
 
     def forget(self) -> None:
         """To be called between steps."""
-        self._passes.clear()
+        self.passes.clear()
 
 
 class Epochs:
     """The batches of training, for phases before it: each iteration is the next epoch, then the first again.
 
-    ``teacher`` forgets with each batch what it was shown before.
+    With each batch the ``teacher`` forgets what it was shown before.
     """
 
-    def __init__(self, loader: Loader, teacher: SharedTeacher | None):
+    def __init__(self, loader: Loader, teacher: nn.Module | None):
         self.loader, self.teacher, self.start = loader, teacher, 0
 
     def __iter__(self) -> Iterator[Batch]:
         start = self.start % self.loader.total_steps
         self.start = start + self.loader.steps_per_epoch
-        for batch in self.loader.batches(start, start + self.loader.steps_per_epoch):
-            if self.teacher is not None:
+        for batch in self.loader.batches(start, self.start):
+            if isinstance(self.teacher, SharedTeacher):
                 self.teacher.forget()
             yield batch
-
-
-class Meter:
-    """Means of the loss terms over an epoch, summed on the device and read only when asked."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self.steps = 0
-        self.sums: dict[str, Tensor] = {}
-        self.first_bad: dict[str, Tensor] = {}
-
-    def add(self, terms: dict[str, Tensor], step: int) -> None:
-        """Takes one step's terms without waiting for the device."""
-        self.steps += 1
-        for name, term in terms.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros((), device=self.device)
-                self.first_bad[name] = torch.full((), _NEVER, device=self.device, dtype=torch.int64)
-            term = term.detach()
-            bad = self.first_bad[name]
-            self.sums[name] += term
-            self.first_bad[name] = torch.where(term.isfinite(), bad, bad.clamp(max=step))
-
-    def read(self) -> dict[str, float]:
-        """The means so far.
-
-        Raises:
-            UserError: a term was not finite; says which and when.
-        """
-        bad = {name: int(step) for name, step in self.first_bad.items() if int(step) != _NEVER}
-        if bad:
-            name = min(bad, key=lambda key: bad[key])
-            raise UserError(
-                f"the loss term '{name}' is not finite at step {bad[name]}; the last good checkpoint is kept: "
-                "lower protocol.lr or the term's weight, or set protocol.clip"
-            )
-        return {name: float(total) / self.steps for name, total in self.sums.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "sums": self.sums, "first_bad": self.first_bad}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self.first_bad = {name: value.to(self.device) for name, value in state["first_bad"].items()}
 
 
 class Trained(nn.Module):
@@ -143,11 +102,10 @@ class Lane:
         self.failure: UserError | None = None
         self.curves = Curves(self.folder.path) if self.settings.output.tensorboard else None
         self.trained = Trained(self.distillation.student, self.distillation.distiller)
-        self.average = (
-            AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(protocol.ema), use_buffers=True)
-            if protocol.ema
-            else None
-        )
+        self.average = Average(self.trained, protocol.ema) if protocol.ema else None
+        # What the host writes at the begin of a step and the device reads in it.
+        self.number = torch.zeros((), device=self.device, dtype=torch.int64)
+        self.share = torch.full((), 1 / self.settings.engine.accumulate, device=self.device)
 
     @property
     def title(self) -> str:
@@ -159,24 +117,44 @@ class Lane:
         """The learning rate of a step."""
         return learning_rate(self.settings.protocol, self.base_rate, step, self.steps_per_epoch)
 
-    def prepare(self, loader: Loader, teacher: SharedTeacher | None) -> None:
+    def prepare(self, loader: Loader) -> None:
         """The method's phase before training."""
         torch.manual_seed(seed_of(self.settings.seed, "prepare"))
         with autocast(self.device, self.settings.engine.precision):
-            self.distillation.prepare(Epochs(loader, teacher))
+            self.distillation.prepare(Epochs(loader, self.distillation.teacher))
 
     def step(self, batch: Batch, step: int) -> None:
         """One optimiser step on one batch. Randomness inside depends on seed and step alone."""
+        self.begin(step)
+        self.advance(batch)
+
+    def begin(self, step: int) -> None:
+        """The host's part of a step: its seed, its learning rate, its number."""
         torch.manual_seed(seed_of(self.settings.seed, "step", step))
-        with autocast(self.device, self.settings.engine.precision):
-            terms = self.distillation(batch)
-        if not terms:
-            raise UserError(f"distiller '{self.settings.distiller['name']}' has no loss term: all weights are 0")
-        torch.stack(list(terms.values())).sum().backward()
-        self.optimizer.step(self.rate(step))
+        self.optimizer.set_rate(self.rate(step))
+        self.number.fill_(step)
+
+    def advance(self, batch: Batch) -> None:
+        """The device's part: a function of tensors that asks for no number, so that it can be a CUDA graph."""
+        engine = self.settings.engine
+        for part in micro_batches(batch, engine.accumulate):
+            with autocast(self.device, engine.precision):
+                terms = self.distillation(part)
+            if not terms:
+                raise UserError(f"distiller '{self.settings.distiller['name']}' has no loss term: all weights are 0")
+            with arithmetic(self.device, engine.precision):
+                torch.stack(list(terms.values())).sum().backward(self.share)
+            self.meter.add(terms, self.number)
+        self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self.trained)
-        self.meter.add(terms, step)
+            self.average.update(self.trained)
+
+    @property
+    def host_bound(self) -> str | None:
+        """Why ``advance`` cannot be a CUDA graph, where that is known beforehand."""
+        if self.settings.engine.checkpoint_activations:
+            return "activation checkpointing keeps the generator's state on the host"
+        return self.optimizer.host_bound
 
     def record(self, found: dict[str, Any]) -> None:
         """Writes an epoch down."""

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from kdzoo.data import Dataset, Loader
-from kdzoo.engine import checkpoint
+from kdzoo.distiller import DataSpec
+from kdzoo.engine import checkpoint, graphs
 from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.parts import check_parts
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 
@@ -23,24 +25,29 @@ def train(
 
     All lanes share data, protocol, seed and engine settings. A lane that fails stops alone, with its reason in
     ``lane.failure``; the others go on.
+
+    Raises:
+        UserError: batches cannot be cut as ``engine.accumulate`` asks.
     """
     settings = lanes[0].settings
+    check_parts(loader, settings.engine.accumulate)
     per_epoch, batch_size = loader.steps_per_epoch, settings.protocol.batch_size
     start = resume(lanes, progress)
     if start is None:
         start = 0
         for lane in lanes:
-            attempt(lane, lane.prepare, loader, teacher)
+            attempt(lane, lane.prepare, loader)
     running = [lane for lane in lanes if lane.failure is None]
     begun = saved = shown = time.monotonic()
     epoch_begun, epoch_start = begun, start
     progress.begin(per_epoch, loader.total_steps, start)
+    steps = graphs.steps(lanes[0].device, settings.engine, teacher, progress.say)
 
     for step, batch in enumerate(loader.batches(start), start):
-        if teacher is not None:
-            teacher.forget()
+        batch = steps.begin(batch)
         for lane in running:
-            attempt(lane, lane.step, batch, step)
+            attempt(lane, steps.step, lane, batch, step)
+        steps.end()
 
         now = time.monotonic()
         if now - shown >= READ_EVERY:
@@ -111,17 +118,26 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     progress.epoch(record, title)
 
 
+def test_rows(spec: DataSpec) -> int:
+    """How many images are measured at once: more of small ones where there is a GPU to keep busy."""
+    rows = 256 * 224**2 // spec.image_size**2
+    return min(max(rows, 256), 2048) if spec.labels.device.type == "cuda" else 256
+
+
 def evaluate(
-    network: nn.Module, dataset: Dataset, precision: str, test_crop: float = 1.0, batch_size: int = 256
+    network: nn.Module, dataset: Dataset, precision: str, test_crop: float = 1.0, batch_size: int | None = None
 ) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy on the test set, in percent; top-5 is top-K where there are fewer classes."""
+    """Top-1 and top-5 accuracy on the test set, in percent; top-5 is top-K where there are fewer classes.
+
+    The device is waited for once, at the end.
+    """
     training = network.training
     network.eval()
     best = min(5, dataset.spec.num_classes)
     hits = torch.zeros(2, device=dataset.spec.labels.device, dtype=torch.int64)
     count = 0
     with torch.inference_mode():
-        for images, labels in dataset.test_batches(batch_size, test_crop=test_crop):
+        for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
             with autocast(images.device, precision):
                 logits = network(images).logits
             found = logits.topk(best).indices == labels[:, None]

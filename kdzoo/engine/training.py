@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 
 import torch
@@ -13,6 +14,7 @@ from kdzoo import config, models, registry
 from kdzoo.data import Dataset
 from kdzoo.distillation import Distillation
 from kdzoo.engine import checkpoint, loop
+from kdzoo.engine.device import DTYPES, current
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
@@ -40,6 +42,10 @@ def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | 
     if spec.labels.device.type == "cpu":
         models.unfuse_attention(student)
     shapes = student.shapes()
+    if settings.engine.checkpoint_activations:
+        student.checkpoint_activations()
+    if settings.engine.compile:
+        student.compile()
     reference = shapes if teacher is None else teacher.network.shapes()
     if reference.logits.shape[1] != shapes.logits.shape[1]:
         raise UserError(
@@ -52,7 +58,15 @@ def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | 
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller['name']}' needs a teacher; pass --teacher NAME")
     distillation = Distillation(student, teacher, distiller)
-    return distillation.to(spec.labels.device).to(memory_format=torch.channels_last)
+    return channels_last(distillation.to(spec.labels.device))
+
+
+def channels_last(distillation: Distillation) -> Distillation:
+    """Lays the weights of convolutions out as their maps are; ``Module.to`` would refuse a method's 5-D weights."""
+    for tensor in chain(distillation.parameters(), distillation.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return distillation
 
 
 def train_lanes(
@@ -78,13 +92,26 @@ def train_lanes(
         first = runs[0]
         loader = dataset.loader(first.protocol, seed=first.seed, views=views)
         if teacher is not None:
-            teacher.network.wants_features = any(need.features for need in needs)
+            assert shared is not None
+            shared.network = ready(teacher.network, first.engine, any(need.features for need in needs))
         device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch) for i in built}
-        loop.train(list(lanes.values()), shared, dataset, loader, progress)
+        with current(device):
+            loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
             outcomes[i] = lane.failure or finish(lane, dataset, teacher)
     return [outcomes[i] for i in range(len(runs))]
+
+
+def ready(teacher: models.Network, engine: config.EngineSettings, features: bool) -> models.Network:
+    """The frozen network as it is fast: no pass for maps that nobody reads, its weights cast and compiled once."""
+    dtype = DTYPES[engine.precision]
+    if dtype is not None:
+        teacher = models.cast_weights(teacher, dtype)
+    teacher.wants_features = features
+    if engine.compile:
+        teacher.compile()
+    return teacher
 
 
 def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:

@@ -4,8 +4,19 @@
 from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transformers, wrn  # noqa: F401
 from kdzoo.models.adapt import unfuse_attention
 from kdzoo.models.by_name import create
+from kdzoo.models.cast import cast_weights
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.weights import load_weights, save_weights
 
-__all__ = ["Network", "create", "describe", "load_weights", "save_weights", "short_names", "unfuse_attention", "wrap"]
+__all__ = [
+    "Network",
+    "cast_weights",
+    "create",
+    "describe",
+    "load_weights",
+    "save_weights",
+    "short_names",
+    "unfuse_attention",
+    "wrap",
+]

@@ -84,6 +84,23 @@ class Network(nn.Module):
         """The linear layer that makes the logits of the embedding; None where it is not one such layer."""
         return self._reader.classifier(self.body)
 
+    def checkpoint_activations(self) -> None:
+        """From now on maps are computed again for the backward pass instead of being kept: less memory, more work.
+
+        Raises:
+            UserError: the network does not know how.
+        """
+        switch = getattr(self.body, "set_grad_checkpointing", None)
+        try:
+            if switch is None:
+                raise NotImplementedError
+            switch(True)
+        except (AssertionError, NotImplementedError):  # timm's way to say no
+            raise UserError(
+                f"'{self.name}' cannot compute activations again; set engine.checkpoint_activations=false, or take a "
+                "network of timm's that can"
+            ) from None
+
     def shapes(self) -> Output:
         """The output for a batch of two on the meta device: shapes without data."""
         with _undisturbed(self):

@@ -93,3 +93,41 @@ def test_restored_moments_go_on_with_the_same_bits():
     steps(first, one, 2)
     steps(second, other, 2)
     assert torch.equal(one[0].weight, other[0].weight)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_rate_in_a_tensor_leaves_the_bits_that_a_number_leaves(optimizer):
+    torch.manual_seed(0)
+    network = nn.Linear(7, 5)
+    plain = deepcopy(network)
+    built = Optimizer(network, Protocol(optimizer=optimizer, weight_decay=0.05, lr=0.3))
+    if optimizer == "sgd":
+        theirs = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9, weight_decay=0.05, fused=True)
+    else:
+        theirs = torch.optim.AdamW(plain.parameters(), lr=0.3, weight_decay=0.05, fused=True)
+    for rate in (0.3, 0.0123, 1 / 3):
+        for one in (network, plain):
+            one(torch.ones(2, 7)).square().sum().backward()
+        built.set_rate(rate)
+        built.step()
+        theirs.param_groups[0]["lr"] = rate
+        theirs.step()
+        theirs.zero_grad()
+        assert torch.equal(network.weight, plain.weight)
+
+
+def test_the_rate_follows_the_schedule_after_a_restore_too():
+    network = nn.Linear(2, 1, bias=False)
+    protocol = Protocol(optimizer="sgd", momentum=0, weight_decay=0, lr=0.1)
+    built = Optimizer(network, protocol)
+    built.load_state_dict(deepcopy(built.state_dict()))
+    before = network.weight.detach().clone()
+    network(torch.tensor([[1.0, 2.0]])).sum().backward()
+    built.step(rate=0.5)
+    assert torch.allclose(before - network.weight, torch.tensor([[0.5, 1.0]]))
+
+
+def test_only_muon_takes_its_rate_from_the_host():
+    assert Optimizer(Block(), Protocol(optimizer="sgd")).host_bound is None
+    assert Optimizer(Block(), Protocol(optimizer="adamw")).host_bound is None
+    assert "Muon" in (Optimizer(Block(), Protocol(optimizer="muon")).host_bound or "")

@@ -1,0 +1,278 @@
+"""The step of all lanes as CUDA graphs: launched whole, where Python would launch it kernel by kernel."""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from kdzoo.config import EngineSettings
+from kdzoo.distiller import Batch
+from kdzoo.engine.device import autocast
+from kdzoo.engine.lane import Lane, SharedTeacher
+
+WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and whatever else is made when first used
+
+Work = Callable[[], None]
+Record = Callable[[Work, Any], Work]  # (work, stream) -> what does the work again
+
+
+class Plain:
+    """Steps run operation by operation."""
+
+    def __init__(self, teacher: SharedTeacher | None):
+        self.teacher = teacher
+
+    def begin(self, batch: Batch) -> Batch:
+        """To be called before the lanes' steps, which take the batch that this returns."""
+        if self.teacher is not None:
+            self.teacher.forget()
+        return batch
+
+    def step(self, lane: Lane, batch: Batch, step: int) -> None:
+        """One lane's step."""
+        lane.step(batch, step)
+
+    def end(self) -> None:
+        """To be called after the lanes' steps."""
+
+
+class Graphed(Plain):
+    """Steps are captured once, after some plain ones, and replayed.
+
+    The teacher's passes are one graph, and each lane's step is another on a stream of its own, so that small
+    networks overlap. A lane that fails is replayed no more and touches no other; one that cannot be captured goes on
+    plainly, beside the others, saying why. Graphs read batch, learning rate and step from tensors that stay in place,
+    and the generator's seed and offset when they are replayed, so the seed that the host sets before each makes a
+    graph draw what the plain step draws.
+
+    Args:
+        teacher: of all lanes.
+        device: where they are.
+        precision: of the networks.
+        say: takes a line for the user.
+        record: how work becomes a graph. Where work is not asynchronous, doing it again is the same.
+    """
+
+    def __init__(
+        self,
+        teacher: SharedTeacher | None,
+        device: torch.device,
+        precision: str,
+        say: Callable[[str], None],
+        record: Record,
+    ):
+        super().__init__(teacher)
+        self.device, self.precision, self.say, self.record = device, precision, say, record
+        self.runtime: Any = torch.get_device_module(device)
+        self.streams: dict[Any, Any] = {}  # of each lane that is captured, and one for all others
+        self.replays: dict[int, Work | None] = {}  # by lane; None: it cannot be captured
+        self.teach: Work | None = None  # the teacher's passes
+        self.passes: dict[Any, Any] = {}  # what they leave for the lanes
+        self.plainly = False  # the teacher cannot be captured, and so nothing can
+        self.batch: Batch | None = None
+        self.begun = 0
+
+    def begin(self, batch: Batch) -> Batch:
+        self.begun += 1
+        if self.plainly:
+            return super().begin(batch)
+        if self.batch is None:
+            self.batch = of_tensors(batch, Tensor.clone)
+        else:
+            for still, new in zip(tensors(self.batch), tensors(batch), strict=True):
+                still.copy_(new, non_blocking=True)
+        if self.begun <= WARM_UP:
+            return super().begin(self.batch)
+        if self.teacher is not None:
+            self.run_teacher(self.teacher)
+        return self.batch
+
+    def run_teacher(self, teacher: SharedTeacher) -> None:
+        """The passes that the last plain step asked for, on the batch of this one."""
+        if self.teach is None:
+            # Only of memory that holds the next batch too: what a method made of the images is its lane's own.
+            ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(self.batch)}
+            shown = [images for images, _ in teacher.passes.values() if images.untyped_storage().data_ptr() in ours]
+            work = partial(self.pass_through, teacher, shown)
+            try:
+                with self.aside("teacher") as stream:
+                    self.teach = self.record(work, stream) if shown else work
+            except Exception as error:
+                self.say(f"all steps run kernel by kernel, as the teacher cannot be a CUDA graph: {first_line(error)}")
+                self.plainly = True
+                teacher.forget()
+                return
+        self.teach()
+        teacher.passes = dict(self.passes)
+
+    def pass_through(self, teacher: SharedTeacher, shown: list[Tensor]) -> None:
+        """The teacher's passes, as a lane would ask for them."""
+        teacher.forget()
+        with torch.no_grad(), autocast(self.device, self.precision):
+            for images in shown:
+                teacher(images)
+        self.passes = dict(teacher.passes)
+
+    def step(self, lane: Lane, batch: Batch, step: int) -> None:
+        key = id(lane)
+        if self.plainly:
+            lane.step(batch, step)
+        elif key in self.replays and self.replays[key] is None:
+            with self.aside("plain"):  # where the lanes that come after need not wait for it
+                lane.step(batch, step)
+        elif self.begun <= WARM_UP:
+            before = kept(lane.trained)
+            with self.aside(key):
+                lane.begin(step)
+                with host_work(self.device) as found:
+                    lane.advance(batch)
+            self.end()  # the next lane may read what this one made the teacher say
+            found += [f"it gives '{name}' another value in Python" for name in changed(before, kept(lane.trained))]
+            if self.begun == WARM_UP and (reason := lane.host_bound or next(iter(found), None)):
+                self.give_up(lane, reason)
+        elif key in self.replays or self.capture(lane, batch):
+            with self.aside(key):
+                lane.begin(step)
+                self.replays[key]()  # type: ignore[misc]  # it is there
+        else:
+            lane.step(batch, step)
+
+    def capture(self, lane: Lane, batch: Batch) -> bool:
+        """Records a lane's step, which does nothing yet; whether that could be done."""
+        try:
+            with self.aside(id(lane)) as stream:
+                self.replays[id(lane)] = self.record(partial(lane.advance, batch), stream)
+        except Exception as error:
+            lane.optimizer.forget()  # gradients that nobody computed
+            if self.teacher is not None:
+                self.teacher.passes = dict(self.passes)
+            self.give_up(lane, first_line(error))
+            return False
+        return True
+
+    def give_up(self, lane: Lane, reason: str) -> None:
+        """From now on this lane runs plainly."""
+        self.replays[id(lane)] = None
+        self.say(f"{lane.title}: steps run kernel by kernel, as they cannot be a CUDA graph: {reason}")
+
+    @contextmanager
+    def aside(self, key: Any) -> Iterator[Any]:
+        """A stream of its own for a lane, after all that the main stream was given so far."""
+        if key not in self.streams:
+            self.streams[key] = self.runtime.Stream()
+        stream = self.streams[key]
+        stream.wait_stream(self.runtime.current_stream())
+        with self.runtime.stream(stream):
+            yield stream
+
+    def end(self) -> None:
+        for stream in self.streams.values():
+            self.runtime.current_stream().wait_stream(stream)
+
+
+def steps(
+    device: torch.device, engine: EngineSettings, teacher: SharedTeacher | None, say: Callable[[str], None]
+) -> Plain:
+    """How to take the steps of a training."""
+    alone = not (distributed.is_available() and distributed.is_initialized())
+    if device.type == "cuda" and engine.graph and alone:
+        return Graphed(teacher, device, engine.precision, say, cuda_graph)
+    return Plain(teacher)
+
+
+def cuda_graph(work: Work, stream: torch.cuda.Stream) -> Work:
+    """Captures ``work``, which computes nothing yet; what is returned computes it."""
+    graph = torch.cuda.CUDAGraph()
+    # Only this thread's calls are judged: another may be pinning memory for the batches to come.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+@contextmanager
+def host_work(device: torch.device) -> Iterator[list[str]]:
+    """Finds what a graph would leave out or repeat for ever: waiting for the device, and numbers drawn by the host."""
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    drawn, mode = _generators(), torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        if "called a synchronizing" in str(warning.message):
+            found.append(f"the host reads the device at {Path(warning.filename).name}:{warning.lineno}")
+        elif "debug mode is a prototype" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if drawn != _generators():
+        found.append("the host draws random numbers in it")
+
+
+def _generators() -> tuple[Any, ...]:
+    """The state of the generators that a capture does not follow."""
+    # A method may draw from numpy's global generator, hence the legacy call.
+    numbers = np.random.get_state(legacy=False)  # noqa: NPY002
+    return (
+        random.getstate(),
+        str(numbers),
+        numbers["state"]["key"].tobytes(),
+        torch.default_generator.get_state().tolist(),
+    )
+
+
+def kept(module: nn.Module) -> dict[str, Any]:
+    """What a module and its parts hold from step to step: plain values, and where their tensors lie."""
+    held: dict[str, Any] = {}
+    for path, owner in module.named_modules():
+        own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False), *vars(owner).items()]
+        for name, value in own:
+            if isinstance(value, Tensor):
+                held[f"{path}.{name}"] = value.data_ptr()
+            elif isinstance(value, bool | int | float | str):
+                held[f"{path}.{name}"] = value
+    return held
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names whose values differ."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def tensors(batch: Batch | None) -> list[Tensor]:
+    """All tensors of a batch, in one order."""
+    if batch is None:
+        return []
+    plain = (batch.images, batch.labels, batch.targets, batch.index, batch.progress, batch.partner)
+    return [*(tensor for tensor in plain if tensor is not None), *batch.views.values()]
+
+
+def of_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with each tensor changed."""
+    return Batch(
+        change(batch.images),
+        change(batch.labels),
+        change(batch.targets),
+        change(batch.index),
+        change(batch.progress),
+        {name: change(view) for name, view in batch.views.items()},
+        None if batch.partner is None else change(batch.partner),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong first: a capture that was broken off raises again when it ends."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

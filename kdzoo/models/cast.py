@@ -1,0 +1,48 @@
+"""A frozen network with its weights cast once to what autocast would cast them to in every pass."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from kdzoo.models.network import Network
+
+# Types that autocast is known to feed with cast weights. Not what derives from them, which may do more with weights.
+_CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def cast_weights(network: Network, dtype: torch.dtype) -> Network:
+    """A copy for use under autocast alone, whose convolutions and linear layers hold weights of ``dtype``.
+
+    Under autocast all its outputs have the bits of ``network``'s. That is tried on two images: where it does not hold,
+    or a pass fails, the network itself is returned. The classifier stays as it is, as methods apply it outside of
+    autocast.
+
+    Args:
+        network: in evaluation mode, and never to be trained.
+        dtype: autocast's.
+    """
+    copy = deepcopy(network)
+    for layer in copy.modules():
+        if type(layer) in _CAST and layer is not copy.classifier:
+            for name, weight in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    try:
+        pairs = zip(_outputs(copy, dtype), _outputs(network, dtype), strict=True)
+        same = all(torch.equal(one, other) for one, other in pairs)
+    except RuntimeError:  # of types that do not go together
+        same = False
+    return copy if same else network
+
+
+@torch.no_grad()
+def _outputs(network: Network, dtype: torch.dtype) -> list[Tensor]:
+    images = torch.rand(2, 3, network.image_size, network.image_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(network.mean.device).contiguous(memory_format=torch.channels_last)
+    wanted, network.wants_features = network.wants_features, True
+    try:
+        with torch.autocast(images.device.type, dtype):
+            logits, embedding, features = network(images)
+    finally:
+        network.wants_features = wanted
+    return [logits, embedding, *features]

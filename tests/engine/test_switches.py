@@ -1,0 +1,200 @@
+"""What the engine's switches change, and what they leave as it is."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdzoo import config, models, products
+from kdzoo.data import open_dataset
+from kdzoo.distiller import Batch
+from kdzoo.engine.average import Average
+from kdzoo.engine.device import arithmetic, autocast, settle
+from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.parts import micro_batches
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import Teacher, build, train_lanes
+from kdzoo.errors import UserError
+from kdzoo.results.folder import RunFolder
+
+SHORT = ["protocol.epochs=1", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
+
+
+def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):
+    values = {
+        "distiller": {"name": distiller},
+        "student": {"name": student},
+        "teacher": {"name": teacher},
+        "output": {"root": str(out)},
+    }
+    return config.resolve(values, [*SHORT, *more])
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return open_dataset("digits", limit=320, progress=False)
+
+
+@pytest.fixture
+def teacher(dataset):
+    torch.manual_seed(0)
+    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+
+
+def lane_of(run, dataset, teacher, folder):
+    distillation = build(run, dataset, SharedTeacher(teacher.network)).train()
+    return Lane(run, distillation, RunFolder(folder), torch.device("cpu"), 5)
+
+
+def after_a_step(run, dataset, teacher, folder):
+    lane = lane_of(run, dataset, teacher, folder)
+    batch = next(dataset.loader(run.protocol, seed=0).batches())
+    lane.step(batch, 0)
+    return lane, torch.cat([p.detach().flatten() for p in lane.trained.parameters()])
+
+
+def test_parts_are_the_batch_cut_in_order():
+    batch = Batch.of(torch.rand(6, 3, 4, 4), torch.arange(6), 7)._replace(views={"weak": torch.rand(6, 3, 4, 4)})
+    parts = micro_batches(batch, 3)
+    assert [len(part.labels) for part in parts] == [2, 2, 2]
+    for name in ("images", "labels", "targets", "index"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert torch.equal(torch.cat([part.views["weak"] for part in parts]), batch.views["weak"])
+    assert micro_batches(batch, 1) == [batch]
+
+
+def test_without_norms_over_the_batch_accumulated_gradients_are_the_batchs(tmp_path, dataset, teacher):
+    sgd = ["protocol.optimizer=sgd", "protocol.lr=0.05"]  # whose step is the gradient, but for a factor
+    plain = settings(tmp_path, "kd", *sgd, student="vit_tiny_patch16_224")
+    parts = settings(tmp_path, "kd", *sgd, "engine.accumulate=4", student="vit_tiny_patch16_224")
+    _, whole = after_a_step(plain, dataset, teacher, tmp_path)
+    _, cut = after_a_step(parts, dataset, teacher, tmp_path)
+    begun = torch.cat([p.detach().flatten() for p in lane_of(plain, dataset, teacher, tmp_path).trained.parameters()])
+    assert (whole - begun).abs().max() > 1e-4
+    torch.testing.assert_close(cut - begun, whole - begun, rtol=1e-3, atol=1e-6)
+
+
+def test_shown_terms_are_means_over_the_parts(tmp_path, dataset, teacher):
+    whole, _ = after_a_step(settings(tmp_path, "kd", student="vit_tiny_patch16_224"), dataset, teacher, tmp_path)
+    run = settings(tmp_path, "kd", "engine.accumulate=4", student="vit_tiny_patch16_224")
+    cut, _ = after_a_step(run, dataset, teacher, tmp_path)
+    assert cut.meter.read() == pytest.approx(whole.meter.read(), rel=1e-4)
+
+
+def test_accumulation_makes_another_run_and_other_switches_do_not(tmp_path):
+    plain = settings(tmp_path, "kd").identity()
+    assert settings(tmp_path, "kd", "engine.accumulate=2").identity() != plain
+    assert settings(tmp_path, "kd", "engine.accumulate=1", "engine.graph=off", "engine.compile=on").identity() == plain
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["engine.accumulate=3"], "engine.accumulate=3 does not cut batches of 64"),
+        (["engine.accumulate=64"], "parts of at least 2"),
+        (["engine.accumulate=2", "protocol.augmentation.mixup=0.2"], "pair rows of a whole batch"),
+    ],
+)
+def test_what_cannot_be_cut_is_said(tmp_path, dataset, teacher, more, said):
+    with pytest.raises(UserError, match=said):
+        train_lanes([settings(tmp_path, "kd", *more)], dataset, teacher, Progress(quiet=True))
+
+
+def kept_bytes(lane, batch):
+    """What autograd keeps of a forward pass, weights and all."""
+    sizes = {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = lane.distillation(batch)
+    assert terms
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_recomputed_activations_give_the_same_bits_and_keep_less(tmp_path, dataset, teacher, name):
+    switched = settings(tmp_path, "uhkd", "engine.checkpoint_activations=true", student=name)
+    _, again = after_a_step(switched, dataset, teacher, tmp_path)
+    _, kept = after_a_step(settings(tmp_path, "uhkd", student=name), dataset, teacher, tmp_path)
+    assert torch.equal(again, kept)
+    batch = next(dataset.loader(switched.protocol, seed=0).batches())
+    less = kept_bytes(lane_of(switched, dataset, teacher, tmp_path), batch)
+    more = kept_bytes(lane_of(settings(tmp_path, "uhkd", student=name), dataset, teacher, tmp_path), batch)
+    assert less < 0.8 * more
+
+
+def test_a_network_that_cannot_compute_again_says_so(tmp_path, dataset, teacher):
+    run = settings(tmp_path, "kd", "engine.checkpoint_activations=true")
+    [outcome] = train_lanes([run], dataset, teacher, Progress(quiet=True))
+    assert "'resnet8' cannot compute activations again" in str(outcome)
+
+
+def test_tf32_is_for_cuda():
+    with pytest.raises(UserError, match="precision tf32 is for CUDA"):
+        settle(config.EngineSettings(device="cpu", precision="tf32"))
+
+
+def test_products_are_as_asked_inside_and_as_before_outside():
+    before, cuda = products.current(), torch.device("cuda")
+    with autocast(cuda, "tf32"):
+        assert products.current() == products.TF32
+        assert torch.backends.cuda.matmul.allow_tf32  # the older switch, which torch's compiler reads
+        with products.computed(products.FULL):
+            assert products.current() == products.FULL
+        assert products.current() == products.TF32
+    assert products.current() == before
+    with arithmetic(cuda, "float32"):
+        assert products.current() == products.FULL
+    assert products.current() == before
+    with autocast(torch.device("cpu"), "float32"):
+        assert products.current() == before
+
+
+def test_the_average_is_that_of_torch():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    ours = Average(module, 0.9)
+    theirs = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(4):
+        module(torch.rand(2, 3, 8, 8))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += torch.randn_like(parameter)
+        ours.update(module)
+        theirs.update_parameters(module)
+        for (name, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(one, other), name
+    restored = Average(module, 0.9)
+    restored.load_state_dict(ours.state_dict())
+    restored.update(module)
+    ours.update(module)
+    assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), ours.parameters(), strict=True))
+
+
+def test_a_methods_weights_of_five_dimensions_are_no_hindrance(tmp_path, dataset, teacher):
+    run = settings(tmp_path, "famkd")
+    _, weights = after_a_step(run, dataset, teacher, tmp_path)
+    assert weights.isfinite().all()
+
+
+def test_a_compiled_run_ends_where_a_plain_one_does(tmp_path, dataset, teacher, monkeypatch):
+    compiled = []
+
+    def quickly(self):  # all that torch.compile does but for writing kernels
+        compiled.append(self.name)
+        nn.Module.compile(self, backend="eager")
+
+    monkeypatch.setattr(models.Network, "compile", quickly)
+    found = {}
+    for mode in ("on", "off"):
+        run = settings(tmp_path / mode, "uhkd", f"engine.compile={mode}", "protocol.ema=0.9")
+        [found[mode]] = train_lanes([run], dataset, teacher, Progress(quiet=True))
+    assert sorted(compiled) == ["resnet14", "resnet8"]
+    one, other = (load_file(found[mode].folder / "student.safetensors") for mode in ("on", "off"))
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
