@@ -15,9 +15,10 @@ from kdzoo import DataSpec, config, models
 from kdzoo.data import Dataset
 from kdzoo.data.sources import Pixels
 from kdzoo.distiller import Batch
+from kdzoo.engine import graphs
 from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
-from kdzoo.engine.training import build
+from kdzoo.engine.training import build, ready
 from kdzoo.files import slug, write_text
 from kdzoo.results.folder import RunFolder
 
@@ -104,10 +105,12 @@ class Group:
         self.settings = [self._settings(teacher, student, method, engine, batch_size) for method in methods]
         distillations = [build(settings, dataset, self.teacher).train() for settings in self.settings]
         needs = [distillation.distiller.needs for distillation in distillations]
-        self.teacher.network.wants_features = any(need.features for need in needs)
+        ready(self.teacher.network, engine, any(need.features for need in needs))
         views = tuple(sorted({view for need in needs for view in need.views}))
         loader = dataset.loader(self.settings[0].protocol, seed=0, views=views)
-        self.batch_size, self.steps = loader.batch_size, 0
+        self.batch_size, self.done = loader.batch_size, 0
+        self.plain = graphs.Plain(self.teacher)
+        self.steps = graphs.steps(self.device, engine, self.teacher, print)
         self._batches = self._for_ever(loader.batches)
         nowhere = RunFolder(Path("nowhere"))  # nothing is written before an epoch's end
         self.lanes = [
@@ -122,13 +125,14 @@ class Group:
         """The next one."""
         return next(self._batches)
 
-    def step(self, lanes: Sequence[Lane] | None = None) -> None:
-        """One step of these lanes, of all by default, on the next batch."""
-        batch = self.batch()
-        self.teacher.forget()
+    def step(self, lanes: Sequence[Lane] | None = None, graph: bool = True) -> None:
+        """One step of these lanes, of all by default; ``graph`` as the training loop does it, else kernel by kernel."""
+        steps = self.steps if graph else self.plain
+        batch = steps.begin(self.batch())
         for lane in self.lanes if lanes is None else lanes:
-            lane.step(batch, self.steps)
-        self.steps += 1
+            steps.step(lane, batch, self.done)
+        steps.end()
+        self.done += 1
 
     @staticmethod
     def _settings(

@@ -30,7 +30,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdzoo import config
-from kdzoo.engine.device import DTYPES, autocast, settle
+from kdzoo.engine import graphs
+from kdzoo.engine.device import DTYPES, arithmetic, autocast, settle
 from kdzoo.errors import UserError
 
 PAIRS = (
@@ -107,7 +108,7 @@ def shares(group: Group, steps: int) -> dict[str, float]:
             mark("optimiser", lane.optimizer, "step")
         with parts.part("rest"):
             for _ in range(steps):
-                group.step()
+                group.step(graph=False)
     whole = sum(parts.seconds.values())
     return {name: parts.seconds[name] / whole for name in PARTS}
 
@@ -136,7 +137,8 @@ def bare_step(group: Group) -> Callable[[], None]:
         for distillation, optimizer in zip(distillations, optimizers, strict=True):
             with autocast(group.device, precision):
                 terms = distillation(batch)
-            torch.stack(list(terms.values())).sum().backward()
+            with arithmetic(group.device, precision):
+                torch.stack(list(terms.values())).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -170,8 +172,9 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     side = 8192 if device.type == "cuda" else 2048
     one, other = torch.randn(2, side, side, device=device, dtype=DTYPES[precision] or torch.float32)
     wait = waiting(device)
-    timed(lambda: one @ other, wait, 3)  # warm-up
-    return 2 * side**3 / min(timed(lambda: one @ other, wait) for _ in range(20))
+    with arithmetic(device, precision):
+        timed(lambda: one @ other, wait, 3)  # warm-up
+        return 2 * side**3 / min(timed(lambda: one @ other, wait) for _ in range(20))
 
 
 def measure(row: Row, engine: config.EngineSettings, size: int, seconds: float) -> dict[str, object]:
@@ -184,7 +187,7 @@ def measure(row: Row, engine: config.EngineSettings, size: int, seconds: float) 
     wait = waiting(device)
     works = {"engine": group.step, "bare": bare_step(group)}
     for work in works.values():
-        timed(work, wait, 2)  # warm-up
+        timed(work, wait, graphs.WARM_UP + 2)  # and the capture
     steps = max(1, round(seconds / (2 * ROUNDS) / timed(group.step, wait)))
     measured = take_turns(works, ROUNDS, wait, dict.fromkeys(works, steps))
     median, images = medians(measured), row.batch * row.lanes
