@@ -2,9 +2,19 @@
 
 # These register the 32x32 nets and the small Swins with timm.
 from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_swin, wrn  # noqa: F401
-from kdzoo.models.by_name import create
+from kdzoo.models.by_name import check, create, pretrained_classes
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.weights import load_weights, save_weights
 
-__all__ = ["Network", "create", "describe", "load_weights", "save_weights", "short_names", "wrap"]
+__all__ = [
+    "Network",
+    "check",
+    "create",
+    "describe",
+    "load_weights",
+    "pretrained_classes",
+    "save_weights",
+    "short_names",
+    "wrap",
+]

@@ -146,23 +146,53 @@ def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("pairs: [[a, b]]\ndistillers: [kd]\nseed: [1]", "unknown key in suite bad 'seed'; did you mean seeds"),
-        ("pairs: [[a, b, c]]\ndistillers: [kd]", "is no pair"),
-        ("pairs: [[a, b]]", "has no distillers"),
-        ("pairs: [[a, b]]\ndistillers: [kdd]", "unknown distiller 'kdd'; did you mean kd"),
-        ("pairs: [[a, b]]\ndistillers: [kd, kd]", "has a run twice"),
-        ("pairs: [[a, b]]\ndistillers: [{name: kd, temp: 1}]", "distiller.temp"),
-        ("[1, 2]", "holds no mapping"),
+        ("seed: [1]", "unknown key in suite bad 'seed'; did you mean seeds"),
+        ("pairs: [[resnet14, resnet8, resnet8]]", "is no pair"),
+        ("pairs: [resnet8]", "resnet8 is no pair"),
+        ("pairs: [[resnet14, 8]]", "is no pair"),
+        ("pairs: [[resnet14, resnet81]]", "unknown model 'resnet81'; did you mean resnet8"),
+        ("pairs: [[torchvision:resnet188, resnet8]]", "unknown torchvision model 'resnet188'; did you mean resnet18"),
+        ("pairs: resnet8", "has no list of pairs"),
+        ("distillers:", "has no list of distillers"),
+        ("distillers: kd", "has no list of distillers"),
+        ("distillers: [kdd]", "unknown distiller 'kdd'; did you mean kd"),
+        ("distillers: [{name: kd, temp: 1}]", "distiller.temp"),
+        ("distillers: [{temperature: 1}]", "is no distiller"),
+        ("distillers: [kd, kd]", "has a run twice"),
+        ("pairs: [[resnet14, resnet8], {teacher: resnet14, student: resnet8}]", "has a run twice"),
+        ("seeds: [0, 0]", "has a run twice"),
+        ("data: [digits, digits]", "has a run twice"),
+        ("seeds: 3", "has no list of seeds; expected one, such as seeds: [0, 1, 2]"),
+        ("seeds: []", "has no list of seeds"),
+        ("seeds: [one]", "seed"),
+        ("data: digit", "unknown data 'digit'; did you mean digits"),
+        ("data: []", "[] is no data"),
+        ("data: {name: bands, options: {lo: 1}}", "did you mean data.options.low"),
+        ("protocol: quik", "unknown protocol 'quik'; did you mean quick"),
+        ("protocol: [quick]", "is no protocol"),
+        ("teacher: 30", "expected settings of it"),
+        ("teacher: {name: resnet14}", "expected settings of it"),
+        ("teacher: {epoch: 3}", "did you mean teacher.epochs"),
+        ("pairs: [[resnet14, resnet8]]\npairs: [[resnet14, resnet14]]", "found duplicate key pairs"),
         ("pairs: [", "no valid YAML"),
     ],
 )
 def test_a_wrong_suite_is_one_line(tmp_path, text, said):
     file = tmp_path / "bad.yaml"
-    file.write_text(text)
+    sound = {"pairs": "pairs: [[resnet14, resnet8]]", "distillers": "distillers: [kd]"}
+    rest = [line for key, line in sound.items() if not text.startswith(key)]
+    file.write_text("\n".join([*rest, text]))
     with pytest.raises(UserError) as caught:
         suites.load(str(file))
     assert said in str(caught.value).replace(str(file), "bad")
     assert "\n" not in str(caught.value)
+
+
+def test_a_suite_is_a_mapping(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("[1, 2]")
+    with pytest.raises(UserError, match="holds no mapping"):
+        suites.load(str(file))
 
 
 def test_an_unknown_suite_gets_the_nearest():
