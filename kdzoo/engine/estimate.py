@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import NamedTuple
@@ -67,6 +67,11 @@ class GroupCost:
         test = sum(lane.test for part in parts for lane in part)
         return self.epochs * (self.steps * step + test) + (self.once if parts else 0.0)
 
+    def bytes(self, chosen: Sequence[int]) -> int:
+        """The memory of the largest part, with process, data and teacher."""
+        parts = self.parts(chosen)
+        return self.base + max((memory.together(lane.memory for lane in part) for part in parts), default=0)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -78,7 +83,7 @@ class Estimate:
     teaching: float = 0.0  # of its teacher's own training, unless an earlier group pays for that
     memory: int = 0  # bytes, with the process and the data
     parts: int = 1  # that memory divides it into
-    failed: tuple[str, ...] = ()  # why some of its runs cannot be trained
+    failed: Mapping[int, UserError] = field(default_factory=dict)  # runs that cannot be trained, by their numbers
     missing: str = ""  # why nothing could be measured
 
 
@@ -114,10 +119,9 @@ def estimate(groups: Sequence[Sequence[config.Settings]], retry: bool, progress:
                 cost.seconds(everything),
                 cost.seconds(left),
                 0.0 if teacher in paid or not teacher else teaching,
-                cost.base
-                + max((memory.together(c.memory for c in part) for part in cost.parts(everything)), default=0),
+                cost.bytes(everything),
                 max(1, len(cost.parts(everything))),
-                tuple(f"{group[i].distiller['name']}: {error}" for i, error in cost.failed.items()),
+                cost.failed,
             )
         )
         paid.add(teacher)

@@ -125,10 +125,10 @@ def plan(name: str, groups: list[list["Settings"]], estimates: list["Estimate"])
         first = group[0]
         title = f"{first.teacher.name} on {first.data.name}, {first.protocol.name}"
         lines.append(f"- {title}, {first.protocol.epochs} epochs, seed {first.seed}: {_expected(found, len(group))}")
-        lines += [f"    cannot be trained: {reason}" for reason in found.failed]
-        for run in group:
+        for i, run in enumerate(group):
             keywords = " ".join(f"{key}={value}" for key, value in run.distiller.items() if key != "name")
-            lines.append(f"    {run.student.name}  {run.distiller['name']}  {keywords}")
+            failed = f"  cannot be trained: {found.failed[i]}" if i in found.failed else ""
+            lines.append(f"    {run.student.name}  {run.distiller['name']}  {keywords}{failed}")
     return "\n".join([*lines, *_total(groups, estimates)])
 
 
@@ -137,7 +137,7 @@ def _expected(found: "Estimate", runs: int) -> str:
     if found.missing:
         return f"no estimate: {found.missing}"
     said = f"about {duration(found.seconds)}, {size(found.memory)}"
-    said += f", in {found.parts} parts as memory holds no more side by side" if found.parts > 1 else ""
+    said += f", in {found.parts} parts" if found.parts > 1 else ""
     said += f", after {duration(found.teaching)} for the teacher's own training" if found.teaching else ""
     return said + (f"; {found.finished} of {runs} runs are done" if found.finished else "")
 
@@ -147,21 +147,13 @@ def _total(groups: list[list["Settings"]], estimates: list["Estimate"]) -> list[
     known = [found for found in estimates if not found.missing]
     if not known:
         return ["Nothing could be measured, so there is no estimate."]
-    engine = groups[0][0].engine
     of = f" of the {len(known)} groups that could be measured" if len(known) < len(groups) else ""
-    taught = sum(found.teaching for found in known)
-    lines = [
-        f"Estimate{of}: {duration(sum(found.seconds for found in known))} for all runs, of which "
-        f"{duration(sum(found.left for found in known))} are left"
-        + (f", and {duration(taught)} for teachers that are not trained yet." if taught else ".")
-    ]
-    lines.append(
+    runs, left, taught = (sum(getattr(found, part) for found in known) for part in ("seconds", "left", "teaching"))
+    teachers = f", and {duration(taught)} for teachers that are not trained yet" if taught else ""
+    engine = groups[0][0].engine
+    memory = "the device's peak" if engine.device.startswith("cuda") else "counted, with half as much again for kernels"
+    return [
+        f"Estimate{of}: {duration(runs)} for all runs, of which {duration(left)} are left{teachers}.",
         f"It is no more than an estimate: a few steps of each run on {engine.device} in {engine.precision}, one group "
-        "after the other, untrained networks, phases before training not counted. Memory is "
-        + (
-            "the device's."
-            if engine.device.startswith("cuda")
-            else "counted, without what kernels need for themselves."
-        )
-    )
-    return lines
+        f"after the other, untrained networks, phases before training not counted. Memory is {memory}.",
+    ]
