@@ -1,5 +1,6 @@
 """A suite runs in groups, survives being killed, and never runs twice what is finished."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import suites
+from kdzoo import files, suites
+from kdzoo.cli import main
 from kdzoo.engine.bench import alike, bench, grouped
 from kdzoo.errors import UserError
 from kdzoo.results.folder import RunFolder
@@ -129,6 +131,93 @@ def test_a_run_that_was_edited_or_half_deleted_is_an_error_and_nothing_is_lost(s
     with pytest.raises(UserError, match="lost its student"):
         bench(suite, tmp_path / "runs", quiet=True)
     assert all(RunFolder(path).read_result() for path in report.finished)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: folder.config.unlink(), "has lost its settings"),
+        (lambda folder: folder.config.write_text("a: [1"), "config.yaml is damaged"),
+        (lambda folder: folder.config.write_text(""), "config.yaml is damaged"),
+        (lambda folder: folder.result.write_text("{"), "result.json is damaged"),
+        (lambda folder: folder.result.write_text('{"top9": 1}'), "result.json is damaged"),
+        (lambda folder: (folder.path.parent / "suite.json").write_text("{"), "suite.json is damaged"),
+        (lambda folder: (folder.path.parent / "suite.json").write_text("[]"), "suite.json is damaged"),
+    ],
+)
+def test_harm_of_any_kind_is_one_line_before_anything_is_trained(tmp_path, monkeypatch, harm, said):
+    file = tmp_path / "one.yaml"
+    file.write_text("data: {name: digits, limit: 128}\npairs: [[null, resnet8], [null, resnet14]]\ndistillers: [none]")
+    suite = suites.load(str(file), overrides=[*QUICK, "protocol.epochs=1"])
+    report = bench(suite, tmp_path / "runs", quiet=True)
+    harm(RunFolder(report.finished[1]))
+    RunFolder(report.finished[0]).result.unlink()  # so that there is something to do
+    monkeypatch.setattr("kdzoo.engine.bench.train_lanes", None)
+    with pytest.raises(UserError) as caught:
+        bench(suite, tmp_path / "runs", quiet=True)
+    assert said in str(caught.value)
+    assert "remove" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_that_are_all_damaged_are_known_before_anything_is_trained(suite, tmp_path):
+    for run in suite.runs:
+        run.output.root = str(tmp_path / "runs")
+    last = RunFolder.of(suite.runs[-1]).checkpoints
+    last.mkdir(parents=True)
+    (last / "step-000000005-0123456789abcdef.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; remove that folder"):
+        bench(suite, tmp_path / "runs", quiet=True)
+    assert not list((tmp_path / "runs").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("kind", ["checkpoints", "student.safetensors", "metrics.jsonl", "result.json"])
+def test_a_disk_that_fills_stops_the_bench_and_no_run_has_failed(suite, tmp_path, monkeypatch, kind):
+    runs = suite.runs[:3]
+    few = suites.Suite("mine", runs)
+    for run in runs:
+        run.engine.checkpoint_seconds = 0.0
+    whole = bench(few, tmp_path / "whole", quiet=True)
+    write, left = files.write_atomically, 2
+
+    def full(path, content):
+        nonlocal left
+        left -= kind in str(path)
+        if left < 0:
+            return write(path, lambda temporary: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        for module in ("kdzoo.files", "kdzoo.engine.checkpoint", "kdzoo.models.weights"):
+            patch.setattr(f"{module}.write_atomically", full)
+        with pytest.raises(UserError, match=r"the disk of .* is full; free some space and run the same command again"):
+            bench(few, tmp_path / "full", quiet=True)
+    assert not list((tmp_path / "full").glob("*/failed.txt"))
+    report = bench(few, tmp_path / "full", quiet=True)
+    assert len(report.finished) == len(whole.finished) == 3
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "full"))
+
+
+def test_what_one_group_lacks_does_not_stop_the_others(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(SUITE.replace("data: {name: digits, limit: 320}", "data: ['folder:/nowhere', digits]"))
+    more = [*QUICK, "data.limit=320", "protocol.epochs=1"]
+    suite = suites.load(str(file), seeds=[0], overrides=more)
+    report = bench(suite, tmp_path / "runs", quiet=True)
+    assert (len(report.finished), len(report.failed)) == (6, 6)
+    assert all("no folder '/nowhere'" in reason for reason in report.failed.values())
+
+
+def test_a_failure_that_many_runs_share_is_told_once(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: 'folder:/nowhere'\npairs: [[null, resnet8], [null, resnet14]]\ndistillers: [none]")
+    monkeypatch.setattr(sys, "argv", ["kdzoo", "bench", str(file), "--out", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert said.startswith("error: 2 runs failed (")
+    assert said.count("no folder '/nowhere'") == 1
 
 
 def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
