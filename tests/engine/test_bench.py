@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import files, suites
+from kdzoo import files, models, suites
 from kdzoo.cli import main
 from kdzoo.engine.bench import alike, bench, grouped
 from kdzoo.errors import UserError
@@ -290,8 +291,30 @@ def test_an_unknown_suite_gets_the_nearest():
 
 
 @pytest.mark.parametrize("name", suites.shipped())
-def test_every_shipped_suite_is_valid(name):
-    assert suites.load(name).runs
+def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
+    runs = suites.load(name).runs
+    assert runs
+    for network in {run.student.name for run in runs} | {run.teacher.name for run in runs} - {None}:
+        with torch.device("meta"):
+            assert timm.create_model(models.short_names().get(network, network), num_classes=7)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in suites.shipped() if name not in ("digits", "bands", "controls", "heart")]
+)
+def test_the_suites_of_the_tables_stand_on_baselines_pairs_and_seeds(name):
+    runs = suites.load(name).runs
+    assert {"none", "kd", "logitmse", "uhkd", "figkd", "lfcc"} <= {run.distiller["name"] for run in runs}
+    assert len({(run.teacher.name, run.student.name) for run in runs}) >= 2
+    assert {run.seed for run in runs} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["cifar100-hetero", "imagenet-hetero"])
+def test_teachers_of_the_heterogeneous_suites_have_published_weights(name):
+    classes = {run.teacher.name: models.pretrained_classes(run.teacher.name) for run in suites.load(name).runs}
+    assert all(classes.values())
+    if name == "imagenet-hetero":
+        assert set(classes.values()) == {1000}
 
 
 def test_seeds_of_the_command_replace_the_files(tmp_path, suite):
