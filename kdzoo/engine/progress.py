@@ -109,12 +109,14 @@ class Progress:
     def epoch(self, record: dict[str, Any], title: str = "") -> None:
         """An epoch's end."""
         self.show(record["step"], record["loss"], record["images_per_second"], title)
-        self.lanes[title]["top-1"] = f"{record['top1']:.2f} %"
+        if record["top1"] is not None:
+            self.lanes[title]["top-1"] = f"{record['top1']:.2f} %"
         if self.has_lanes and self.is_live and record["epoch"] < self.epochs:
             return  # the table shows it
         terms = ", ".join(f"{name} {value:.3f}" for name, value in record["loss"].items())
+        top1 = "not measured" if record["top1"] is None else f"top-1 {record['top1']:6.2f} %"
         self.say(
-            f"  epoch {record['epoch']:>3}/{self.epochs}: top-1 {record['top1']:6.2f} %"
+            f"  epoch {record['epoch']:>3}/{self.epochs}: {top1}"
             f"  ({terms}; {record['images_per_second']:.0f} images/s)  {title if self.has_lanes else ''}".rstrip()
         )
 

@@ -98,7 +98,7 @@ def train_lanes(
     if built:
         loader = common_loader(runs[0], list(built.values()), dataset, shared)
         device, per_epoch, names = dataset.spec.labels.device, loader.steps_per_epoch, titles(runs)
-        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i]) for i in built}
+        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, title=names[i]) for i in built}
         for lane in lanes.values():
             lane.folder.open(lane.settings)
         loop.train(list(lanes.values()), shared, dataset, loader, progress)

@@ -1,5 +1,6 @@
 """A suite runs in groups, survives being killed, and never runs twice what is finished."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -290,9 +291,12 @@ def test_an_unknown_suite_gets_the_nearest():
         suites.load("digit")
 
 
+load = functools.cache(suites.load)
+
+
 @pytest.mark.parametrize("name", suites.shipped())
 def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
-    runs = suites.load(name).runs
+    runs = load(name).runs
     assert runs
     for network in {run.student.name for run in runs} | {run.teacher.name for run in runs} - {None}:
         with torch.device("meta"):
@@ -303,7 +307,7 @@ def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
     "name", [name for name in suites.shipped() if name not in ("digits", "bands", "controls", "heart")]
 )
 def test_the_suites_of_the_tables_stand_on_baselines_pairs_and_seeds(name):
-    runs = suites.load(name).runs
+    runs = load(name).runs
     assert {"none", "kd", "logitmse", "uhkd", "figkd", "lfcc"} <= {run.distiller["name"] for run in runs}
     assert len({(run.teacher.name, run.student.name) for run in runs}) >= 2
     assert {run.seed for run in runs} == {0, 1, 2}
@@ -311,7 +315,7 @@ def test_the_suites_of_the_tables_stand_on_baselines_pairs_and_seeds(name):
 
 @pytest.mark.parametrize("name", ["cifar100-hetero", "imagenet-hetero"])
 def test_teachers_of_the_heterogeneous_suites_have_published_weights(name):
-    classes = {run.teacher.name: models.pretrained_classes(run.teacher.name) for run in suites.load(name).runs}
+    classes = {run.teacher.name: models.pretrained_classes(run.teacher.name) for run in load(name).runs}
     assert all(classes.values())
     if name == "imagenet-hetero":
         assert set(classes.values()) == {1000}

@@ -64,6 +64,15 @@ def test_on_a_terminal_the_view_shows_groups_lanes_accuracies_and_losses():
     assert "-" in lanes["lfcc"]
 
 
+def test_an_epoch_that_was_not_measured_says_so_and_the_last_accuracy_stays():
+    progress = Progress(console=console(terminal=False))
+    progress.begin(10, 30, 0, ["kd", "none"])
+    progress.epoch(record(1, 50.0), "kd")
+    progress.epoch(record(2, None), "kd")
+    assert "epoch   2/3: not measured  (ce 1.500" in progress.console.file.getvalue()
+    assert "50.00 %" in shown(progress)
+
+
 def test_the_view_replaces_the_lines_of_all_epochs_but_the_last():
     progress = Progress(console=console(terminal=True))
     progress.suite([2])
