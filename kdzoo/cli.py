@@ -85,10 +85,10 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 
 @cli.command()
 @click.argument("suite")
-@click.option("--seeds", type=int, help="This many seeds, from 0, instead of the suite's.")
+@click.option("--seeds", type=click.IntRange(min=1), help="This many seeds, from 0, instead of the suite's.")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder of its runs (default: runs/SUITE).")
 @click.option("--retry", is_flag=True, help="Try again what failed before.")
-@click.option("--dry-run", is_flag=True, help="List the runs and their groups, and train nothing.")
+@click.option("--dry-run", is_flag=True, help="List the groups and estimate their time and memory; train nothing.")
 @DEBUG
 @OVERRIDES
 def bench(
@@ -101,15 +101,18 @@ def bench(
     """
     from kdzoo import suites
     from kdzoo.engine import bench as engine
+    from kdzoo.engine.estimate import estimate
+    from kdzoo.engine.progress import Progress
     from kdzoo.results import layout, table
     from kdzoo.results.folder import find_runs
     from kdzoo.results.show import plan
 
     found = suites.load(suite, range(seeds or 0), overrides)
-    if dry_run:
-        click.echo(plan(found.name, engine.grouped(found.runs)))
-        return
     folder = out or Path("runs") / found.name
+    if dry_run:
+        groups = engine.laid_out(found, folder)
+        click.echo(plan(found.name, groups, estimate(groups, retry, Progress())))
+        return
     report = engine.bench(found, folder, retry)
     runs = table.rows(find_runs([folder]))
     if not runs.empty:
@@ -117,7 +120,10 @@ def bench(
     if report.elsewhere:
         click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
     if report.failed:
-        lines = "; ".join(f"{path.name}: {reason}" for path, reason in report.failed.items())
+        alike: dict[str, list[str]] = {}
+        for path, reason in report.failed.items():
+            alike.setdefault(reason, []).append(path.name)
+        lines = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
         raise UserError(f"{len(report.failed)} runs failed ({lines}); --retry tries them again")
 
 

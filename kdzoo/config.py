@@ -103,6 +103,7 @@ class EngineSettings:
     accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses
     checkpoint_activations: bool = False  # the student's maps are computed again for the backward pass, not kept
     threads: int = 0  # 0: as many as there are cores
+    lanes: int = 0  # runs that train side by side in a suite; 0: as many as memory holds
     checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
 
 
@@ -174,6 +175,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setting
     recipe = given.pop("protocol", {})
     settings: Settings = _typed(Settings, given, "")
     settings.protocol = _protocol(recipe)
+    settings.data.options = data_options(settings.data.name, settings.data.options)
     settings.distiller = distiller_settings({**preset(settings, keywords["name"]), **keywords})
     if settings.output.measure_every < 1:
         raise UserError(f"output.measure_every={settings.output.measure_every}: expected a number of epochs from 1")
@@ -196,9 +198,31 @@ def preset(settings: Settings, distiller: str) -> dict[str, Any]:
     return {row["keyword"]: yaml.safe_load(row["value"]) for row in rows}
 
 
-def protocol(name: str) -> Protocol:
-    """A recipe of ``configs/protocols``, or of a YAML file by its path."""
-    return _protocol({"name": name})
+def data_options(name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All options of the data set of this name, of their types, some of them ``given``; empty where it has none."""
+    from kdzoo.data import option_settings  # which imports torch, and this module
+
+    return option_settings(name, given or {})
+
+
+def read_yaml(text: str, title: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds; empty for an empty one.
+
+    Raises:
+        UserError: the text of ``title`` is no YAML, holds no mapping, or a key twice.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{title} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{title} holds no mapping; expected keys with their values")
+    return {str(key): value for key, value in content.items()}
+
+
+def protocol(name: str, epochs: int | None = None) -> Protocol:
+    """A recipe of ``configs/protocols``, or of a YAML file by its path; for so many epochs where they are given."""
+    return _protocol({"name": name} if epochs is None else {"name": name, "epochs": epochs})
 
 
 def protocols() -> list[str]:
@@ -252,10 +276,7 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
         if name not in known:
             raise unknown("protocol", name, known, hint="(a file's path ends with .yaml)")
         text = known[name].read_text(encoding="utf-8")
-    try:
-        recipe = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error
+    recipe = read_yaml(text, f"protocol {name}")
     epochs = given.get("epochs")
     if isinstance(epochs, int) and "epochs" in recipe:
         scale = epochs / recipe["epochs"]

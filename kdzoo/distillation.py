@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdzoo.distiller import Batch, Distiller, Seen, autocast, products
-from kdzoo.products import FULL, current
+from kdzoo.products import FULL, current, switchable
 
 
 class Distillation(nn.Module):
@@ -72,7 +72,7 @@ class Distillation(nn.Module):
     def _seen(self, device: str) -> tuple[Seen, Seen]:
         known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         precision = torch.get_autocast_dtype(device) if known else None
-        rounding = current()
+        rounding = current() if switchable(device) else None
         student = Seen(self.student, precision, rounding=rounding)
         if self.teacher is None:
             return student, student  # the method said that it never asks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.products import Products, computed
+from kdzoo.products import Products, computed, switchable
 
 
 class Fidelity(StrEnum):
@@ -65,7 +65,7 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
 
 def products(device: str, how: Products) -> AbstractContextManager:
     """Float32 products computed so, on the device that has a choice."""
-    return computed(how) if device == "cuda" else nullcontext()
+    return computed(how) if switchable(device) else nullcontext()
 
 
 class Seen(nn.Module):

@@ -8,6 +8,14 @@ class UserError(Exception):
     """The command line prints its message without a traceback and exits with 2."""
 
 
+class StorageError(UserError):
+    """A disk that is full or a folder that cannot be written: never a run's own failure."""
+
+
+class OutOfMemory(UserError):
+    """A run did not fit into memory beside the others; alone it may."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """The error for a ``name`` that is none of the ``known`` names, with the nearest of them."""
     names = sorted(known)

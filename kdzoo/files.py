@@ -9,14 +9,14 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary path in the same folder and renames the result to ``path``.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
+        StorageError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -44,10 +44,10 @@ def slug(name: str) -> str:
 
 def shipped_folder() -> Traversable:
     """The protocols, suites and tables that come with kdzoo: ``kdzoo.configs``, which in a checkout is ``configs/``."""
-    try:
-        return files("kdzoo.configs")
-    except ModuleNotFoundError:  # imported from a checkout's own folder, where only an installation maps the name
-        return Path(__file__).parents[1] / "configs"
+    beside = Path(__file__).parents[1] / "configs"
+    if (beside / "presets.csv").is_file():  # a checkout's own, whichever other one is installed
+        return beside
+    return files("kdzoo.configs")
 
 
 def cache_folder() -> Path:
@@ -68,7 +68,7 @@ def _explained(error: BaseException, path: Path) -> BaseException:
     code = getattr(error, "errno", None)
     said = str(error)
     if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said:
-        return UserError(f"the disk of {path.parent} is full; free some space and run the same command again")
+        return StorageError(f"the disk of {path.parent} is full; free some space and run the same command again")
     if isinstance(error, OSError):
-        return UserError(f"{path.parent} cannot be written ({error.strerror or said}); choose another folder")
+        return StorageError(f"{path.parent} cannot be written ({error.strerror or said}); choose another folder")
     return error

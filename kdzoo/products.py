@@ -19,6 +19,11 @@ FULL = Products("ieee", "ieee")
 TF32 = Products("tf32", "tf32")
 
 
+def switchable(device: str) -> bool:
+    """Whether there is a choice: on CUDA, and not while torch's compiler traces, which cannot follow the switches."""
+    return device == "cuda" and not torch.compiler.is_compiling()
+
+
 def current() -> Products:
     """What holds now."""
     return Products(torch.backends.cuda.matmul.fp32_precision, _CONV.fp32_precision)

@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +72,7 @@ class Method:
 def methods() -> dict[str, Method]:
     """Every method that is installed, by name."""
     found: dict[str, Method] = {}
-    for point in entry_points(group=GROUP):
+    for point in _points():
         for method in _methods_of(point):
             other = found.setdefault(method.name, method)
             if other.file != method.file:
@@ -119,6 +120,12 @@ def load(name: str) -> "type[Distiller]":
     if len(classes) != 1 or not issubclass(classes[0], Distiller):
         raise UserError(f"{method.file} holds {len(classes)} distillers; expected one subclass of kdzoo.Distiller")
     return classes[0]
+
+
+@cache
+def _points() -> tuple[EntryPoint, ...]:
+    """What is installed does not change while we run, and looking it up reads a file of every package."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _methods_of(point: EntryPoint) -> Iterator[Method]:

@@ -20,14 +20,20 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdzoo import config
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import shipped_folder
 
-KEYS = ("data", "protocol", "pairs", "distillers", "seeds", "teacher")
-REQUIRED = ("pairs", "distillers")
+LISTS = {"pairs": "[[vit_s, resnet18]]", "distillers": "[none, kd]", "seeds": "[0, 1, 2]"}
+DEFAULTS: dict[str, Any] = {
+    "data": "digits",
+    "protocol": "quick",
+    "pairs": None,
+    "distillers": None,
+    "seeds": [0],
+    "teacher": {},
+}
+KEYS = tuple(DEFAULTS)
 
 
 @dataclass(frozen=True)
@@ -64,38 +70,41 @@ def load(name: str, seeds: Sequence[int] = (), overrides: Sequence[str] = ()) ->
         if name not in known:
             raise unknown("suite", name, known, hint="(a file's path ends with .yaml)")
         text, title = known[name].read_text(encoding="utf-8"), name
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"suite {name} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"suite {name} holds no mapping; expected the keys {', '.join(KEYS)}")
-    for key in content:
+    content = {**DEFAULTS, **config.read_yaml(text, f"suite {name}")}
+    for key, value in content.items():
         if key not in KEYS:
-            raise unknown(f"key in suite {name}", str(key), KEYS)
-    for key in REQUIRED:
-        if not content.get(key):
-            raise UserError(f"suite {name} has no {key}; expected a list of them")
+            raise unknown(f"key in suite {name}", key, KEYS)
+        if key in LISTS and (not isinstance(value, list) or not value):
+            raise UserError(f"suite {name} has no list of {key}; expected one, such as {key}: {LISTS[key]}")
     return Suite(title, tuple(_runs(title, content, seeds, overrides)))
 
 
 def _runs(
     title: str, content: Mapping[str, Any], seeds: Sequence[int], overrides: Sequence[str]
 ) -> list[config.Settings]:
+    from kdzoo import models  # which imports torch and timm
+
+    if not isinstance(content["teacher"], Mapping) or "name" in content["teacher"]:
+        raise UserError(
+            f"suite {title}: teacher is {content['teacher']}; expected settings of it, such as {{epochs: 30}}"
+        )
     runs: list[config.Settings] = []
     seen: set[str] = set()
-    for data in _list(content.get("data", "digits")):
+    for data in _list(content["data"]):
         for pair in content["pairs"]:
-            teacher, student, protocol = _pair(title, pair, content.get("protocol", "quick"))
-            for seed in seeds or content.get("seeds", (0,)):
+            teacher, student, protocol = _pair(title, pair, content["protocol"])
+            for network in (teacher, student):
+                if network is not None:
+                    models.check(network)
+            for seed in seeds or content["seeds"]:
                 for distiller in content["distillers"]:
                     settings = config.resolve(
                         {
-                            "data": _named(data),
-                            "protocol": _named(protocol),
-                            "teacher": {**content.get("teacher", {}), "name": teacher},
+                            "data": _named(title, "data", data),
+                            "protocol": _named(title, "protocol", protocol),
+                            "teacher": {**content["teacher"], "name": teacher},
                             "student": {"name": student},
-                            "distiller": _named(distiller),
+                            "distiller": _named(title, "distiller", distiller),
                             "seed": seed,
                         },
                         overrides,
@@ -112,18 +121,26 @@ def _runs(
 
 def _pair(title: str, pair: Any, protocol: Any) -> tuple[str | None, str, Any]:
     if isinstance(pair, Mapping) and {"teacher", "student"} <= pair.keys() <= {"teacher", "student", "protocol"}:
-        return pair["teacher"], pair["student"], pair.get("protocol", protocol)
-    if isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2:
-        return pair[0], pair[1], protocol
-    raise UserError(f"suite {title}: {pair} is no pair; expected [teacher, student]")
+        found = pair["teacher"], pair["student"], pair.get("protocol", protocol)
+    elif isinstance(pair, list) and len(pair) == 2:
+        found = pair[0], pair[1], protocol
+    else:
+        found = None, None, protocol
+    if not isinstance(found[1], str) or not isinstance(found[0], str | None):
+        raise UserError(f"suite {title}: {pair} is no pair; expected [teacher, student]")
+    return found
 
 
-def _named(entry: Any) -> dict[str, Any]:
-    return dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+def _named(title: str, kind: str, entry: Any) -> dict[str, Any]:
+    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
+        return dict(entry)
+    if isinstance(entry, str):
+        return {"name": entry}
+    raise UserError(f"suite {title}: {entry} is no {kind}; expected a name, or {{name: ..., KEY: value}}")
 
 
 def _list(entry: Any) -> list[Any]:
-    return entry if isinstance(entry, list) else [entry]
+    return entry if isinstance(entry, list) and entry else [entry]
 
 
 def _files() -> list[Traversable]:

@@ -47,6 +47,9 @@ def test_what_differs_is_another_row_and_says_how(found):
 @pytest.mark.parametrize(
     ("override", "column", "name"),
     [
+        ("protocol.epochs=1", "protocol", "quick (epochs=1)"),  # and not the warm-up that it shortens
+        ("protocol.warmup=2", "protocol", "quick (warmup=2.0)"),
+        ("data={name: bands, options: {low: 1, high: 0}}", "data", "bands (high=0.0)"),
         ("teacher.pretrained=true", "teacher", "vit_s (pretrained=True)"),
         ("teacher.weights=/some/where/theirs.pt", "teacher", "vit_s (weights=theirs.pt)"),
         ("teacher.protocol=quick", "teacher", "vit_s"),

@@ -13,11 +13,11 @@ import torch
 from kdzoo.data.dataset import Dataset
 from kdzoo.data.loader import Loader
 from kdzoo.data.prepare import prepare
-from kdzoo.data.sources import open_source
+from kdzoo.data.sources import open_source, option_settings
 from kdzoo.distiller import DataSpec
 from kdzoo.files import cache_folder
 
-__all__ = ["Dataset", "Loader", "open_dataset"]
+__all__ = ["Dataset", "Loader", "open_dataset", "option_settings"]
 
 
 def open_dataset(

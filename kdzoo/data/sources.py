@@ -77,25 +77,34 @@ def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None)
 
     ``options`` are keywords of what makes the source, where it has any.
     """
+    return _opener(name)(name, root, **option_settings(name, options or {}))
+
+
+def option_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the data set of this name, of their types, some of them ``given``; empty where it has none.
+
+    Raises:
+        UserError: an unknown data set or option, or a value of another type.
+    """
+    open_it = _opener(name)
+    parameters = inspect.signature(open_it, eval_str=True).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    if given and not known:
+        raise UserError(f"data '{name}' has no options, and data.options.{next(iter(given))} was given; leave it out")
+    for key, value in given.items():
+        if key not in known:
+            raise unknown("option", f"data.options.{key}", [f"data.options.{other}" for other in known])
+        kind = known[key].annotation
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            raise UserError(f"data.options.{key} is {value!r}; expected {kind.__name__}")
+    return {key: p.annotation(given.get(key, p.default)) for key, p in known.items()}
+
+
+def _opener(name: str) -> Callable[..., Source]:
     open_it = _folder if name.startswith("folder:") else _SOURCES.get(name)
     if open_it is None:
         raise unknown("data", name, [*_SOURCES, "folder:PATH"])
-    return open_it(name, root, **_checked(name, open_it, options or {}))
-
-
-def _checked(name: str, open_it: Callable[..., Source], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, once each is known to be a keyword of ``open_it`` and of its type."""
-    parameters = inspect.signature(open_it, eval_str=True).parameters.values()
-    types = {p.name: p.annotation for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    if given and not types:
-        raise UserError(f"data '{name}' has no options, and data.options.{next(iter(given))} was given; leave it out")
-    for key, value in given.items():
-        if key not in types:
-            raise unknown("option", f"data.options.{key}", [f"data.options.{known}" for known in types])
-        accepted = (int, float) if types[key] is float else (types[key],)
-        if type(value) not in accepted:
-            raise UserError(f"data.options.{key} is {value!r}; expected {types[key].__name__}")
-    return {key: types[key](value) for key, value in given.items()}
+    return open_it
 
 
 def _folder(name: str, root: Path) -> Source:

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from kdzoo import config
+from kdzoo.data import Dataset
 from kdzoo.engine import checkpoint, teachers
 from kdzoo.engine.device import settle
+from kdzoo.engine.estimate import parts
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.run import open_data
-from kdzoo.engine.training import train_lanes
-from kdzoo.errors import UserError
+from kdzoo.engine.training import Teacher, train_lanes
+from kdzoo.errors import OutOfMemory, StorageError, UserError
 from kdzoo.files import write_text
 from kdzoo.results.folder import Result, RunFolder
 from kdzoo.results.lock import RunLock
@@ -46,22 +48,28 @@ def bench(suite: Suite, out: Path, retry: bool = False, quiet: bool = False) -> 
         UserError: the folder belongs to another suite, cannot be written, or holds a run that was edited by hand.
     """
     own(out, suite)
+    groups = laid_out(suite, out)
+    waiting = [[run for run in group if not is_settled(run, retry)] for group in groups]
+    with Progress(quiet) as progress:
+        progress.suite([sum(run.protocol.epochs for run in runs) for runs in waiting])
+        for i, (group, runs) in enumerate(zip(groups, waiting, strict=True)):
+            first = group[0]
+            progress.group(
+                i,
+                f"{first.teacher.name} on {first.data.name}, {first.protocol.name}, seed {first.seed}: "
+                f"{len(runs)} of {len(group)} runs to do",
+            )
+            if runs:
+                work_on(runs, progress, quiet)
+    return survey(suite)
+
+
+def laid_out(suite: Suite, out: Path) -> list[list[config.Settings]]:
+    """The suite's groups, its runs' folders below ``out`` and every ``auto`` settled for this machine."""
     for settings in suite.runs:
         settings.output.root = str(out)
-    with Progress(quiet) as progress:
-        for settings in suite.runs:
-            settle(settings.engine)
-        groups = grouped(suite.runs)
-        for i, group in enumerate(groups, 1):
-            first = group[0]
-            waiting = [run for run in group if not is_settled(run, retry)]
-            progress.say(
-                f"group {i}/{len(groups)}: {first.teacher.name} on {first.data.name}, {first.protocol.name}, seed "
-                f"{first.seed}: {len(waiting)} of {len(group)} runs to do"
-            )
-            if waiting:
-                work_on(waiting, progress, quiet)
-    return survey(suite)
+        settle(settings.engine)
+    return grouped(suite.runs)
 
 
 def own(out: Path, suite: Suite) -> None:
@@ -72,7 +80,10 @@ def own(out: Path, suite: Suite) -> None:
     """
     mark = out / "suite.json"
     if mark.is_file():
-        other = json.loads(mark.read_text(encoding="utf-8")).get("name")
+        try:
+            other = json.loads(mark.read_text(encoding="utf-8"))["name"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{mark} is damaged; if {out} holds the suite '{suite.name}', remove that file") from error
         if other != suite.name:
             raise UserError(f"{out} holds the suite '{other}', not '{suite.name}'; choose another --out")
     else:
@@ -93,7 +104,7 @@ def is_settled(settings: config.Settings, retry: bool) -> bool:
     """Whether there is nothing to do for a run: it is finished, or failed before and is not to be retried.
 
     Raises:
-        UserError: its folder was edited by hand or lost its student.
+        UserError: its folder was edited by hand, or lost its settings, its student or every whole checkpoint.
     """
     folder = RunFolder.of(settings)
     if folder.config.is_file():
@@ -102,16 +113,21 @@ def is_settled(settings: config.Settings, retry: bool) -> bool:
         if found != wanted:
             raise UserError(f"{folder.config} was edited by hand; remove the folder {folder.path} and run this again")
     if folder.read_result() is not None:
-        if not folder.student.is_file():
-            raise UserError(f"{folder.path} has lost its student; remove the folder and run this again")
+        for file, name in ((folder.config, "settings"), (folder.student, "student")):
+            if not file.is_file():
+                raise UserError(f"{folder.path} has lost its {name}; remove the folder and run this again")
         return True
+    checkpoint.survey(folder.checkpoints)
     if folder.failure.is_file() and retry:
         folder.failure.unlink()
     return folder.failure.is_file()
 
 
 def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool) -> None:
-    """Trains those of a group's runs that no other process is at work on, as many side by side as memory holds."""
+    """Trains those of a group's runs that no other process is at work on, as many side by side as memory holds.
+
+    What a group cannot do without, its data or its teacher, is missed by all of its runs and by no others.
+    """
     locks = {i: RunLock(RunFolder.of(run).path) for i, run in enumerate(runs)}
     try:
         mine = [run for i, run in enumerate(runs) if locks[i].acquire()]
@@ -120,15 +136,35 @@ def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool) ->
             return
         device = torch.device(mine[0].engine.device)
         with torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
-            dataset = open_data(mine[0], device, quiet)
-            teacher = teachers.obtain(mine[0], dataset, progress) if mine[0].teacher.name else None
-            for lanes in alike(mine):
-                outcomes = train_lanes(lanes, dataset, teacher, progress)
-                for run, outcome in zip(lanes, outcomes, strict=True):
-                    record(run, outcome, progress)
+            try:
+                dataset = open_data(mine[0], device, quiet)
+                teacher = teachers.obtain(mine[0], dataset, progress) if mine[0].teacher.name else None
+            except StorageError:
+                raise
+            except UserError as error:
+                for run in mine:
+                    record(run, error, progress)
+                return
+            for part in parts(mine, dataset, teacher, progress):
+                train(part, dataset, teacher, progress)
     finally:
         for lock in locks.values():
             lock.release()
+
+
+def train(runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> None:
+    """Trains runs side by side; those that memory did not hold are tried again, half as many at a time."""
+    for lanes in alike(runs):
+        progress.worth(sum(run.protocol.epochs for run in lanes))
+        outcomes = dict(enumerate(train_lanes(lanes, dataset, teacher, progress)))
+        full = [i for i, outcome in outcomes.items() if isinstance(outcome, OutOfMemory) and len(lanes) > 1]
+        for i in outcomes.keys() - set(full):
+            record(lanes[i], outcomes[i], progress)
+        if full:
+            fewer = len(lanes) // 2
+            progress.say(f"memory did not hold {len(full)} of {len(lanes)} runs: trying them {fewer} at a time")
+            for start in range(0, len(full), fewer):
+                train([lanes[i] for i in full[start : start + fewer]], dataset, teacher, progress)
 
 
 def record(run: config.Settings, outcome: Result | UserError, progress: Progress) -> None:

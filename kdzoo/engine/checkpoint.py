@@ -42,7 +42,7 @@ def survey(folder: Path) -> tuple[dict[int, Path], list[str]]:
         else:
             damaged.append(f"checkpoint {file} is damaged (its checksum differs); using the one before it")
     if damaged and not whole:
-        raise UserError(f"every checkpoint in {folder} is damaged; start anew with --fresh")
+        raise UserError(f"every checkpoint in {folder} is damaged; remove that folder and run the same command again")
     return whole, damaged
 
 

@@ -1,6 +1,6 @@
 """A lane: one student trained by one method, beside others that share its teacher and its batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -74,6 +74,17 @@ class Epochs:
             yield batch
 
 
+def titles(runs: Sequence[Settings]) -> list[str]:
+    """Names that tell lanes apart: the method, the student where there are several, and keywords that differ."""
+    several = len({run.student.name for run in runs}) > 1
+    names = []
+    for run in runs:
+        alike = [other.distiller for other in runs if other.distiller["name"] == run.distiller["name"]]
+        own = [f"{key}={value}" for key, value in run.distiller.items() if any(a[key] != value for a in alike)]
+        names.append(" ".join([*([run.student.name] if several else []), run.distiller["name"], *own]))
+    return names
+
+
 class Trained(nn.Module):
     """What a lane trains and keeps: never the teacher."""
 
@@ -91,6 +102,7 @@ class Lane:
     folder: RunFolder
     device: torch.device
     steps_per_epoch: int
+    title: str = ""  # among the lanes beside it
 
     def __post_init__(self) -> None:
         protocol = self.settings.protocol
@@ -106,12 +118,6 @@ class Lane:
         # What the host writes at the begin of a step and the device reads in it.
         self.number = torch.zeros((), device=self.device, dtype=torch.int64)
         self.share = torch.full((), 1 / self.settings.engine.accumulate, device=self.device)
-
-    @property
-    def title(self) -> str:
-        """The method with its settings, to tell lanes apart."""
-        name, *keywords = self.settings.distiller.items()
-        return " ".join([str(name[1]), *(f"{key}={value}" for key, value in keywords)])
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""

@@ -11,9 +11,10 @@ from kdzoo.distiller import DataSpec
 from kdzoo.engine import checkpoint, graphs
 from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.parts import check_parts
 from kdzoo.engine.progress import Progress
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 
 READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
 
@@ -40,7 +41,7 @@ def train(
     running = [lane for lane in lanes if lane.failure is None]
     begun = saved = shown = time.monotonic()
     epoch_begun, epoch_start = begun, start
-    progress.begin(per_epoch, loader.total_steps, start)
+    progress.begin(per_epoch, loader.total_steps, start, [lane.title for lane in lanes])
     steps = graphs.steps(lanes[0].device, settings.engine, teacher, progress.say)
 
     for step, batch in enumerate(loader.batches(start), start):
@@ -61,7 +62,7 @@ def train(
                 attempt(lane, lane.meter.read)  # waits for the device, so that the speed is true
             speed = (step + 1 - epoch_start) * batch_size / (time.monotonic() - epoch_begun)
             for lane in running:
-                attempt(lane, finish_epoch, lane, dataset, step, speed, progress, lane.title if len(lanes) > 1 else "")
+                attempt(lane, finish_epoch, lane, dataset, step, speed, progress)
             epoch_begun, epoch_start = time.monotonic(), step + 1
 
         if time.monotonic() - saved >= settings.engine.checkpoint_seconds:
@@ -77,29 +78,28 @@ def train(
 
 
 def attempt(lane: Lane, work: Callable[..., object], *arguments: object) -> None:
-    """Does one lane's ``work``; what goes wrong is the lane's failure and nobody else's."""
+    """Does one lane's ``work``; what goes wrong is the lane's failure and nobody else's, save a full disk."""
     if lane.failure is not None:
         return
     try:
         work(*arguments)
+    except StorageError:
+        raise
     except UserError as error:
         lane.failure = error
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        lane.failure = out_of_memory(error, lane.settings)
+        if lane.failure is None:
             raise
-        lane.failure = UserError(
-            f"out of memory with batches of {lane.settings.protocol.batch_size} on {lane.device}; "
-            "lower --batch-size or data.image_size"
-        )
 
 
 def show(lane: Lane, step: int, speed: float, progress: Progress) -> None:
     """Shows the terms' means so far, which waits for the device."""
-    progress.show(step, lane.meter.read(), speed)
+    progress.show(step, lane.meter.read(), speed, lane.title)
 
 
-def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress, title: str) -> None:
-    """Measures the student, where it is due, and writes the epoch down; ``title`` tells lanes apart."""
+def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress) -> None:
+    """Measures the student, where it is due, and writes the epoch down."""
     settings, terms = lane.settings, lane.meter.read()
     epoch = (step + 1) // lane.steps_per_epoch
     top1 = top5 = None
@@ -115,7 +115,7 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
         "images_per_second": round(speed, 1),
     }
     lane.record(record)
-    progress.epoch(record, title)
+    progress.epoch(record, lane.title)
 
 
 def test_rows(spec: DataSpec) -> int:

@@ -29,8 +29,8 @@ def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> T
         network = _new(settings, dataset)
         models.load_weights(network, wanted.weights)
         origin = wanted.weights
-    elif wanted.pretrained and (ready := pretrained(settings, dataset)) is not None:
-        network, origin = ready, "timm's pretrained weights"
+    elif is_published(settings, dataset):
+        network, origin = _new(settings, dataset, pretrained=True), "timm's pretrained weights"
     else:
         folder = trained(settings, dataset, progress)
         network = _new(settings, dataset)
@@ -99,11 +99,19 @@ def trained(settings: config.Settings, dataset: Dataset, progress: Progress) -> 
     return folder
 
 
-def pretrained(settings: config.Settings, dataset: Dataset) -> models.Network | None:
-    """timm's pretrained network as it is; None where its classes are others, so that it must be fine-tuned."""
-    network = _new(settings, dataset, pretrained=True)
-    classes = getattr(network.body, "pretrained_cfg", {}).get("num_classes")
-    return network if classes == dataset.spec.num_classes else None
+def lacking(settings: config.Settings, dataset: Dataset) -> config.Settings | None:
+    """The training that a run's teacher still needs; None where its weights are at hand, or timm's."""
+    if settings.teacher.weights or is_published(settings, dataset):
+        return None
+    own = recipe(settings, dataset)
+    return None if RunFolder.of(own).read_result() is not None else own
+
+
+def is_published(settings: config.Settings, dataset: Dataset) -> bool:
+    """Whether timm's weights are the teacher as they are; where their classes are others they must be fine-tuned."""
+    wanted = settings.teacher
+    assert wanted.name is not None
+    return wanted.pretrained and models.pretrained_classes(wanted.name) == dataset.spec.num_classes
 
 
 def _new(settings: config.Settings, dataset: Dataset, pretrained: bool = False) -> models.Network:

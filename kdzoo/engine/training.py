@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from kdzoo import config, models, registry
-from kdzoo.data import Dataset
+from kdzoo.data import Dataset, Loader
 from kdzoo.distillation import Distillation
 from kdzoo.engine import checkpoint, loop
 from kdzoo.engine.device import DTYPES, current
-from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.lane import Lane, SharedTeacher, titles
+from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.randomness import seed_of
@@ -69,6 +70,36 @@ def channels_last(distillation: Distillation) -> Distillation:
     return distillation
 
 
+def build_all(
+    runs: Sequence[config.Settings], dataset: Dataset, teacher: SharedTeacher | None
+) -> tuple[dict[int, Distillation], dict[int, UserError]]:
+    """``build`` for each run, by its number; those that cannot be built, with the reason."""
+    built: dict[int, Distillation] = {}
+    failed: dict[int, UserError] = {}
+    for i, settings in enumerate(runs):
+        try:
+            built[i] = build(settings, dataset, teacher).train()
+        except UserError as error:
+            failed[i] = error
+        except RuntimeError as error:
+            full = out_of_memory(error, settings)
+            if full is None:
+                raise
+            failed[i] = full
+    return built, failed
+
+
+def common_loader(
+    settings: config.Settings, built: Sequence[Distillation], dataset: Dataset, teacher: SharedTeacher | None
+) -> Loader:
+    """The batches that serve all lanes: the views that any of them needs, and the teacher's maps where one does."""
+    needs = [distillation.distiller.needs for distillation in built]
+    views = tuple(sorted({view for need in needs for view in need.views}))
+    if teacher is not None:
+        teacher.network = ready(teacher.network, settings.engine, any(need.features for need in needs))
+    return dataset.loader(settings.protocol, seed=settings.seed, views=views)
+
+
 def train_lanes(
     runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
 ) -> list[Result | UserError]:
@@ -78,24 +109,14 @@ def train_lanes(
         For each run its result, or why it failed; no lane's failure stops another.
     """
     shared = None if teacher is None else SharedTeacher(teacher.network)
-    outcomes: dict[int, Result | UserError] = {}
-    built: dict[int, Distillation] = {}
-    for i, settings in enumerate(runs):
-        try:
-            built[i] = build(settings, dataset, shared).train()
-            RunFolder.of(settings).open(settings)
-        except UserError as error:
-            outcomes[i] = error
+    built, failed = build_all(runs, dataset, shared)
+    outcomes: dict[int, Result | UserError] = {**failed}
     if built:
-        needs = [distillation.distiller.needs for distillation in built.values()]
-        views = tuple(sorted({view for need in needs for view in need.views}))
-        first = runs[0]
-        loader = dataset.loader(first.protocol, seed=first.seed, views=views)
-        if teacher is not None:
-            assert shared is not None
-            shared.network = ready(teacher.network, first.engine, any(need.features for need in needs))
-        device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch
-        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch) for i in built}
+        loader = common_loader(runs[0], list(built.values()), dataset, shared)
+        device, per_epoch, names = dataset.spec.labels.device, loader.steps_per_epoch, titles(runs)
+        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, title=names[i]) for i in built}
+        for lane in lanes.values():
+            lane.folder.open(lane.settings)
         with current(device):
             loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():

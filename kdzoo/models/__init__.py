@@ -3,7 +3,7 @@
 # These register the 32x32 nets and the small transformers with timm.
 from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transformers, wrn  # noqa: F401
 from kdzoo.models.adapt import unfuse_attention
-from kdzoo.models.by_name import create
+from kdzoo.models.by_name import check, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
@@ -12,9 +12,11 @@ from kdzoo.models.weights import load_weights, save_weights
 __all__ = [
     "Network",
     "cast_weights",
+    "check",
     "create",
     "describe",
     "load_weights",
+    "pretrained_classes",
     "save_weights",
     "short_names",
     "unfuse_attention",

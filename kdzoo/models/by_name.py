@@ -48,6 +48,7 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, **options: An
     Raises:
         UserError: an unknown name or option, a factory that fails, or weights that cannot be had.
     """
+    check(name)
     origin, colon, member = name.partition(":")
     if colon and pretrained:
         raise UserError(f"'{name}' has no pretrained weights here; pass a timm name, or weights from a file")
@@ -58,10 +59,27 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, **options: An
     return _from_factory(name, origin, member, data, options)
 
 
+def check(name: str) -> None:
+    """Raises a UserError where ``create`` would not know the name; one's own factories are not looked for yet."""
+    origin, colon, member = name.partition(":")
+    if not colon and not timm.is_model(names.resolve(name)):
+        raise unknown("model", name, names.known())
+    if colon and origin == "torchvision" and member not in (known := _torchvision_models()):
+        raise unknown("torchvision model", member, known)
+
+
+def pretrained_classes(name: str) -> int | None:
+    """How many classes timm's published weights of this network tell apart; None where there are none."""
+    facts = timm.get_pretrained_cfg(names.resolve(name)) if ":" not in name else None
+    return facts.num_classes if facts and facts.has_weights else None
+
+
+def _torchvision_models() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
+
+
 def _from_timm(name: str, data: DataSpec, pretrained: bool, options: dict[str, Any]) -> Network:
     entry = names.resolve(name)
-    if not timm.is_model(entry):
-        raise unknown("model", name, names.known())
     facts = _told(name, lambda: timm.get_pretrained_cfg(entry))
     native = facts.input_size[-1] if facts else 224
     wanted = options.pop("img_size", None)
@@ -101,9 +119,6 @@ def _with_patches(entry: str, bare: nn.Module, side: int, keywords: dict[str, An
 
 
 def _from_torchvision(name: str, member: str, data: DataSpec, options: dict[str, Any]) -> Network:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if member not in known:
-        raise unknown("torchvision model", member, known)
     size = options.pop("img_size", None) or data.image_size
     keywords: dict[str, Any] = {"num_classes": data.num_classes, "weights": None, **options}
     if member in ("googlenet", "inception_v3"):  # their training output is a tuple unless told otherwise

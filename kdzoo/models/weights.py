@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kdzoo.errors import UserError
+from kdzoo.files import write_atomically
 
 NESTS = ("state_dict", "model", "student")  # under which trainers put the weights
 SHOWN = 3  # mismatching tensors named in an error
 
 
 def save_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Writes the weights of ``network.body``, or of the module itself, as safetensors.
-
-    The file appears whole or not at all: it is written beside its place, flushed to disk and renamed.
-    """
+    """Writes the weights of ``network.body``, or of the module itself, as safetensors, whole or not at all."""
     state = {k: v.detach().cpu().contiguous().clone() for k, v in _bare(network).state_dict().items()}
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(save(state))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(partial, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_atomically(Path(file), lambda temporary: temporary.write_bytes(save(state)))
 
 
 def load_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:

@@ -76,7 +76,10 @@ class RunFolder:
         """The settings that the run was made with, as they stand in the file."""
         if not self.config.is_file():
             raise UserError(f"{self.path} is no run; expected a folder with a config.yaml that kdzoo wrote")
-        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        try:
+            return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise UserError(f"{self.config} is damaged; remove the folder and run the same command again") from error
 
     def settings(self) -> config.Settings:
         """The same, checked against what is installed now."""
@@ -103,7 +106,9 @@ class RunFolder:
         try:
             return Result(folder=self.path, **json.loads(self.result.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self.result} is damaged ({error}); run the same command with --fresh") from error
+            raise UserError(
+                f"{self.result} is damaged ({error}); remove the folder and run the same command again"
+            ) from error
 
     def clear(self) -> None:
         """Removes what kdzoo wrote here, and nothing else."""

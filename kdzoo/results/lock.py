@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.files import write_text
 
 
@@ -30,7 +30,7 @@ class RunLock:
         except Timeout:
             return False
         except OSError as error:
-            raise UserError(
+            raise StorageError(
                 f"{self._file.parent} cannot be written ({error.strerror}); choose another folder"
             ) from error
         write_text(self.owner, json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")

@@ -45,7 +45,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
                 **result.plain(),
                 "method": method,
                 "preset": preset,
-                "protocol": _named(protocol, lambda name: asdict(config.protocol(name))),
+                "protocol": _protocol(protocol),
                 "data": _data(settings["data"]),
                 "teacher": _teacher(settings["teacher"], protocol["name"]) if result.teacher else ALONE,
                 "student": _named(settings["student"], lambda _: asdict(config.StudentSettings())),
@@ -249,8 +249,18 @@ def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
     return _named(kept, lambda _: asdict(config.TeacherSettings()))
 
 
+def _protocol(settings: Mapping[str, Any]) -> str:
+    """A recipe's name with what sets it apart: its epochs, but not the milestones and the warm-up that follow."""
+
+    def usual(name: str) -> dict[str, Any]:
+        return {**asdict(config.protocol(name, settings["epochs"])), "epochs": config.protocol(name).epochs}
+
+    return _named(settings, usual)
+
+
 def _data(settings: Mapping[str, Any]) -> str:
-    size, limit = settings.get("image_size"), settings.get("limit")
-    changed = [f"{key}={value}" for key, value in settings.get("options", {}).items()]
+    size, limit, given = settings.get("image_size"), settings.get("limit"), settings.get("options", {})
+    usual = config.data_options(settings["name"]) if given else {}
+    changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
     changed += [*([f"{limit} images"] if limit else []), *([f"{size} px"] if size else [])]
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

@@ -171,7 +171,13 @@ def test_sets_without_options_refuse_them(name: str) -> None:
 def test_options_come_from_the_command_line_and_make_another_run() -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}, "data": {"name": "bands"}}
     plain, low = config.resolve(base), config.resolve(base, ["data.options.low=0.5", "data.options.size=48"])
-    assert low.data.options == {"low": 0.5, "size": 48}
+    assert (low.data.options["low"], low.data.options["size"], low.data.options["high"]) == (0.5, 48, 1.0)
     assert plain.identity() != low.identity()
     with pytest.raises(UserError, match=r"data.options"):
         config.resolve(base, ["data.options=3"])
+
+
+def test_a_number_is_the_same_option_however_it_is_written() -> None:
+    base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}, "data": {"name": "bands"}}
+    runs = [config.resolve(base, more) for more in ([], ["data.options.low=1"], ["data.options.low=1.0"])]
+    assert len({run.identity() for run in runs}) == 1

@@ -1,14 +1,18 @@
 """A suite runs in groups, survives being killed, and never runs twice what is finished."""
 
+import functools
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import suites
+from kdzoo import files, models, suites
+from kdzoo.cli import main
 from kdzoo.engine.bench import alike, bench, grouped
 from kdzoo.errors import UserError
 from kdzoo.results.folder import RunFolder
@@ -131,6 +135,93 @@ def test_a_run_that_was_edited_or_half_deleted_is_an_error_and_nothing_is_lost(s
     assert all(RunFolder(path).read_result() for path in report.finished)
 
 
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: folder.config.unlink(), "has lost its settings"),
+        (lambda folder: folder.config.write_text("a: [1"), "config.yaml is damaged"),
+        (lambda folder: folder.config.write_text(""), "config.yaml is damaged"),
+        (lambda folder: folder.result.write_text("{"), "result.json is damaged"),
+        (lambda folder: folder.result.write_text('{"top9": 1}'), "result.json is damaged"),
+        (lambda folder: (folder.path.parent / "suite.json").write_text("{"), "suite.json is damaged"),
+        (lambda folder: (folder.path.parent / "suite.json").write_text("[]"), "suite.json is damaged"),
+    ],
+)
+def test_harm_of_any_kind_is_one_line_before_anything_is_trained(tmp_path, monkeypatch, harm, said):
+    file = tmp_path / "one.yaml"
+    file.write_text("data: {name: digits, limit: 128}\npairs: [[null, resnet8], [null, resnet14]]\ndistillers: [none]")
+    suite = suites.load(str(file), overrides=[*QUICK, "protocol.epochs=1"])
+    report = bench(suite, tmp_path / "runs", quiet=True)
+    harm(RunFolder(report.finished[1]))
+    RunFolder(report.finished[0]).result.unlink()  # so that there is something to do
+    monkeypatch.setattr("kdzoo.engine.bench.train_lanes", None)
+    with pytest.raises(UserError) as caught:
+        bench(suite, tmp_path / "runs", quiet=True)
+    assert said in str(caught.value)
+    assert "remove" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_that_are_all_damaged_are_known_before_anything_is_trained(suite, tmp_path):
+    for run in suite.runs:
+        run.output.root = str(tmp_path / "runs")
+    last = RunFolder.of(suite.runs[-1]).checkpoints
+    last.mkdir(parents=True)
+    (last / "step-000000005-0123456789abcdef.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; remove that folder"):
+        bench(suite, tmp_path / "runs", quiet=True)
+    assert not list((tmp_path / "runs").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("kind", ["checkpoints", "student.safetensors", "metrics.jsonl", "result.json"])
+def test_a_disk_that_fills_stops_the_bench_and_no_run_has_failed(suite, tmp_path, monkeypatch, kind):
+    runs = suite.runs[:3]
+    few = suites.Suite("mine", runs)
+    for run in runs:
+        run.engine.checkpoint_seconds = 0.0
+    whole = bench(few, tmp_path / "whole", quiet=True)
+    write, left = files.write_atomically, 2
+
+    def full(path, content):
+        nonlocal left
+        left -= kind in str(path)
+        if left < 0:
+            return write(path, lambda temporary: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        for module in ("kdzoo.files", "kdzoo.engine.checkpoint", "kdzoo.models.weights"):
+            patch.setattr(f"{module}.write_atomically", full)
+        with pytest.raises(UserError, match=r"the disk of .* is full; free some space and run the same command again"):
+            bench(few, tmp_path / "full", quiet=True)
+    assert not list((tmp_path / "full").glob("*/failed.txt"))
+    report = bench(few, tmp_path / "full", quiet=True)
+    assert len(report.finished) == len(whole.finished) == 3
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "full"))
+
+
+def test_what_one_group_lacks_does_not_stop_the_others(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(SUITE.replace("data: {name: digits, limit: 320}", "data: ['folder:/nowhere', digits]"))
+    more = [*QUICK, "data.limit=320", "protocol.epochs=1"]
+    suite = suites.load(str(file), seeds=[0], overrides=more)
+    report = bench(suite, tmp_path / "runs", quiet=True)
+    assert (len(report.finished), len(report.failed)) == (6, 6)
+    assert all("no folder '/nowhere'" in reason for reason in report.failed.values())
+
+
+def test_a_failure_that_many_runs_share_is_told_once(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: 'folder:/nowhere'\npairs: [[null, resnet8], [null, resnet14]]\ndistillers: [none]")
+    monkeypatch.setattr(sys, "argv", ["kdzoo", "bench", str(file), "--out", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert said.startswith("error: 2 runs failed (")
+    assert said.count("no folder '/nowhere'") == 1
+
+
 def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
     from kdzoo.engine import checkpoint
 
@@ -146,23 +237,53 @@ def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("pairs: [[a, b]]\ndistillers: [kd]\nseed: [1]", "unknown key in suite bad 'seed'; did you mean seeds"),
-        ("pairs: [[a, b, c]]\ndistillers: [kd]", "is no pair"),
-        ("pairs: [[a, b]]", "has no distillers"),
-        ("pairs: [[a, b]]\ndistillers: [kdd]", "unknown distiller 'kdd'; did you mean kd"),
-        ("pairs: [[a, b]]\ndistillers: [kd, kd]", "has a run twice"),
-        ("pairs: [[a, b]]\ndistillers: [{name: kd, temp: 1}]", "distiller.temp"),
-        ("[1, 2]", "holds no mapping"),
+        ("seed: [1]", "unknown key in suite bad 'seed'; did you mean seeds"),
+        ("pairs: [[resnet14, resnet8, resnet8]]", "is no pair"),
+        ("pairs: [resnet8]", "resnet8 is no pair"),
+        ("pairs: [[resnet14, 8]]", "is no pair"),
+        ("pairs: [[resnet14, resnet81]]", "unknown model 'resnet81'; did you mean resnet8"),
+        ("pairs: [[torchvision:resnet188, resnet8]]", "unknown torchvision model 'resnet188'; did you mean resnet18"),
+        ("pairs: resnet8", "has no list of pairs"),
+        ("distillers:", "has no list of distillers"),
+        ("distillers: kd", "has no list of distillers"),
+        ("distillers: [kdd]", "unknown distiller 'kdd'; did you mean kd"),
+        ("distillers: [{name: kd, temp: 1}]", "distiller.temp"),
+        ("distillers: [{temperature: 1}]", "is no distiller"),
+        ("distillers: [kd, kd]", "has a run twice"),
+        ("pairs: [[resnet14, resnet8], {teacher: resnet14, student: resnet8}]", "has a run twice"),
+        ("seeds: [0, 0]", "has a run twice"),
+        ("data: [digits, digits]", "has a run twice"),
+        ("seeds: 3", "has no list of seeds; expected one, such as seeds: [0, 1, 2]"),
+        ("seeds: []", "has no list of seeds"),
+        ("seeds: [one]", "seed"),
+        ("data: digit", "unknown data 'digit'; did you mean digits"),
+        ("data: []", "[] is no data"),
+        ("data: {name: bands, options: {lo: 1}}", "did you mean data.options.low"),
+        ("protocol: quik", "unknown protocol 'quik'; did you mean quick"),
+        ("protocol: [quick]", "is no protocol"),
+        ("teacher: 30", "expected settings of it"),
+        ("teacher: {name: resnet14}", "expected settings of it"),
+        ("teacher: {epoch: 3}", "did you mean teacher.epochs"),
+        ("pairs: [[resnet14, resnet8]]\npairs: [[resnet14, resnet14]]", "found duplicate key pairs"),
         ("pairs: [", "no valid YAML"),
     ],
 )
 def test_a_wrong_suite_is_one_line(tmp_path, text, said):
     file = tmp_path / "bad.yaml"
-    file.write_text(text)
+    sound = {"pairs": "pairs: [[resnet14, resnet8]]", "distillers": "distillers: [kd]"}
+    rest = [line for key, line in sound.items() if not text.startswith(key)]
+    file.write_text("\n".join([*rest, text]))
     with pytest.raises(UserError) as caught:
         suites.load(str(file))
     assert said in str(caught.value).replace(str(file), "bad")
     assert "\n" not in str(caught.value)
+
+
+def test_a_suite_is_a_mapping(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("[1, 2]")
+    with pytest.raises(UserError, match="holds no mapping"):
+        suites.load(str(file))
 
 
 def test_an_unknown_suite_gets_the_nearest():
@@ -170,9 +291,34 @@ def test_an_unknown_suite_gets_the_nearest():
         suites.load("digit")
 
 
+load = functools.cache(suites.load)
+
+
 @pytest.mark.parametrize("name", suites.shipped())
-def test_every_shipped_suite_is_valid(name):
-    assert suites.load(name).runs
+def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
+    runs = load(name).runs
+    assert runs
+    for network in {run.student.name for run in runs} | {run.teacher.name for run in runs} - {None}:
+        with torch.device("meta"):
+            assert timm.create_model(models.short_names().get(network, network), num_classes=7)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in suites.shipped() if name not in ("digits", "bands", "controls", "heart")]
+)
+def test_the_suites_of_the_tables_stand_on_baselines_pairs_and_seeds(name):
+    runs = load(name).runs
+    assert {"none", "kd", "logitmse", "uhkd", "figkd", "lfcc"} <= {run.distiller["name"] for run in runs}
+    assert len({(run.teacher.name, run.student.name) for run in runs}) >= 2
+    assert {run.seed for run in runs} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["cifar100-hetero", "imagenet-hetero"])
+def test_teachers_of_the_heterogeneous_suites_have_published_weights(name):
+    classes = {run.teacher.name: models.pretrained_classes(run.teacher.name) for run in load(name).runs}
+    assert all(classes.values())
+    if name == "imagenet-hetero":
+        assert set(classes.values()) == {1000}
 
 
 def test_seeds_of_the_command_replace_the_files(tmp_path, suite):

@@ -1,5 +1,6 @@
 """Weights to files and back."""
 
+import errno
 import os
 import pickle
 
@@ -51,10 +52,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     before = file.read_bytes()
 
     def full(descriptor):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"the disk of .* is full"):
         save_weights(create("resnet8", DATA), file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

@@ -1,0 +1,270 @@
+"""What a suite will take: time and memory of its groups, from a few measured steps of each of their runs."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from kdzoo import config, models
+from kdzoo.data import Dataset, Loader
+from kdzoo.distiller import Batch
+from kdzoo.engine import memory, teachers
+from kdzoo.engine.device import autocast
+from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.loop import attempt
+from kdzoo.engine.memory import Cost
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.run import open_data
+from kdzoo.engine.training import Teacher, build_all, common_loader
+from kdzoo.errors import OutOfMemory, UserError
+from kdzoo.results.folder import RunFolder
+
+CALLS, ENOUGH = 3, 1.0  # a time is the median of so many calls, or of fewer that took so many seconds
+TEST_BATCH = 256
+NOTHING, TOO_MUCH = Cost(0, 0), Cost(2**62, 0)  # of runs that cannot be trained: at all, or beside any other
+
+
+class LaneCost(NamedTuple):
+    """What one run takes beside what it shares."""
+
+    step: float  # seconds
+    test: float  # seconds of one pass over the test set
+    memory: Cost
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """What a group takes, its runs by their numbers."""
+
+    shared: float  # seconds of making a batch and of the teacher's pass
+    once: float  # seconds of measuring the teacher
+    steps: int  # of an epoch
+    epochs: int
+    measured: int  # epochs after which students are measured
+    lanes: dict[int, LaneCost]
+    failed: dict[int, UserError]  # runs that cannot be trained
+    base: int  # bytes of process, data and teacher
+    room: float  # bytes that the lanes may take
+    most: int  # lanes side by side
+
+    def parts(self, chosen: Sequence[int]) -> list[list[LaneCost]]:
+        """Those of the chosen runs that can be trained, as many side by side as memory holds."""
+        lanes = [self.lanes[i] for i in chosen if i in self.lanes]
+        packed = memory.packed([lane.memory for lane in lanes], self.room, self.most)
+        return [[lanes[i] for i in part] for part in packed]
+
+    def seconds(self, chosen: Sequence[int]) -> float:
+        """The time of these runs. Each part of the group makes its batches and asks the teacher anew."""
+        parts = self.parts(chosen)
+        step = sum(self.shared + sum(lane.step for lane in part) for part in parts)
+        test = sum(lane.test for part in parts for lane in part)
+        return self.epochs * self.steps * step + self.measured * test + (self.once if parts else 0.0)
+
+    def bytes(self, chosen: Sequence[int]) -> int:
+        """The memory of the largest part, with process, data and teacher."""
+        parts = self.parts(chosen)
+        return self.base + max((memory.together(lane.memory for lane in part) for part in parts), default=0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a group is expected to take, on this machine, with no other at work beside it."""
+
+    finished: int = 0  # of its runs
+    seconds: float = 0.0  # of all its runs
+    left: float = 0.0  # of those that are still to do
+    teaching: float = 0.0  # of its teacher's own training, unless an earlier group pays for that
+    memory: int = 0  # bytes, with the process and the data
+    parts: int = 1  # that memory divides it into
+    failed: Mapping[int, UserError] = field(default_factory=dict)  # runs that cannot be trained, by their numbers
+    missing: str = ""  # why nothing could be measured
+
+
+def estimate(groups: Sequence[Sequence[config.Settings]], retry: bool, progress: Progress) -> list[Estimate]:
+    """What each group of a suite will take. Nothing is trained: networks have random weights.
+
+    Groups that differ by their seed only are measured once. Phases before training, and the teacher's passes
+    over further views, are not counted.
+    """
+    known: dict[str, tuple[GroupCost, config.Settings | None, float] | UserError] = {}
+    paid: set[str] = set()
+    found = []
+    for group in groups:
+        key = json.dumps([{**run.plain(), "seed": 0} for run in group], sort_keys=True)
+        if key not in known:
+            progress.say(f"measuring {group[0].teacher.name} on {group[0].data.name}: {len(group)} runs")
+            try:
+                known[key] = measure(group)
+            except UserError as error:
+                known[key] = error
+        left = [i for i, run in enumerate(group) if not is_done(run, retry)]
+        finished = len(group) - len(left)
+        measured = known[key]
+        if isinstance(measured, UserError):
+            found.append(Estimate(finished, missing=str(measured)))
+            continue
+        cost, lacking, teaching = measured
+        everything = range(len(group))
+        teacher = lacking.identity() if lacking is not None and left else ""
+        found.append(
+            Estimate(
+                finished,
+                cost.seconds(everything),
+                cost.seconds(left),
+                0.0 if teacher in paid or not teacher else teaching,
+                cost.bytes(everything),
+                max(1, len(cost.parts(everything))),
+                cost.failed,
+            )
+        )
+        paid.add(teacher)
+    return found
+
+
+def is_done(run: config.Settings, retry: bool) -> bool:
+    """Whether a bench would leave the run as it is."""
+    folder = RunFolder.of(run)
+    return folder.read_result() is not None or (folder.failure.is_file() and not retry)
+
+
+def measure(group: Sequence[config.Settings]) -> tuple[GroupCost, config.Settings | None, float]:
+    """What a group takes, its teacher's own training where that is still to be done, and the seconds of it.
+
+    Raises:
+        UserError: the data or the teacher are not to be had.
+    """
+    first = group[0]
+    dataset = open_data(first, torch.device(first.engine.device), quiet=True)
+    if first.teacher.name is None:
+        return cost_of(group, dataset, None), None, 0.0
+    lacking = teachers.lacking(first, dataset)
+    teaching = 0.0 if lacking is None else cost_of([lacking], dataset, None).seconds([0])
+    network = models.create(first.teacher.name, dataset.spec).eval().requires_grad_(False)
+    network.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
+    return cost_of(group, dataset, network), lacking, teaching
+
+
+def cost_of(runs: Sequence[config.Settings], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
+    """What these runs take beside this teacher."""
+    first, device = runs[0], dataset.spec.labels.device
+    base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    room = memory.ROOM * memory.free(device)
+    lanes: dict[int, LaneCost] = {}
+    failed: dict[int, UserError] = {}
+    for i, lane, batch in stepped(runs, dataset, teacher, failed):
+        weight = memory.weigh(lane, batch)
+        step = seconds(partial(lane.step, batch, 2), device)
+        lanes[i] = LaneCost(step, test_seconds(lane.deployed(), dataset, first), weight)
+    loader = dataset.loader(first.protocol, seed=first.seed)
+    batches = cycle_of(loader)
+    batch = next(batches)
+    shared, once = seconds(partial(next, batches), device), 0.0
+    if teacher is not None:
+        shared += seconds(partial(look, teacher, batch.images, first.engine.precision), device)
+        once = test_seconds(teacher, dataset, first)
+    return GroupCost(
+        shared=shared,
+        once=once,
+        steps=loader.steps_per_epoch,
+        epochs=first.protocol.epochs,
+        measured=math.ceil(first.protocol.epochs / first.output.measure_every),
+        lanes=lanes,
+        failed=failed,
+        base=base,
+        room=math.inf if first.engine.lanes else room,
+        most=first.engine.lanes or len(runs),
+    )
+
+
+def parts(
+    runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
+) -> list[list[config.Settings]]:
+    """A group's runs, as many side by side as memory holds beside data and teacher, or as ``engine.lanes`` says."""
+    wanted, room = runs[0].engine.lanes, math.inf
+    costs = [NOTHING] * len(runs)
+    if not wanted and len(runs) > 1:
+        room = memory.ROOM * memory.free(dataset.spec.labels.device)
+        failed: dict[int, UserError] = {}
+        lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
+        weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}
+        full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
+        costs = [weights.get(i, TOO_MUCH if i in full else NOTHING) for i in range(len(runs))]
+    found = memory.packed(costs, room, wanted or len(runs))
+    if len(found) > 1 and not wanted:
+        progress.say(f"memory does not hold all {len(runs)} runs side by side: {len(found)} parts, one after the other")
+    return [[runs[i] for i in part] for part in found]
+
+
+def stepped(
+    runs: Sequence[config.Settings],
+    dataset: Dataset,
+    teacher: models.Network | None,
+    failed: dict[int, UserError],
+) -> Iterator[tuple[int, Lane, Batch]]:
+    """The number of each run, its lane after two steps, and their batch; one lane at a time.
+
+    Runs that cannot be built or make no step are put into ``failed``, with the reason.
+    """
+    shared = None if teacher is None else SharedTeacher(teacher)
+    built, reasons = build_all(runs, dataset, shared)
+    failed |= reasons
+    if not built:
+        return
+    loader = common_loader(runs[0], list(built.values()), dataset, shared)
+    batch = next(loader.batches())
+    for i in list(built):
+        settings = replace(runs[i], output=replace(runs[i].output, tensorboard=False))  # nothing is written
+        lane = Lane(settings, built.pop(i), RunFolder.of(settings), batch.images.device, loader.steps_per_epoch)
+        for step in range(2):  # optimisers take their memory at the end of the first
+            attempt(lane, lane.step, batch, step)
+        if lane.failure is None:
+            yield i, lane, batch
+        else:
+            failed[i] = lane.failure
+
+
+def cycle_of(loader: Loader) -> Iterator[Batch]:
+    """The loader's batches, again and again."""
+    while True:
+        yield from loader.batches()
+
+
+def look(network: nn.Module, images: Tensor, precision: str) -> None:
+    """A pass without gradients."""
+    with torch.inference_mode(), autocast(images.device, precision):
+        network(images)
+
+
+def test_seconds(network: nn.Module, dataset: Dataset, settings: config.Settings) -> float:
+    """The time of a pass over the test set, by that of its first batch."""
+    network.eval()
+
+    def first_batch() -> None:
+        images, _ = next(dataset.test_batches(TEST_BATCH, settings.protocol.test_crop))
+        look(network, images, settings.engine.precision)
+
+    first_batch()
+    batches = dataset.test_size / min(TEST_BATCH, dataset.test_size)
+    return batches * seconds(first_batch, dataset.spec.labels.device)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, by the median of a few; the first call is to be made before."""
+    times: list[float] = []
+    while len(times) < CALLS and sum(times) < ENOUGH:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        begun = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return median(times)

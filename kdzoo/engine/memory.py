@@ -1,0 +1,103 @@
+"""Memory: how much the device has free, what a lane takes of it, and how many lanes it holds at a time."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+
+from kdzoo.config import Settings
+from kdzoo.distiller import Batch
+from kdzoo.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from kdzoo.engine.lane import Lane
+
+ROOM = 0.8  # the share of free memory that lanes may take, as a few steps do not show all of what they need
+
+WORKSPACE = 1.5  # peaks of processes on a CPU, over what is counted: 1.25 to 1.4 for steps of more than 200 MB
+
+
+class Cost(NamedTuple):
+    """Bytes that a lane takes beside data and teacher."""
+
+    kept: int  # from step to step: weights, moments, averages
+    passing: int  # within a step: activations and gradients
+
+
+def free(device: torch.device) -> int:
+    """The bytes that can still be had: of a GPU, or of the machine. A container's own limit is not seen."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    return psutil.virtual_memory().available
+
+
+def weigh(lane: "Lane", batch: Batch) -> Cost:
+    """What a lane takes that has made its first step, by another one.
+
+    On a GPU the step's peak is measured. Elsewhere gradients and what is kept for the backward pass are counted, and
+    ``WORKSPACE`` times that is taken, since the resident size of a process tells little: it holds on to what it has
+    freed.
+    """
+    kept = bytes_of(lane.state_dict())
+    if lane.device.type == "cuda":
+        torch.cuda.synchronize(lane.device)
+        torch.cuda.reset_peak_memory_stats(lane.device)
+        before = torch.cuda.memory_allocated(lane.device)
+        lane.step(batch, 1)
+        torch.cuda.synchronize(lane.device)
+        return Cost(kept, torch.cuda.max_memory_allocated(lane.device) - before)
+    weights = {p.untyped_storage().data_ptr() for p in lane.trained.parameters()}
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        lane.step(batch, 1)
+    gradients = sum(p.nbytes for p in lane.trained.parameters() if p.requires_grad)
+    counted = gradients + sum(size for place, size in saved.items() if place not in weights)
+    return Cost(kept, round(WORKSPACE * counted))
+
+
+def together(costs: Iterable[Cost]) -> int:
+    """The bytes that lanes take side by side: all that each keeps, and one step, as they take turns."""
+    costs = list(costs)
+    return sum(cost.kept for cost in costs) + max((cost.passing for cost in costs), default=0)
+
+
+def packed(costs: Sequence[Cost], room: float, most: int) -> list[list[int]]:
+    """The lanes' numbers in their order, at most ``most`` and as many as ``room`` bytes hold, and at least one."""
+    parts: list[list[int]] = []
+    for i in range(len(costs)):
+        if parts and len(parts[-1]) < most and together(costs[j] for j in (*parts[-1], i)) <= room:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def bytes_of(state: Any) -> int:
+    """The bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(bytes_of(value) for value in state.values())
+    return sum(bytes_of(value) for value in state) if isinstance(state, list | tuple) else 0
+
+
+def out_of_memory(error: BaseException, settings: Settings) -> OutOfMemory | None:
+    """The error in a user's words where it says that memory is full; None for any other.
+
+    It does not chain to ``error``, whose traceback would keep alive what did not fit.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    return OutOfMemory(
+        f"out of memory with batches of {settings.protocol.batch_size} on {settings.engine.device}; "
+        "lower --batch-size or data.image_size"
+    )

@@ -1,0 +1,20 @@
+"""Quantities as a person says them: time left, bytes."""
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``2 h 05 min`` or ``3 d 04 h``, rounded."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
+
+
+def size(count: float) -> str:
+    """``512 MiB`` or ``1.5 GiB`` of ``count`` bytes."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

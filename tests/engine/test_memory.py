@@ -1,0 +1,187 @@
+"""Groups are as large as memory holds: what lanes take is counted, and what does not fit waits or is tried again."""
+
+import pytest
+import torch
+
+from kdzoo import config, models, suites
+from kdzoo.data import open_dataset
+from kdzoo.engine import bench as engine
+from kdzoo.engine import estimate, memory
+from kdzoo.engine.estimate import parts, stepped
+from kdzoo.engine.memory import Cost, packed, together
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import Teacher, train_lanes
+from kdzoo.errors import OutOfMemory
+
+ON = ["protocol.epochs=1", "data.limit=128", "engine.device=cpu", "engine.precision=float32"]
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return open_dataset("digits", limit=128, progress=False)
+
+
+@pytest.fixture
+def teacher(dataset):
+    torch.manual_seed(0)
+    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+
+
+def settings(out, distiller, *more):
+    values = {
+        "distiller": {"name": distiller},
+        "student": {"name": "resnet8"},
+        "teacher": {"name": "resnet14"},
+        "output": {"root": str(out)},
+    }
+    return config.resolve(values, [*ON, *more])
+
+
+def suite(folder):
+    file = folder / "mine.yaml"
+    file.write_text("pairs: [[resnet14, resnet8]]\ndistillers: [none, kd, logitmse, dist, {name: kd, temperature: 1}]")
+    return suites.load(str(file), overrides=[*ON, "teacher.epochs=8", "teacher.allow_weak=true"])
+
+
+def test_lanes_take_turns_so_only_one_step_counts_beside_what_all_keep():
+    assert together([Cost(10, 5), Cost(20, 50), Cost(30, 7)]) == 60 + 50
+    assert together([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "expected"),
+    [
+        (1000, 9, [[0, 1, 2, 3]]),
+        (45, 9, [[0, 1, 2], [3]]),
+        (35, 9, [[0, 1], [2], [3]]),
+        (1000, 3, [[0, 1, 2], [3]]),
+        (0, 9, [[0], [1], [2], [3]]),
+    ],
+)
+def test_as_many_lanes_side_by_side_as_memory_holds_and_at_least_one(room, most, expected):
+    assert packed([Cost(10, 5), Cost(10, 10), Cost(10, 15), Cost(10, 60)], room, most) == expected
+
+
+def test_what_a_lane_keeps_is_its_weights_and_the_optimisers(tmp_path, dataset):
+    run = settings(tmp_path, "none", "protocol.name=crd", "protocol.epochs=1")
+    [(_, lane, batch)] = stepped([run], dataset, None, {})
+    cost = memory.weigh(lane, batch)
+    weights = sum(p.nbytes for p in lane.trained.parameters())
+    assert 2 * weights < cost.kept < 2.2 * weights  # with momentum
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_on_larger_batches_takes_more(tmp_path, dataset, teacher):
+    costs = []
+    for size in (32, 64):
+        run = settings(tmp_path, "kd", f"protocol.batch_size={size}")
+        [(_, lane, batch)] = stepped([run], dataset, teacher.network, {})
+        costs.append(memory.weigh(lane, batch))
+    assert costs[0].kept == costs[1].kept
+    assert 1.5 < costs[1].passing / costs[0].passing < 2
+
+
+def test_there_is_memory_and_it_is_counted_in_bytes():
+    assert 2**24 < memory.free(torch.device("cpu")) < 2**46
+
+
+def test_tensors_are_counted_wherever_they_lie():
+    assert memory.bytes_of({"a": [torch.zeros(3), {"b": torch.zeros(2, dtype=torch.int64)}], "c": 5, "d": None}) == 28
+
+
+def test_a_group_is_split_by_what_is_free_and_says_so(tmp_path, dataset, teacher, monkeypatch, capsys):
+    runs = [settings(tmp_path, name) for name in ("none", "kd", "logitmse")]
+    assert parts(runs, dataset, teacher, Progress()) == [runs]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(memory, "free", lambda device: 0)
+    assert parts(runs, dataset, teacher, Progress()) == [[run] for run in runs]
+    assert "memory does not hold all 3 runs side by side: 3 parts" in capsys.readouterr().err
+
+
+def test_a_number_of_lanes_may_be_asked_for(tmp_path, dataset, teacher, monkeypatch):
+    monkeypatch.setattr(memory, "weigh", None)
+    runs = [settings(tmp_path, name, "engine.lanes=2") for name in ("none", "kd", "logitmse")]
+    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs[:2], runs[2:]]
+
+
+def test_a_run_that_cannot_be_built_is_left_for_training_to_report(tmp_path, dataset, teacher):
+    runs = [settings(tmp_path, "lfcc", "distiller.stages=[7]"), settings(tmp_path, "kd")]
+    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs]
+
+
+def test_a_run_that_is_too_large_by_itself_stands_alone(tmp_path, dataset, teacher, monkeypatch):
+    runs = [settings(tmp_path, name) for name in ("none", "kd", "logitmse")]
+    step = estimate.Lane.step
+
+    def full(lane, batch, number):
+        if lane.settings.distiller["name"] == "kd":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(lane, batch, number)
+
+    monkeypatch.setattr(estimate.Lane, "step", full)
+    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs[:1], runs[1:2], runs[2:]]
+
+
+def test_the_division_does_not_change_any_result(tmp_path):
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    engine.bench(suite(tmp_path), whole, quiet=True)
+    divided = suite(tmp_path)
+    for run in divided.runs:
+        run.engine.lanes = 2
+    engine.bench(divided, split, quiet=True)
+    results = [
+        sorted((f.parent.name, f.read_bytes()) for f in out.glob("*/student.safetensors")) for out in (whole, split)
+    ]
+    assert results[0] == results[1]
+    assert len(results[0]) == 5
+
+
+def test_runs_that_memory_did_not_hold_are_tried_again_half_as_many_at_a_time(tmp_path, monkeypatch):
+    tried = []
+
+    def train(runs, *rest):
+        tried.append([run.distiller["name"] for run in runs])
+        fitting = train_lanes(runs[:2], *rest)
+        return [*fitting, *(OutOfMemory("out of memory") for _ in runs[2:])]
+
+    monkeypatch.setattr(engine, "train_lanes", train)
+    report = engine.bench(suite(tmp_path), tmp_path / "runs", quiet=True)
+    assert len(report.finished) == 5
+    assert [len(names) for names in tried] == [5, 2, 1]
+    assert not report.failed
+
+
+def test_a_run_that_does_not_fit_alone_has_failed(tmp_path, monkeypatch):
+    def train(runs, *rest):
+        full = [run.distiller["name"] == "dist" for run in runs]
+        return [
+            OutOfMemory("out of memory") if bad else train_lanes([r], *rest)[0]
+            for r, bad in zip(runs, full, strict=True)
+        ]
+
+    monkeypatch.setattr(engine, "train_lanes", train)
+    report = engine.bench(suite(tmp_path), tmp_path / "runs", quiet=True)
+    assert len(report.finished) == 4
+    assert list(report.failed.values()) == ["out of memory"]
+
+
+def test_a_student_that_does_not_even_fit_in_memory_is_out_of_memory(tmp_path, dataset, teacher, monkeypatch):
+    build = models.create
+
+    def full(name, *rest, **options):
+        if name == "resnet20":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(name, *rest, **options)
+
+    monkeypatch.setattr(models, "create", full)
+    runs = [settings(tmp_path, "kd", "student.name=resnet20"), settings(tmp_path, "kd")]
+    bad, good = train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    assert isinstance(bad, OutOfMemory)
+    assert good.epochs == 1
+
+
+def test_a_full_memory_is_told_from_a_bug():
+    run = settings("runs", "kd")
+    assert "batches of 64 on cpu" in str(memory.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), run))
+    assert memory.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"), run)
+    assert memory.out_of_memory(RuntimeError("a bug"), run) is None
