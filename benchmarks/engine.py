@@ -20,6 +20,7 @@ from usual_loop import Pictures, train
 
 from kdzoo import config, models
 from kdzoo.data import Dataset
+from kdzoo.distillation import ask
 from kdzoo.engine.device import autocast, settle
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.run import open_data
@@ -31,7 +32,7 @@ def engine_steps(settings: config.Settings, dataset: Dataset, teacher: models.Ne
     """The loop's own step on the loader's own batches."""
     shared = SharedTeacher(teacher)
     distillation = build(settings, dataset, shared).train()
-    teacher.wants_features = distillation.distiller.needs.features
+    ask(teacher, "teacher", [distillation.distiller.needs])
     loader = dataset.loader(settings.protocol, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         lane = Lane(

@@ -22,6 +22,7 @@ import torch
 from kdzoo import DataSpec, config, models
 from kdzoo.data import Dataset
 from kdzoo.data.sources import Pixels
+from kdzoo.distillation import ask
 from kdzoo.engine.device import autocast, settle
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.training import build
@@ -73,7 +74,7 @@ def measure(pair: str, methods: list[str], steps: int, rounds: int) -> dict[str,
             settings.engine = engine
             distillation = build(settings, dataset, shared).train()
             lanes.append(Lane(settings, distillation, RunFolder(Path(folder)), device, 78))
-        network.wants_features = any(lane.distillation.distiller.needs.features for lane in lanes)
+        ask(network, "teacher", [lane.distillation.distiller.needs for lane in lanes])
         loader = dataset.loader(lanes[0].settings.protocol, seed=0)
         batches = loader.batches()
 

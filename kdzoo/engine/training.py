@@ -11,7 +11,7 @@ from torch import nn
 
 from kdzoo import config, models, registry
 from kdzoo.data import Dataset
-from kdzoo.distillation import Distillation
+from kdzoo.distillation import Distillation, ask
 from kdzoo.engine import checkpoint, loop
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.progress import Progress
@@ -76,7 +76,7 @@ def train_lanes(
         first = runs[0]
         loader = dataset.loader(first.protocol, seed=first.seed, views=views, workers=first.data.workers)
         if teacher is not None:
-            teacher.network.wants_features = any(need.features for need in needs)
+            ask(teacher.network, "teacher", needs)
         device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch) for i in built}
         loop.train(list(lanes.values()), shared, dataset, loader, progress)

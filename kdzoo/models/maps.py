@@ -64,6 +64,14 @@ def as_map(output: Tensor, layout: Layout) -> Tensor:
     return grid.transpose(1, 2).unflatten(2, (layout.height, layout.width))
 
 
+def alike(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether two tensors are of one shape and differ by no more than a share of ``wanted``'s largest number.
+
+    A share, because the maps of a network that was never trained may be tiny.
+    """
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
 def spread(depth: int) -> list[int]:
     """Four of ``depth`` equal blocks: 1, 3, 9 and 11 of twelve, and the same shares of other depths."""
     if depth < 4:
