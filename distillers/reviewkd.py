@@ -112,7 +112,7 @@ class ReviewKD(Distiller):
         review: weight of the sum over maps; the authors choose it by pair, from 0.6 (resnet56 to resnet20) and
             1 (resnet110 to resnet32) to 5 (most) and 8 (resnet32x4 to ShuffleNetV2).
         stages: which stages are matched. The default leaves out the first, which is the stem's map where networks
-            have three stages.
+            have three stages; the authors match all four of VGGs, MobileNetV2 and ResNet-50.
         warmup: share of training over which r rises.
         preactivations: whose maps are taken before the last ReLU: "student", "teacher", both or none.
 
