@@ -52,10 +52,8 @@ class Output(NamedTuple):
     logits: Tensor  # (B, K)
     embedding: Tensor  # (B, D): what the classifier reads
     features: tuple[Tensor, ...]  # four stages, shallow to deep, each (B, C, H, W); empty where nobody asked
-    preactivations: tuple[
-        Tensor, ...
-    ] = ()  # the features before the last ReLU; themselves where they are not rectified
-    final: Tensor | None = None  # (B, D', H, W): the map whose mean over positions ``classify`` makes the logits of
+    preactivations: tuple[Tensor, ...] = ()  # the features before their last ReLU; where they have none, themselves
+    final: Tensor | None = None  # (B, D', H, W): the map of whose mean over positions the logits are made
 
     def float(self) -> "Output":
         """The same in float32."""

@@ -12,6 +12,19 @@ class CannotRead(Exception):
     """This way of reading does not suit the network; another may."""
 
 
+# What constructors and forwards raise on sizes that they do not suit.
+FAILURES = (
+    CannotRead,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 PREFIXES = range(6)  # class, distillation and up to four register tokens
 
 

@@ -13,24 +13,11 @@ from torch.nn import functional as F
 from kdzoo.distiller import Output
 from kdzoo.errors import UserError
 from kdzoo.models.hook_reader import HookReader
-from kdzoo.models.maps import CannotRead
+from kdzoo.models.maps import FAILURES, CannotRead
 from kdzoo.models.preactivations import Preactivations
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
 
 PROBE_BATCH = 2
-
-# What constructors and forwards raise on sizes that they do not suit.
-FAILURES = (
-    CannotRead,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class Network(nn.Module):

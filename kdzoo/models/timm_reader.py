@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distiller import Output
-from kdzoo.models.maps import CannotRead, Layout, Slot, alike, as_map, layout_of, spread
+from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, alike, as_map, layout_of, spread
 
 STEMS = ("stem", "patch_embed")  # the modules whose output makes a fourth map beside three stages
 
@@ -71,10 +71,13 @@ class TimmReader:
         normed: list[nn.Module] = []
         batch_norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
         handles = [m.register_forward_pre_hook(lambda norm, _: normed.append(norm)) for m in batch_norms]
-        means = as_map(final, layout).mean((2, 3))
-        found = body.forward_head(self._pixel(means, layout), pre_logits=True)
-        for handle in handles:
-            handle.remove()
+        try:
+            found = body.forward_head(self._pixel(as_map(final, layout).mean((2, 3)), layout), pre_logits=True)
+        except FAILURES:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
         return layout if alike(found, embedding, 1e-3) and not normed else None
 
     def _pixel(self, means: Tensor, layout: Layout) -> Tensor:
