@@ -11,8 +11,9 @@ import torch
 from measuring import CLASSES, Work, arguments_of, file_of, medians, network, publish, take_turns, waiting
 from torch import Tensor, nn
 
-from kdzoo import Batch, DataSpec, Distillation, Distiller, Output, models, registry
+from kdzoo import Batch, DataSpec, Distillation, Distiller, Needs, Output, models, registry
 from kdzoo.config import EngineSettings, protocol
+from kdzoo.distillation import ask
 from kdzoo.engine.device import autocast, settle
 from kdzoo.engine.optim import Optimizer
 from kdzoo.errors import UserError
@@ -26,7 +27,7 @@ class Shown(nn.Module):
 
     def __init__(self, network: models.Network, output: Output):
         super().__init__()
-        self.classifier, self.output = network.classifier, output
+        self.classifier, self.classify, self.output = network.classifier, network.classify, output
 
     def forward(self, images: Tensor) -> Output:
         return self.output
@@ -38,7 +39,9 @@ def leaves(output: Output) -> Output:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_()
 
-    return Output(leaf(output.logits), leaf(output.embedding), tuple(map(leaf, output.features)))
+    features, before = (tuple(map(leaf, maps)) for maps in (output.features, output.preactivations))
+    final = None if output.final is None else leaf(output.final)
+    return Output(leaf(output.logits), leaf(output.embedding), features, before, final)
 
 
 def batch_of(size: int, device: torch.device) -> Batch:
@@ -74,10 +77,13 @@ def measure(pair: str, methods: list[str], size: int, rounds: int, engine: Engin
         optimizer.step(0.01)
 
     works: dict[str, Work] = {"kd step": step}
-    student.wants_features = teacher.wants_features = True
+    everything = [Needs(preactivations=("student", "teacher"), final=True)]
+    ask(student, "student", everything)
+    ask(teacher, "teacher", everything)
     with torch.no_grad(), autocast(device, engine.precision):
         seen, reference = student(batch.images), teacher(batch.images)
-    student.wants_features = teacher.wants_features = False
+    ask(student, "student", [step_of_kd.distiller.needs])
+    ask(teacher, "teacher", [step_of_kd.distiller.needs])
     for name in methods:
         shown = Shown(student, leaves(seen)), Shown(teacher, reference)
         try:

@@ -18,7 +18,7 @@ from kdzoo.distiller import Batch
 from kdzoo.engine import graphs
 from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
-from kdzoo.engine.training import build, ready
+from kdzoo.engine.training import build, common_loader
 from kdzoo.files import slug, write_text
 from kdzoo.results.folder import RunFolder
 
@@ -104,10 +104,7 @@ class Group:
         self.teacher = SharedTeacher(network(teacher, dataset.spec).eval().requires_grad_(False))
         self.settings = [self._settings(teacher, student, method, engine, batch_size) for method in methods]
         distillations = [build(settings, dataset, self.teacher).train() for settings in self.settings]
-        needs = [distillation.distiller.needs for distillation in distillations]
-        ready(self.teacher.network, engine, any(need.features for need in needs))
-        views = tuple(sorted({view for need in needs for view in need.views}))
-        loader = dataset.loader(self.settings[0].protocol, seed=0, views=views)
+        loader = common_loader(self.settings[0], distillations, dataset, self.teacher)
         self.batch_size, self.done = loader.batch_size, 0
         self.plain = graphs.Plain(self.teacher)
         self.steps = graphs.steps(self.device, engine, self.teacher, print)

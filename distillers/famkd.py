@@ -116,8 +116,9 @@ class FAMKD(Distiller):
     where a stage would need more than 2^24 of them (a ViT's some 10^8) each frequency scales its channel and does
     not mix, and the 1x1 convolution is left to mix; any width goes, as the attention's groups did nothing; the
     last ReLU is gone, as features of transformers are negative too; a 1x1 convolution leads to the teacher's
-    channels at every stage; a finer grid is averaged to the teacher's first, not thinned out at the end; and maps
-    are the networks' own stages, not those before their activation.
+    channels at every stage; a finer grid is averaged to the teacher's first, not thinned out at the end; and
+    the student's maps are as it passes them on for every pair, where the authors' configuration of one,
+    resnet32x4 to resnet8x4, takes those before the last ReLU.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -127,7 +128,8 @@ class FAMKD(Distiller):
         warmup: over which share of training the features' term grows from 0.
         cutoff: the highest frequency that the mask clears, in cycles per image; below 0 it clears none.
         mixing: "full"; "depthwise"; or "auto", by the number of weights.
-        stages: which stages are matched, beside the embedding.
+        stages: which stages are matched, beside the embedding. The authors leave out the stem's map, which is the
+            first where networks have three stages.
 
     Source: Pham et al. 2024, section 3; distillers/FAM_KD.py and engine/cfg.py of the authors' repository,
     cuong-pv/FAM-KD.

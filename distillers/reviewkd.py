@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import Pool, check_stages
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, unknown
 from kdzoo.losses import cross_entropy, full_precision, warm_up
 
 LEVELS = (4, 2, 1)  # cells on a side
@@ -75,6 +75,23 @@ class Fusion(nn.Module):
         return self.leave(fused), fused
 
 
+def check_roles(roles: Sequence[str], **outputs: Output) -> tuple[str, ...]:
+    """The roles of the networks that show their maps before the last ReLU, once each is known to.
+
+    Raises:
+        UserError: there is no such role, or the network cannot show them.
+    """
+    for role in roles:
+        if role not in outputs:
+            raise unknown("role", role, outputs, "in preactivations")
+        if not outputs[role].preactivations:
+            raise UserError(
+                f"reviewkd takes the {role}'s maps before the last ReLU of a stage, and the {role} does not show them; "
+                f"leave '{role}' out of distiller.preactivations, or have its stages end in torch.nn.ReLU modules"
+            )
+    return tuple(roles)
+
+
 class ReviewKD(Distiller):
     r"""Distilling Knowledge via Knowledge Review.
 
@@ -86,23 +103,25 @@ class ReviewKD(Distiller):
     and batch norm. HCL is the MSE of the maps and of their averages over 4x4, 2x2 and 1x1 cells, where those are
     fewer, with weights that halve. r rises from 0 to 1 over ``warmup``. Student maps of any grid and width fit.
 
-    Adapted in one thing: the authors take the teacher's maps before the last ReLU of a stage on CIFAR-100; these are
-    as the network passes them on, after it, as theirs on ImageNet.
+    The teacher's maps are those before the last ReLU of a stage, or before the ReLU that reads them in Wide ResNets,
+    as in the authors' code for CIFAR-100; the student's are as it passes them on. Their ResNets for ImageNet rectify
+    what they show in place, so that form is ``preactivations=()``; mdistiller's has both networks'.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
         review: weight of the sum over maps; the authors choose it by pair, from 0.6 (resnet56 to resnet20) and
             1 (resnet110 to resnet32) to 5 (most) and 8 (resnet32x4 to ShuffleNetV2).
         stages: which stages are matched. The default leaves out the first, which is the stem's map where networks
-            have three stages.
+            have three stages; the authors match all four of VGGs, MobileNetV2 and ResNet-50.
         warmup: share of training over which r rises.
+        preactivations: whose maps are taken before the last ReLU: "student", "teacher", both or none.
 
-    Source: Chen et al. 2021; the authors' ``CIFAR-100/model/reviewkd.py``, ``CIFAR-100/train.py`` and
-    ``CIFAR-100/script/reviewKD.sh``.
+    Source: Chen et al. 2021; the authors' ``reviewkd.py``, ``resnet_cifar.py`` and ``wide_resnet_cifar.py`` in
+    ``CIFAR-100/model``, ``CIFAR-100/train.py``, ``CIFAR-100/script/reviewKD.sh`` and ``ImageNet/models/resnet.py``.
     """
 
     paper = "arXiv:2104.09044"
-    fidelity = Fidelity.ADAPTED
+    fidelity = Fidelity.EXACT
 
     def __init__(
         self,
@@ -114,6 +133,7 @@ class ReviewKD(Distiller):
         review: float = 5.0,
         stages: tuple[int, ...] = (1, 2, 3),
         warmup: float = 20 / 240,
+        preactivations: tuple[str, ...] = ("teacher",),
     ):
         super().__init__()
         if not 0 <= warmup <= 1:
@@ -122,16 +142,18 @@ class ReviewKD(Distiller):
         if not review:
             self.needs = Needs(features=False)
             return
+        self.needs = Needs(preactivations=check_roles(preactivations, student=student, teacher=teacher))
         self.stages = tuple(sorted(check_stages(stages, student, teacher), reverse=True))
         self.fusions, self.pyramids = nn.ModuleList(), nn.ModuleList()
         middle = min(512, student.embedding.shape[1])
-        for f_s, f_t in zip(self.maps(student), self.maps(teacher), strict=True):
+        for f_s, f_t in zip(self.maps("student", student), self.maps("teacher", teacher), strict=True):
             self.fusions.append(Fusion(f_s.shape[1], middle, f_t.shape[1], deepest=not self.fusions))
             self.pyramids.append(Pyramid(f_t.shape[2:]))
 
-    def maps(self, output: Output) -> list[Tensor]:
+    def maps(self, role: str, output: Output) -> list[Tensor]:
         """What is matched of an output, deep to shallow, each (B, C, H, W)."""
-        return [output.embedding[:, :, None, None], *(output.features[l] for l in self.stages)]
+        features = output.preactivations if role in self.needs.preactivations else output.features
+        return [output.embedding[:, :, None, None], *(features[l] for l in self.stages)]
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         terms = {}
@@ -139,8 +161,8 @@ class ReviewKD(Distiller):
             terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
         if self.review:
             losses, deeper = [], None
-            maps = zip(self.maps(student), self.maps(teacher), self.fusions, self.pyramids, strict=True)
-            for f_s, f_t, fuse, pyramid in maps:
+            maps = self.maps("student", student), self.maps("teacher", teacher)
+            for f_s, f_t, fuse, pyramid in zip(*maps, self.fusions, self.pyramids, strict=True):
                 seen, deeper = fuse(f_s, deeper, f_t.shape[2:])
                 losses.append(context_loss(seen, f_t.detach(), pyramid))
             terms["review"] = self.review * warm_up(batch.progress, self.warmup) * torch.stack(losses).sum()

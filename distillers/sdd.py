@@ -1,9 +1,9 @@
 """SDD: the classifier is applied to parts of the image too, and the student learns the teacher's logits of each."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
@@ -13,9 +13,25 @@ from kdzoo.losses import cross_entropy, full_precision
 from kdzoo.spectral import pooling_basis
 
 
-def cell_logits(cells: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The linear classifier (K, C), (K,) at each of the cells (B, C, N): logits (B, N, K)."""
-    return F.linear(full_precision(cells).mT, weight, bias)
+def cell_logits(maps: Tensor, network: Seen, pool: Positions) -> Tensor:
+    """What a network makes of the mean of each cell of its final map (B, D, H, W): logits (B, N, K)."""
+    means = pool(maps).mT  # (B, N, D)
+    return network.classify(means.flatten(0, 1)).unflatten(0, means.shape[:2])
+
+
+def cells(role: str, output: Output, scales: Sequence[int]) -> Positions:
+    """The cells of each scale of an output's final map.
+
+    Raises:
+        UserError: it shows none.
+    """
+    if output.final is None:
+        raise UserError(
+            f"sdd needs logits that are made of the mean of a map, and the {role}'s are not; choose another {role}, "
+            "such as a ResNet, or another method"
+        )
+    grid = output.final.shape[2:]
+    return Positions(torch.cat([pooling_basis(grid, (g, g)) for g in scales]))
 
 
 def scale_decoupled_loss(
@@ -32,55 +48,30 @@ def scale_decoupled_loss(
     return (divergence * torch.where(differs, complementary, 1.0)).mean() * temperature**2
 
 
-def with_cell_logits(output: Output, network: Seen, pool: nn.Module) -> Output:
-    """The output with the logits (B, N, K) of the last map's cells for features."""
-    head = network.classifier
-    assert head is not None, "prepare comes before training"
-    return output._replace(features=(cell_logits(pool(output.features[-1]), head.weight, head.bias),))
-
-
-def pools_last_map(network: Seen, images: Tensor) -> bool:
-    """Whether the embedding is the mean of the last stage's map; the network is left as it was."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    with torch.no_grad():
-        seen = network(images)
-    for module, mode in modes:
-        module.training = mode
-    difference = seen.embedding - seen.features[-1].mean(dim=(2, 3))
-    return bool(difference.norm() <= 0.02 * seen.embedding.norm())  # bfloat16 rounds to less
-
-
-def unsuited(role: str) -> UserError:
-    """The error for a network whose cells have no logits; ``role`` is student or teacher."""
-    return UserError(
-        f"sdd needs logits that are one linear layer of the mean of the last stage's map, and the {role}'s are not; "
-        f"choose another {role}, such as a ResNet, or another method"
-    )
-
-
 class SDD(Distiller):
     r"""Scale Decoupled Distillation.
 
     .. math:: L = w_{ce} H(y, p_s) + w_{sdd} \frac{1}{BN} \sum_{bn} w_{bn} T^2
         KL(\operatorname{softmax}(z_t^{bn} / T) \| \operatorname{softmax}(z_s^{bn} / T)),
-        \quad z^{bn} = W \bar f^{bn} + b
+        \quad z^{bn} = h(\bar f^{bn})
 
-    f-bar^n are means of the last stage's map over the n-th of N = 1 + 4 + 16 cells, and (W, b) is each network's own
-    classifier, so at scale 1 z is the network's output. w = 1 where the teacher gives the cell the class that it
+    f-bar^n is the mean, over the n-th of N = 1 + 4 + 16 cells, of the map that a network averages over positions, and
+    h is its own head on that, so at scale 1 z is its output. w = 1 where the teacher gives the cell the class that it
     gives the image, and ``complementary`` elsewhere; the authors' code compares right with wrong instead, and so
-    counts a cell as consistent where cell and image are wrong in different ways.
+    counts a cell as consistent where cell and image are wrong in different ways. Their code pools cells of 4x4 on to
+    2x2 and 1x1, which is the same for maps of 2x2, 4x4 and 8x8; here every scale pools the map.
 
-    It is defined where a network's logits are a linear layer of the mean of its last stage's map, as in ResNets and
-    VGGs; any other pair raises a ``UserError``, at the latest in ``prepare``. Tokens are such, and networks with
-    layers between that map and the mean: Wide ResNets, MobileNetV2 and ShuffleNetV2, which the paper's tables have.
+    It is defined where logits are made of such a mean, whatever stands between the last stage and it: the norm of
+    Wide ResNets, the convolution of MobileNetV2 and ShuffleNetV2, the norms of Swins and Mixers. Class tokens and
+    learned poolings are none, as in most ViTs; nor does a head fit that normalises over the batch. Such a network
+    raises a ``UserError``.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
         sdd: weight of the distillation of cells.
         temperature: T, which softens all distributions.
         complementary: weight of the cells that disagree with the image, in units of the others'.
-        scales: the map is split into g x g cells for each g; a g finer than either map becomes that map's own grid.
+        scales: the map is split into g x g cells for each g; cells of a map that is coarser share its pixels.
 
     Source: Wei, Luo and Luo 2024; ``mdistiller/distillers/KD.py`` and ``models/cifar/utils.py`` of
     shicaiwei123/SDD-CVPR2024; weights of the distillation term as in mdistiller.
@@ -88,6 +79,7 @@ class SDD(Distiller):
 
     paper = "arXiv:2403.13512"
     fidelity = Fidelity.EXACT
+    needs = Needs(features=False, final=True)
 
     def __init__(
         self,
@@ -110,39 +102,21 @@ class SDD(Distiller):
         if not sdd:
             self.needs = Needs(features=False)
             return
-        for role, output in (("student", student), ("teacher", teacher)):
-            if output.features[-1].shape[1] != output.embedding.shape[1]:
-                raise unsuited(role)
-        grids = [output.features[-1].shape[2:] for output in (student, teacher)]
-        limits = [min(sides) for sides in zip(*grids, strict=True)]
-        sizes = dict.fromkeys((min(g, limits[0]), min(g, limits[1])) for g in scales)  # distinct, in order
-        self.pool_student, self.pool_teacher = (
-            Positions(torch.cat([pooling_basis(grid, size) for size in sizes])) for grid in grids
-        )
-
-    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
-        """Nothing but the check that cells have logits in both networks."""
-        if not self.sdd:
-            return
-        images = next(iter(batches)).images
-        for role, network in (("student", student), ("teacher", teacher)):
-            if network.classifier is None or not pools_last_map(network, images):
-                raise unsuited(role)
+        self.pool_student, self.pool_teacher = cells("student", student, scales), cells("teacher", teacher, scales)
 
     def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
-        """One pass each, then the networks' own classifiers on the cells of their last maps."""
-        seen, reference = student(batch.images), teacher(batch.images)
-        if self.sdd:
-            seen = with_cell_logits(seen, student, self.pool_student)
-            reference = with_cell_logits(reference, teacher, self.pool_teacher)
-        return self.loss(seen, reference, batch)
-
-    def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        """Outputs whose one feature is the logits of the cells, (B, N, K)."""
+        """One pass each, then the networks' own heads on the cells of their final maps."""
+        reference, seen = teacher(batch.images), student(batch.images)
         terms = {}
         if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
+            terms["ce"] = self.ce * cross_entropy(seen.logits, batch.targets)
         if self.sdd:
-            given = student.features[0], teacher.features[0].detach(), teacher.logits
-            terms["sdd"] = self.sdd * scale_decoupled_loss(*given, self.temperature, self.complementary)
+            assert seen.final is not None, "needs name it"
+            assert reference.final is not None, "needs name it"
+            cells_s = cell_logits(seen.final, student, self.pool_student)
+            cells_t = cell_logits(reference.final, teacher, self.pool_teacher).detach()
+            divergence = scale_decoupled_loss(
+                cells_s, cells_t, reference.logits.detach(), self.temperature, self.complementary
+            )
+            terms["sdd"] = self.sdd * divergence
         return terms

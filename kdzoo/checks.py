@@ -191,12 +191,14 @@ def check_documented(distiller: type[Distiller]) -> None:
 
 @_check
 def check_needs(distiller: type[Distiller]) -> None:
-    """It runs on exactly what its needs name: the teacher, the features and the views."""
+    """It runs on exactly what its needs name: the teacher, the views, and what networks show."""
     student, teacher = toys.Toy(toys.STUDENT), toys.Toy(toys.TEACHER)
     method = toys.build(distiller, student, teacher)
     batch, needs = toys.batch_of(), method.needs
     strange = set(needs.views) - batch.views.keys()
     _expect(not strange, f"views among {', '.join(batch.views)}", strange, "mend needs.views")
+    strange = set(needs.preactivations) - {"student", "teacher"}
+    _expect(not strange, "preactivations of student or teacher", strange, "mend needs.preactivations")
     batch = batch._replace(views={name: batch.views[name] for name in needs.views})
     together = Distillation(student, teacher if needs.teacher else toys.Absent(), method).train()
     together.prepare([batch])
@@ -339,12 +341,17 @@ def check_inputs_unchanged(distiller: type[Distiller]) -> None:
     keep(*(value for value in batch if isinstance(value, Tensor)), *batch.views.values())
     for network in together.student, together.teacher:
         assert network is not None
-        network.register_forward_hook(lambda _module, _images, o: keep(o.logits, o.embedding, *o.features))
+        network.register_forward_hook(lambda _module, _images, o: keep(*_tensors(o)))
     together(batch)
     same = all(torch.equal(value, before) for value, before in seen)
     _expect(same, "batch and outputs as before", "new values in them", "no in-place operation on arguments")
     training = all(module.training for module in together.student.modules())
     _expect(training, "a student in training mode", "evaluation mode", "give back the mode you found")
+
+
+def _tensors(output: Output) -> list[Tensor]:
+    final = [] if output.final is None else [output.final]
+    return [output.logits, output.embedding, *output.features, *output.preactivations, *final]
 
 
 @_check

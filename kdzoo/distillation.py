@@ -5,8 +5,28 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from kdzoo.distiller import Batch, Distiller, Seen, autocast, products
+from kdzoo.distiller import Batch, Distiller, Needs, Seen, autocast, products
 from kdzoo.products import FULL, current, switchable
+
+
+def ask(network: nn.Module, role: str, needs: Iterable[Needs]) -> None:
+    """Has a network show what any of these methods needs of it, and no more.
+
+    Args:
+        network: one that can be told by ``wants_features``, ``wants_preactivations`` and ``wants_final``, as those of
+            ``kdzoo.models`` can; others show what they show.
+        role: "student" or "teacher".
+        needs: of all methods that look at it.
+    """
+    needs = list(needs)
+    wanted = {
+        "wants_features": any(need.features for need in needs),
+        "wants_preactivations": any(role in need.preactivations for need in needs),
+        "wants_final": any(need.final for need in needs),
+    }
+    for name, value in wanted.items():
+        if hasattr(network, name):
+            setattr(network, name, value)
 
 
 class Distillation(nn.Module):
@@ -39,10 +59,9 @@ class Distillation(nn.Module):
         if teacher is None and needs.teacher:
             raise ValueError(f"{type(distiller).__name__} needs a teacher and got None; pass one")
         self.student, self.teacher, self.distiller = student, teacher, distiller
-        for network in (student, teacher):
-            if network is not None and hasattr(network, "wants_features"):
-                network.wants_features = needs.features  # type: ignore[assignment]  # no tensor, though modules may say so
+        ask(student, "student", [needs])
         if teacher is not None:
+            ask(teacher, "teacher", [needs])
             teacher.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Distillation":

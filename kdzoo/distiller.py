@@ -45,15 +45,23 @@ class Batch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a network shows of one batch. Distillers read it in float32."""
+    """What a network shows of one batch. Distillers read it in float32.
+
+    The first three suffice for most methods; the others are there where a method's needs name them and the network
+    has them.
+    """
 
     logits: Tensor  # (B, K)
     embedding: Tensor  # (B, D): what the classifier reads
     features: tuple[Tensor, ...]  # four stages, shallow to deep, each (B, C, H, W); empty where nobody asked
+    preactivations: tuple[Tensor, ...] = ()  # the features before their last ReLU; where they have none, themselves
+    final: Tensor | None = None  # (B, D', H, W): the map of whose mean over positions the logits are made
 
     def float(self) -> "Output":
         """The same in float32."""
-        return Output(self.logits.float(), self.embedding.float(), tuple(f.float() for f in self.features))
+        features, before = (tuple(f.float() for f in maps) for maps in (self.features, self.preactivations))
+        final = None if self.final is None else self.final.float()
+        return Output(self.logits.float(), self.embedding.float(), features, before, final)
 
 
 def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -90,6 +98,11 @@ class Seen(nn.Module):
         layer = getattr(self.network, "classifier", None)
         return layer if isinstance(layer, nn.Linear) else None
 
+    def classify(self, means: Tensor) -> Tensor:
+        """Means (M, D') of the final map over any positions -> logits (M, K), as the network makes them of all."""
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            return self.network.classify(means)  # type: ignore[operator]  # networks that show a final map have it
+
     def forward(self, images: Tensor) -> Output:
         grad, device = self.grad and torch.is_grad_enabled(), images.device.type
         rounded = products(device, self.rounding) if self.rounding else nullcontext()
@@ -118,6 +131,8 @@ class Needs:
     features: bool = True  # False: reads logits and embedding only, so networks run their plain forward
     views: tuple[str, ...] = ()  # further views in batch.views: "weak", "strong", "rotations"
     teacher_grad: bool = False  # the graph is kept through the frozen teacher
+    preactivations: tuple[str, ...] = ()  # whose features are shown before the last ReLU too: "student", "teacher"
+    final: bool = False  # both networks' final maps, and that they classify means of parts of them
 
 
 class Distiller(nn.Module):

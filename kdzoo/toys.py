@@ -40,27 +40,50 @@ PAIRS = {
 }
 
 
+def show_all(network: nn.Module) -> None:
+    """Has a toy show all there is."""
+    network.wants_features = network.wants_preactivations = network.wants_final = True  # type: ignore[assignment]
+
+
 class Toy(nn.Module):
     """A small convolutional network, read as those of ``kdzoo.models`` are."""
 
+    wants_features: bool
+    wants_preactivations: bool
+    wants_final: bool
+
     def __init__(self, shape: Shape, classes: int = 4):
         super().__init__()
-        self.shape, self.wants_features = shape, True
+        self.shape = shape
+        show_all(self)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out), nn.GELU())
+            nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out))
             for fan_in, fan_out in pairwise((3, *shape.widths))
         )
         self.classifier = nn.Linear(shape.widths[-1], classes)
 
     def forward(self, images: Tensor) -> Output:
-        x, features = images, []
+        x, features, preactivations = images, [], []
         for stage, grid in zip(self.stages, self.shape.grids, strict=True):
-            x = F.adaptive_avg_pool2d(stage(x), grid)
-            if self.shape.tokens:
-                x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+            before = stage(x)
+            x = self.laid_out(F.adaptive_avg_pool2d(F.gelu(before), grid))
             features.append(x)
+            if self.wants_preactivations:
+                preactivations.append(self.laid_out(F.adaptive_avg_pool2d(before, grid)))
         embedding = x.mean((2, 3))
-        return Output(self.classifier(embedding), embedding, tuple(features) if self.wants_features else ())
+        return Output(
+            self.classifier(embedding),
+            embedding,
+            tuple(features) if self.wants_features else (),
+            tuple(preactivations),
+            x if self.wants_final else None,
+        )
+
+    def laid_out(self, maps: Tensor) -> Tensor:
+        return maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if self.shape.tokens else maps
+
+    def classify(self, means: Tensor) -> Tensor:
+        return self.classifier(means)
 
 
 class Replay(nn.Module):
@@ -68,7 +91,7 @@ class Replay(nn.Module):
 
     def __init__(self, shape: Shape, make: Callable[..., Tensor], scale: float):
         super().__init__()
-        self.wants_features = True
+        show_all(self)
         features = [make(4, width, *grid) for width, grid in zip(shape.widths, shape.grids, strict=True)]
         self.rows = nn.ParameterList([make(4, 4) * scale, *features])
         self.classifier = nn.Linear(shape.widths[-1], 4)
@@ -76,7 +99,10 @@ class Replay(nn.Module):
     def forward(self, images: Tensor) -> Output:
         picks = torch.arange(len(images)) % 4
         logits, *features = (rows[picks] for rows in self.rows)
-        return Output(logits, features[-1].mean((2, 3)), tuple(features))
+        return Output(logits, features[-1].mean((2, 3)), tuple(features), tuple(features), features[-1])
+
+    def classify(self, means: Tensor) -> Tensor:
+        return self.classifier(means)
 
 
 class Absent(nn.Module):
@@ -101,7 +127,8 @@ def distillation(
     student, teacher = student or Toy(STUDENT, classes), teacher or Toy(TEACHER, classes)
     method = build(distiller, student, teacher, classes, keywords)
     together = Distillation(student, teacher, method).train()
-    student.wants_features = teacher.wants_features = True
+    show_all(student)
+    show_all(teacher)
     if prepared:
         together.prepare([batch_of(seed=101, classes=classes), batch_of(seed=102, classes=classes)])
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 
 
 class Sound(Distiller):
@@ -125,6 +125,33 @@ class HidesItsNeeds(Sound):
 
     fails = "check_needs"
     needs = Needs(features=False)
+
+
+class HidesItsPreactivations(Sound):
+    """Reads maps before the last ReLU and does not say so."""
+
+    fails = "check_needs"
+
+    def regression(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        return super().regression(student, teacher, batch) + 0.1 * teacher.preactivations[-1].square().mean()
+
+
+class PreactivationsOfOthers(Sound):
+    """Needs the preactivations of a network that there is not."""
+
+    fails = "check_needs"
+    needs = Needs(preactivations=("assistant",))
+
+
+class HidesItsFinalMap(Sound):
+    """Classifies a part of the final map and does not say so."""
+
+    fails = "check_needs"
+
+    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+        cell = student(batch.images).final[:, :, 0, 0]
+        terms = super().forward(student, teacher, batch)
+        return {**terms, "hint": terms["hint"] + 0.1 * student.classify(cell).square().mean()}
 
 
 class HidesItsTeacher(Sound):

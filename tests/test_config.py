@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 import kdzoo
-from kdzoo import config
+from kdzoo import DataSpec, config, models, registry
 from kdzoo.errors import UserError
 from kdzoo.files import shipped_folder
 
@@ -132,12 +134,47 @@ def test_the_fields_own_weights_for_a_pair_are_the_defaults_there():
     assert config.resolve(pair, ["data.name=digits"]).distiller["beta"] == 8.0
 
 
-def test_every_preset_is_a_keyword_of_its_method():
+def test_every_preset_resolves_to_its_value():
     with (shipped_folder() / "presets.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         assert row["source"]
-        assert row["keyword"] in config.distiller_settings({"name": row["distiller"]})
+        pair = {
+            "distiller": {"name": row["distiller"]},
+            "teacher": {"name": row["teacher"]},
+            "student": {"name": row["student"]},
+            "data": {"name": row["data"]},
+            "protocol": {"name": row["protocol"]},
+        }
+        value, shown = yaml.safe_load(row["value"]), config.resolve(pair).distiller[row["keyword"]]
+        assert (list(shown) if isinstance(value, list) else shown) == value
+
+
+def test_no_pair_has_two_presets_of_one_keyword():
+    with (shipped_folder() / "presets.csv").open(encoding="utf-8") as file:
+        keys = [tuple(row.values())[:6] for row in csv.DictReader(file)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_presets_fit_the_networks_of_their_pairs():
+    with (shipped_folder() / "presets.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    data = DataSpec("cifar100", 100, tuple(map(str, range(100))), 32, torch.arange(100))
+    shapes = {
+        name: models.create(name, data).shapes() for name in {row[r] for row in rows for r in ("teacher", "student")}
+    }
+    for row in rows:
+        keywords = {row["keyword"]: yaml.safe_load(row["value"])}
+        registry.load(row["distiller"])(shapes[row["student"]], shapes[row["teacher"]], data, **keywords)
+
+
+def test_networks_with_four_stages_and_a_stem_of_their_own_are_matched_in_all_of_them():
+    """Their first map is a stage's; in networks of three stages it is the stem's."""
+    for distiller in ("at", "nst", "vid", "reviewkd"):
+        for teacher, student, stages in (("vgg13", "vgg8", [0, 1, 2, 3]), ("resnet56", "resnet20", [1, 2, 3])):
+            pair = {"teacher": {"name": teacher}, "student": {"name": student}}
+            where = {"data": {"name": "cifar100"}, "protocol": {"name": "crd"}, "distiller": {"name": distiller}}
+            assert list(config.resolve({**pair, **where}).distiller["stages"]) == stages
 
 
 def test_a_checkout_that_is_installed_elsewhere_too_finds_its_own_recipes(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdzoo import Batch, DataSpec, Distillation, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, DataSpec, Distillation, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo.distillation import ask
 
 
 class Net(nn.Module):
@@ -25,6 +26,15 @@ class Net(nn.Module):
         logits = self.head(embedding)
         self.seen.append(logits.dtype)
         return Output(logits, embedding, (feature,) * 4)
+
+
+class Shows(Net):
+    """Shows what it is asked for."""
+
+    wants_features, wants_preactivations, wants_final = True, False, False
+
+    def shown(self):
+        return self.wants_features, self.wants_preactivations, self.wants_final
 
 
 class Probe(Distiller):
@@ -82,6 +92,45 @@ def test_the_teachers_graph_is_kept_only_where_it_is_needed(batch):
         probe = Probe(teacher_grad=wanted)
         Distillation(Net(), Net(), probe)(batch)
         assert probe.teacher_grad == wanted
+
+
+@pytest.mark.parametrize(
+    ("needs", "student_shows", "teacher_shows"),
+    [
+        ({}, (True, False, False), (True, False, False)),
+        ({"features": False}, (False, False, False), (False, False, False)),
+        ({"preactivations": ("teacher",)}, (True, False, False), (True, True, False)),
+        ({"preactivations": ("student",), "features": False}, (False, True, False), (False, False, False)),
+        ({"final": True}, (True, False, True), (True, False, True)),
+    ],
+)
+def test_networks_show_what_the_method_needs_and_no_more(needs, student_shows, teacher_shows):
+    student, teacher = Shows(), Shows()
+    student.wants_final = teacher.wants_final = True  # as another method may have left them
+    Distillation(student, teacher, Probe(**needs))
+    assert student.shown() == student_shows
+    assert teacher.shown() == teacher_shows
+
+
+def test_methods_that_share_a_network_are_shown_what_any_of_them_needs():
+    teacher = Shows()
+    ask(teacher, "teacher", [Needs(features=False), Needs(preactivations=("teacher",)), Needs(final=True)])
+    assert teacher.shown() == (True, True, True)
+
+
+def test_an_output_of_three_fields_is_whole(batch):
+    output = Net()(batch.images).float()
+    assert (output.preactivations, output.final) == ((), None)
+
+
+def test_a_part_of_the_final_map_is_classified_as_the_method_sees_the_network():
+    class Classifies(Net):
+        def classify(self, means):
+            return self.head(means)
+
+    means = torch.rand(3, 4)
+    assert Seen(Classifies()).classify(means).requires_grad
+    assert not Seen(Classifies(), grad=False).classify(means).requires_grad
 
 
 def test_a_method_without_a_teacher_trains_without_one(batch):

@@ -42,6 +42,10 @@ class SharedTeacher(nn.Module):
         """The network's own."""
         return self.network.classifier
 
+    def classify(self, means: Tensor) -> Tensor:
+        """The network's own."""
+        return self.network.classify(means)
+
     def forward(self, images: Tensor) -> Output:
         """``network(images)``, remembered until ``forget``; passes that keep a graph are each lane's own."""
         if torch.is_grad_enabled():

@@ -12,7 +12,8 @@ from torch import nn
 
 from kdzoo import config, models, registry
 from kdzoo.data import Dataset, Loader
-from kdzoo.distillation import Distillation
+from kdzoo.distillation import Distillation, ask
+from kdzoo.distiller import Needs
 from kdzoo.engine import checkpoint, loop
 from kdzoo.engine.device import DTYPES, current
 from kdzoo.engine.lane import Lane, SharedTeacher, titles
@@ -96,7 +97,7 @@ def common_loader(
     needs = [distillation.distiller.needs for distillation in built]
     views = tuple(sorted({view for need in needs for view in need.views}))
     if teacher is not None:
-        teacher.network = ready(teacher.network, settings.engine, any(need.features for need in needs))
+        teacher.network = ready(teacher.network, settings.engine, needs)
     return dataset.loader(settings.protocol, seed=settings.seed, views=views)
 
 
@@ -124,12 +125,12 @@ def train_lanes(
     return [outcomes[i] for i in range(len(runs))]
 
 
-def ready(teacher: models.Network, engine: config.EngineSettings, features: bool) -> models.Network:
-    """The frozen network as it is fast: no pass for maps that nobody reads, its weights cast and compiled once."""
+def ready(teacher: models.Network, engine: config.EngineSettings, needs: Sequence[Needs]) -> models.Network:
+    """The frozen network as it is fast: it shows no more than is read, its weights cast and compiled once."""
+    ask(teacher, "teacher", needs)
     dtype = DTYPES[engine.precision]
     if dtype is not None:
         teacher = models.cast_weights(teacher, dtype)
-    teacher.wants_features = features
     if engine.compile:
         teacher.compile()
     return teacher

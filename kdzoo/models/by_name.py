@@ -25,7 +25,8 @@ from kdzoo.models.adapt import (
     shrink_stem,
     token_options,
 )
-from kdzoo.models.network import FAILURES, Network, wrap
+from kdzoo.models.maps import FAILURES
+from kdzoo.models.network import Network, wrap
 
 # From a side in pixels, and whether to keep resolution in the stem, to a network and what was adapted.
 Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]

@@ -14,9 +14,9 @@ _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 def cast_weights(network: Network, dtype: torch.dtype) -> Network:
     """A copy for use under autocast alone, whose convolutions and linear layers hold weights of ``dtype``.
 
-    Under autocast all its outputs have the bits of ``network``'s. That is tried on two images: where it does not hold,
-    or a pass fails, the network itself is returned. The classifier stays as it is, as methods apply it outside of
-    autocast.
+    Under autocast all that it shows has the bits of what ``network`` shows. That is tried on two images: where it
+    does not hold, or a pass fails, the network itself is returned. The classifier stays as it is, as methods apply it
+    outside of autocast.
 
     Args:
         network: in evaluation mode, and never to be trained.
@@ -39,10 +39,7 @@ def cast_weights(network: Network, dtype: torch.dtype) -> Network:
 def _outputs(network: Network, dtype: torch.dtype) -> list[Tensor]:
     images = torch.rand(2, 3, network.image_size, network.image_size, generator=torch.Generator().manual_seed(0))
     images = images.to(network.mean.device).contiguous(memory_format=torch.channels_last)
-    wanted, network.wants_features = network.wants_features, True
-    try:
-        with torch.autocast(images.device.type, dtype):
-            logits, embedding, features = network(images)
-    finally:
-        network.wants_features = wanted
-    return [logits, embedding, *features]
+    with torch.autocast(images.device.type, dtype):
+        seen = network(images)
+    shown = [seen.logits, seen.embedding, *seen.features, *seen.preactivations]
+    return shown if seen.final is None else [*shown, seen.final]

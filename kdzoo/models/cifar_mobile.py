@@ -26,13 +26,14 @@ class ShuffleUnitV1(nn.Module):
         self.squeeze = conv_norm(inputs, middle, 1, groups=first_groups)
         self.depthwise = conv_norm(middle, middle, 3, stride, groups=middle)
         self.expand = conv_norm(middle, added, 1, groups=groups, relu=False)
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
         path = self.expand(self.depthwise(_shuffle(self.squeeze(x), self.first_groups)))
         if self.stride == 2:
-            return F.relu(torch.cat([path, F.avg_pool2d(x, 3, 2, 1)], 1))
-        return F.relu(path + x)
+            return self.act(torch.cat([path, F.avg_pool2d(x, 3, 2, 1)], 1))
+        return self.act(path + x)
 
 
 class ShuffleUnitV2(nn.Module):
@@ -45,19 +46,21 @@ class ShuffleUnitV2(nn.Module):
         self.path = nn.Sequential(
             conv_norm(entering, half, 1),
             conv_norm(half, half, 3, stride, groups=half, relu=False),
-            conv_norm(half, half, 1),
+            conv_norm(half, half, 1, relu=False),
         )
         self.other: nn.Module = nn.Identity()
         self.strided = stride == 2
         if self.strided:
             self.other = nn.Sequential(
-                conv_norm(inputs, inputs, 3, stride, groups=inputs, relu=False), conv_norm(inputs, half, 1)
+                conv_norm(inputs, inputs, 3, stride, groups=inputs, relu=False), conv_norm(inputs, half, 1, relu=False)
             )
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
         kept, changed = (x, x) if self.strided else x.chunk(2, 1)
-        return _shuffle(torch.cat([self.other(kept), self.path(changed)], 1), 2)
+        # What is kept was rectified before; one ReLU for both leaves it, and the unit's map before it, whole.
+        return self.act(_shuffle(torch.cat([self.other(kept), self.path(changed)], 1), 2))
 
 
 class InvertedResidual(nn.Module):

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdzoo.distiller import Output
 from kdzoo.errors import UserError
-from kdzoo.models.maps import CannotRead, Layout, Slot, as_map, layout_of, spread
+from kdzoo.models.maps import CannotRead, Layout, Slot, alike, as_map, layout_of, spread
 
 
 class Passed(NamedTuple):
@@ -18,6 +19,7 @@ class Passed(NamedTuple):
     name: str
     module: nn.Module
     layout: Layout
+    mean: Tensor  # (B, C) of the map over its positions
 
 
 def find_taps(calls: Sequence[Passed]) -> list[Passed]:
@@ -87,23 +89,29 @@ class HookReader:
     """
 
     def __init__(self, body: nn.Module, images: Tensor, taps: Sequence[str] | None = None):
-        calls, self._classifier = _probe(body, images)
+        calls, self._classifier, embedding = _probe(body, images)
         chosen = find_taps(calls) if taps is None else [_named(body, calls, name) for name in taps]
         self.names = tuple(call.name for call in chosen)
         self._layouts = [call.layout for call in chosen]
         self._slots = [Slot() for _ in chosen]
         for call, slot in zip(chosen, self._slots, strict=True):
             call.module.register_forward_hook(slot.output)
+        self._final = Slot()
+        final = _averaged(calls, embedding)
+        self._final_layout = None if final is None else final.layout
+        if final is not None:
+            final.module.register_forward_hook(self._final.output)
         self._embedding = Slot()
         if self._classifier is not None:
             body.get_submodule(self._classifier).register_forward_pre_hook(self._embedding.input)
 
     def read(self, body: nn.Module, images: Tensor, features: bool) -> Output:
-        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none."""
+        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none, the final map."""
         logits = body(images)
         maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
         embedding = maps[-1].mean((2, 3)) if self._classifier is None else self._embedding.take()
-        return Output(logits, embedding, maps if features else ())
+        final = None if self._final_layout is None else as_map(self._final.take(), self._final_layout)
+        return Output(logits, embedding, maps if features else (), final=final)
 
     def classifier(self, body: nn.Module) -> nn.Linear | None:
         """The layer that makes the logits of the embedding, where there is exactly one."""
@@ -112,9 +120,24 @@ class HookReader:
         module = body.get_submodule(self._classifier)
         return module if isinstance(module, nn.Linear) else None
 
+    def classify(self, body: nn.Module, means: Tensor) -> Tensor:
+        """Means (M, D) of the final map over any positions -> logits (M, K); only where there is a final map."""
+        layer = self.classifier(body)
+        assert layer is not None, "no final map is shown"
+        return F.linear(means, layer.weight, layer.bias)  # a call of the layer itself would be read as a pass
 
-def _probe(body: nn.Module, images: Tensor) -> tuple[list[Passed], str | None]:
-    """The calls that gave maps, in order, and the name of the linear layer that gave the logits."""
+
+def _averaged(calls: Sequence[Passed], embedding: Tensor | None) -> Passed | None:
+    """The call whose map's mean is the embedding, the last of the largest; pooled maps are such too, but small."""
+    last = {call.name: call for call in calls}
+    if embedding is None:
+        return None
+    means = [call for call in calls if call is last[call.name] and alike(call.mean, embedding, 1e-3)]
+    return max(reversed(means), key=lambda call: call.layout.height * call.layout.width, default=None)
+
+
+def _probe(body: nn.Module, images: Tensor) -> tuple[list[Passed], str | None, Tensor | None]:
+    """The calls that gave maps, in order; the name of the linear layer that gave the logits, and what it read."""
     calls: list[Passed] = []
     linear: list[tuple[str, Tensor, Tensor]] = []
 
@@ -122,7 +145,7 @@ def _probe(body: nn.Module, images: Tensor) -> tuple[list[Passed], str | None]:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             layout = layout_of(output, len(images))
             if layout is not None:
-                calls.append(Passed(name, module, layout))
+                calls.append(Passed(name, module, layout, as_map(output, layout).mean((2, 3))))
             if isinstance(module, nn.Linear):
                 linear.append((name, inputs[0], output))
 
@@ -142,8 +165,8 @@ def _probe(body: nn.Module, images: Tensor) -> tuple[list[Passed], str | None]:
         )
     for name, inputs, output in reversed(linear):
         if inputs.ndim == 2 and output.shape == logits.shape and output.equal(logits):
-            return calls, name
-    return calls, None
+            return calls, name, inputs
+    return calls, None, None
 
 
 def _named(body: nn.Module, calls: Sequence[Passed], name: str) -> Passed:

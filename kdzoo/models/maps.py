@@ -12,6 +12,19 @@ class CannotRead(Exception):
     """This way of reading does not suit the network; another may."""
 
 
+# What constructors and forwards raise on sizes that they do not suit.
+FAILURES = (
+    CannotRead,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 PREFIXES = range(6)  # class, distillation and up to four register tokens
 
 
@@ -62,6 +75,14 @@ def as_map(output: Tensor, layout: Layout) -> Tensor:
         return output.permute(0, 3, 1, 2)
     grid = output[:, output.shape[1] - layout.height * layout.width :]
     return grid.transpose(1, 2).unflatten(2, (layout.height, layout.width))
+
+
+def alike(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether two tensors are of one shape and differ by no more than a share of ``wanted``'s largest number.
+
+    A share, because the maps of a network that was never trained may be tiny.
+    """
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
 def spread(depth: int) -> list[int]:

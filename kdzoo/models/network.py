@@ -13,31 +13,20 @@ from torch.nn import functional as F
 from kdzoo.distiller import Output
 from kdzoo.errors import UserError
 from kdzoo.models.hook_reader import HookReader
-from kdzoo.models.maps import CannotRead
+from kdzoo.models.maps import FAILURES, CannotRead
+from kdzoo.models.preactivations import Preactivations
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
 
 PROBE_BATCH = 2
-
-# What constructors and forwards raise on sizes that they do not suit.
-FAILURES = (
-    CannotRead,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class Network(nn.Module):
     """A classifier with its input normalisation and its input size inside.
 
     ``body`` is the bare network, and the only part with a state: its ``state_dict`` is what is saved.
-    ``wants_features`` chooses between the pass that also gives the maps and the plain one. The outputs are
-    float32 whatever the precision inside.
+    ``wants_features`` chooses between the pass that also gives the maps and the plain one; ``wants_preactivations``
+    and ``wants_final`` add those fields of ``Output`` where the network has them. The outputs are float32 whatever
+    the precision inside.
 
     Args:
         body: normalised images (B, 3, H, W) -> logits (B, K).
@@ -67,17 +56,40 @@ class Network(nn.Module):
     ):
         super().__init__()
         self.name, self.image_size, self.adapted = name, image_size, tuple(adapted)
-        self.wants_features = True
+        self.wants_features, self.wants_final = True, False
         self.body = body
         self._resize = resize
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         with _undisturbed(self):
             self._reader = _reader(body, self._probe(), taps)
+            self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
 
     def forward(self, images: Tensor) -> Output:
-        """(B, 3, H, W) in [0, 1] -> logits (B, K), embedding (B, D) and four maps (B, C, H, W), or none."""
-        return self._reader.read(self.body, self._prepared(images), self.wants_features).float()
+        """(B, 3, H, W) in [0, 1] -> logits (B, K), embedding (B, D), and of the maps what is wanted."""
+        maps = self.wants_features or self.wants_preactivations
+        seen = self._reader.read(self.body, self._prepared(images), maps)
+        return seen._replace(
+            features=seen.features if self.wants_features else (),
+            preactivations=self._before.take(seen.features) if self.wants_preactivations else (),
+            final=seen.final if self.wants_final else None,
+        ).float()
+
+    @property
+    def wants_preactivations(self) -> bool:
+        """Whether the maps before the last ReLU of each stage are shown too."""
+        return self._before.wanted
+
+    @wants_preactivations.setter
+    def wants_preactivations(self, wanted: bool) -> None:
+        self._before.watch(wanted)
+
+    def classify(self, means: Tensor) -> Tensor:
+        """Means (M, D') of the final map over any positions -> logits (M, K), as the body makes them of all positions.
+
+        Only of networks that have a final map.
+        """
+        return self._reader.classify(self.body, means)
 
     @property
     def classifier(self) -> nn.Linear | None:
@@ -102,10 +114,13 @@ class Network(nn.Module):
             ) from None
 
     def shapes(self) -> Output:
-        """The output for a batch of two on the meta device: shapes without data."""
+        """All that it can show of a batch of two, on the meta device: shapes without data."""
         with _undisturbed(self):
-            logits, embedding, features = self._reader.read(self.body, self._probe(), True)
-        return Output(logits.to("meta"), embedding.to("meta"), tuple(f.to("meta") for f in features)).float()
+            seen = self._reader.read(self.body, self._probe(), True)
+        features = tuple(f.to("meta") for f in seen.features)
+        before = features if self._before.known else ()  # each has its feature's shape
+        final = None if seen.final is None else seen.final.to("meta")
+        return Output(seen.logits.to("meta"), seen.embedding.to("meta"), features, before, final).float()
 
     def _prepared(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdzoo.distiller import Output
-from kdzoo.models.maps import CannotRead, Layout, Slot, as_map, layout_of, spread
+from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, alike, as_map, layout_of, spread
 
 STEMS = ("stem", "patch_embed")  # the modules whose output makes a fourth map beside three stages
 
@@ -55,6 +56,37 @@ class TimmReader:
             and embedding.ndim == 2
             and classifier(embedding).allclose(body.forward_head(final), rtol=1e-3, atol=1e-4)
         )
+        self._final = self._final_layout(body, final, embedding) if self.linear else None
+
+    def _final_layout(self, body: Any, final: Tensor, embedding: Tensor) -> Layout | None:
+        """How ``forward_head``'s input holds a map of whose mean the embedding is made; None where it holds none.
+
+        Class tokens and learned poolings are no means. Batch norms after the pooling would take the means of parts
+        for images, and learn their statistics.
+        """
+        layout = layout_of(final, len(final))
+        if layout is None:
+            return None
+        self._prefix = final.shape[1] - layout.height * layout.width if layout.kind == "tokens" else 0
+        normed: list[nn.Module] = []
+        batch_norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+        handles = [m.register_forward_pre_hook(lambda norm, _: normed.append(norm)) for m in batch_norms]
+        try:
+            found = body.forward_head(self._pixel(as_map(final, layout).mean((2, 3)), layout), pre_logits=True)
+        except FAILURES:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        return layout if alike(found, embedding, 1e-3) and not normed else None
+
+    def _pixel(self, means: Tensor, layout: Layout) -> Tensor:
+        """Vectors (M, D') as maps of one pixel, in the layout that ``forward_head`` reads."""
+        if layout.kind == "NCHW":
+            return means[:, :, None, None]
+        if layout.kind == "NHWC":
+            return means[:, None, None]
+        return F.pad(means[:, None], (0, 0, self._prefix, 0))  # where means are taken, prefix tokens are not read
 
     def _watch_stem(self, body: Any, images: Tensor) -> None:
         stem = next((module for name in STEMS if (module := getattr(body, name, None)) is not None), None)
@@ -69,7 +101,7 @@ class TimmReader:
             raise CannotRead("three stages and no map from the stem")
 
     def read(self, body: Any, images: Tensor, features: bool) -> Output:
-        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none."""
+        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none, the final map."""
         maps: list[Tensor] = []
         if features:
             final, maps = body.forward_intermediates(images, indices=self.indices, output_fmt="NCHW")
@@ -80,10 +112,16 @@ class TimmReader:
             maps = [stem, *maps] if features else []
         embedding = body.forward_head(final, pre_logits=True)
         if self.linear:
-            return Output(body.get_classifier()(embedding), embedding, tuple(maps))
+            last = None if self._final is None else as_map(final, self._final)
+            return Output(body.get_classifier()(embedding), embedding, tuple(maps), final=last)
         pooled = embedding if embedding.ndim == 2 else embedding.flatten(2).mean(2)
         return Output(body.forward_head(final), pooled, tuple(maps))
 
     def classifier(self, body: Any) -> nn.Linear | None:
         """The layer that makes the logits of the embedding, where there is exactly one."""
         return body.get_classifier() if self.linear else None
+
+    def classify(self, body: Any, means: Tensor) -> Tensor:
+        """Means (M, D') of the final map over any positions -> logits (M, K); only where there is a final map."""
+        assert self._final is not None, "no final map is shown"
+        return body.forward_head(self._pixel(means, self._final))

@@ -27,16 +27,21 @@ def waves() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def output(waves: Callable[..., Tensor]) -> Callable[..., Output]:
-    """An output of 6 images: logits of ``classes``, an embedding, maps of ``grids``, which may be a constant."""
+    """An output of 6 images: logits of ``classes``, an embedding, maps of ``grids`` and others before their last ReLU.
+
+    All may be a constant.
+    """
 
     def build(grids: Grids = STUDENT, classes: int = 10, phase: float = 0.0, constant: float | None = None) -> Output:
-        shapes = [(6, classes), (6, grids[-1][0]), *((6, *grid) for grid in grids)]
+        shapes = [(6, classes), (6, grids[-1][0]), *((6, *grid) for grid in grids), *((6, *grid) for grid in grids)]
         if constant is None:
-            tensors = [waves(*shape, phase=phase) for shape in shapes]
+            phases = [phase] * (2 + len(grids)) + [phase + 0.5] * len(grids)
+            tensors = [waves(*shape, phase=p) for shape, p in zip(shapes, phases, strict=True)]
         else:
             tensors = [torch.full(shape, constant) for shape in shapes]
         leaves = [tensor.requires_grad_() for tensor in tensors]
-        return Output(leaves[0], leaves[1], tuple(leaves[2:]))
+        features, preactivations = leaves[2 : 2 + len(grids)], leaves[2 + len(grids) :]
+        return Output(leaves[0], leaves[1], tuple(features), tuple(preactivations))
 
     return build
 

@@ -8,6 +8,7 @@ from scipy.special import expit
 from torch.nn import functional as F
 
 from distillers.reviewkd import Pyramid, ReviewKD, context_loss
+from kdzoo import Distillation, Needs, models
 from kdzoo.errors import UserError
 
 
@@ -74,12 +75,15 @@ def reviewed(method, maps_s, grids):
     return results
 
 
-def test_the_term_reviews_from_the_embedding_to_the_shallowest_stage(output, data, batch):
+@pytest.mark.parametrize("roles", [(), ("teacher",), ("student",), ("student", "teacher")])
+def test_the_term_reviews_from_the_embedding_to_the_shallowest_stage(output, data, batch, roles):
     grids = ((5, 16, 16), (5, 8, 8), (7, 4, 4), (6, 3, 3))  # the teacher's, each finer than the student's
     student, teacher = output(), output(grids, phase=1.0)
-    method = ReviewKD(student, teacher, data(), stages=(1, 3), warmup=0.5).eval()
-    maps_s = [numbers(student.embedding)[:, :, None, None], *(numbers(student.features[l]) for l in (3, 1))]
-    maps_t = [numbers(teacher.embedding)[:, :, None, None], *(numbers(teacher.features[l]) for l in (3, 1))]
+    method = ReviewKD(student, teacher, data(), stages=(1, 3), warmup=0.5, preactivations=roles).eval()
+    shown_s = student.preactivations if "student" in roles else student.features
+    shown_t = teacher.preactivations if "teacher" in roles else teacher.features
+    maps_s = [numbers(student.embedding)[:, :, None, None], *(numbers(shown_s[l]) for l in (3, 1))]
+    maps_t = [numbers(teacher.embedding)[:, :, None, None], *(numbers(shown_t[l]) for l in (3, 1))]
     expected = 0.0
     seen = reviewed(method, maps_s, [maps.shape[2:] for maps in maps_t])
     for f_s, f_t, levels in zip(seen, maps_t, ((), (2, 1), (4, 2, 1)), strict=True):
@@ -103,7 +107,7 @@ def test_the_student_learns_from_every_stage_asked_for_and_the_teacher_from_none
     method.loss(student, teacher, batch())["review"].backward()
     assert [f.grad is not None for f in student.features] == [False, True, False, True]
     assert all(p.grad.abs().sum() > 0 for p in method.parameters())
-    assert all(f.grad is None for f in teacher.features)
+    assert all(f.grad is None for f in (*teacher.features, *teacher.preactivations))
     assert teacher.embedding.grad is None
 
 
@@ -123,7 +127,46 @@ def test_a_weight_of_zero_leaves_its_term_and_its_modules_out(student, teacher, 
     assert ReviewKD(student, teacher, data(), ce=0).loss(student, teacher, batch()).keys() == {"review"}
 
 
-@pytest.mark.parametrize(("keywords", "message"), [({"warmup": 20}, "warmup 20"), ({"stages": (5,)}, "stages")])
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"warmup": 20}, "warmup 20"),
+        ({"stages": (5,)}, "stages"),
+        ({"preactivations": ("techer",)}, "did you mean teacher"),
+    ],
+)
 def test_a_bad_keyword_is_the_users_error(student, teacher, data, keywords, message):
     with pytest.raises(UserError, match=message):
         ReviewKD(student, teacher, data(), **keywords)
+
+
+def test_the_teachers_maps_are_those_before_the_last_relu_and_the_students_are_not(student, teacher, data):
+    assert ReviewKD(student, teacher, data()).needs == Needs(preactivations=("teacher",))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_network_that_hides_its_preactivations_is_refused_before_training(student, teacher, data, role):
+    shown = {"student": student, "teacher": teacher}
+    shown[role] = shown[role]._replace(preactivations=())
+    with pytest.raises(UserError, match=f"leave '{role}' out"):
+        ReviewKD(*shown.values(), data(), preactivations=(role,))
+    ReviewKD(*shown.values(), data(), preactivations=())
+
+
+def test_a_rectified_teachers_negative_numbers_count(data, batch):
+    """What the term would be blind to after the ReLU."""
+    spec = data()
+    torch.manual_seed(0)
+    teacher, student = (models.create("resnet8", spec).eval() for _ in range(2))
+    images = torch.rand(6, 3, 32, 32)
+    method = ReviewKD(student.shapes(), teacher.shapes(), spec, ce=0, warmup=0).eval()
+    terms = Distillation(student, teacher, method).eval()(batch()._replace(images=images))
+    teacher.wants_features, teacher.wants_preactivations = True, True
+    seen = teacher(images)
+    assert all((f >= 0).all() for f in seen.features)
+    assert all((f < 0).any() for f in seen.preactivations)
+    blind = method.loss(student(images), seen._replace(preactivations=seen.features), batch())
+    assert blind["review"].item() != pytest.approx(terms["review"].item(), rel=1e-2)
+    assert method.loss(student(images), seen, batch())["review"].item() == pytest.approx(
+        terms["review"].item(), rel=1e-5
+    )

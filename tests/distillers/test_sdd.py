@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillers.sdd import SDD, cell_logits, scale_decoupled_loss
-from kdzoo import Batch, DataSpec, Output
+from distillers.sdd import SDD, scale_decoupled_loss
+from kdzoo import Batch, DataSpec, Output, models
 from kdzoo.distillation import Distillation, Seen
 from kdzoo.errors import UserError
 from kdzoo.losses import softened_kl
@@ -53,15 +53,6 @@ def test_the_order_of_cells_is_of_no_account_as_long_as_both_share_it():
     assert scale_decoupled_loss(student[:, order], teacher, overall, 4.0, 2.0).item() != pytest.approx(before, rel=1e-2)
 
 
-def test_cells_are_classified_one_by_one():
-    cells, weight, bias = waves(0.1, 2, 3, 5), waves(0.2, 7, 3), waves(0.3, 7)
-    found = cell_logits(cells, weight, bias)
-    for b in range(2):
-        for n in range(5):
-            expected = weight.numpy() @ cells[b, :, n].numpy() + bias.numpy()
-            np.testing.assert_allclose(found[b, n].numpy(), expected, rtol=1e-9)
-
-
 def test_gradients_are_those_of_the_formula():
     teacher, overall = waves(1.1, 3, 4, 5), waves(2.0, 3, 5)
     student = waves(0.3, 3, 4, 5).requires_grad_()
@@ -69,20 +60,26 @@ def test_gradients_are_those_of_the_formula():
 
 
 class Pooled(nn.Module):
-    """A linear layer on the mean of the one map; ``kind`` is another way to an embedding of the same width."""
+    """A small head on the mean of the one map: linear, or with a norm and a nonlinearity before it."""
 
-    def __init__(self, width, phase, side=8, kind="mean"):
+    def __init__(self, width, phase, side=8, curved=False):
         super().__init__()
-        self.stage, self.classifier = nn.Conv2d(3, width, 3, padding=1), nn.Linear(width, 7)
-        self.side, self.kind = side, kind
-        self.norm = nn.BatchNorm2d(width)
+        self.stage, self.norm, self.classifier = (
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.Linear(width, 7),
+        )
+        self.side, self.curved = side, curved
         for p in self.parameters():
             p.data = waves(phase, *p.shape).float() / 4
 
+    def classify(self, means):
+        return self.classifier(F.layer_norm(means, means.shape[1:]).tanh() if self.curved else means)
+
     def forward(self, images):
         maps = F.adaptive_avg_pool2d(self.norm(self.stage(images)), self.side)
-        embedding = maps.mean((2, 3)) if self.kind == "mean" else maps.relu().mean((2, 3))
-        return Output(self.classifier(embedding), embedding, (maps,))
+        embedding = maps.mean((2, 3))
+        return Output(self.classify(embedding), embedding, (), final=maps)
 
 
 def method(student, teacher, **keywords):
@@ -94,22 +91,25 @@ def batch():
     return Batch.of(waves(0.0, 6, 3, 8, 8).float(), torch.arange(6), 7)
 
 
-def test_at_scale_1_it_is_distillation_of_the_networks_own_logits():
-    student, teacher = Pooled(4, 0.3), Pooled(6, 1.1, side=3)
+@pytest.mark.parametrize("curved", [False, True])
+def test_at_scale_1_it_is_distillation_of_the_networks_own_logits(curved):
+    student, teacher = Pooled(4, 0.3, curved=curved), Pooled(6, 1.1, side=3, curved=curved)
     sdd, given = method(student, teacher, scales=(1,)), batch()
     expected = 0.9 * softened_kl(student(given.images).logits, teacher(given.images).logits, 4.0)
     for wrapped in (Seen(teacher), Seen(Seen(teacher))):  # engines may wrap a teacher once more
         assert sdd(Seen(student), wrapped, given)["sdd"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_cells_are_the_means_of_the_maps_parts_at_every_scale():
-    student, teacher, given = Pooled(4, 0.3), Pooled(6, 1.1), batch()
+@pytest.mark.parametrize(("curved", "side"), [(False, 8), (True, 8), (False, 2), (True, 7)])
+def test_cells_are_the_means_of_the_maps_parts_at_every_scale(curved, side):
+    student, teacher, given = Pooled(4, 0.3, side, curved), Pooled(6, 1.1, curved=curved), batch()
     sdd = method(student, teacher)
     cells = []
     for net in (student, teacher):
-        maps = net(given.images).features[0]
-        parts = torch.cat([F.adaptive_avg_pool2d(maps, g).flatten(2) for g in (1, 2, 4)], dim=2)
-        cells.append(net.classifier(parts.mT).detach().double().numpy())
+        maps = net(given.images).final
+        parts = [F.adaptive_avg_pool2d(maps, g) for g in (1, 2, 4)]
+        pixels = torch.cat([part.flatten(2) for part in parts], dim=2)
+        cells.append(torch.stack([net.classify(p) for p in pixels.unbind(2)], dim=1).detach().double().numpy())
     assert cells[0].shape == (6, 21, 7)
     overall = teacher(given.images).logits.detach().numpy()
     found = sdd(Seen(student), Seen(teacher), given)["sdd"].item()
@@ -118,48 +118,50 @@ def test_cells_are_the_means_of_the_maps_parts_at_every_scale():
     assert found != pytest.approx(other, rel=1e-3)
 
 
-@pytest.mark.parametrize("sides", [(1, 8), (3, 2), (8, 7)])
-def test_scales_finer_than_a_map_become_its_own_grid(sides):
-    student, teacher = Pooled(4, 0.3, sides[0]), Pooled(6, 1.1, sides[1])
-    terms = method(student, teacher)(Seen(student), Seen(teacher), batch())
-    assert terms["sdd"].isfinite()
-    sum(terms.values()).backward()
-    assert student.classifier.weight.grad.any()
+def test_gradients_reach_the_students_map_and_head_and_nothing_of_the_teacher():
+    student, teacher = Pooled(4, 0.3, side=1), Pooled(6, 1.1, side=7, curved=True)
+    Distillation(student, teacher, method(student, teacher, ce=0))(batch())["sdd"].backward()
+    assert all(p.grad.any() for p in (student.stage.weight, student.classifier.weight))
+    assert all(p.grad is None for p in teacher.parameters())
 
 
+CNNS = ["resnet8x4", "wrn_16_2", "vgg8", "shufflenetv1", "shufflenetv2", "mobilenetv2_half", "resnet18", "mobilenetv2"]
+
+
+@pytest.mark.parametrize("name", [*CNNS, "swin_pico", "test_convnext", "torchvision:resnet18", "vit_t avg"])
+def test_at_scale_1_cells_have_the_logits_of_any_network_that_averages_a_map(name):
+    spec = DataSpec("toy", 7, tuple("abcdefg"), 32, torch.arange(7))
+    torch.manual_seed(0)
+    name, _, pool = name.partition(" ")
+    network = models.create(name, spec, **({"global_pool": pool} if pool else {})).eval()
+    network.wants_final = True
+    images = torch.rand(3, 3, 32, 32)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(images)  # else the maps of deep networks all but vanish in evaluation
+        network.eval()
+        seen = network(images)
+        for side in (1, 2, 4):  # so all are what the network makes of the image's parts, not of a trick at scale 1
+            means = F.adaptive_avg_pool2d(seen.final, side)
+            logits = network.classify(means.permute(0, 2, 3, 1).flatten(0, 2)).unflatten(0, (3, side, side))
+            assert logits.shape == (3, side, side, 7)
+            if side == 1:
+                torch.testing.assert_close(logits[:, 0, 0], seen.logits, rtol=1e-3, atol=1e-4)
+            else:
+                assert not torch.allclose(logits[:, 0, 0], seen.logits, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["vit_t", "deit_t", "levit_128s"])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_network_whose_embedding_is_not_the_mean_of_its_map_is_refused_before_training(role):
-    networks = {"student": Pooled(4, 0.3), "teacher": Pooled(6, 1.1)}
-    together = Distillation(**networks, distiller=method(*networks.values()))
-    together.prepare([batch()])
-    networks[role].kind = "other"
+def test_a_network_that_averages_no_map_is_refused_at_once(name, role):
+    spec = DataSpec("toy", 7, tuple("abcdefg"), 32, torch.arange(7))
+    shapes = dict.fromkeys(("student", "teacher"), models.create("resnet8", spec).shapes())
+    shapes[role] = models.create(name, spec).shapes()
     with pytest.raises(UserError, match=f"the {role}'s are not"):
-        together.prepare([batch()])
-
-
-def test_a_network_without_a_linear_classifier_is_refused_before_training():
-    student, teacher = Pooled(4, 0.3), Pooled(6, 1.1)
-    together = Distillation(student, teacher, method(student, teacher))
-    teacher.classifier = nn.Sequential(teacher.classifier)
-    with pytest.raises(UserError, match="the teacher's are not"):
-        together.prepare([batch()])
-
-
-def test_maps_of_another_width_than_the_embedding_are_refused_at_once():
-    wide = Output(torch.empty(1, 7), torch.empty(1, 5), (torch.empty(1, 4, 8, 8),))
-    with pytest.raises(UserError, match="the student's are not"):
-        SDD(wide, wide, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
-
-
-def test_the_check_before_training_leaves_the_student_as_it_was():
-    student, teacher = Pooled(4, 0.3), Pooled(6, 1.1)
-    together = Distillation(student, teacher, method(student, teacher)).train()
-    student.norm.eval()
-    before = {name: value.clone() for name, value in student.state_dict().items()}
-    together.prepare([batch()])
-    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-    assert student.training
-    assert not student.norm.training
+        SDD(*shapes.values(), spec)
+    SDD(*shapes.values(), spec, sdd=0)
 
 
 def test_large_logits_and_constant_maps_have_finite_gradients():

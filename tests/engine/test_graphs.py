@@ -11,7 +11,7 @@ from kdzoo.engine import graphs
 from kdzoo.engine.graphs import Graphed
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, build, train_lanes
+from kdzoo.engine.training import Teacher, build, common_loader, train_lanes
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy
 from kdzoo.results.folder import RunFolder
@@ -123,7 +123,7 @@ def test_a_lane_that_cannot_be_captured_goes_on_plainly_and_says_why(tmp_path, d
     captured.record = record
     beside = trained(tmp_path / "a", ["kd", "uhkd", "none"], dataset, teacher)
     assert len(captured.said) == 1
-    assert captured.said[0].startswith("uhkd ")
+    assert captured.said[0].startswith("uhkd: ")
     assert captured.said[0].endswith("operation not permitted when stream is capturing")
     captured.record = lambda work, stream: work
     for one, other in zip(
@@ -227,8 +227,7 @@ def test_the_devices_part_of_a_step_asks_for_no_number(tmp_path, dataset, teache
     run = settings(tmp_path, name, "protocol.clip=1")
     shared = SharedTeacher(teacher.network)
     lane = lane_of(run, dataset, shared, tmp_path)
-    loader = dataset.loader(run.protocol, seed=0, views=lane.distillation.distiller.needs.views)
-    batches = loader.batches()
+    batches = common_loader(run, [lane.distillation], dataset, shared).batches()
     for step in range(2):
         shared.forget()
         lane.step(next(batches), step)

@@ -44,7 +44,7 @@ def students(outcomes):
 
 
 def test_a_lane_ends_with_the_same_bits_as_the_run_alone(tmp_path, dataset, teacher):
-    names = ["kd", "lfcc", "none"]
+    names = ["kd", "lfcc", "none", "reviewkd", "sdd"]  # each needs something else of the teacher
     together = train_lanes([settings(tmp_path / "a", n) for n in names], dataset, teacher, Progress(quiet=True))
     for name, beside in zip(names, students(together), strict=True):
         alone = train_lanes([settings(tmp_path / "b", name)], dataset, teacher, Progress(quiet=True))

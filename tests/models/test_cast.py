@@ -18,8 +18,8 @@ def seeded():
 
 def outputs(network, images, dtype=torch.bfloat16):
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        logits, embedding, features = network(images)
-    return [logits, embedding, *features]
+        seen = network(images)
+    return [seen.logits, seen.embedding, *seen.features, *seen.preactivations]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def outputs(network, images, dtype=torch.bfloat16):
 )
 def test_the_bits_are_those_of_autocast(name):
     network = create(name, DATA).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network.wants_preactivations = True
     images = torch.rand(5, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     before = outputs(network, images)
     cast = cast_weights(network, torch.bfloat16)

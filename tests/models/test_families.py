@@ -84,7 +84,9 @@ def test_a_timm_network_teaches_and_learns_at_32_pixels(name):
         taught = network(images)
         network.wants_features = False
         plain = network(images)
-        network.wants_features = True
+        network.wants_preactivations = network.wants_final = True
+        asked = network(images)
+        network.wants_features, network.wants_preactivations, network.wants_final = True, False, False
     assert plain.features == ()
     assert len(taught.features) == 4
     assert all(f.ndim == 4 and len(f) == 2 and min(f.shape[2:]) >= 2 for f in taught.features)
@@ -96,6 +98,13 @@ def test_a_timm_network_teaches_and_learns_at_32_pixels(name):
     torch.testing.assert_close(bare_logits(network, images), taught.logits, rtol=1e-3, atol=1e-4)
     if network.classifier is not None:
         torch.testing.assert_close(network.classifier(taught.embedding), taught.logits, rtol=1e-3, atol=1e-4)
+
+    assert asked.features == ()
+    for before, feature in zip(asked.preactivations, taught.features if asked.preactivations else (), strict=True):
+        assert before.shape == feature.shape
+        assert before.isfinite().all()
+    if asked.final is not None:
+        torch.testing.assert_close(network.classify(asked.final.mean((2, 3))), taught.logits, rtol=1e-3, atol=1e-4)
 
     network.train()
     learnt = network(images)

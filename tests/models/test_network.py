@@ -82,6 +82,7 @@ def seeded():
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_the_whole_pass_compiles_as_one_graph(name):
     network = create(name, DATA).eval()
+    network.wants_preactivations = network.wants_final = True
     torch.compiler.reset()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -129,6 +130,19 @@ def test_shapes_are_those_of_a_pass():
     shapes, output = network.shapes(), network(IMAGES)
     assert shapes.embedding.shape == output.embedding.shape
     assert [f.shape for f in shapes.features] == [f.shape for f in output.features]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "test_vit", "torchvision:resnet18"])
+def test_shapes_are_those_of_all_that_can_be_asked_for(name):
+    network = create(name, DATA)
+    shapes, plain = network.shapes(), network(IMAGES)
+    assert (plain.preactivations, plain.final) == ((), None)
+    network.wants_preactivations = network.wants_final = True
+    output = network(IMAGES)
+    assert [f.shape for f in shapes.preactivations] == [f.shape for f in output.preactivations]
+    assert all(f.is_meta for f in shapes.preactivations)
+    assert (shapes.final is None) == (output.final is None) == (name == "test_vit")
+    assert shapes.final is None or shapes.final.shape == output.final.shape
 
 
 def test_images_are_normalised_inside():
