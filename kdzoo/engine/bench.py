@@ -13,7 +13,7 @@ import torch
 
 from kdzoo import config
 from kdzoo.engine import checkpoint, teachers
-from kdzoo.engine.device import settle
+from kdzoo.engine.executors import Executor, Group, Local
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.run import open_data
 from kdzoo.engine.training import train_lanes
@@ -30,10 +30,13 @@ class Report:
 
     finished: list[Path] = field(default_factory=list)
     failed: dict[Path, str] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)  # groups that their executor lost: their titles, and why
     elsewhere: list[Path] = field(default_factory=list)  # another process is at work on them
 
 
-def bench(suite: Suite, out: Path, retry: bool = False, quiet: bool = False) -> Report:
+def bench(
+    suite: Suite, out: Path, retry: bool = False, quiet: bool = False, executor: Executor | None = None
+) -> Report:
     """Trains whatever of the suite is not finished yet.
 
     Args:
@@ -41,27 +44,32 @@ def bench(suite: Suite, out: Path, retry: bool = False, quiet: bool = False) -> 
         out: their folder.
         retry: try again what failed before.
         quiet: show nothing.
+        executor: where to train; None: on this machine.
 
     Raises:
         UserError: the folder belongs to another suite, cannot be written, or holds a run that was edited by hand.
     """
+    executor = executor or Local()
     own(out, suite)
     for settings in suite.runs:
         settings.output.root = str(out)
     with Progress(quiet) as progress:
-        for settings in suite.runs:
-            settle(settings.engine)
+        executor.settle(suite.runs, quiet)
         groups = grouped(suite.runs)
-        for i, group in enumerate(groups, 1):
-            first = group[0]
-            waiting = [run for run in group if not is_settled(run, retry)]
-            progress.say(
-                f"group {i}/{len(groups)}: {first.teacher.name} on {first.data.name}, {first.protocol.name}, seed "
-                f"{first.seed}: {len(waiting)} of {len(group)} runs to do"
-            )
-            if waiting:
-                work_on(waiting, progress, quiet)
-    return survey(suite)
+        named = [named_group(group, f"{i}/{len(groups)}", retry) for i, group in enumerate(groups, 1)]
+        stopped = executor.train(named, work_on, progress, quiet)
+    report = survey(suite)
+    report.stopped = stopped
+    lost = {RunFolder.of(run).path for group in named if group.title in stopped for run in group.runs}
+    report.elsewhere = [path for path in report.elsewhere if path not in lost]
+    return report
+
+
+def named_group(runs: Sequence[config.Settings], title: str, retry: bool) -> Group:
+    """What is to do of a group's runs."""
+    first, waiting = runs[0], [run for run in runs if not is_settled(run, retry)]
+    text = f"{first.teacher.name} on {first.data.name}, {first.protocol.name}, seed {first.seed}"
+    return Group(title, f"{text}: {len(waiting)} of {len(runs)} runs to do", waiting)
 
 
 def own(out: Path, suite: Suite) -> None:
@@ -110,11 +118,14 @@ def is_settled(settings: config.Settings, retry: bool) -> bool:
     return folder.failure.is_file()
 
 
-def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool) -> None:
-    """Trains those of a group's runs that no other process is at work on, as many side by side as memory holds."""
+def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool, wait: bool = False) -> None:
+    """Trains those of a group's runs that no other process is at work on, as many side by side as memory holds.
+
+    With ``wait``, those that others hold are waited for.
+    """
     locks = {i: RunLock(RunFolder.of(run).path) for i, run in enumerate(runs)}
     try:
-        mine = [run for i, run in enumerate(runs) if locks[i].acquire()]
+        mine = [run for i, run in enumerate(runs) if locks[i].acquire(wait)]
         mine = [run for run in mine if not is_settled(run, retry=False)]  # while we waited, another may have been there
         if not mine:
             return

@@ -12,8 +12,8 @@ from rich.progress import Progress as Bars
 class Progress:
     """Shows one run; ``quiet`` shows nothing. A context manager, so that the bar never outlives an error."""
 
-    def __init__(self, quiet: bool = False):
-        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(file=sys.stderr, quiet=quiet, highlight=False)
         self.bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
