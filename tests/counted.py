@@ -17,7 +17,8 @@ class Counted(Distiller):
     Args:
         ce: weight of the cross-entropy.
         folder: where ``steps.txt`` gets a line for each step. After the first step, a file ``kill`` there makes the
-            process that finds it first kill itself, and a pipe ``hang`` makes it tell the pipe its Ray node and hang.
+            process that finds it first kill itself, and a file ``hang`` makes it tell the pipe ``node`` its Ray node
+            and hang.
     """
 
     paper = "-"
@@ -35,7 +36,7 @@ class Counted(Distiller):
             if taken(self.folder / "hang"):
                 import ray
 
-                (self.folder / "hang.taken").write_text(ray.get_runtime_context().get_node_id())
+                (self.folder / "node").write_text(ray.get_runtime_context().get_node_id())
                 threading.Event().wait()
         with (self.folder / "steps.txt").open("a") as file:
             file.write(f"{float(batch.progress):.3f} {batch.index.tolist()[:8]}\n")  # which differ by seed

@@ -133,7 +133,7 @@ def side_by_side(
                 assert isinstance(ended, int)
                 group, device, process, here = running.pop(ended)
                 process.join()
-                reason = here.recv() if process.exitcode == 0 else end_of(process.exitcode)
+                reason = here.recv() if process.exitcode == 0 else end_of(process)
                 here.close()
                 if reason is not None:
                     stopped[group.title] = reason
@@ -166,8 +166,9 @@ def begin(group: Group, work: Work, progress: Progress, quiet: bool, wait: bool 
     work(group.runs, progress, quiet, wait)
 
 
-def end_of(code: int) -> str:
+def end_of(process: SpawnProcess) -> str:
     """How a process ended that gave no answer."""
+    code = process.exitcode or 0
     return f"its process was killed by signal {-code}" if code < 0 else f"its process ended with code {code}"
 
 

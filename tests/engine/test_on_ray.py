@@ -43,13 +43,12 @@ def cluster(ray, monkeypatch):
 def test_groups_of_a_node_that_is_lost_are_trained_by_another(
     cluster, counted, tmp_path, no_step_is_missing_or_done_twice
 ):
-    os.mkfifo(tmp_path / "hang")
-    pipe = tmp_path / "hang.taken"
-    os.link(tmp_path / "hang", pipe)  # by the name that it will have once a run hangs
+    os.mkfifo(tmp_path / "node")
+    (tmp_path / "hang").touch()
     killed = []
 
     def kill_the_node_of_the_run_that_hangs():
-        node_id = pipe.read_text()
+        node_id = (tmp_path / "node").read_text()
         [node] = [node for node in cluster.list_all_nodes() if node.node_id == node_id]
         cluster.remove_node(node, allow_graceful=False)
         killed.append(node_id)
