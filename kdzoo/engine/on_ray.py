@@ -70,11 +70,20 @@ class OnRay:
         return stopped
 
     def task(self, ray: ModuleType, engine: EngineSettings, name: str) -> Any:
-        """A task of a group's size."""
-        gpus = self.gpus
+        """A task of a group's size.
+
+        Raises:
+            UserError: no node could ever run it.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores, gpus = engine.threads or 1, self.gpus
         if gpus is None:
-            gpus = float(engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
-        cores = engine.threads or 1
+            gpus = float(engine.device != "cpu" and any(node.get("GPU", 0) for node in nodes))
+        if not any(node.get("CPU", 0) >= cores and node.get("GPU", 0) >= gpus for node in nodes):
+            raise UserError(
+                f"no node of the cluster has {cores} cores and {gpus:g} GPUs, which a group takes; lower "
+                "engine.threads or --gpus-per-group"
+            )
         return ray.remote(on_node).options(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES, name=name)
 
 
@@ -87,6 +96,7 @@ def connect(quiet: bool) -> ModuleType:
         UserError: Ray is not installed, or no cluster answers.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # groups' lines look alike, and none of them may be left out
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # plain lines
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

@@ -37,9 +37,8 @@ def test_a_mistake_in_one_process_comes_back_as_one_line(counted, tmp_path):
     suite = counted(2)
     for run in suite.runs:
         run.output.root = str(tmp_path / "runs")
-    blocked = RunFolder.of(suite.runs[0]).path
-    blocked.parent.mkdir()
-    blocked.touch()
+    (tmp_path / "runs").mkdir()
+    RunFolder.of(suite.runs[0]).path.touch()  # where a folder should be
     report = bench(suite, tmp_path / "runs", quiet=True, executor=Local(jobs=2))
     assert report.stopped.keys() == {"1/2"}
     assert "cannot be written" in report.stopped["1/2"]

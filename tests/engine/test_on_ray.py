@@ -1,6 +1,7 @@
 """A bench on a Ray cluster survives the loss of a node; no step is lost and none is done twice."""
 
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ SMALL = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
 def ray(monkeypatch):
     """Ray, whose processes end with the test."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
     import ray
 
     yield ray
@@ -55,22 +57,22 @@ def test_groups_of_a_node_that_is_lost_are_trained_by_another(
 
     killer = threading.Thread(target=kill_the_node_of_the_run_that_hangs, daemon=True)
     killer.start()
-    report = bench(counted(4), tmp_path / "runs", quiet=True, executor=find("ray"))
+    report = bench(counted(3), tmp_path / "runs", quiet=True, executor=find("ray"))
     assert len(killed) == 1
-    assert (len(report.finished), report.stopped, report.failed, report.elsewhere) == (8, {}, {}, [])
-    assert no_step_is_missing_or_done_twice(4)
+    assert (len(report.finished), report.stopped, report.failed, report.elsewhere) == (6, {}, {}, [])
+    assert no_step_is_missing_or_done_twice(3)
 
 
-def test_where_there_is_no_cluster_one_is_started_and_a_mistake_there_comes_back_as_one_line(
+def test_where_there_is_no_cluster_one_is_started_and_mistakes_there_come_back_as_one_line(
     ray, counted, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("RAY_ADDRESS", "local")  # not this machine's own cluster, if it has one
+    with pytest.raises(UserError, match="no node of the cluster has 1 cores and 64 GPUs"):
+        bench(counted(1), tmp_path / "runs", quiet=True, executor=find("ray", gpus=64))
     suite = counted(2)
     for run in suite.runs:
         run.output.root = str(tmp_path / "runs")
-    blocked = RunFolder.of(suite.runs[0]).path
-    blocked.parent.mkdir()
-    blocked.touch()
+    RunFolder.of(suite.runs[0]).path.touch()  # where a folder should be
     report = bench(suite, tmp_path / "runs", quiet=True, executor=find("ray", gpus=0))
     assert report.stopped.keys() == {"1/2"}
     assert "cannot be written" in report.stopped["1/2"]
