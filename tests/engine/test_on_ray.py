@@ -14,6 +14,7 @@ from kdzoo.engine.on_ray import Place, on_node
 from kdzoo.errors import UserError
 from kdzoo.results.folder import RunFolder
 
+TOKEN = secrets.token_hex(32)  # one for all tests, since Ray reads it once in the life of a process
 SMALL = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
 
 
@@ -21,7 +22,7 @@ SMALL = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
 def ray(monkeypatch):
     """Ray, whose processes end with the test."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home folder
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)  # else Ray leaves one in the home folder
     import ray
 
     yield ray
