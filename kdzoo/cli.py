@@ -89,10 +89,34 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="The folder of its runs (default: runs/SUITE).")
 @click.option("--retry", is_flag=True, help="Try again what failed before.")
 @click.option("--dry-run", is_flag=True, help="List the groups and estimate their time and memory; train nothing.")
+@click.option(
+    "--on",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="This machine (default), or a Ray cluster: RAY_ADDRESS's, this machine's, or one started for it.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Groups at a time on this machine, each in its own process (default: one for each GPU).",
+)
+@click.option(
+    "--gpus-per-group",
+    type=click.FloatRange(min=0),
+    help="On Ray: what a group takes, such as 0.5 (default: 1, where the cluster has GPUs).",
+)
 @DEBUG
 @OVERRIDES
 def bench(
-    suite: str, seeds: int | None, out: Path | None, retry: bool, dry_run: bool, overrides: tuple[str, ...]
+    suite: str,
+    seeds: int | None,
+    out: Path | None,
+    retry: bool,
+    dry_run: bool,
+    on: str,
+    jobs: int | None,
+    gpus_per_group: float | None,
+    overrides: tuple[str, ...],
 ) -> None:
     """Run a suite: every method, pair and seed of it, then the table.
 
@@ -101,24 +125,29 @@ def bench(
     """
     from kdzoo import suites
     from kdzoo.engine import bench as engine
+    from kdzoo.engine import executors
     from kdzoo.engine.estimate import estimate
     from kdzoo.engine.progress import Progress
     from kdzoo.results import layout, table
     from kdzoo.results.folder import find_runs
     from kdzoo.results.show import plan
 
+    executor = executors.find(on, jobs, gpus_per_group)
     found = suites.load(suite, range(seeds or 0), overrides)
     folder = out or Path("runs") / found.name
     if dry_run:
         groups = engine.laid_out(found, folder)
         click.echo(plan(found.name, groups, estimate(groups, retry, Progress())))
         return
-    report = engine.bench(found, folder, retry)
+    report = engine.bench(found, folder, retry, executor=executor)
     runs = table.rows(find_runs([folder]))
     if not runs.empty:
         click.echo(layout.render(runs, "markdown"), nl=False)
     if report.elsewhere:
         click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
+    if report.stopped:
+        lines = "; ".join(f"{title}: {reason}" for title, reason in report.stopped.items())
+        raise UserError(f"{len(report.stopped)} groups stopped ({lines}); the same command goes on with them")
     if report.failed:
         alike: dict[str, list[str]] = {}
         for path, reason in report.failed.items():

@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from threading import Semaphore
 
 import pytest
 
 from kdzoo.errors import UserError
+from kdzoo.results import lock
 from kdzoo.results.lock import RunLock
 
 HOLD = "import sys; from pathlib import Path; from kdzoo.results.lock import RunLock\n" + (
@@ -44,3 +46,38 @@ def test_what_is_released_can_be_taken_again(tmp_path):
         pass
     with RunLock(tmp_path):
         pass
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """The file of an owner on another machine, whose file system carries no locks to this one."""
+    owner = RunLock(tmp_path).owner
+    owner.write_text('{"host": "elsewhere", "process": 1}')
+    return owner
+
+
+def test_an_owner_on_another_machine_is_respected_while_its_heart_beats(tmp_path, foreign):
+    with pytest.raises(UserError, match="process 1 on elsewhere"), RunLock(tmp_path):
+        pass
+
+
+def test_an_owner_on_another_machine_whose_heart_has_stopped_holds_nothing(tmp_path, foreign):
+    before = foreign.stat().st_mtime - 61
+    os.utime(foreign, (before, before))
+    with RunLock(tmp_path) as lock:
+        assert str(os.getpid()) in lock.who()
+
+
+def test_an_owner_on_another_machine_is_waited_for(tmp_path, foreign, monkeypatch):
+    monkeypatch.setattr(lock.time, "sleep", lambda _: foreign.unlink())
+    assert RunLock(tmp_path).acquire(wait=True)
+
+
+def test_the_heart_of_an_owner_beats_until_it_gives_the_lock_up(tmp_path, monkeypatch):
+    beats = Semaphore(0)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.001)
+    monkeypatch.setattr(lock.os, "utime", lambda _: beats.release())
+    with RunLock(tmp_path):
+        assert beats.acquire(timeout=60)
+        assert beats.acquire(timeout=60)
+    assert not RunLock(tmp_path).owner.exists()

@@ -14,8 +14,8 @@ import torch
 from kdzoo import config
 from kdzoo.data import Dataset
 from kdzoo.engine import checkpoint, teachers
-from kdzoo.engine.device import settle
 from kdzoo.engine.estimate import parts
+from kdzoo.engine.executors import Executor, Group, Local
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.run import open_data
 from kdzoo.engine.training import Teacher, train_lanes
@@ -32,10 +32,13 @@ class Report:
 
     finished: list[Path] = field(default_factory=list)
     failed: dict[Path, str] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)  # groups that their executor lost: their titles, and why
     elsewhere: list[Path] = field(default_factory=list)  # another process is at work on them
 
 
-def bench(suite: Suite, out: Path, retry: bool = False, quiet: bool = False) -> Report:
+def bench(
+    suite: Suite, out: Path, retry: bool = False, quiet: bool = False, executor: Executor | None = None
+) -> Report:
     """Trains whatever of the suite is not finished yet.
 
     Args:
@@ -43,33 +46,39 @@ def bench(suite: Suite, out: Path, retry: bool = False, quiet: bool = False) -> 
         out: their folder.
         retry: try again what failed before.
         quiet: show nothing.
+        executor: where to train; None: on this machine.
 
     Raises:
         UserError: the folder belongs to another suite, cannot be written, or holds a run that was edited by hand.
     """
+    executor = executor or Local()
     own(out, suite)
-    groups = laid_out(suite, out)
-    waiting = [[run for run in group if not is_settled(run, retry)] for group in groups]
+    groups = laid_out(suite, out, executor, quiet)
+    named = [named_group(group, f"{i}/{len(groups)}", retry) for i, group in enumerate(groups, 1)]
     with Progress(quiet) as progress:
-        progress.suite([sum(run.protocol.epochs for run in runs) for runs in waiting])
-        for i, (group, runs) in enumerate(zip(groups, waiting, strict=True)):
-            first = group[0]
-            progress.group(
-                i,
-                f"{first.teacher.name} on {first.data.name}, {first.protocol.name}, seed {first.seed}: "
-                f"{len(runs)} of {len(group)} runs to do",
-            )
-            if runs:
-                work_on(runs, progress, quiet)
-    return survey(suite)
+        stopped = executor.train(named, work_on, progress, quiet)
+    report = survey(suite)
+    report.stopped = stopped
+    lost = {RunFolder.of(run).path for group in named if group.title in stopped for run in group.runs}
+    report.elsewhere = [path for path in report.elsewhere if path not in lost]
+    return report
 
 
-def laid_out(suite: Suite, out: Path) -> list[list[config.Settings]]:
-    """The suite's groups, its runs' folders below ``out`` and every ``auto`` settled for this machine."""
+def laid_out(
+    suite: Suite, out: Path, executor: Executor | None = None, quiet: bool = False
+) -> list[list[config.Settings]]:
+    """The suite's groups, its runs' folders below ``out`` and every ``auto`` settled for where they are trained."""
     for settings in suite.runs:
         settings.output.root = str(out)
-        settle(settings.engine)
+    (executor or Local()).settle(suite.runs, quiet)
     return grouped(suite.runs)
+
+
+def named_group(runs: Sequence[config.Settings], title: str, retry: bool) -> Group:
+    """What is to do of a group's runs."""
+    first, waiting = runs[0], [run for run in runs if not is_settled(run, retry)]
+    text = f"{first.teacher.name} on {first.data.name}, {first.protocol.name}, seed {first.seed}"
+    return Group(title, f"{text}: {len(waiting)} of {len(runs)} runs to do", waiting)
 
 
 def own(out: Path, suite: Suite) -> None:
@@ -123,14 +132,15 @@ def is_settled(settings: config.Settings, retry: bool) -> bool:
     return folder.failure.is_file()
 
 
-def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool) -> None:
+def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool, wait: bool = False) -> None:
     """Trains those of a group's runs that no other process is at work on, as many side by side as memory holds.
 
-    What a group cannot do without, its data or its teacher, is missed by all of its runs and by no others.
+    What a group cannot do without, its data or its teacher, is missed by all of its runs and by no others. With
+    ``wait``, runs that other processes hold are waited for.
     """
     locks = {i: RunLock(RunFolder.of(run).path) for i, run in enumerate(runs)}
     try:
-        mine = [run for i, run in enumerate(runs) if locks[i].acquire()]
+        mine = [run for i, run in enumerate(runs) if locks[i].acquire(wait)]
         mine = [run for run in mine if not is_settled(run, retry=False)]  # while we waited, another may have been there
         if not mine:
             return

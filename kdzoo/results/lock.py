@@ -1,14 +1,25 @@
-"""One process at a time works on a run: an advisory lock that the system drops when its owner dies, however it dies."""
+"""One process at a time works on a run, and a dead owner holds nothing, however it died.
+
+An advisory lock that the system drops when its owner dies tells the processes of one machine apart, and those of
+several where their file system carries locks. Where it does not, the owner's heartbeat does: the owner touches its
+file for as long as it lives.
+"""
 
 import json
 import os
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 
 from filelock import FileLock, Timeout
 
 from kdzoo.errors import StorageError, UserError
 from kdzoo.files import write_text
+
+HEARTBEAT = 10.0  # seconds
+LIFETIME = 60.0  # seconds without a heartbeat after which an owner on another machine is dead
 
 
 class RunLock:
@@ -27,6 +38,12 @@ class RunLock:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=-1 if wait else 0)
+            while self._lives_elsewhere():
+                self._lock.release()
+                if not wait:
+                    return False
+                time.sleep(HEARTBEAT)
+                self._lock.acquire()
         except Timeout:
             return False
         except OSError as error:
@@ -34,11 +51,14 @@ class RunLock:
                 f"{self._file.parent} cannot be written ({error.strerror}); choose another folder"
             ) from error
         write_text(self.owner, json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+        self._released = Event()
+        Thread(target=_beat, args=(self.owner, self._released), daemon=True).start()
         return True
 
     def release(self) -> None:
         """Gives it up, if it is held."""
         if self._lock.is_locked:
+            self._released.set()
             self.owner.unlink(missing_ok=True)
             self._lock.release()
 
@@ -59,3 +79,19 @@ class RunLock:
             return f"process {owner['process']} on {owner['host']}"
         except (OSError, ValueError, KeyError):
             return "another process"
+
+    def _lives_elsewhere(self) -> bool:
+        """Whether an owner on another machine is alive. Both times are the file server's, so no clocks are compared."""
+        try:
+            with self.owner.open(encoding="utf-8") as file:  # opened: what a client remembers of a file may be old
+                host, beaten = json.load(file)["host"], os.fstat(file.fileno()).st_mtime
+        except (OSError, ValueError, KeyError):
+            return False
+        self._file.touch()
+        return host != socket.gethostname() and self._file.stat().st_mtime - beaten < LIFETIME
+
+
+def _beat(owner: Path, released: Event) -> None:
+    with suppress(OSError), owner.open() as file:  # this very file, even if another owner puts its own in its place
+        while not released.wait(HEARTBEAT):
+            os.utime(file.fileno())

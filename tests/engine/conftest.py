@@ -1,0 +1,35 @@
+"""A suite whose every training step is written down."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kdzoo import suites
+from kdzoo.suites import Suite
+
+COUNTED = Path(__file__).parents[1] / "counted.py"
+STEPS = 4  # of a run
+
+
+@pytest.fixture
+def counted(tmp_path) -> Callable[[int], Suite]:
+    """Makes the suite, for so many seeds, each of which is a group of two runs."""
+    file = tmp_path / "counted.yaml"
+    file.write_text(
+        "{data: {name: digits, limit: 256}, protocol: {name: quick, epochs: 1}, pairs: [[resnet14, resnet8]], "
+        f"distillers: [kd, {{name: {COUNTED}, folder: {tmp_path}}}], teacher: {{epochs: 1, allow_weak: true}}}}"
+    )
+    overrides = ["engine.precision=float32", "engine.device=cpu", "engine.checkpoint_seconds=0"]
+    return lambda seeds: suites.load(str(file), seeds=range(seeds), overrides=overrides)
+
+
+@pytest.fixture
+def no_step_is_missing_or_done_twice(tmp_path) -> Callable[[int], bool]:
+    """Whether that holds for a suite of so many seeds."""
+
+    def holds(seeds: int) -> bool:
+        lines = (tmp_path / "steps.txt").read_text().splitlines()
+        return len(lines) == len(set(lines)) == seeds * STEPS
+
+    return holds

@@ -1,0 +1,95 @@
+"""Groups train one after the other, or several at a time in processes that may die without harm to the others."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kdzoo.engine.bench import bench
+from kdzoo.engine.executors import Local, find, slots
+from kdzoo.errors import UserError
+from kdzoo.results.folder import RunFolder
+
+
+def test_groups_in_two_processes_do_every_step_once(counted, tmp_path, no_step_is_missing_or_done_twice, capfd):
+    report = bench(counted(3), tmp_path / "runs", executor=Local(jobs=2))
+    assert (len(report.finished), report.stopped, report.elsewhere) == (6, {}, [])
+    assert no_step_is_missing_or_done_twice(3)
+    said = capfd.readouterr().err
+    assert all(f"[{i}/3] epoch   1/1: top-1" in said for i in (1, 2, 3))
+
+
+def test_a_process_that_is_killed_stops_its_group_alone_and_the_same_command_goes_on(
+    counted, tmp_path, no_step_is_missing_or_done_twice
+):
+    (tmp_path / "kill").touch()
+    report = bench(counted(3), tmp_path / "runs", quiet=True, executor=Local(jobs=2))
+    assert list(report.stopped.values()) == ["its process was killed by signal 9"]
+    assert (len(report.finished), report.elsewhere) == (4, [])
+    report = bench(counted(3), tmp_path / "runs", quiet=True, executor=Local(jobs=2))
+    assert (len(report.finished), report.stopped) == (6, {})
+    assert no_step_is_missing_or_done_twice(3)
+
+
+def test_a_mistake_in_one_process_comes_back_as_one_line(counted, tmp_path):
+    suite = counted(2)
+    for run in suite.runs:
+        run.output.root = str(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    RunFolder.of(suite.runs[0]).path.touch()  # where a folder should be
+    report = bench(suite, tmp_path / "runs", quiet=True, executor=Local(jobs=2))
+    assert report.stopped.keys() == {"1/2"}
+    assert "cannot be written" in report.stopped["1/2"]
+    assert len(report.finished) == 2
+
+
+def test_processes_end_with_a_bench_that_is_killed_and_the_same_command_goes_on(
+    counted, tmp_path, no_step_is_missing_or_done_twice
+):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from kdzoo import suites; from kdzoo.engine.bench import bench; from kdzoo.engine.executors import Local\n"
+        "if __name__ == '__main__':\n"
+        "    bench(suites.load(sys.argv[1], seeds=range(2), overrides=sys.argv[3:]), Path(sys.argv[2]), "
+        "executor=Local(jobs=2))"
+    )
+    suite = counted(2)
+    overrides = ["engine.precision=float32", "engine.device=cpu", "engine.checkpoint_seconds=0"]
+    arguments = [str(tmp_path / "counted.yaml"), str(tmp_path / "runs"), *overrides]
+    driver = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+    assert driver.stderr is not None
+    assert any("top-1" in line for line in driver.stderr)  # a process is at work
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.stderr.read()  # ends when the last process that could write has ended
+    driver.stderr.close()
+    assert driver.wait() == -signal.SIGKILL
+    report = bench(suite, tmp_path / "runs", quiet=True)
+    assert len(report.finished) == 4
+    assert no_step_is_missing_or_done_twice(2)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "jobs", "expected"),
+    [
+        ("cpu", 0, None, ["cpu"]),
+        ("cpu", 0, 2, ["cpu", "cpu"]),
+        ("cuda", 1, None, ["cuda"]),
+        ("cuda", 2, None, ["cuda:0", "cuda:1"]),
+        ("cuda", 2, 3, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda", 2, 1, ["cuda:0"]),
+        ("cuda:1", 2, None, ["cuda:1"]),
+    ],
+)
+def test_as_many_groups_at_a_time_as_there_are_gpus_unless_told_otherwise(device, gpus, jobs, expected):
+    assert slots(device, gpus, jobs) == expected
+
+
+def test_settings_of_the_other_executor_are_refused():
+    with pytest.raises(UserError, match=r"for --on ray; --jobs N"):
+        find("local", gpus=0.5)
+    with pytest.raises(UserError, match=r"for --on local; on Ray"):
+        find("ray", jobs=2)
+    with pytest.raises(UserError, match=r"expected a share of one GPU"):
+        find("ray", gpus=1.5)
