@@ -36,7 +36,16 @@ class Dataset:
         """How many test images there are."""
         return len(self._test)
 
-    def loader(self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), workers: int = 0) -> Loader:
+    def loader(
+        self,
+        protocol: Protocol,
+        *,
+        seed: int,
+        views: tuple[str, ...] = (),
+        workers: int = 0,
+        part: int = 0,
+        parts: int = 1,
+    ) -> Loader:
         """The training batches by this protocol, see ``Loader``; ``workers`` serve what is streamed."""
         return Loader(
             self.spec,
@@ -46,6 +55,8 @@ class Dataset:
             pixels=self.train_pixels,
             pictures=self._train,
             workers=workers,
+            part=part,
+            parts=parts,
         )
 
     def test_batches(
