@@ -98,6 +98,8 @@ class EngineSettings:
 
     device: str = "auto"
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of the networks; losses are float32
+    devices: int = 1  # that share every batch of one run; protocol.batch_size counts the images of all
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # whether devices hold student and distiller whole, or a share of them
     threads: int = 0  # 0: as many as there are cores
     checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
 
@@ -135,6 +137,8 @@ class Settings:
         what = self.plain()
         del what["output"], what["data"]["root"], what["data"]["workers"], what["teacher"]["allow_weak"]
         what["engine"] = what["engine"]["precision"]
+        if self.engine.devices > 1:  # batch norms and losses that compare images see what one device has of a batch
+            what["devices"] = self.engine.devices
         what["files"] = [
             hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
             for name in (self.distiller["name"], self.teacher.weights)

@@ -48,6 +48,10 @@ def bench(suite: Suite, out: Path, retry: bool = False, quiet: bool = False) -> 
     own(out, suite)
     for settings in suite.runs:
         settings.output.root = str(out)
+        if settings.engine.devices != 1:
+            raise UserError(
+                "engine.devices belongs to kdzoo run; a suite fills several devices with several kdzoo bench"
+            )
     with Progress(quiet) as progress:
         for settings in suite.runs:
             settle(settings.engine)

@@ -14,6 +14,7 @@ from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Output
 from kdzoo.engine.device import autocast
 from kdzoo.engine.optim import Optimizer, learning_rate
+from kdzoo.engine.parallel import ALONE, Ranks
 from kdzoo.errors import UserError
 from kdzoo.models import Network
 from kdzoo.randomness import seed_of
@@ -126,16 +127,19 @@ class Lane:
     folder: RunFolder
     device: torch.device
     steps_per_epoch: int
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         protocol = self.settings.protocol
         self.base_rate = protocol.lr_of.get(self.settings.student.name, protocol.lr)
+        self.forward = self.ranks.wrap(self.distillation)
         self.optimizer = Optimizer(self.distillation, protocol)
         self.meter = Meter(self.device)
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on this run so far, over all its starts
         self.failure: UserError | None = None
-        self.curves = Curves(self.folder.path) if self.settings.output.tensorboard else None
+        curves = self.settings.output.tensorboard and self.ranks.first
+        self.curves = Curves(self.folder.path) if curves else None
         self.trained = Trained(self.distillation.student, self.distillation.distiller)
         self.average = (
             AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(protocol.ema), use_buffers=True)
@@ -158,24 +162,25 @@ class Lane:
         torch.manual_seed(seed_of(self.settings.seed, "prepare"))
         with autocast(self.device, self.settings.engine.precision):
             self.distillation.prepare(Epochs(loader))
+        self.ranks.align(self.trained)
 
     def step(self, batch: Batch, step: int) -> None:
         """One optimiser step on one batch. Randomness inside depends on seed and step alone."""
-        torch.manual_seed(seed_of(self.settings.seed, "step", step))
+        torch.manual_seed(seed_of(self.settings.seed, "step", step, *self.ranks.names))
         with autocast(self.device, self.settings.engine.precision):
-            terms = self.distillation(batch)
+            terms = self.forward(batch)
         if not terms:
             raise UserError(f"distiller '{self.settings.distiller['name']}' has no loss term: all weights are 0")
         torch.stack(list(terms.values())).sum().backward()
         self.optimizer.step(self.rate(step))
         if self.average is not None:
             self.average.update_parameters(self.trained)
-        self.meter.add(terms, step)
+        self.meter.add(self.ranks.mean(terms), step)
 
     def record(self, found: dict[str, Any]) -> None:
         """Writes an epoch down."""
         self.history.append(found)
-        self.folder.write_history(self.history)
+        self.ranks.once(self.folder.write_history, self.history)
         if self.curves is not None:
             self.curves.write(self.history)
         self.meter.reset()

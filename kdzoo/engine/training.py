@@ -14,6 +14,7 @@ from kdzoo.data import Dataset
 from kdzoo.distillation import Distillation
 from kdzoo.engine import checkpoint, loop
 from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.parallel import ALONE, Ranks
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.randomness import seed_of
@@ -54,9 +55,15 @@ def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | 
 
 
 def train_lanes(
-    runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
+    runs: Sequence[config.Settings],
+    dataset: Dataset,
+    teacher: Teacher | None,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> list[Result | UserError]:
     """Trains runs that share data, protocol, seed and teacher side by side, each from where its folder stands.
+
+    Each of ``ranks`` calls it alike and trains on its share of every batch.
 
     Returns:
         For each run its result, or why it failed; no lane's failure stops another.
@@ -67,31 +74,40 @@ def train_lanes(
     for i, settings in enumerate(runs):
         try:
             built[i] = build(settings, dataset, shared).train()
-            RunFolder.of(settings).open(settings)
+            ranks.once(RunFolder.of(settings).open, settings)
         except UserError as error:
             outcomes[i] = error
     if built:
         needs = [distillation.distiller.needs for distillation in built.values()]
         views = tuple(sorted({view for need in needs for view in need.views}))
         first = runs[0]
-        loader = dataset.loader(first.protocol, seed=first.seed, views=views, workers=first.data.workers)
+        loader = dataset.loader(
+            first.protocol,
+            seed=first.seed,
+            views=views,
+            workers=first.data.workers,
+            part=ranks.rank,
+            parts=ranks.world,
+        )
         if teacher is not None:
             teacher.network.wants_features = any(need.features for need in needs)
         device, per_epoch = dataset.spec.labels.device, loader.steps_per_epoch
-        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch) for i in built}
+        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, ranks) for i in built}
         loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
             outcomes[i] = lane.failure or finish(lane, dataset, teacher)
     return [outcomes[i] for i in range(len(runs))]
 
 
-def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:
-    """Trains a run from where its folder stands to its end.
+def train_one(
+    settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE
+) -> Result:
+    """Trains a run from where its folder stands to its end; each of ``ranks`` calls it alike.
 
     Raises:
         UserError: it failed.
     """
-    [outcome] = train_lanes([settings], dataset, teacher, progress)
+    [outcome] = train_lanes([settings], dataset, teacher, progress, ranks)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -122,9 +138,9 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         extra_parameters=count(lane.trained) - count(shipped),
         peak_memory=peak_memory(lane.device),
     )
-    models.save_weights(shipped, lane.folder.student)
-    lane.folder.write_result(result)
-    checkpoint.remove(lane.folder.checkpoints)
+    lane.ranks.once(models.save_weights, shipped, lane.folder.student)
+    lane.ranks.once(lane.folder.write_result, result)
+    lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result
 
 
