@@ -132,6 +132,8 @@ class Lane:
     def __post_init__(self) -> None:
         protocol = self.settings.protocol
         self.base_rate = protocol.lr_of.get(self.settings.student.name, protocol.lr)
+        self.trained = Trained(self.distillation.student, self.distillation.distiller)
+        self.whole = self.ranks.copy(self.trained)
         self.forward = self.ranks.wrap(self.distillation)
         self.optimizer = Optimizer(self.distillation, protocol)
         self.meter = Meter(self.device)
@@ -140,7 +142,6 @@ class Lane:
         self.failure: UserError | None = None
         curves = self.settings.output.tensorboard and self.ranks.first
         self.curves = Curves(self.folder.path) if curves else None
-        self.trained = Trained(self.distillation.student, self.distillation.distiller)
         self.average = (
             AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(protocol.ema), use_buffers=True)
             if protocol.ema
@@ -187,14 +188,15 @@ class Lane:
 
     def deployed(self) -> nn.Module:
         """What would ship now."""
-        trained = self.trained if self.average is None else cast(Trained, self.average.module)
+        self.ranks.update(self.whole, self.trained)
+        trained = self.whole if self.average is None else cast(Trained, self.average.module)
         return trained.distiller.deploy(trained.student)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on with the same bits."""
         return {
-            "trained": self.trained.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "trained": self.ranks.gathered(self.trained.state_dict()),
+            "optimizer": self.ranks.gathered(self.optimizer.state_dict()),
             "average": None if self.average is None else self.average.state_dict(),
             "meter": self.meter.state_dict(),
             "history": self.history,
@@ -203,8 +205,9 @@ class Lane:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` gave."""
-        self.trained.load_state_dict(state["trained"])
+        self.ranks.load(self.trained, state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.ranks.divide(self.optimizer.parts)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"])

@@ -68,7 +68,8 @@ class Optimizer:
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
-        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        sharded = any(hasattr(p, "device_mesh") for p in self.parameters)  # for which torch has no fused SGD
+        fused = not sharded and all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         if decayed and protocol.optimizer == "sgd":
             self.parts.append(torch.optim.SGD(decayed, lr=protocol.lr, momentum=protocol.momentum, fused=fused))
         elif decayed:

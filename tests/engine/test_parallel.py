@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import kdzoo
 from kdzoo import config
+from kdzoo.engine import parallel
 from kdzoo.errors import UserError
 from kdzoo.results.folder import RunFolder
 
@@ -37,6 +38,12 @@ def two(tmp_path_factory):
     return run_program(tmp_path_factory.mktemp("two"), "2", *ALIKE, *APART)
 
 
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    options = ["engine.strategy=fsdp", "engine.checkpoint_seconds=0"]
+    return run_program(tmp_path_factory.mktemp("divided"), "2", "kd", "lfcc", "simkd", *options)
+
+
 def losses(out: Path) -> dict[str, list[dict[str, float]]]:
     """The terms of each epoch, by method."""
     folders = [RunFolder(file.parent) for file in out.glob("*/result.json")]
@@ -52,6 +59,21 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(one, two, met
     assert largest_gap(losses(one)[method], losses(two)[method]) < 1e-4
     first, last = (sum(losses(two)[method][epoch].values()) for epoch in (0, -1))
     assert first != last  # it learned
+
+
+@pytest.mark.parametrize("method", ["kd", "lfcc"])
+def test_two_processes_that_divide_the_student_have_the_losses_of_one(one, divided, method):
+    assert largest_gap(losses(one)[method], losses(divided)[method]) < 1e-4
+
+
+def test_a_divided_student_is_resumed_and_shipped_whole(divided):
+    held, again = (torch.load(divided / f"{name}-0.pt") for name in ("held", "again"))
+    for method in held:
+        assert all(torch.equal(held[method][name], again[method][name]) for name in held[method])
+    for folder in (RunFolder(file.parent) for file in divided.glob("*/result.json")):
+        method, shipped = folder.read_config()["distiller"]["name"], load_file(folder.student)
+        ends = {name.rpartition("body.")[2]: value for name, value in held[method].items()}
+        assert all(torch.equal(value, ends[name.rpartition("body.")[2]]) for name, value in shipped.items())
 
 
 def test_what_compares_the_images_of_a_batch_sees_those_of_one_process(one, two):
@@ -76,16 +98,15 @@ def test_one_process_writes(two):
         assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
-# A method that ends its own process, raises an error or interrupts its parent in the step that FATE names.
-FATEFUL = '''"""Does at a step what it is told."""
+# A method that, where it is told to, interrupts the command in the fourth step and then trains no further.
+INTERRUPTING = '''"""Interrupts its command."""
 import os, signal
 import torch
 from kdzoo import Distiller, Fidelity, Needs
-from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy
+from kdzoo.losses import all_sum, cross_entropy
 
 
-class Fateful(Distiller):
+class Interrupting(Distiller):
     """Cross-entropy of noisy logits with a memory."""
 
     paper = "none"
@@ -99,17 +120,12 @@ class Fateful(Distiller):
 
     def loss(self, student, teacher, batch):
         self.calls += 1
-        fate, _, call = os.environ.get("FATE", "none:0").partition(":")
-        if self.calls == int(call):
-            if fate == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if fate == "error" and os.environ["RANK"] == "1":
-                raise UserError("rank 1 does not like this; give it another")
-            if fate == "interrupt" and os.environ["RANK"] == "1":
-                with open(os.environ["PIDS"], "w") as file:
-                    file.write(str(os.getpid()))
-                os.kill(os.getppid(), signal.SIGINT)
-        self.bank.lerp_(batch.targets.mean(0), 0.1)
+        if self.calls == 4 and os.environ["RANK"] == "1" and "INTERRUPTS" in os.environ:
+            with open(os.environ["INTERRUPTS"], "w") as file:
+                file.write(str(os.getpid()))
+            os.kill(os.getppid(), signal.SIGINT)
+            signal.pause()
+        self.bank.lerp_(all_sum(batch.targets.mean(0)) / 2, 0.1)
         noise = torch.randn_like(student.logits)
         return {"ce": self.ce * cross_entropy(student.logits + 0.1 * noise + self.bank, batch.targets)}
 '''
@@ -117,74 +133,67 @@ SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.pre
 SHORT += ["engine.checkpoint_seconds=0", "protocol.ema=0.9"]
 
 
-@pytest.fixture
-def method(tmp_path):
-    file = tmp_path / "fateful.py"
-    file.write_text(FATEFUL)
-    return str(file)
+def in_shell(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
 
 
-def run_in_two(method: str, out: Path) -> kdzoo.engine.run.Result:
-    return kdzoo.run(method, "resnet8", out=out, overrides=[*SHORT, "engine.devices=2"], quiet=True)
+def is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
-def command(method: str, out: Path, *more: str) -> list[str]:
-    return ["-m", "kdzoo.cli", "run", "--distiller", method, "--student", "resnet8", "--out", str(out), *more, *SHORT]
+def test_a_run_whose_processes_were_killed_ends_with_the_bits_of_one_that_torchrun_started(tmp_path):
+    method, process = tmp_path / "interrupting.py", tmp_path / "process"
+    method.write_text(INTERRUPTING)
+    command = ["-m", "kdzoo.cli", "run", "--distiller", str(method), "--student", "resnet8", *SHORT]
 
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    started = in_shell(*torchrun, *command, f"output.root={tmp_path / 'whole'}")
+    assert started.stdout.count("student top-1, last epoch") == 1
+    [whole] = (tmp_path / "whole").iterdir()
 
-def test_two_that_were_killed_and_interrupted_end_with_the_bits_of_two_that_torchrun_started(
-    method, tmp_path, monkeypatch
-):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    whole = subprocess.run(
-        [*torchrun, *command(method, tmp_path / "whole")], stdout=subprocess.PIPE, text=True, check=True
-    )
-    assert whole.stdout.count("student top-1, last epoch") == 1
-
-    monkeypatch.setenv("FATE", "kill:3")
-    with pytest.raises(UserError, match=r"process \d of 2 ended by SIGKILL; the same command goes on"):
-        run_in_two(method, tmp_path / "killed")
-
-    monkeypatch.setenv("FATE", "interrupt:4")
-    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
-    interrupted = subprocess.run(
-        [sys.executable, *command(method, tmp_path / "killed", "--devices", "2")],
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    root = tmp_path / "killed"
+    interrupted = in_shell(*command, "--devices", "2", "--out", str(root), INTERRUPTS=str(process))
     assert interrupted.returncode == 130
+    assert interrupted.stderr.split("\n")[-2:-1] == ["interrupted; the same command goes on where it stopped"]
     assert "Traceback" not in interrupted.stderr
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pids").read_text()), 0)
+    assert is_gone(int(process.read_text()))
+    [killed] = root.iterdir()
+    assert list((killed / "checkpoints").iterdir())
 
-    monkeypatch.delenv("FATE")
-    resumed = run_in_two(method, tmp_path / "killed")
-    [file] = (tmp_path / "whole").glob("*/student.safetensors")
-    assert file.parent.name == resumed.folder.name
-    one, other = load_file(file), load_file(resumed.folder / "student.safetensors")
+    resumed = kdzoo.run(str(method), "resnet8", out=root, overrides=[*SHORT, "engine.devices=2"], quiet=True)
+    assert resumed.folder == killed
+    one, other = (load_file(folder / "student.safetensors") for folder in (whole, killed))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    timeless = [
-        [{**record, "images_per_second": 0} for record in RunFolder(folder).read_history()]
-        for folder in (file.parent, resumed.folder)
-    ]
+    histories = [RunFolder(folder).read_history() for folder in (whole, killed)]
+    timeless = [[{**record, "images_per_second": 0} for record in history] for history in histories]
     assert timeless[0] == timeless[1]
 
 
-def test_an_error_in_one_process_ends_all_with_one_line(method, tmp_path, monkeypatch):
-    monkeypatch.setenv("FATE", "error:2")
-    failed = subprocess.run(
-        [sys.executable, *command(method, tmp_path, "--devices", "2")], stderr=subprocess.PIPE, text=True, check=False
-    )
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1] == "error: rank 1 does not like this; give it another"
-    assert "Traceback" not in failed.stderr
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("error", "this is not to be had; ask for that"), ("kill", "process 0 of 2 ended by SIGKILL; the same command")],
+)
+def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, how, said):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    from doomed import fail
+
+    settings = config.resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, ["engine.devices=2"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=said):
+        parallel.start(fail, settings, str(tmp_path / "pipe"), how)
+    assert is_gone(int((tmp_path / "pipe.read").read_text()))
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["engine.devices=3"], "batch of 64 images cannot be shared evenly by 3 devices; set protocol.batch_size"),
+        (["engine.devices=2", "engine.strategy=fsdp", "protocol.ema=0.9"], "fsdp keeps no moving average"),
         (["engine.devices=0"], "--devices 0: expected a number from 1"),
         (["engine.devices=2", "engine.device=cuda"], "no cuda device"),
     ],
@@ -205,9 +214,6 @@ def test_the_number_of_devices_is_part_of_a_run_and_how_they_share_is_not():
     assert identity("engine.devices=2") == identity("engine.devices=2", "engine.strategy=fsdp")
 
 
-def test_one_device_needs_no_lightning(tmp_path):
-    code = (
-        "import sys, kdzoo; kdzoo.run('none', 'resnet8', out=sys.argv[1], quiet=True, "
-        "overrides=['protocol.epochs=1', 'data.limit=64']); sys.exit('lightning_fabric' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+def test_one_device_needs_no_lightning(one, two):
+    assert (two / "with-fabric").exists()
+    assert not (one / "with-fabric").exists()

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from kdzoo import config
-from kdzoo.engine import parallel, training
+from kdzoo.engine import checkpoint, parallel, training
 from kdzoo.engine.device import settle
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.run import open_data
 from kdzoo.engine.teachers import obtain
 from kdzoo.errors import UserError
+from kdzoo.results.folder import RunFolder
 
 SETTINGS = [
     "data.name=bands",
@@ -58,25 +59,44 @@ def settings(out: Path, method: str, devices: int = 1, *more: str) -> config.Set
 
 
 def train(first: config.Settings, methods: list[str], out: Path, more: list[str]) -> None:
-    """Trains all methods as lanes of one group, on this process's share of each batch."""
+    """Trains all methods as lanes of one group, on this process's share of each batch.
+
+    Where checkpoints are written at every step, the last one is then taken away and the last step done again.
+    """
     with parallel.joined(first) as ranks:
         device = settle(first.engine)
         runs = [settings(out, method, first.engine.devices, *more) for method in methods]
-        held = {}
-        finish = training.finish
-
-        def finish_and_tell(lane, *given):
-            held[lane.settings.distiller["name"]] = lane.trained.state_dict()
-            return finish(lane, *given)
-
-        training.finish = finish_and_tell
         with ranks.in_turn():
             dataset = open_data(first, device, quiet=True)
             teacher = obtain(first, dataset, Progress(quiet=True))
-        for outcome in training.train_lanes(runs, dataset, teacher, Progress(quiet=True), ranks):
-            if isinstance(outcome, UserError):
-                raise outcome
-        torch.save(held, out / f"held-{ranks.rank}.pt")
+
+        def held() -> dict[str, dict[str, torch.Tensor]]:
+            found, finish = {}, training.finish
+
+            def finish_and_tell(lane, *given):
+                found[lane.settings.distiller["name"]] = ranks.gathered(lane.trained.state_dict())
+                return finish(lane, *given)
+
+            training.finish = finish_and_tell
+            for outcome in training.train_lanes(runs, dataset, teacher, Progress(quiet=True), ranks):
+                if isinstance(outcome, UserError):
+                    raise outcome
+            training.finish = finish
+            return found
+
+        again = first.engine.checkpoint_seconds == 0
+        if again:
+            remove, checkpoint.remove = checkpoint.remove, lambda folder: None
+        torch.save(held(), out / f"held-{ranks.rank}.pt")
+        if again:
+            checkpoint.remove = remove
+            with ranks.in_turn():
+                for folder in (RunFolder.of(run) for run in runs):
+                    whole, _ = checkpoint.survey(folder.checkpoints)
+                    ranks.once(whole[max(whole)].unlink)
+            torch.save(held(), out / f"again-{ranks.rank}.pt")
+    if "lightning_fabric" in sys.modules:
+        (out / "with-fabric").touch()
 
 
 if __name__ == "__main__":
