@@ -46,7 +46,7 @@ def cli() -> None:
     type=int,
     help="Instead of the recipe's; milestones and warm-up scale along.",
 )
-@flag("--batch-size", "protocol.batch_size", type=int, help="Instead of the recipe's.")
+@flag("--batch-size", "protocol.batch_size", type=int, help="Images of a step on all devices, not the recipe's.")
 @flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
 @flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
 @flag("--precision", "engine.precision", help="Of the networks: float32 or bf16; what is fast, by itself.")

@@ -39,7 +39,7 @@ class Protocol:
 
     name: str = "quick"
     epochs: int = 10
-    batch_size: int = 64
+    batch_size: int = 64  # images of a step, those of all devices together
     image_size: int | None = None  # the side images are shown at; None: as the data set has them
     test_crop: float = 1.0  # share of the resized side that the test crop keeps (0.875: resize 256, crop 224)
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: blocks' matrices by Muon, the rest by AdamW

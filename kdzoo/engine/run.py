@@ -88,7 +88,10 @@ def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False)
         device = torch.device(settings.engine.device)
         with (
             RunLock(folder.path) if ranks.first else nullcontext(),
-            torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda"),
+            torch.random.fork_rng(
+                devices=[device] if device.type == "cuda" else None,  # a process touches no other's device
+                device_type=device.type if device.type != "cpu" else "cuda",
+            ),
         ):
             with ranks.in_turn():
                 if fresh:
