@@ -141,7 +141,9 @@ class CRD(Distiller):
         # The copies are what the backward pass reads: the memory itself is written before.
         scores = [u_s @ self.memory_t.clone().mT / self.tau, u_t @ self.memory_s.clone().mT / self.tau]
         scores = [each.gather(1, rows) for each in scores]
-        mean = torch.stack([each.detach().logsumexp(dim=(0, 1)) for each in scores]) - math.log(rows.numel())
+        sums = gather(torch.stack([each.detach().logsumexp(dim=(0, 1)) for each in scores])[None])
+        sums = sums.sort(dim=0).values  # in one order, so that every rank gets the same bits
+        mean = sums.logsumexp(dim=0) - math.log(len(sums) * rows.numel())
         self.log_z.copy_(torch.where(self.log_z.isinf(), mean + math.log(images), self.log_z))
         logs = [each - log_z for each, log_z in zip(scores, self.log_z.clone(), strict=True)]
         return torch.stack([nce_loss(p[:, 0], p[:, 1:], self.negatives / images) for p in logs]).sum()

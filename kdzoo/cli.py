@@ -46,10 +46,12 @@ def cli() -> None:
     type=int,
     help="Instead of the recipe's; milestones and warm-up scale along.",
 )
-@flag("--batch-size", "protocol.batch_size", type=int, help="Instead of the recipe's.")
+@flag("--batch-size", "protocol.batch_size", type=int, help="Images of a step on all devices, not the recipe's.")
 @flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
 @flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
 @flag("--precision", "engine.precision", help="Of the networks: float32, tf32 (CUDA) or bf16; what is fast, by itself.")
+@flag("--devices", "engine.devices", type=int, help="How many share every batch, a process each (default: 1).")
+@flag("--strategy", "engine.strategy", help="With several devices: ddp (default) or fsdp, which shards the student.")
 @flag("--out", "output.root", help="The folder of runs (default: runs).")
 @flag("--teacher-weights", "teacher.weights", help="A safetensors or .pt file, instead of training the teacher.")
 @flag(
@@ -68,6 +70,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     Any setting may follow as KEY=VALUE: distiller.size=5 protocol.lr=0.1 data.limit=2000
     """
     from kdzoo import config
+    from kdzoo.engine import parallel
     from kdzoo.engine.run import execute
     from kdzoo.results.show import result_table
 
@@ -80,7 +83,9 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
             else:
                 values[section] = value
     settings = config.resolve(values, overrides)
-    _print(result_table(execute(settings, fresh=not resume)))
+    result = execute(settings, fresh=not resume)
+    if parallel.is_first():
+        _print(result_table(result))
 
 
 @cli.command()

@@ -39,7 +39,7 @@ class Protocol:
 
     name: str = "quick"
     epochs: int = 10
-    batch_size: int = 64
+    batch_size: int = 64  # images of a step, those of all devices together
     image_size: int | None = None  # the side images are shown at; None: as the data set has them
     test_crop: float = 1.0  # share of the resized side that the test crop keeps (0.875: resize 256, crop 224)
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: blocks' matrices by Muon, the rest by AdamW
@@ -102,6 +102,8 @@ class EngineSettings:
     compile: bool = False  # the networks by torch.compile
     accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses
     checkpoint_activations: bool = False  # the student's maps are computed again for the backward pass, not kept
+    devices: int = 1  # that share every batch of one run; protocol.batch_size counts the images of all
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # whether devices hold student and distiller whole, or a share of them
     threads: int = 0  # 0: as many as there are cores
     lanes: int = 0  # runs that train side by side in a suite; 0: as many as memory holds
     checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
@@ -142,6 +144,8 @@ class Settings:
         del what["output"], what["data"]["root"], what["data"]["workers"], what["teacher"]["allow_weak"]
         parts = self.engine.accumulate
         what["engine"] = self.engine.precision + (f" in {parts} parts" if parts > 1 else "")
+        if self.engine.devices > 1:  # batch norms and losses that compare images see what one device has of a batch
+            what["devices"] = self.engine.devices
         what["files"] = [
             hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
             for name in (self.distiller["name"], self.teacher.weights)

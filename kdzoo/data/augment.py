@@ -2,10 +2,27 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for the rows of a batch of which only some may be here.
+
+    They are drawn for every row, so that a row's are the same however many processes the batch is spread over.
+    """
+
+    generator: Generator  # on the images' device
+    rows: int  # of the whole batch
+    here: Tensor | None = None  # (B,) int64: which of them the images are; None: all
+
+    def of(self, numbers: Tensor, dim: int = 0) -> Tensor:
+        """What was drawn for every row along ``dim``, for the rows that are here."""
+        return numbers if self.here is None else numbers.index_select(dim, self.here)
 
 
 def floats(pixels: Tensor) -> Tensor:
@@ -13,12 +30,12 @@ def floats(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
-def crop_and_flip(images: Tensor, generator: Generator, padding: int = 0, flip: bool = False) -> Tensor:
+def crop_and_flip(images: Tensor, draws: Draws, padding: int = 0, flip: bool = False) -> Tensor:
     """Random crops of the original size after zero padding, half of them mirrored where ``flip``.
 
     Args:
         images: (B, H, W, C), any dtype.
-        generator: on the images' device.
+        draws: what random numbers come from.
         padding: pixels added at each side.
         flip: whether half of the images are mirrored left to right.
 
@@ -26,22 +43,23 @@ def crop_and_flip(images: Tensor, generator: Generator, padding: int = 0, flip: 
         (B, H, W, C), the same dtype.
     """
     batch, height, width, _ = images.shape
-    device = images.device
+    device, generator = images.device, draws.generator
     if padding:
-        down, right = torch.randint(2 * padding + 1, (2, batch), generator=generator, device=device)
+        shifts = torch.randint(2 * padding + 1, (2, draws.rows), generator=generator, device=device)
+        down, right = draws.of(shifts, dim=1)
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
         # A view of every window, (B, 2p+1, 2p+1, H, W, C), from which one gather takes each sample's.
         windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
         images = windows[torch.arange(batch, device=device), down, right]
     if flip:
-        mirrored = torch.rand(batch, 1, 1, 1, generator=generator, device=device) < 0.5
+        mirrored = draws.of(torch.rand(draws.rows, 1, 1, 1, generator=generator, device=device)) < 0.5
         images = torch.where(mirrored, images.flip(2), images)
     return images
 
 
 def resized_crop(
     images: Tensor,
-    generator: Generator,
+    draws: Draws,
     size: int,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -53,7 +71,7 @@ def resized_crop(
 
     Args:
         images: (B, C, H, W) float in [0, 1], square.
-        generator: on the images' device.
+        draws: what random numbers come from.
         size: side of the result in pixels.
         scale: range of the box's share of the area.
         ratio: range of the box's width over its height.
@@ -62,10 +80,10 @@ def resized_crop(
     Returns:
         (B, C, size, size) float in [0, 1], channels last.
     """
-    batch, device = len(images), images.device
+    batch, device, generator = len(images), images.device, draws.generator
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    draws = torch.rand(2, batch, 10, generator=generator, device=device)
-    area, aspect = scale[0] + (scale[1] - scale[0]) * draws[0], torch.exp(low + (high - low) * draws[1])
+    tries = draws.of(torch.rand(2, draws.rows, 10, generator=generator, device=device), dim=1)
+    area, aspect = scale[0] + (scale[1] - scale[0]) * tries[0], torch.exp(low + (high - low) * tries[1])
     width, height = (area * aspect).sqrt(), (area / aspect).sqrt()  # (B, 10), shares of the image's side
     fits = (width <= 1) & (height <= 1)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
@@ -73,10 +91,11 @@ def resized_crop(
     width = width.gather(1, first).squeeze(1).masked_fill(whole, 1.0)
     height = height.gather(1, first).squeeze(1).masked_fill(whole, 1.0)
     # Centres in affine_grid's coordinates, where the image spans -1 to 1.
-    places = 2 * torch.rand(2, batch, generator=generator, device=device) - 1
+    places = 2 * draws.of(torch.rand(2, draws.rows, generator=generator, device=device), dim=1) - 1
     x, y = places[0] * (1 - width), places[1] * (1 - height)
     if flip:
-        width = torch.where(torch.rand(batch, generator=generator, device=device) < 0.5, -width, width)
+        mirrored = draws.of(torch.rand(draws.rows, generator=generator, device=device)) < 0.5
+        width = torch.where(mirrored, -width, width)
     nothing = torch.zeros_like(x)
     theta = torch.stack([width, nothing, x, nothing, height, y], dim=1).view(batch, 2, 3)
     grid = F.affine_grid(theta, [batch, images.shape[1], size, size], align_corners=False)
@@ -93,13 +112,14 @@ def resize(images: Tensor, size: int) -> Tensor:
     return resized.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def jitter(images: Tensor, generator: Generator, strength: float) -> Tensor:
+def jitter(images: Tensor, draws: Draws, strength: float) -> Tensor:
     """Brightness, contrast and saturation, each scaled by a factor from [1 - strength, 1 + strength].
 
     torchvision shuffles the three; here their order is fixed. Images (B, 3, H, W) float in [0, 1].
     """
-    factors = torch.empty(3, len(images), 1, 1, 1, device=images.device)
-    brightness, contrast, saturation = factors.uniform_(max(0.0, 1 - strength), 1 + strength, generator=generator)
+    factors = torch.empty(3, draws.rows, 1, 1, 1, device=images.device)
+    factors.uniform_(max(0.0, 1 - strength), 1 + strength, generator=draws.generator)
+    brightness, contrast, saturation = draws.of(factors, dim=1)
     images = (images * brightness).clamp_(0, 1)
     mean = _gray(images).mean((1, 2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp_(0, 1)
@@ -112,17 +132,16 @@ def _gray(images: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def erase(
-    images: Tensor, generator: Generator, probability: float, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def erase(images: Tensor, draws: Draws, probability: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Random erasing: in a share of the images a rectangle becomes noise, normal once images are normalised.
 
     A box covers 2% to a third of the area with a height over width of 0.3 to 1/0.3, as in timm; noise outside
     of [0, 1] is clamped. Images (B, 3, H, W) float in [0, 1].
     """
-    batch, channels, height, width = images.shape
-    device = images.device
-    chosen, area, aspect, down, right = torch.rand(5, batch, 1, 1, 1, generator=generator, device=device)
+    _, channels, height, width = images.shape
+    device, generator = images.device, draws.generator
+    numbers = torch.rand(5, draws.rows, 1, 1, 1, generator=generator, device=device)
+    chosen, area, aspect, down, right = draws.of(numbers, dim=1)
     area = (0.02 + (1 / 3 - 0.02) * area) * height * width
     aspect = torch.exp((2 * aspect - 1) * math.log(1 / 0.3))
     tall = (area * aspect).sqrt().round().clamp(max=height)
@@ -131,7 +150,9 @@ def erase(
     y = torch.arange(height, device=device).view(-1, 1)
     x = torch.arange(width, device=device)
     inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide) & (chosen < probability)
-    noise = torch.empty_like(images).normal_(generator=generator)
+    last = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    noise = torch.empty(draws.rows, channels, height, width, device=device, memory_format=last)
+    noise = draws.of(noise.normal_(generator=generator))
     for channel in range(channels):
         noise[:, channel].mul_(std[channel]).add_(mean[channel])
     return torch.where(inside, noise.clamp_(0, 1), images)

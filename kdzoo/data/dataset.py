@@ -37,7 +37,9 @@ class Dataset:
         """How many test images there are."""
         return len(self._test)
 
-    def loader(self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = ()) -> Loader:
+    def loader(
+        self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), part: int = 0, parts: int = 1
+    ) -> Loader:
         """The training batches by this protocol, see ``Loader``."""
         return Loader(
             self.spec,
@@ -47,6 +49,8 @@ class Dataset:
             pixels=self.train_pixels,
             pictures=self._train,
             workers=self.workers,
+            part=part,
+            parts=parts,
         )
 
     def test_batches(self, batch_size: int, test_crop: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:

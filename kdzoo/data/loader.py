@@ -19,6 +19,17 @@ from kdzoo.randomness import seed_of
 VIEWS = ("weak", "strong", "rotations")
 
 
+def share(rows: int, part: int, parts: int) -> Tensor:
+    """Which rows of a batch belong to one of ``parts`` equal parts of it: (rows / parts,) int64.
+
+    Half of them from the front and half from the back, so that rows which are mixed, i and rows - 1 - i, stay together.
+    """
+    own = rows // parts
+    front, back = own - own // 2, own // 2
+    first = torch.arange(part * front, (part + 1) * front)
+    return torch.cat([first, torch.arange(rows - (part + 1) * back, rows - part * back)])
+
+
 class Loader:
     """The batches of one training, addressed by step.
 
@@ -36,6 +47,8 @@ class Loader:
         pixels: (N, S, S, 3) uint8 on the device; None streams the pictures.
         pictures: the same, one by one.
         workers: processes that decode and augment what is streamed.
+        part: which of ``parts`` equal shares of every batch is given out; its rows are drawn as in the whole batch.
+        parts: how many processes share a batch.
     """
 
     def __init__(
@@ -48,6 +61,8 @@ class Loader:
         pixels: Tensor | None,
         pictures: Pictures,
         workers: int,
+        part: int = 0,
+        parts: int = 1,
     ):
         for view in views:
             if view not in VIEWS:
@@ -57,8 +72,16 @@ class Loader:
             raise UserError("augmentation.crop and augmentation.resized_crop are both set; keep one of them")
         self.batch_size = min(protocol.batch_size, len(spec.labels))
         self.mixes = augmentation.mixup > 0 or augmentation.cutmix > 0
-        if self.mixes and self.batch_size % 2:
-            raise UserError(f"mixup and cutmix pair rows, and a batch has {self.batch_size}; use an even batch_size")
+        if self.batch_size % parts:
+            raise UserError(
+                f"a batch of {self.batch_size} images cannot be shared evenly by {parts} devices; "
+                f"set protocol.batch_size to a multiple of {parts}"
+            )
+        own = self.batch_size // parts
+        if self.mixes and own % 2:
+            raise UserError(
+                f"mixup and cutmix pair rows, and a device has {own} of a batch; use an even number of them"
+            )
         self.steps_per_epoch = len(spec.labels) // self.batch_size
         self.total_steps = self.steps_per_epoch * protocol.epochs
         self._spec, self._seed, self._views = spec, seed, views
@@ -68,6 +91,7 @@ class Loader:
         self._targets = Targets(protocol, spec.num_classes)
         self._device = spec.labels.device
         self._generator = torch.Generator(self._device)
+        self._here = share(self.batch_size, part, parts).to(self._device) if parts > 1 else None
         plain = Augmentation(crop=augmentation.crop, flip=augmentation.flip, resized_crop=augmentation.resized_crop)
         strong = replace(plain, rand_augment=augmentation.rand_augment or "rand-m9")
         recipes = {"images": augmentation, "weak": plain, "strong": strong}
@@ -99,8 +123,9 @@ class Loader:
             yield self._batch(step, rows, drawn)
 
     def _schedule(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-        """(step, epoch, rows (B,) on the device); drawn on the CPU, so the same for every device."""
+        """(step, epoch, this part's rows (B,) on the device); drawn on the CPU, so the same for every device."""
         order, current = torch.empty(0, dtype=torch.int64), -1
+        here = None if self._here is None else self._here.to(device)
         for step in range(start, stop):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != current:
@@ -109,7 +134,8 @@ class Loader:
                 if device.type == "cuda":
                     order = order.pin_memory()  # else the copy would wait
                 order = order.to(device, non_blocking=True)
-            yield step, epoch, order[position * self.batch_size : (position + 1) * self.batch_size]
+            rows = order[position * self.batch_size : (position + 1) * self.batch_size]
+            yield step, epoch, rows if here is None else rows[here]
 
     def _batch(self, step: int, rows: Tensor, streamed: dict[str, Tensor]) -> Batch:
         drawn = {
@@ -118,8 +144,8 @@ class Loader:
         }
         images = drawn["images"]
         if self._augmentation.erasing:
-            generator = self._seeded(step, "erasing")
-            images = augment.erase(images, generator, self._augmentation.erasing, self._spec.mean, self._spec.std)
+            draws = self._seeded(step, "erasing")
+            images = augment.erase(images, draws, self._augmentation.erasing, self._spec.mean, self._spec.std)
         labels = self._spec.labels[rows]
         images, targets = self._targets(images, labels, seed_of(self._seed, step, "mix"))
         if "rotations" in self._views:
@@ -134,8 +160,9 @@ class Loader:
             torch.arange(len(rows) - 1, -1, -1, device=self._device) if self.mixes else None,
         )
 
-    def _seeded(self, step: int, name: str) -> torch.Generator:
-        return self._generator.manual_seed(seed_of(self._seed, step, name))
+    def _seeded(self, step: int, name: str) -> augment.Draws:
+        generator = self._generator.manual_seed(seed_of(self._seed, step, name))
+        return augment.Draws(generator, self.batch_size, self._here)
 
     def _kept(self, rows: Tensor) -> Tensor:
         assert self._pixels is not None
@@ -143,14 +170,12 @@ class Loader:
 
     def _draw(self, name: str, recipe: Augmentation, step: int, pixels: Tensor) -> Tensor:
         """Pixels (B, H, W, 3) uint8 cropped, mirrored, jittered: (B, 3, S, S) float in [0, 1], channels last."""
-        generator, size = self._seeded(step, name), self._spec.image_size
+        draws, size = self._seeded(step, name), self._spec.image_size
         if recipe.resized_crop:
-            images = augment.resized_crop(
-                augment.floats(pixels), generator, size, recipe.resized_crop, flip=recipe.flip
-            )
+            images = augment.resized_crop(augment.floats(pixels), draws, size, recipe.resized_crop, flip=recipe.flip)
         elif pixels.shape[1] == size:  # crop while it is a byte per value
-            images = augment.floats(augment.crop_and_flip(pixels, generator, recipe.crop, recipe.flip))
+            images = augment.floats(augment.crop_and_flip(pixels, draws, recipe.crop, recipe.flip))
         else:
             shown = augment.resize(augment.floats(pixels), size).permute(0, 2, 3, 1)
-            images = augment.crop_and_flip(shown, generator, recipe.crop, recipe.flip).permute(0, 3, 1, 2)
-        return augment.jitter(images, generator, recipe.jitter) if recipe.jitter else images
+            images = augment.crop_and_flip(shown, draws, recipe.crop, recipe.flip).permute(0, 3, 1, 2)
+        return augment.jitter(images, draws, recipe.jitter) if recipe.jitter else images

@@ -70,6 +70,8 @@ def laid_out(
     """The suite's groups, its runs' folders below ``out`` and every ``auto`` settled for where they are trained."""
     for settings in suite.runs:
         settings.output.root = str(out)
+        if settings.engine.devices != 1:
+            raise UserError("engine.devices belongs to kdzoo run; a suite trains one group on each device (--jobs)")
     (executor or Local()).settle(suite.runs, quiet)
     return grouped(suite.runs)
 

@@ -15,6 +15,7 @@ from kdzoo.engine.average import Average
 from kdzoo.engine.device import arithmetic, autocast
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.optim import Optimizer, learning_rate
+from kdzoo.engine.parallel import ALONE, Ranks
 from kdzoo.engine.parts import micro_batches
 from kdzoo.errors import UserError
 from kdzoo.models import Network
@@ -107,17 +108,21 @@ class Lane:
     device: torch.device
     steps_per_epoch: int
     title: str = ""  # among the lanes beside it
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         protocol = self.settings.protocol
         self.base_rate = protocol.lr_of.get(self.settings.student.name, protocol.lr)
+        self.trained = Trained(self.distillation.student, self.distillation.distiller)
+        self.whole = self.ranks.copy(self.trained)
+        self.forward = self.ranks.wrap(self.distillation)
         self.optimizer = Optimizer(self.distillation, protocol)
         self.meter = Meter(self.device)
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on this run so far, over all its starts
         self.failure: UserError | None = None
-        self.curves = Curves(self.folder.path) if self.settings.output.tensorboard else None
-        self.trained = Trained(self.distillation.student, self.distillation.distiller)
+        curves = self.settings.output.tensorboard and self.ranks.first
+        self.curves = Curves(self.folder.path) if curves else None
         self.average = Average(self.trained, protocol.ema) if protocol.ema else None
         # What the host writes at the begin of a step and the device reads in it.
         self.number = torch.zeros((), device=self.device, dtype=torch.int64)
@@ -132,6 +137,7 @@ class Lane:
         torch.manual_seed(seed_of(self.settings.seed, "prepare"))
         with autocast(self.device, self.settings.engine.precision):
             self.distillation.prepare(Epochs(loader, self.distillation.teacher))
+        self.ranks.align(self.trained)
 
     def step(self, batch: Batch, step: int) -> None:
         """One optimiser step on one batch. Randomness inside depends on seed and step alone."""
@@ -140,7 +146,7 @@ class Lane:
 
     def begin(self, step: int) -> None:
         """The host's part of a step: its seed, its learning rate, its number."""
-        torch.manual_seed(seed_of(self.settings.seed, "step", step))
+        torch.manual_seed(seed_of(self.settings.seed, "step", step, *self.ranks.names))
         self.optimizer.set_rate(self.rate(step))
         self.number.fill_(step)
 
@@ -149,12 +155,12 @@ class Lane:
         engine = self.settings.engine
         for part in micro_batches(batch, engine.accumulate):
             with autocast(self.device, engine.precision):
-                terms = self.distillation(part)
+                terms = self.forward(part)
             if not terms:
                 raise UserError(f"distiller '{self.settings.distiller['name']}' has no loss term: all weights are 0")
             with arithmetic(self.device, engine.precision):
                 torch.stack(list(terms.values())).sum().backward(self.share)
-            self.meter.add(terms, self.number)
+            self.meter.add(self.ranks.mean(terms), self.number)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.trained)
@@ -169,21 +175,22 @@ class Lane:
     def record(self, found: dict[str, Any]) -> None:
         """Writes an epoch down."""
         self.history.append(found)
-        self.folder.write_history(self.history)
+        self.ranks.once(self.folder.write_history, self.history)
         if self.curves is not None:
             self.curves.write(self.history)
         self.meter.reset()
 
     def deployed(self) -> nn.Module:
         """What would ship now."""
-        trained = self.trained if self.average is None else cast(Trained, self.average.module)
+        self.ranks.update(self.whole, self.trained)
+        trained = self.whole if self.average is None else cast(Trained, self.average.module)
         return trained.distiller.deploy(trained.student)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on with the same bits."""
         return {
-            "trained": self.trained.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "trained": self.ranks.gathered(self.trained.state_dict()),
+            "optimizer": self.ranks.gathered(self.optimizer.state_dict()),
             "average": None if self.average is None else self.average.state_dict(),
             "meter": self.meter.state_dict(),
             "history": self.history,
@@ -192,8 +199,9 @@ class Lane:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` gave."""
-        self.trained.load_state_dict(state["trained"])
+        self.ranks.load(self.trained, state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.ranks.divide(self.optimizer.parts)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"])

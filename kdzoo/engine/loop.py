@@ -65,7 +65,7 @@ def train(
                 attempt(lane, finish_epoch, lane, dataset, step, speed, progress)
             epoch_begun, epoch_start = time.monotonic(), step + 1
 
-        if time.monotonic() - saved >= settings.engine.checkpoint_seconds:
+        if lanes[0].ranks.agree(time.monotonic() - saved >= settings.engine.checkpoint_seconds):
             for lane in running:
                 attempt(lane, save, lane, step + 1, now - begun)
             saved = time.monotonic()
@@ -151,7 +151,8 @@ def evaluate(
 def save(lane: Lane, step: int, seconds: float) -> None:
     """Writes a checkpoint, unless a term has gone bad since the last."""
     lane.meter.read()
-    checkpoint.save(lane.folder.checkpoints, step, {**lane.state_dict(), "seconds": lane.seconds + seconds})
+    state = {**lane.state_dict(), "seconds": lane.seconds + seconds}
+    lane.ranks.once(checkpoint.save, lane.folder.checkpoints, step, state)
 
 
 def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
@@ -173,6 +174,6 @@ def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
     start = max(common)
     for lane, steps in zip(lanes, whole, strict=True):
         lane.load_state_dict(checkpoint.load(steps[start]))
-        lane.folder.write_history(lane.history)
+        lane.ranks.once(lane.folder.write_history, lane.history)
     progress.say(f"resumed at step {start}")
     return start

@@ -1,6 +1,7 @@
 """One run from its settings to its result: what ``kdzoo run`` does, and ``kdzoo.run`` from Python."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from kdzoo import config, data, models, registry
 from kdzoo.distiller import Distiller
-from kdzoo.engine import checkpoint, loop, teachers
+from kdzoo.engine import checkpoint, loop, parallel, teachers
 from kdzoo.engine.device import settle
 from kdzoo.engine.lane import SharedTeacher
 from kdzoo.engine.progress import Progress
@@ -71,22 +72,39 @@ def run(
 
 
 def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False) -> Result:
-    """Runs ``settings``, or shows the run that is already finished. Global random state is left as it was."""
-    device = settle(settings.engine)
+    """Runs ``settings``, or shows the run that is already finished. Global random state is left as it was.
+
+    With several devices this starts a process for each, which comes here again; those of torchrun come by themselves.
+    """
+    settle(settings.engine)
+    parallel.check(settings)
     folder = RunFolder.of(settings)
-    with RunLock(folder.path), Progress(quiet) as progress:
-        if fresh:
-            folder.clear()
-            checkpoint.remove(folder.checkpoints)
-        finished = folder.read_result()
-        if finished is not None:
-            progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
-            return finished
-        folder.open(settings)
-        with torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda"):
-            dataset = open_data(settings, device, quiet)
-            teacher = teachers.obtain(settings, dataset, progress) if settings.teacher.name else None
-            return train_one(settings, dataset, teacher, progress)
+    if parallel.to_start(settings):
+        parallel.start(execute, settings, fresh, quiet)
+        result = folder.read_result()
+        assert result is not None, "processes that end well leave a result"
+        return result
+    with parallel.joined(settings) as ranks, Progress(quiet or not ranks.first) as progress:
+        device = torch.device(settings.engine.device)
+        with (
+            RunLock(folder.path) if ranks.first else nullcontext(),
+            torch.random.fork_rng(
+                devices=[device] if device.type == "cuda" else None,  # a process touches no other's device
+                device_type=device.type if device.type != "cpu" else "cuda",
+            ),
+        ):
+            with ranks.in_turn():
+                if fresh:
+                    ranks.once(folder.clear)
+                    ranks.once(checkpoint.remove, folder.checkpoints)
+                finished = folder.read_result()
+                if finished is not None:
+                    progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
+                    return finished
+                ranks.once(folder.open, settings)
+                dataset = open_data(settings, device, quiet or not ranks.first)
+                teacher = teachers.obtain(settings, dataset, progress) if settings.teacher.name else None
+            return train_one(settings, dataset, teacher, progress, ranks)
 
 
 def open_data(settings: config.Settings, device: torch.device, quiet: bool = False) -> data.Dataset:

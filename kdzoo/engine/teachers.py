@@ -75,7 +75,7 @@ def recipe(settings: config.Settings, dataset: Dataset) -> config.Settings:
         }
     )
     own.data = replace(settings.data, image_size=dataset.spec.image_size)
-    own.engine = settings.engine
+    own.engine = replace(settings.engine, devices=1)  # a teacher is the same however many devices its students have
     own.output = config.OutputSettings(root=str(cache_folder() / "teachers"), measure_every=own.protocol.epochs)
     return own
 

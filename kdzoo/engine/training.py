@@ -18,6 +18,7 @@ from kdzoo.engine import checkpoint, loop
 from kdzoo.engine.device import DTYPES, current
 from kdzoo.engine.lane import Lane, SharedTeacher, titles
 from kdzoo.engine.memory import out_of_memory
+from kdzoo.engine.parallel import ALONE, Ranks
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.randomness import seed_of
@@ -91,20 +92,30 @@ def build_all(
 
 
 def common_loader(
-    settings: config.Settings, built: Sequence[Distillation], dataset: Dataset, teacher: SharedTeacher | None
+    settings: config.Settings,
+    built: Sequence[Distillation],
+    dataset: Dataset,
+    teacher: SharedTeacher | None,
+    ranks: Ranks = ALONE,
 ) -> Loader:
     """The batches that serve all lanes: the views that any of them needs, and the teacher's maps where one does."""
     needs = [distillation.distiller.needs for distillation in built]
     views = tuple(sorted({view for need in needs for view in need.views}))
     if teacher is not None:
         teacher.network = ready(teacher.network, settings.engine, needs)
-    return dataset.loader(settings.protocol, seed=settings.seed, views=views)
+    return dataset.loader(settings.protocol, seed=settings.seed, views=views, part=ranks.rank, parts=ranks.world)
 
 
 def train_lanes(
-    runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
+    runs: Sequence[config.Settings],
+    dataset: Dataset,
+    teacher: Teacher | None,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> list[Result | UserError]:
     """Trains runs that share data, protocol, seed and teacher side by side, each from where its folder stands.
+
+    Each of ``ranks`` calls it alike and trains on its share of every batch.
 
     Returns:
         For each run its result, or why it failed; no lane's failure stops another.
@@ -113,11 +124,11 @@ def train_lanes(
     built, failed = build_all(runs, dataset, shared)
     outcomes: dict[int, Result | UserError] = {**failed}
     if built:
-        loader = common_loader(runs[0], list(built.values()), dataset, shared)
+        loader = common_loader(runs[0], list(built.values()), dataset, shared, ranks)
         device, per_epoch, names = dataset.spec.labels.device, loader.steps_per_epoch, titles(runs)
-        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, title=names[i]) for i in built}
+        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks) for i in built}
         for lane in lanes.values():
-            lane.folder.open(lane.settings)
+            ranks.once(lane.folder.open, lane.settings)
         with current(device):
             loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
@@ -136,13 +147,15 @@ def ready(teacher: models.Network, engine: config.EngineSettings, needs: Sequenc
     return teacher
 
 
-def train_one(settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress) -> Result:
-    """Trains a run from where its folder stands to its end.
+def train_one(
+    settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE
+) -> Result:
+    """Trains a run from where its folder stands to its end; each of ``ranks`` calls it alike.
 
     Raises:
         UserError: it failed.
     """
-    [outcome] = train_lanes([settings], dataset, teacher, progress)
+    [outcome] = train_lanes([settings], dataset, teacher, progress, ranks)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -173,9 +186,9 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         extra_parameters=count(lane.trained) - count(shipped),
         peak_memory=peak_memory(lane.device),
     )
-    models.save_weights(shipped, lane.folder.student)
-    lane.folder.write_result(result)
-    checkpoint.remove(lane.folder.checkpoints)
+    lane.ranks.once(models.save_weights, shipped, lane.folder.student)
+    lane.ranks.once(lane.folder.write_result, result)
+    lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result
 
 

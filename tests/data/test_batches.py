@@ -51,6 +51,34 @@ def test_a_run_that_starts_at_a_step_repeats_the_one_that_ran_to_it(digits: Data
     assert not same(whole[6], resumed[0])
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_shares_of_a_batch_are_the_whole_batch_row_by_row(digits: Dataset, recipe: str) -> None:
+    views = ("weak", "strong", "rotations")
+    for parts in (2, 4):
+        loaders = [digits.loader(protocol(recipe), seed=3, views=views, part=p, parts=parts) for p in range(parts)]
+        shares = [next(loader.batches(4)) for loader in loaders]
+        whole = next(digits.loader(protocol(recipe), seed=3, views=views).batches(4))
+        assert sorted(torch.cat([share.index for share in shares]).tolist()) == sorted(whole.index.tolist())
+        for share in shares:
+            places = (share.index[:, None] == whole.index).int().argmax(dim=1)
+            partner = None if whole.partner is None else whole.index[whole.partner[places]]
+            assert partner is None or torch.equal(share.index[share.partner], partner)
+            for own, all_rows in [
+                *zip(share[:3], whole[:3], strict=True),
+                *((share.views[v], whole.views[v]) for v in views),
+            ]:
+                assert torch.equal(own, all_rows[places])
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_one_line(digits: Dataset) -> None:
+    with pytest.raises(
+        UserError, match=r"batch of 16 images cannot be shared evenly by 3 devices; set .* multiple of 3"
+    ):
+        digits.loader(protocol(), seed=0, part=0, parts=3)
+    with pytest.raises(UserError, match="pair rows, and a device has 1 of a batch"):
+        digits.loader(protocol("mixed"), seed=0, part=0, parts=16)
+
+
 def test_another_seed_gives_another_order_and_other_draws(digits: Dataset) -> None:
     one = next(digits.loader(protocol("crop"), seed=0).batches())
     other = next(digits.loader(protocol("crop"), seed=1).batches())
