@@ -77,10 +77,10 @@ class Loader:
                 f"a batch of {self.batch_size} images cannot be shared evenly by {parts} devices; "
                 f"set protocol.batch_size to a multiple of {parts}"
             )
-        own = self.batch_size // parts
-        if self.mixes and own % 2:
+        self.rows = self.batch_size // parts  # of a batch that are given out here
+        if self.mixes and self.rows % 2:
             raise UserError(
-                f"mixup and cutmix pair rows, and a device has {own} of a batch; use an even number of them"
+                f"mixup and cutmix pair rows, and a device has {self.rows} of a batch; use an even number of them"
             )
         self.steps_per_epoch = len(spec.labels) // self.batch_size
         self.total_steps = self.steps_per_epoch * protocol.epochs

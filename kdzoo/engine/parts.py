@@ -29,9 +29,9 @@ def check_parts(loader: Loader, parts: int) -> None:
     Raises:
         UserError: they cannot.
     """
-    if parts < 1 or loader.batch_size % parts or (parts > 1 and loader.batch_size < 2 * parts):
+    if parts < 1 or loader.rows % parts or (parts > 1 and loader.rows < 2 * parts):
         raise UserError(
-            f"engine.accumulate={parts} does not cut batches of {loader.batch_size} into equal parts of at least 2; "
+            f"engine.accumulate={parts} does not cut batches of {loader.rows} into equal parts of at least 2; "
             "choose a divisor"
         )
     if parts > 1 and loader.mixes:
