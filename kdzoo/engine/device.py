@@ -53,6 +53,8 @@ def settle(engine: EngineSettings) -> torch.device:
     engine.precision = find_precision(engine.precision, device)  # type: ignore[assignment]
     if engine.precision == "tf32" and device.type != "cuda":
         raise UserError(f"precision tf32 is for CUDA devices, and this is {device}; expected float32 or bf16")
+    if engine.accumulate < 1:
+        raise UserError(f"engine.accumulate={engine.accumulate}: expected how many parts a batch has, from 1")
     if engine.threads:
         torch.set_num_threads(engine.threads)
     return device

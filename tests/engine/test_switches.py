@@ -101,6 +101,11 @@ def test_what_cannot_be_cut_is_said(tmp_path, dataset, teacher, more, said):
         train_lanes([settings(tmp_path, "kd", *more)], dataset, teacher, Progress(quiet=True))
 
 
+def test_a_batch_has_one_part_at_least():
+    with pytest.raises(UserError, match="from 1"):
+        settle(config.EngineSettings(device="cpu", accumulate=0))
+
+
 def kept_bytes(lane, batch):
     """What autograd keeps of a forward pass, weights and all."""
     sizes = {}
