@@ -5,6 +5,7 @@ The processes are started here (``--devices``) or by torchrun, and find each oth
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from kdzoo.config import Settings
 from kdzoo.errors import UserError
@@ -178,12 +179,13 @@ def joined(settings: Settings) -> Iterator[Ranks]:
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     kind, here = torch.device(engine.device).type, _number("LOCAL_WORLD_SIZE")
-    from kdzoo.engine.sharded import Sharded, shard
-
     if engine.strategy == "fsdp":
+        from kdzoo.engine.sharded import Sharded, shard
+
+        ranks: type[DataParallel] = Sharded
         strategy: Any = ModelParallelStrategy(shard, data_parallel_size=engine.devices, tensor_parallel_size=1)
     else:  # a method may leave parameters unused; its buffers it keeps in step itself
-        strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+        ranks, strategy = DataParallel, DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
     fabric = Fabric(
         accelerator=kind,
         devices=here,
@@ -199,7 +201,7 @@ def joined(settings: Settings) -> Iterator[Ranks]:
         torch.set_num_threads(engine.threads)  # Fabric has shared out the cores
     if kind == "cuda":
         engine.device = str(fabric.device)
-    yield Sharded(fabric) if engine.strategy == "fsdp" else DataParallel(fabric)
+    yield ranks(fabric)
     distributed.destroy_process_group()  # not after an error, when others may never come to it
 
 
@@ -234,14 +236,17 @@ def start(work: Callable[..., object], settings: Settings, *arguments: object) -
     try:
         while not started.join():
             pass
-    except ProcessExitedException as error:
+    except ProcessException as error:  # of the first that was seen to end, which may be a victim of another's end
         if not errors.empty():
             raise UserError(errors.get()) from error
-        how = error.signal_name or f"exit code {error.exit_code}"
-        raise UserError(
-            f"process {error.error_index} of {settings.engine.devices} ended by {how}; "
-            "the same command goes on from the last checkpoint"
-        ) from error
+        for index, process in enumerate(started.processes):
+            code = process.exitcode or 0
+            if code < 0 and code != -signal.SIGTERM:  # which is what the others are ended by
+                raise UserError(
+                    f"process {index} of {settings.engine.devices} was ended by {signal.Signals(-code).name}; "
+                    "the same command goes on from the last checkpoint"
+                ) from error
+        raise
     finally:
         for process in started.processes:
             if process.is_alive():

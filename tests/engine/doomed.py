@@ -1,4 +1,4 @@
-"""Work for processes that a test starts: the first fails, and the second would wait for ever."""
+"""Work for processes that a test starts: the first fails, and the second waits for ever or fails in its turn."""
 
 import os
 import signal
@@ -7,15 +7,16 @@ from kdzoo.errors import UserError
 
 
 def fail(_: object, pipe: str, how: str) -> None:
-    """Fails as asked once the other process has written its number into ``pipe``."""
+    """The first process ends by an error or is killed, once it knows that the second is there."""
     if os.environ["RANK"] == "1":
-        with open(pipe, "w") as end:
-            end.write(str(os.getpid()))
-        signal.pause()
-    with open(pipe) as end:  # waits for the writer
-        number = end.read()
-    with open(pipe + ".read", "w") as file:
-        file.write(number)
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise UserError("this is not to be had; ask for that")
+        with open(pipe + ".number", "w") as file:
+            file.write(str(os.getpid()))
+        with open(pipe) as end:
+            end.read()  # until the first is no more
+        if how == "error":
+            signal.pause()
+        raise RuntimeError("connection closed by peer")
+    with open(pipe, "w"):  # waits for the reader
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise UserError("this is not to be had; ask for that")

@@ -193,7 +193,10 @@ def test_a_run_whose_processes_were_killed_ends_with_the_bits_of_one_that_torchr
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("error", "this is not to be had; ask for that"), ("kill", "process 0 of 2 ended by SIGKILL; the same command")],
+    [
+        ("error", "this is not to be had; ask for that"),
+        ("kill", "process 0 of 2 was ended by SIGKILL; the same command"),
+    ],
 )
 def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, how, said):
     monkeypatch.syspath_prepend(Path(__file__).parent)
@@ -203,7 +206,7 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=said):
         parallel.start(fail, settings, str(tmp_path / "pipe"), how)
-    assert is_gone(int((tmp_path / "pipe.read").read_text()))
+    assert is_gone(int((tmp_path / "pipe.number").read_text()))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +227,11 @@ def test_what_cannot_be_shared_is_refused_before_any_process_starts(tmp_path, mo
 
 
 def test_a_suite_shares_no_batch_among_devices(tmp_path):
+<<<<<<< ours
     with pytest.raises(UserError, match="belongs to kdzoo run"):
+=======
+    with pytest.raises(UserError, match=r"engine\.devices belongs to kdzoo run"):
+>>>>>>> theirs
         bench(suites.load("digits", overrides=["engine.devices=2"]), tmp_path, quiet=True)
 
 
