@@ -14,13 +14,13 @@ STEPS = 4  # of a run
 
 @pytest.fixture
 def counted(tmp_path) -> Callable[[int], Suite]:
-    """Makes the suite, for so many seeds, each of which is a group of two runs."""
+    """Makes the suite, for so many seeds, each a group of two runs; none steps just to be weighed."""
     file = tmp_path / "counted.yaml"
     file.write_text(
         "{data: {name: digits, limit: 256}, protocol: {name: quick, epochs: 1}, pairs: [[resnet14, resnet8]], "
         f"distillers: [kd, {{name: {COUNTED}, folder: {tmp_path}}}], teacher: {{epochs: 1, allow_weak: true}}}}"
     )
-    overrides = ["engine.precision=float32", "engine.device=cpu", "engine.checkpoint_seconds=0"]
+    overrides = ["engine.precision=float32", "engine.device=cpu", "engine.checkpoint_seconds=0", "engine.lanes=2"]
     return lambda seeds: suites.load(str(file), seeds=range(seeds), overrides=overrides)
 
 

@@ -227,11 +227,7 @@ def test_what_cannot_be_shared_is_refused_before_any_process_starts(tmp_path, mo
 
 
 def test_a_suite_shares_no_batch_among_devices(tmp_path):
-<<<<<<< ours
-    with pytest.raises(UserError, match="belongs to kdzoo run"):
-=======
     with pytest.raises(UserError, match=r"engine\.devices belongs to kdzoo run"):
->>>>>>> theirs
         bench(suites.load("digits", overrides=["engine.devices=2"]), tmp_path, quiet=True)
 
 
