@@ -1,0 +1,90 @@
+"""CAT-KD: where the student sees each class resembles where the teacher sees it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo.connectors import Positions
+from kdzoo.errors import UserError
+from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.spectral import pooling_basis
+
+
+def class_maps(final: Tensor, network: Seen, pool: Positions) -> Tensor:
+    """Class activation maps (B, N, K): what a network makes of the mean of each of N cells of its final map."""
+    means = pool(final).mT  # (B, N, D)
+    return network.classify(means.flatten(0, 1)).unflatten(0, means.shape[:2])
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, normalise: bool) -> Tensor:
+    """MSE of class activation maps (B, N, K), where ``normalise`` says so each of length 1 over its N cells."""
+    student, teacher = full_precision(student), full_precision(teacher)
+    if normalise:
+        student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    return F.mse_loss(student, teacher)
+
+
+class CATKD(Distiller):
+    r"""Class Attention Transfer Based Knowledge Distillation.
+
+    .. math:: L = w_{ce} H(y, p_s) + w_{cat} \frac{1}{BNK} \sum_{bnk} (A_s^{bnk} - A_t^{bnk})^2
+
+    A^n is what a network's own head makes of the mean over the n-th of N = size x size cells of the map that it
+    averages, so at size 1 A is its logits. The paper draws a class's map before it is averaged; for a linear head both
+    orders give the same. Defined where logits are made of the mean of a map; any other network raises a ``UserError``.
+
+    Args:
+        ce: weight of the cross-entropy with the ground truth.
+        cat: weight of the class activation maps.
+        size: cells on a side.
+        normalise: each class's map is taken to length 1 over its cells, which the authors' code offers too.
+
+    Source: Guo et al. 2023; ``mdistiller/distillers/CAT_KD.py`` and ``configs/cifar100/CAT_KD`` of
+    GzyAftermath/CAT-KD, weights of resnet32x4 to resnet8x4.
+    """
+
+    paper = "arXiv:2304.12777"
+    fidelity = Fidelity.EXACT
+    needs = Needs(features=False, final=True)
+
+    def __init__(
+        self,
+        student: Output,
+        teacher: Output,
+        data: DataSpec,
+        *,
+        ce: float = 1.0,
+        cat: float = 15.0,
+        size: int = 2,
+        normalise: bool = False,
+    ):
+        super().__init__()
+        if size < 1:
+            raise UserError(f"size {size}: expected a number of cells from 1; 2 is usual")
+        self.ce, self.cat, self.normalise = ce, cat, normalise
+        if not cat:
+            self.needs = Needs(features=False)
+            return
+        self.pools = torch.nn.ModuleDict()
+        for role, output in (("student", student), ("teacher", teacher)):
+            if output.final is None:
+                raise UserError(
+                    f"catkd needs logits that are made of the mean of a map, and the {role}'s are not; choose another "
+                    f"{role}, such as a ResNet, or another method"
+                )
+            self.pools[role] = Positions(pooling_basis(output.final.shape[2:], (size, size)))
+
+    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+        """One pass each, then the networks' own heads on the cells of their final maps."""
+        reference, seen = teacher(batch.images), student(batch.images)
+        terms = {}
+        if self.ce:
+            terms["ce"] = self.ce * cross_entropy(seen.logits, batch.targets)
+        if self.cat:
+            maps = []
+            for role, network, output in (("student", student, seen), ("teacher", teacher, reference)):
+                assert output.final is not None, "needs name it"
+                maps.append(class_maps(output.final, network, self.pools[role]))  # type: ignore[arg-type]
+            terms["cat"] = self.cat * attention_transfer(maps[0], maps[1].detach(), self.normalise)
+        return terms
