@@ -48,6 +48,7 @@ def test_what_differs_is_another_row_and_says_how(found):
     ("override", "column", "name"),
     [
         ("protocol.epochs=1", "protocol", "quick (epochs=1)"),  # and not the warm-up that it shortens
+        ("protocol.augmentation.crop=2", "protocol", "quick (augmentation.crop=2)"),  # and not what stays as it is
         ("protocol.warmup=2", "protocol", "quick (warmup=2.0)"),
         ("data={name: bands, options: {low: 1, high: 0}}", "data", "bands (high=0.0)"),
         ("teacher.pretrained=true", "teacher", "vit_s (pretrained=True)"),

@@ -224,8 +224,18 @@ def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, A
         defaults = json.loads(json.dumps(defaults_of(settings["name"])))
     except UserError:
         defaults = settings
-    changed = [f"{key}={value}" for key, value in settings.items() if key != "name" and value != defaults.get(key)]
+    changed = [change for change in _changes(settings, defaults) if not change.startswith("name=")]
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])
+
+
+def _changes(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """``key=value`` of whatever differs, where there are settings within settings by their own keys."""
+    for key, value in settings.items():
+        usual = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(usual, Mapping):
+            yield from _changes(value, usual, f"{prefix}{key}.")
+        elif value != usual:
+            yield f"{prefix}{key}={value}"
 
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, bool]:
