@@ -103,6 +103,9 @@ def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False)
                     return finished
                 ranks.once(folder.open, settings)
                 dataset = open_data(settings, device, quiet or not ranks.first)
+                if settings.teacher.name and teachers.lacking(settings, dataset) is not None:
+                    # A method that does not fit the pair says so before hours are spent on its teacher.
+                    build(settings, dataset, SharedTeacher(teachers.untrained(settings, dataset)))
                 teacher = teachers.obtain(settings, dataset, progress) if settings.teacher.name else None
             return train_one(settings, dataset, teacher, progress, ranks)
 

@@ -26,14 +26,14 @@ def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> T
     wanted, spec = settings.teacher, dataset.spec
     assert wanted.name is not None
     if wanted.weights:
-        network = _new(settings, dataset)
+        network = untrained(settings, dataset)
         models.load_weights(network, wanted.weights)
         origin = wanted.weights
     elif is_published(settings, dataset):
-        network, origin = _new(settings, dataset, pretrained=True), "timm's pretrained weights"
+        network, origin = untrained(settings, dataset, pretrained=True), "timm's pretrained weights"
     else:
         folder = trained(settings, dataset, progress)
-        network = _new(settings, dataset)
+        network = untrained(settings, dataset)
         models.load_weights(network, folder.student)
         origin = str(folder.path)
     device = spec.labels.device
@@ -114,7 +114,8 @@ def is_published(settings: config.Settings, dataset: Dataset) -> bool:
     return wanted.pretrained and models.pretrained_classes(wanted.name) == dataset.spec.num_classes
 
 
-def _new(settings: config.Settings, dataset: Dataset, pretrained: bool = False) -> models.Network:
+def untrained(settings: config.Settings, dataset: Dataset, pretrained: bool = False) -> models.Network:
+    """The teacher's network as its training begins, or with timm's weights."""
     assert settings.teacher.name is not None
     torch.manual_seed(seed_of(settings.teacher.seed, "student"))
     return models.create(settings.teacher.name, dataset.spec, pretrained=pretrained)

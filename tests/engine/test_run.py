@@ -14,6 +14,7 @@ from kdzoo.engine import checkpoint
 from kdzoo.engine.run import evaluate_run
 from kdzoo.engine.teachers import near_chance
 from kdzoo.errors import UserError
+from kdzoo.files import cache_folder
 from kdzoo.results.folder import RunFolder
 
 QUICK = ["teacher.epochs=2", "protocol.epochs=2", "protocol.augmentation.flip=true"]
@@ -79,6 +80,12 @@ def test_a_student_may_be_measured_in_some_epochs_only_and_always_in_the_last(fi
     assert (seldom.top1, seldom.best_epoch) == (finished.top1, 2)
     with pytest.raises(UserError, match="from 1"):
         distil(tmp_path, "output.measure_every=0")
+
+
+def test_a_method_that_does_not_fit_the_pair_says_so_before_its_teacher_is_trained(tmp_path):
+    with pytest.raises(UserError, match="sdd needs logits that are made of the mean of a map"):
+        kdzoo.run("sdd", "resnet8", "vit_pico", out=tmp_path, overrides=QUICK, quiet=True)
+    assert not list((cache_folder() / "teachers").glob("*vit_pico*"))
 
 
 def test_what_ships_is_the_student_alone_and_measures_the_same(finished):
