@@ -9,20 +9,19 @@ from collections.abc import Iterator
 
 import pandas as pd
 import torch
-from measuring import Group, arguments_of, file_of, medians, publish, take_turns, waiting
+from measuring import Group, arguments_of, file_of, medians, network, publish, take_turns, waiting
 from torch.nn import functional as F
 from usual_loop import Pictures, train
 
 from kdzoo import config, models
 from kdzoo.data import Dataset, open_dataset
 from kdzoo.engine.device import autocast, settle
-from kdzoo.engine.lane import SharedTeacher
-from kdzoo.engine.training import build
 
 
 def bare_steps(settings: config.Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
     """The same tensor operations with nothing around them."""
-    student = build(settings, dataset, SharedTeacher(teacher)).student.train()
+    student = network(settings.student.name, dataset.spec).train()
+    student.wants_features = False
     assert dataset.train_pixels is not None
     pixels = dataset.train_pixels
     labels, device = dataset.spec.labels, dataset.spec.labels.device
