@@ -1,5 +1,7 @@
 """FAM-KD: the student's stages, filtered by learned weights of their frequencies, match the teacher's."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,9 +23,12 @@ def frequency_filter(maps: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         weight: real and imaginary parts, (I, O, H, W, 2) to mix, or (I, H, W, 2) to scale each channel.
         mask: (H, W) bool, unshifted.
     """
-    spectrum, mixing = torch.fft.fft2(maps, norm="ortho"), torch.view_as_complex(weight)
-    mixed = torch.einsum("bihw,iohw->bohw", spectrum, mixing) if mixing.ndim == 4 else spectrum * mixing
-    return torch.fft.ifft2(mixed * mask, norm="ortho").real
+    mixing = torch.view_as_complex(weight) * mask
+    opposite = mixing.flip(-2, -1).roll((1, 1), (-2, -1)).conj()  # of the frequency with the other sign
+    half = ((mixing + opposite) / 2)[..., : maps.shape[-1] // 2 + 1]  # all that the real part of the result keeps
+    spectrum = torch.fft.rfft2(maps, norm="ortho")
+    mixed = torch.einsum("bihw,iohw->bohw", spectrum, half) if half.ndim == 4 else spectrum * half
+    return torch.fft.irfft2(mixed, maps.shape[-2:], norm="ortho")
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -33,12 +38,21 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, col
     those of the rest.
     """
     height, width = query.shape[2:]
-    near = [(y, x) for y in range(3) for x in range(3)]
-    offset = [torch.cat([rows[:, y], columns[:, x]])[:, None, None] for y, x in near]
-    padded = (F.pad(maps, (1, 1, 1, 1)) for maps in (key, value))
-    keys, values = ([maps[..., y : y + height, x : x + width] for y, x in near] for maps in padded)
-    share = torch.stack([query * (k + o) for k, o in zip(keys, offset, strict=True)]).softmax(dim=0)
-    return (share * torch.stack(values)).sum(dim=0)
+    padded = [F.pad(maps, (1, 1, 1, 1)) for maps in (key, value)]
+    neighbours = []
+    for y in range(3):
+        for x in range(3):
+            k, v = (maps[..., y : y + height, x : x + width] for maps in padded)
+            offset = torch.cat([rows[:, y], columns[:, x]])[:, None, None]
+            neighbours.append((query * (k + offset), v))
+    # A softmax over the nine, whose maps are never stacked: nine times a map is more than caches hold.
+    with torch.no_grad():
+        highest = reduce(torch.maximum, (score for score, _ in neighbours))
+    weighted, total = torch.zeros_like(query), torch.zeros_like(query)
+    for score, v in neighbours:
+        share = (score - highest).exp()
+        weighted, total = weighted + share * v, total + share
+    return weighted / total
 
 
 class FrequencyAttention(nn.Module):
