@@ -45,8 +45,8 @@ class Progress:
         self.works: Sequence[float] = ()  # of the suite's groups, in epochs of one lane; empty for a single run
         self.number = 0  # of the group that is at work
         self.before = self.here = 0.0  # work done before the training that is shown, and what that is worth
-        self.share = 0.0  # of that training, done
-        self.skipped = 0.0  # work that was done before this process began
+        self.start = self.share = 0.0  # of that training, done when it was taken up, and done now
+        self.trained = 0.0  # work that this process did before it
         self.live = Live(get_renderable=self.view, console=self.console, transient=True)
 
     def __enter__(self) -> "Progress":
@@ -69,19 +69,23 @@ class Progress:
 
     def group(self, number: int, text: str) -> None:
         """The suite's group of this number, from 0, begins, and those before it are done; ``text`` says what it is."""
-        self.number, self.before, self.here = number, sum(self.works[:number]), 0.0
+        self.worth(0.0)
+        self.number, self.before = number, sum(self.works[:number])
         self.say(f"group {number + 1}/{len(self.works)}: {text}{self.left()}")
 
     def worth(self, work: float) -> None:
         """The next training is of the suite, and this much of its work; a teacher's is not."""
-        self.before, self.here, self.share = self.before + self.here * self.share, work, 0.0
+        self.before += self.here * self.share
+        self.trained += self.here * (self.share - self.start)
+        self.here, self.start, self.share = work, 0.0, 0.0
 
     def left(self) -> str:
-        """The time left for the whole suite in words, by the epochs done so far; empty where none is."""
-        done, total = self.before + self.here * self.share, sum(self.works)
-        if done <= self.skipped:
+        """The time left for the whole suite in words, by the epochs that this process did; empty where it did none."""
+        missing = sum(self.works) - self.before - self.here * self.share
+        trained = self.trained + self.here * (self.share - self.start)
+        if not trained:
             return ""
-        return f", about {duration((self.clock() - self.begun) * (total - done) / (done - self.skipped))} left in all"
+        return f", about {duration((self.clock() - self.begun) * missing / trained)} left in all"
 
     def begin(self, per_epoch: int, total: int, start: int, titles: Sequence[str] = ()) -> None:
         """A training of ``total`` steps begins at step ``start``, of a lane for each of ``titles``."""
@@ -89,8 +93,7 @@ class Progress:
         self.lanes = {title: {"top-1": "-", "loss": "-"} for title in titles}
         for task in self.bars.task_ids:
             self.bars.remove_task(task)
-        self.share = start / total if self.here else 0.0
-        self.skipped += self.here * self.share
+        self.start = self.share = start / total if self.here else 0.0
         self.task = self.bars.add_task(self._title(start), total=total, completed=start, speed="", terms="")
 
     def show(self, step: int, terms: dict[str, float], speed: float, title: str = "") -> None:

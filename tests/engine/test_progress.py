@@ -105,6 +105,7 @@ def test_the_time_left_is_that_of_the_whole_suite():
     progress.show(10, {}, 1.0, "kd")  # half of a quarter took a minute
     assert progress.left() == ", about 7 min left in all"
     clock.now = 120.0
+    progress.show(20, {}, 1.0, "kd")
     progress.group(1, "second")
     assert "group 2/2: second, about 6 min left in all" in progress.console.file.getvalue()
     assert "6 min left in all" in shown(progress)
@@ -124,6 +125,16 @@ def test_a_teachers_training_counts_nothing_and_what_was_done_before_says_nothin
     clock.now = 60.0
     progress.show(30, {}, 1.0, "kd")
     assert progress.left() == ", about 60 s left in all"
+
+
+def test_a_group_of_another_process_says_nothing_of_speed():
+    clock = Clock()
+    progress = Progress(console=console(terminal=True), clock=clock)
+    progress.suite([8, 8])
+    progress.group(0, "first")  # another process is at it
+    clock.now = 5.0
+    progress.group(1, "second")
+    assert progress.left() == ""
 
 
 def test_quiet_shows_nothing(capsys):
