@@ -2,15 +2,30 @@
 
     python benchmarks/engine.py --data folder:data/cifar100 [--steps 30] [--rounds 7]
 
-The three take turns in one process; the table shows medians and ratios, and goes to ``benchmarks/results/``.
+The three take turns in one process; the table shows medians and ratios, and goes to ``benchmarks/results/``. After
+that the usual loop and the engine take turns once more, for the milliseconds of each part of a step; the usual loop
+computes its loss in no part of its own, and its loader's workers take their time beside all parts.
 """
 
 from collections.abc import Iterator
 
 import pandas as pd
 import torch
-from measuring import Group, arguments_of, file_of, medians, network, publish, take_turns, waiting
+from measuring import (
+    Group,
+    Mark,
+    arguments_of,
+    by_part,
+    file_of,
+    medians,
+    network,
+    parts_of,
+    publish,
+    take_turns,
+    waiting,
+)
 from torch.nn import functional as F
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 from usual_loop import Pictures, train
 
 from kdzoo import config, models
@@ -81,6 +96,17 @@ def main() -> None:
     take_turns(loops, 5, wait)  # warm-up
     measured = take_turns(loops, given.rounds, wait, dict.fromkeys(loops, given.steps))
     median = medians(measured)
+    marks: dict[str, list[Mark]] = {
+        "usual": [
+            ("data", _BaseDataLoaderIter, "__next__"),
+            ("teacher", plain[0], "forward"),
+            ("student", plain[1], "forward"),
+            ("backward", torch.Tensor, "backward"),
+            ("optimiser", torch.optim.SGD, "step"),
+        ],
+        "engine": parts_of(group),
+    }
+    parts = {name: by_part(loops[name], where, wait, given.steps) for name, where in marks.items()}
     table = pd.DataFrame(
         [
             {
@@ -90,6 +116,7 @@ def main() -> None:
                 "highest": round(group.batch_size / min(seconds), 1),
                 "over_usual": round(median["usual"] / median[name], 3),
                 "over_bare": round(median["bare"] / median[name], 3),
+                **{f"{part}_ms": round(1000 * spent, 1) for part, spent in parts.get(name, {}).items()},
             }
             for name, seconds in measured.items()
         ]

@@ -4,8 +4,11 @@ import statistics
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -23,7 +26,9 @@ from kdzoo.files import slug, write_text
 from kdzoo.results.folder import RunFolder
 
 CLASSES = 100
+PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser", "rest")
 Work = Callable[[], object]
+Mark = tuple[str, object, str]  # a part, and the object and attribute that do its work
 
 
 def arguments_of(documentation: str | None) -> ArgumentParser:
@@ -62,6 +67,43 @@ def take_turns(
 def medians(measured: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The median of each work."""
     return {name: statistics.median(times) for name, times in measured.items()}
+
+
+def by_part(work: Work, marks: Sequence[Mark], wait: Callable[[], None], repeats: int) -> dict[str, float]:
+    """Seconds of one call by part; "rest" is what no mark names, and a part within another is not counted twice.
+
+    It waits for the device at each change of part, so it tells what is large, not what overlaps.
+    """
+    seconds, open_parts, since = dict.fromkeys(PARTS, 0.0), ["rest"], time.perf_counter()
+
+    def turn() -> None:
+        nonlocal since
+        wait()
+        now = time.perf_counter()
+        seconds[open_parts[-1]] += (now - since) / repeats
+        since = now
+
+    def marked(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            turn()
+            open_parts.append(name)
+            try:
+                return part(*arguments, **keywords)
+            finally:
+                turn()
+                open_parts.pop()
+
+        return wrapped
+
+    with ExitStack() as stack:
+        for name, owner, attribute in marks:
+            stack.enter_context(patch.object(owner, attribute, marked(name, getattr(owner, attribute))))
+        turn()
+        seconds["rest"] = 0.0
+        for _ in range(repeats):
+            work()
+        turn()
+    return seconds
 
 
 def network(name: str, spec: DataSpec) -> models.Network:
@@ -145,6 +187,15 @@ class Group:
     def _for_ever(batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
         while True:
             yield from batches()
+
+
+def parts_of(group: Group) -> list[Mark]:
+    """Where the parts of a group's steps are done."""
+    marks: list[Mark] = [("data", group, "batch"), ("teacher", group.teacher, "forward")]
+    for lane in group.lanes:
+        marks += [("student", lane.distillation.student, "forward"), ("loss", lane.distillation.distiller, "forward")]
+        marks.append(("optimiser", lane.optimizer, "step"))
+    return [*marks, ("backward", torch.Tensor, "backward")]
 
 
 def file_of(results: Path, what: str, engine: config.EngineSettings) -> Path:

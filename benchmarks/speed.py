@@ -14,18 +14,27 @@ on; one that cannot be measured is left out, with a line that says why.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pandas as pd
 import torch
-from measuring import Group, arguments_of, file_of, medians, publish, random_set, take_turns, timed, waiting
+from measuring import (
+    Group,
+    arguments_of,
+    by_part,
+    file_of,
+    medians,
+    parts_of,
+    publish,
+    random_set,
+    take_turns,
+    timed,
+    waiting,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +51,6 @@ PAIRS = (
     "swin_t:mobilenetv2",
 )
 METHODS = ("kd", "uhkd", "figkd", "lfcc", "ofa", "crd")
-PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser", "rest")
 ROUNDS = 5
 
 
@@ -58,70 +66,11 @@ class Row(NamedTuple):
 GOAL = Row("vit_s:resnet18@224", 256, "kd", 1)  # on a GPU: at least 0.85 of the bare loop
 
 
-class Parts:
-    """Seconds by part of a step; a part within another is not counted twice."""
-
-    def __init__(self, wait: Callable[[], None]):
-        self.wait, self.seconds = wait, dict.fromkeys(PARTS, 0.0)
-        self._open, self._since = ["rest"], time.perf_counter()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """What is done within belongs to this part."""
-        self._turn()
-        self._open.append(name)
-        yield
-        self._turn()
-        self._open.pop()
-
-    def marked(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same work, its time kept."""
-
-        def wrapped(*arguments: Any, **keywords: Any) -> Any:
-            with self.part(name):
-                return work(*arguments, **keywords)
-
-        return wrapped
-
-    def _turn(self) -> None:
-        self.wait()
-        now = time.perf_counter()
-        self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-
 def shares(group: Group, steps: int) -> dict[str, float]:
     """What share of the engine's own steps is spent where."""
-    parts = Parts(waiting(group.device))
-    with ExitStack() as stack:
-
-        def mark(name: str, owner: object, attribute: str) -> None:
-            work = parts.marked(name, getattr(owner, attribute))
-            stack.enter_context(patch.object(owner, attribute, work))
-
-        mark("data", group, "batch")
-        mark("teacher", group.teacher, "forward")
-        stack.enter_context(patch.object(torch.Tensor, "backward", marked_method(parts, "backward")))
-        for lane in group.lanes:
-            mark("student", lane.distillation.student, "forward")
-            mark("loss", lane.distillation.distiller, "forward")
-            mark("optimiser", lane.optimizer, "step")
-        with parts.part("rest"):
-            for _ in range(steps):
-                group.step(graph=False)
-    whole = sum(parts.seconds.values())
-    return {name: parts.seconds[name] / whole for name in PARTS}
-
-
-def marked_method(parts: Parts, name: str) -> Callable[..., Any]:
-    """``Tensor.backward``, its time kept."""
-    backward = torch.Tensor.backward
-
-    def wrapped(self: torch.Tensor, *arguments: Any, **keywords: Any) -> None:
-        with parts.part(name):
-            backward(self, *arguments, **keywords)
-
-    return wrapped
+    seconds = by_part(lambda: group.step(graph=False), parts_of(group), waiting(group.device), steps)
+    whole = sum(seconds.values())
+    return {name: spent / whole for name, spent in seconds.items()}
 
 
 def bare_step(group: Group) -> Callable[[], None]:
