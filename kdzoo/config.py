@@ -106,6 +106,7 @@ class EngineSettings:
     strategy: Literal["ddp", "fsdp"] = "ddp"  # whether devices hold student and distiller whole, or a share of them
     threads: int = 0  # 0: as many as there are cores
     lanes: int = 0  # runs that train side by side in a suite; 0: as many as memory holds
+    memory: float = 1.0  # the share of the device's memory that they may take; executors lower it where groups share
     checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
 
 

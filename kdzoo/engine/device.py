@@ -56,6 +56,8 @@ def settle(engine: EngineSettings) -> torch.device:
         raise UserError(f"precision tf32 is for CUDA devices, and this is {device}; expected float32 or bf16")
     if engine.accumulate < 1:
         raise UserError(f"engine.accumulate={engine.accumulate}: expected how many parts a batch has, from 1")
+    if not 0 < engine.memory <= 1:
+        raise UserError(f"engine.memory={engine.memory:g}: expected a share of memory, above 0 and up to 1")
     if engine.threads:
         torch.set_num_threads(engine.threads)
     return device

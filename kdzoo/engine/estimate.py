@@ -156,7 +156,7 @@ def cost_of(runs: Sequence[config.Settings], dataset: Dataset, teacher: models.N
     """What these runs take beside this teacher."""
     first, device = runs[0], dataset.spec.labels.device
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    room = memory.ROOM * memory.free(device)
+    room = memory.ROOM * memory.free(device, first.engine.memory)
     lanes: dict[int, LaneCost] = {}
     failed: dict[int, UserError] = {}
     for i, lane, batch in stepped(runs, dataset, teacher, failed):
@@ -191,7 +191,7 @@ def parts(
     wanted, room = runs[0].engine.lanes, math.inf
     costs = [NOTHING] * len(runs)
     if not wanted and len(runs) > 1:
-        room = memory.ROOM * memory.free(dataset.spec.labels.device)
+        room = memory.ROOM * memory.free(dataset.spec.labels.device, runs[0].engine.memory)
         failed: dict[int, UserError] = {}
         lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
         weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}

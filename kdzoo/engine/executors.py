@@ -123,8 +123,9 @@ def side_by_side(
             while waiting and free:
                 group, device = waiting.pop(0), free.pop(0)
                 progress.say(f"group {group.title}: {group.text}")
-                for run in group.runs:
-                    run.engine.device, run.engine.threads = device, run.engine.threads or threads
+                for engine in (run.engine for run in group.runs):
+                    engine.device, engine.threads = device, engine.threads or threads
+                    engine.memory /= devices.count(device)
                 here, there = spawn.Pipe(duplex=False)
                 process = spawn.Process(target=train_in_child, args=(there, group, work, quiet))
                 process.start()

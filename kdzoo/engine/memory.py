@@ -26,12 +26,17 @@ class Cost(NamedTuple):
     passing: int  # within a step: activations and gradients
 
 
-def free(device: torch.device) -> int:
-    """The bytes that can still be had: of a GPU, or of the machine. A container's own limit is not seen."""
+def free(device: torch.device, share: float = 1.0) -> float:
+    """The bytes that can still be had, and no more than this share of all: of a GPU, or of the machine.
+
+    A container's own limit is not seen.
+    """
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    return psutil.virtual_memory().available
+        available, total = torch.cuda.mem_get_info(device)
+        return min(available + reusable, share * total)
+    machine = psutil.virtual_memory()
+    return min(machine.available, share * machine.total)
 
 
 def weigh(lane: "Lane", batch: Batch) -> Cost:

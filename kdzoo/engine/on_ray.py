@@ -59,6 +59,7 @@ class OnRay:
             progress.say(f"group {group.title}: {group.text}")
             for run in group.runs:
                 run.engine.threads = run.engine.threads or 1
+                run.engine.memory *= self.share(ray, run.engine)
             if group.runs:
                 task = self.task(ray, group.runs[0].engine, f"group {group.title}")
                 tasks[task.remote(Place.of(group.runs), partial(train_there, group, work, quiet))] = group.title
@@ -75,16 +76,26 @@ class OnRay:
         Raises:
             UserError: no node could ever run it.
         """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cores, gpus = engine.threads or 1, self.gpus
-        if gpus is None:
-            gpus = float(engine.device != "cpu" and any(node.get("GPU", 0) for node in nodes))
+        nodes, cores, gpus = self.resources(ray, engine)
         if not any(node.get("CPU", 0) >= cores and node.get("GPU", 0) >= gpus for node in nodes):
             raise UserError(
                 f"no node of the cluster has {cores} cores and {gpus:g} GPUs, which a group takes; lower "
                 "engine.threads or --gpus-per-group"
             )
         return ray.remote(on_node).options(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES, name=name)
+
+    def share(self, ray: ModuleType, engine: EngineSettings) -> float:
+        """Of the memory of a GPU or, on CPUs, of the largest node: what falls to a group."""
+        nodes, cores, gpus = self.resources(ray, engine)
+        return min(1.0, gpus or cores / max(node.get("CPU", cores) for node in nodes))
+
+    def resources(self, ray: ModuleType, engine: EngineSettings) -> tuple[list[dict[str, float]], int, float]:
+        """What each node has, and the cores and GPUs that a group takes."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = self.gpus
+        if gpus is None:
+            gpus = float(engine.device != "cpu" and any(node.get("GPU", 0) for node in nodes))
+        return nodes, engine.threads or 1, gpus
 
 
 def connect(quiet: bool) -> ModuleType:

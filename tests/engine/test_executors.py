@@ -19,6 +19,9 @@ def test_groups_in_two_processes_do_every_step_once(counted, tmp_path, no_step_i
     assert no_step_is_missing_or_done_twice(3)
     said = capfd.readouterr().err
     assert all(f"[{i}/3] epoch   1/1: top-1" in said for i in (1, 2, 3))
+    written = [file.read_text() for file in (tmp_path / "runs").rglob("config.yaml")]
+    assert len(written) == 6
+    assert all("memory: 0.5" in text for text in written)
 
 
 def test_a_process_that_is_killed_stops_its_group_alone_and_the_same_command_goes_on(

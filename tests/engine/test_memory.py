@@ -1,5 +1,7 @@
 """Groups are as large as memory holds: what lanes take is counted, and what does not fit waits or is tried again."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -85,6 +87,11 @@ def test_there_is_memory_and_it_is_counted_in_bytes():
     assert 2**24 < memory.free(torch.device("cpu")) < 2**46
 
 
+def test_a_share_of_the_device_is_of_all_of_it(monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=600, total=1000))
+    assert [memory.free(torch.device("cpu"), share) for share in (1.0, 0.5, 0.25)] == [600, 500, 250]
+
+
 def test_tensors_are_counted_wherever_they_lie():
     assert memory.bytes_of({"a": [torch.zeros(3), {"b": torch.zeros(2, dtype=torch.int64)}], "c": 5, "d": None}) == 28
 
@@ -93,7 +100,7 @@ def test_a_group_is_split_by_what_is_free_and_says_so(tmp_path, dataset, teacher
     runs = [settings(tmp_path, name) for name in ("none", "kd", "logitmse")]
     assert parts(runs, dataset, teacher, Progress()) == [runs]
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(memory, "free", lambda device: 0)
+    monkeypatch.setattr(memory, "free", lambda device, share: 0)
     assert parts(runs, dataset, teacher, Progress()) == [[run] for run in runs]
     assert "memory does not hold all 3 runs side by side: 3 parts" in capsys.readouterr().err
 
