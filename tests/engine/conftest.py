@@ -1,15 +1,29 @@
-"""A suite whose every training step is written down."""
+"""Data and a teacher for short runs, and a suite whose every training step is written down."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from kdzoo import suites
+from kdzoo import models, suites
+from kdzoo.data import Dataset, open_dataset
+from kdzoo.engine.training import Teacher
 from kdzoo.suites import Suite
 
 COUNTED = Path(__file__).parents[1] / "counted.py"
 STEPS = 4  # of a run
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return open_dataset("digits", limit=320, progress=False)
+
+
+@pytest.fixture
+def teacher(dataset) -> Teacher:
+    torch.manual_seed(0)
+    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import Distiller, Fidelity, config, models, products, registry
+from kdzoo import Distiller, Fidelity, models, products, registry
 from kdzoo.data import open_dataset
 from kdzoo.engine import graphs
 from kdzoo.engine.device import settle
@@ -17,22 +17,18 @@ from kdzoo.losses import cross_entropy
 from kdzoo.models import cast_weights
 from kdzoo.results.folder import RunFolder
 
+from .. import short_runs
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none here"),
 ]
 
-SHORT = ["protocol.epochs=3", "data.limit=640", "engine.device=cuda", "protocol.augmentation.crop=1"]
+ON_GPU = ["protocol.epochs=3", "data.limit=640", "engine.device=cuda", "engine.precision=auto"]
 
 
-def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):
-    values = {
-        "distiller": {"name": distiller},
-        "student": {"name": student},
-        "teacher": {"name": teacher},
-        "output": {"root": str(out)},
-    }
-    run = config.resolve(values, [*SHORT, *more])
+def settings(out, distiller, *more, **networks):
+    run = short_runs.settings(out, distiller, *ON_GPU, "protocol.augmentation.crop=1", *more, **networks)
     settle(run.engine)
     return run
 

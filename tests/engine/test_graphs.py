@@ -5,40 +5,19 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdzoo import Distiller, Fidelity, config, models, registry
-from kdzoo.data import open_dataset
+from kdzoo import Distiller, Fidelity, registry
 from kdzoo.engine import graphs
 from kdzoo.engine.graphs import Graphed
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, build, common_loader, train_lanes
+from kdzoo.engine.training import build, common_loader, train_lanes
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy
 from kdzoo.results.folder import RunFolder
 
-SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
+from ..short_runs import settings
+
 TRIED = ["protocol.augmentation.crop=1", "protocol.augmentation.flip=true"]
-
-
-def settings(out, distiller, *more, student="resnet8"):
-    values = {
-        "distiller": {"name": distiller},
-        "student": {"name": student},
-        "teacher": {"name": "resnet14"},
-        "output": {"root": str(out)},
-    }
-    return config.resolve(values, [*SHORT, *more])
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return open_dataset("digits", limit=320, progress=False)
-
-
-@pytest.fixture
-def teacher(dataset):
-    torch.manual_seed(0)
-    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
 
 
 @pytest.fixture

@@ -6,37 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import config, models
-from kdzoo.data import open_dataset
+from kdzoo import config
 from kdzoo.engine import loop
 from kdzoo.engine.lane import Epochs, Meter, SharedTeacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, train_lanes
+from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
 from kdzoo.results.folder import RunFolder
 
-SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
-
-
-def settings(out, distiller, *more):
-    values = {
-        "distiller": {"name": distiller},
-        "student": {"name": "resnet8"},
-        "teacher": {"name": "resnet14"},
-        "output": {"root": str(out)},
-    }
-    return config.resolve(values, [*SHORT, *more])
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return open_dataset("digits", limit=320, progress=False)
-
-
-@pytest.fixture
-def teacher(dataset):
-    torch.manual_seed(0)
-    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+from ..short_runs import settings
 
 
 def students(outcomes):

@@ -7,39 +7,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdzoo import config, models, products
-from kdzoo.data import open_dataset
 from kdzoo.distiller import Batch
 from kdzoo.engine.average import Average
 from kdzoo.engine.device import arithmetic, autocast, settle
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.parts import micro_batches
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, build, train_lanes
+from kdzoo.engine.training import build, train_lanes
 from kdzoo.errors import UserError
 from kdzoo.results.folder import RunFolder
 
-SHORT = ["protocol.epochs=1", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
-
-
-def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):
-    values = {
-        "distiller": {"name": distiller},
-        "student": {"name": student},
-        "teacher": {"name": teacher},
-        "output": {"root": str(out)},
-    }
-    return config.resolve(values, [*SHORT, *more])
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return open_dataset("digits", limit=320, progress=False)
-
-
-@pytest.fixture
-def teacher(dataset):
-    torch.manual_seed(0)
-    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+from ..short_runs import settings
 
 
 def lane_of(run, dataset, teacher, folder):

@@ -1,0 +1,15 @@
+"""Settings of runs that take seconds: digits on a CPU in float32, resnet14 teaching resnet8 unless told otherwise."""
+
+from kdzoo import config
+
+SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
+
+
+def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):
+    values = {
+        "distiller": {"name": distiller},
+        "student": {"name": student},
+        "teacher": {"name": teacher},
+        "output": {"root": str(out)},
+    }
+    return config.resolve(values, [*SHORT, *more])
