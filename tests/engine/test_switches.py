@@ -121,6 +121,12 @@ def test_tf32_is_for_cuda():
         settle(config.EngineSettings(device="cpu", precision="tf32"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("accumulate", 0), ("memory", 0.0), ("memory", 1.5)])
+def test_a_number_that_means_nothing_is_one_line(name, value):
+    with pytest.raises(UserError, match=f"engine.{name}={value:g}: expected"):
+        settle(config.EngineSettings(device="cpu", **{name: value}))
+
+
 def test_products_are_as_asked_inside_and_as_before_outside():
     before, cuda = products.current(), torch.device("cuda")
     with autocast(cuda, "tf32"):
