@@ -1,20 +1,12 @@
 """CAT-KD: where the student sees each class resembles where the teacher sees it."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
-from kdzoo.connectors import Positions
+from kdzoo.connectors import CellLogits
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy, full_precision
-from kdzoo.spectral import pooling_basis
-
-
-def class_maps(final: Tensor, network: Seen, pool: Positions) -> Tensor:
-    """Class activation maps (B, N, K): what a network makes of the mean of each of N cells of its final map."""
-    means = pool(final).mT  # (B, N, D)
-    return network.classify(means.flatten(0, 1)).unflatten(0, means.shape[:2])
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, normalise: bool) -> Tensor:
@@ -66,14 +58,8 @@ class CATKD(Distiller):
         if not cat:
             self.needs = Needs(features=False)
             return
-        self.pools = torch.nn.ModuleDict()
-        for role, output in (("student", student), ("teacher", teacher)):
-            if output.final is None:
-                raise UserError(
-                    f"catkd needs logits that are made of the mean of a map, and the {role}'s are not; choose another "
-                    f"{role}, such as a ResNet, or another method"
-                )
-            self.pools[role] = Positions(pooling_basis(output.final.shape[2:], (size, size)))
+        self.student_maps = CellLogits("student", student, (size,))
+        self.teacher_maps = CellLogits("teacher", teacher, (size,))
 
     def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
         """One pass each, then the networks' own heads on the cells of their final maps."""
@@ -82,9 +68,7 @@ class CATKD(Distiller):
         if self.ce:
             terms["ce"] = self.ce * cross_entropy(seen.logits, batch.targets)
         if self.cat:
-            maps = []
-            for role, network, output in (("student", student, seen), ("teacher", teacher, reference)):
-                assert output.final is not None, "needs name it"
-                maps.append(class_maps(output.final, network, self.pools[role]))  # type: ignore[arg-type]
-            terms["cat"] = self.cat * attention_transfer(maps[0], maps[1].detach(), self.normalise)
+            maps_s = self.student_maps(seen, student)
+            maps_t = self.teacher_maps(reference, teacher).detach()
+            terms["cat"] = self.cat * attention_transfer(maps_s, maps_t, self.normalise)
         return terms

@@ -1,37 +1,13 @@
 """SDD: the classifier is applied to parts of the image too, and the student learns the teacher's logits of each."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
-from kdzoo.connectors import Positions
+from kdzoo.connectors import CellLogits
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy, full_precision
-from kdzoo.spectral import pooling_basis
-
-
-def cell_logits(maps: Tensor, network: Seen, pool: Positions) -> Tensor:
-    """What a network makes of the mean of each cell of its final map (B, D, H, W): logits (B, N, K)."""
-    means = pool(maps).mT  # (B, N, D)
-    return network.classify(means.flatten(0, 1)).unflatten(0, means.shape[:2])
-
-
-def cells(role: str, output: Output, scales: Sequence[int]) -> Positions:
-    """The cells of each scale of an output's final map.
-
-    Raises:
-        UserError: it shows none.
-    """
-    if output.final is None:
-        raise UserError(
-            f"sdd needs logits that are made of the mean of a map, and the {role}'s are not; choose another {role}, "
-            "such as a ResNet, or another method"
-        )
-    grid = output.final.shape[2:]
-    return Positions(torch.cat([pooling_basis(grid, (g, g)) for g in scales]))
 
 
 def scale_decoupled_loss(
@@ -102,7 +78,8 @@ class SDD(Distiller):
         if not sdd:
             self.needs = Needs(features=False)
             return
-        self.pool_student, self.pool_teacher = cells("student", student, scales), cells("teacher", teacher, scales)
+        self.student_cells = CellLogits("student", student, scales)
+        self.teacher_cells = CellLogits("teacher", teacher, scales)
 
     def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
         """One pass each, then the networks' own heads on the cells of their final maps."""
@@ -111,10 +88,8 @@ class SDD(Distiller):
         if self.ce:
             terms["ce"] = self.ce * cross_entropy(seen.logits, batch.targets)
         if self.sdd:
-            assert seen.final is not None, "needs name it"
-            assert reference.final is not None, "needs name it"
-            cells_s = cell_logits(seen.final, student, self.pool_student)
-            cells_t = cell_logits(reference.final, teacher, self.pool_teacher).detach()
+            cells_s = self.student_cells(seen, student)
+            cells_t = self.teacher_cells(reference, teacher).detach()
             divergence = scale_decoupled_loss(
                 cells_s, cells_t, reference.logits.detach(), self.temperature, self.complementary
             )

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.distiller import Output
+from kdzoo.distiller import Output, Seen
 from kdzoo.errors import UserError
 from kdzoo.losses import full_precision
-from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis
+from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis
 
 
 def check_stages(stages: Sequence[int], student: Output, teacher: Output) -> tuple[int, ...]:
@@ -38,6 +39,34 @@ class Positions(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return apply_basis(maps, self.basis)
+
+
+class CellLogits(nn.Module):
+    """What a network's own head makes of the mean of each cell of its final map: (B, N, K), at scale 1 its logits.
+
+    Args:
+        role: "student" or "teacher", for the error.
+        output: the network's, of which only the final map's shape is read.
+        scales: the map is split into g x g cells for each g, N in all; cells of a map that is coarser share its pixels.
+
+    Raises:
+        UserError: its logits are not made of the mean of a map.
+    """
+
+    def __init__(self, role: str, output: Output, scales: Sequence[int]):
+        super().__init__()
+        if output.final is None:
+            raise UserError(
+                f"this method needs logits that are made of the mean of a map, and the {role}'s are not; choose "
+                f"another {role}, such as a ResNet, or another method"
+            )
+        grid = output.final.shape[2:]
+        self.pool = Positions(torch.cat([pooling_basis(grid, (g, g)) for g in scales]))
+
+    def forward(self, output: Output, network: Seen) -> Tensor:
+        assert output.final is not None, "the method's needs name it"
+        means = self.pool(output.final).mT  # (B, N, D)
+        return network.classify(means.flatten(0, 1)).unflatten(0, means.shape[:2])
 
 
 class Pool(nn.Module):

@@ -83,7 +83,7 @@ def test_a_student_may_be_measured_in_some_epochs_only_and_always_in_the_last(fi
 
 
 def test_a_method_that_does_not_fit_the_pair_says_so_before_its_teacher_is_trained(tmp_path):
-    with pytest.raises(UserError, match="sdd needs logits that are made of the mean of a map"):
+    with pytest.raises(UserError, match="this method needs logits that are made of the mean of a map"):
         kdzoo.run("sdd", "resnet8", "vit_pico", out=tmp_path, overrides=QUICK, quiet=True)
     assert not list((cache_folder() / "teachers").glob("*vit_pico*"))
 
