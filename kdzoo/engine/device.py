@@ -1,5 +1,6 @@
 """Which device and precision to compute in."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -47,6 +48,19 @@ def find_precision(name: str, device: torch.device) -> str:
     return "bf16" if fast else "float32"
 
 
+def keep_freed_memory() -> bool:
+    """Has the C library keep the memory of tensors that are gone, for those that follow; whether it can, as glibc can.
+
+    It would give large ones back to the system at once, and a step would begin by asking for the same pages again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_most, trim_threshold, mmap_max = 2**31 - 1, -1, -4  # bytes; names of malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, at_most))
+
+
 def settle(engine: EngineSettings) -> torch.device:
     """Replaces every ``auto`` by what it means on this machine, sets the threads, and gives the device."""
     device = find_device(engine.device)
@@ -58,6 +72,8 @@ def settle(engine: EngineSettings) -> torch.device:
         raise UserError(f"engine.accumulate={engine.accumulate}: expected how many parts a batch has, from 1")
     if not 0 < engine.memory <= 1:
         raise UserError(f"engine.memory={engine.memory:g}: expected a share of memory, above 0 and up to 1")
+    if device.type == "cpu":
+        keep_freed_memory()
     if engine.threads:
         torch.set_num_threads(engine.threads)
     return device

@@ -1,5 +1,8 @@
 """What the engine's switches change, and what they leave as it is."""
 
+import platform
+import resource
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdzoo import config, models, products
 from kdzoo.distiller import Batch
 from kdzoo.engine.average import Average
-from kdzoo.engine.device import arithmetic, autocast, settle
+from kdzoo.engine.device import arithmetic, autocast, keep_freed_memory, settle
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.parts import micro_batches
 from kdzoo.engine.progress import Progress
@@ -114,6 +117,16 @@ def test_a_network_that_cannot_compute_again_says_so(tmp_path, dataset, teacher)
     run = settings(tmp_path, "kd", "engine.checkpoint_activations=true")
     [outcome] = train_lanes([run], dataset, teacher, Progress(quiet=True))
     assert "'resnet8' cannot compute activations again" in str(outcome)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+def test_memory_that_was_freed_is_there_for_the_next_tensor():
+    assert keep_freed_memory()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24).sum()  # 64 MiB
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 100  # of 16384 pages
 
 
 def test_tf32_is_for_cuda():
