@@ -147,7 +147,7 @@ def measure(group: Sequence[config.Settings]) -> tuple[GroupCost, config.Setting
         return cost_of(group, dataset, None), None, 0.0
     lacking = teachers.lacking(first, dataset)
     teaching = 0.0 if lacking is None else cost_of([lacking], dataset, None).seconds([0])
-    network = models.create(first.teacher.name, dataset.spec).eval().requires_grad_(False)
+    network = teachers.untrained(first, dataset).eval().requires_grad_(False)
     network.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
     return cost_of(group, dataset, network), lacking, teaching
 

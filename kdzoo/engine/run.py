@@ -146,6 +146,6 @@ def evaluate_run(path: Path) -> tuple[float, float]:
 def shape_of_shipped(settings: config.Settings, dataset: data.Dataset) -> nn.Module:
     """The module that a run ships, its weights yet to be loaded; the teacher is fetched only where it ships too."""
     if registry.load(settings.distiller["name"]).deploy is Distiller.deploy:
-        return models.create(settings.student.name, dataset.spec)
+        return models.create(settings.student.name, dataset.spec, pretrained=settings.student.pretrained, fetch=False)
     teacher = teachers.obtain(settings, dataset, Progress(quiet=True))
     return build(settings, dataset, SharedTeacher(teacher.network)).deploy()

@@ -30,7 +30,7 @@ def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> T
         models.load_weights(network, wanted.weights)
         origin = wanted.weights
     elif is_published(settings, dataset):
-        network, origin = untrained(settings, dataset, pretrained=True), "timm's pretrained weights"
+        network, origin = untrained(settings, dataset, fetch=True), "timm's pretrained weights"
     else:
         folder = trained(settings, dataset, progress)
         network = untrained(settings, dataset)
@@ -114,8 +114,9 @@ def is_published(settings: config.Settings, dataset: Dataset) -> bool:
     return wanted.pretrained and models.pretrained_classes(wanted.name) == dataset.spec.num_classes
 
 
-def untrained(settings: config.Settings, dataset: Dataset, pretrained: bool = False) -> models.Network:
-    """The teacher's network as its training begins, or with timm's weights."""
-    assert settings.teacher.name is not None
-    torch.manual_seed(seed_of(settings.teacher.seed, "student"))
-    return models.create(settings.teacher.name, dataset.spec, pretrained=pretrained)
+def untrained(settings: config.Settings, dataset: Dataset, fetch: bool = False) -> models.Network:
+    """The teacher's network with weights yet to be loaded, or, to ``fetch``, with timm's."""
+    wanted = settings.teacher
+    assert wanted.name is not None
+    torch.manual_seed(seed_of(wanted.seed, "student"))
+    return models.create(wanted.name, dataset.spec, pretrained=wanted.pretrained, fetch=fetch)

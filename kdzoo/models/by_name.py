@@ -32,7 +32,7 @@ from kdzoo.models.network import Network, wrap
 Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]
 
 
-def create(name: str, data: DataSpec, *, pretrained: bool = False, **options: Any) -> Network:
+def create(name: str, data: DataSpec, *, pretrained: bool = False, fetch: bool = True, **options: Any) -> Network:
     """A network for the data: images (B, 3, H, W) in [0, 1] -> ``Output``.
 
     Weights are drawn from torch's global generator. A network made for another image size is adapted, or has
@@ -44,6 +44,8 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, **options: An
             ``factory(num_classes=K, **options)``.
         data: classes, image size, and channel statistics.
         pretrained: whether to start from timm's published weights, with their normalisation.
+        fetch: False has a pretrained network made to fit those weights but not filled with them, for others that began
+            as them.
         options: keywords of the network's constructor.
 
     Raises:
@@ -54,7 +56,7 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, **options: An
     if colon and pretrained:
         raise UserError(f"'{name}' has no pretrained weights here; pass a timm name, or weights from a file")
     if not colon:
-        return _from_timm(name, data, pretrained, options)
+        return _from_timm(name, data, pretrained, fetch, options)
     if origin == "torchvision":
         return _from_torchvision(name, member, data, options)
     return _from_factory(name, origin, member, data, options)
@@ -79,7 +81,7 @@ def _torchvision_models() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def _from_timm(name: str, data: DataSpec, pretrained: bool, options: dict[str, Any]) -> Network:
+def _from_timm(name: str, data: DataSpec, pretrained: bool, fetch: bool, options: dict[str, Any]) -> Network:
     entry = names.resolve(name)
     facts = _told(name, lambda: timm.get_pretrained_cfg(entry))
     native = facts.input_size[-1] if facts else 224
@@ -95,7 +97,7 @@ def _from_timm(name: str, data: DataSpec, pretrained: bool, options: dict[str, A
     def build(side: int, stem: bool) -> tuple[nn.Module, list[str]]:
         chosen, adapted = (keywords, []) if side == native else token_options(bare, side, keywords)
         if pretrained:
-            return _pretrained(name, entry, chosen), adapted
+            return (_pretrained(name, entry, chosen) if fetch else timm.create_model(entry, **chosen)), adapted
         try:
             body = timm.create_model(entry, **chosen)
         except TypeError:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -92,6 +93,18 @@ def test_what_ships_is_the_student_alone_and_measures_the_same(finished):
     names = load_file(finished.folder / "student.safetensors").keys()
     assert not [name for name in names if "teacher" in name or "distiller" in name]
     assert evaluate_run(finished.folder) == (finished.top1, finished.top5)
+
+
+def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_made(tmp_path, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
+    networks = ["student.name=vit_pico", "teacher.name=vit_pico", "student.pretrained=true", "teacher.pretrained=true"]
+    short = ["data.limit=64", "protocol.epochs=1", "teacher.epochs=1", "teacher.allow_weak=true"]
+    result = distil(tmp_path, *networks, *short)
+    again = evaluate_run(result.folder)
+    assert again == (result.top1, result.top5)
+    assert load_file(result.folder / "student.safetensors")["pos_embed"].shape[1] == 1 + 14 * 14
+    assert distil(tmp_path, *networks, *short, "seed=1").teacher_top1 == result.teacher_top1  # read from the cache
 
 
 def test_a_finished_run_is_shown_and_not_run_again(finished, monkeypatch):
