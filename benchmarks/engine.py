@@ -3,7 +3,7 @@
     python benchmarks/engine.py --data folder:data/cifar100 [--steps 30] [--rounds 7]
 
 The three take turns in one process; the table shows medians and ratios, and goes to ``benchmarks/results/``. After
-that the usual loop and the engine take turns once more, for the milliseconds of each part of a step; the usual loop
+that the usual loop and then the engine run once more, for the milliseconds of each part of a step; the usual loop
 computes its loss in no part of its own, and its loader's workers take their time beside all parts.
 """
 

@@ -57,10 +57,10 @@ class OnRay:
         tasks: dict[Any, str] = {}
         for group in groups:
             progress.say(f"group {group.title}: {group.text}")
-            for run in group.runs:
-                run.engine.threads = run.engine.threads or 1
-                run.engine.memory *= self.share(ray, run.engine)
             if group.runs:
+                share = self.share(ray, group.runs[0].engine)
+                for engine in (run.engine for run in group.runs):
+                    engine.threads, engine.memory = engine.threads or 1, engine.memory * share
                 task = self.task(ray, group.runs[0].engine, f"group {group.title}")
                 tasks[task.remote(Place.of(group.runs), partial(train_there, group, work, quiet))] = group.title
         stopped: dict[str, str] = {}

@@ -105,7 +105,7 @@ def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False)
                 dataset = open_data(settings, device, quiet or not ranks.first)
                 if settings.teacher.name and teachers.lacking(settings, dataset) is not None:
                     # A method that does not fit the pair says so before hours are spent on its teacher.
-                    build(settings, dataset, SharedTeacher(teachers.untrained(settings, dataset)))
+                    build(settings, dataset, SharedTeacher(teachers.untrained(settings, dataset)), fetch=False)
                 teacher = teachers.obtain(settings, dataset, progress) if settings.teacher.name else None
             return train_one(settings, dataset, teacher, progress, ranks)
 
@@ -148,4 +148,4 @@ def shape_of_shipped(settings: config.Settings, dataset: data.Dataset) -> nn.Mod
     if registry.load(settings.distiller["name"]).deploy is Distiller.deploy:
         return models.create(settings.student.name, dataset.spec, pretrained=settings.student.pretrained, fetch=False)
     teacher = teachers.obtain(settings, dataset, Progress(quiet=True))
-    return build(settings, dataset, SharedTeacher(teacher.network)).deploy()
+    return build(settings, dataset, SharedTeacher(teacher.network), fetch=False).deploy()

@@ -33,15 +33,19 @@ class Teacher:
     top1: float  # in percent, on the test set
 
 
-def build(settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | None) -> Distillation:
+def build(
+    settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | None, fetch: bool = True
+) -> Distillation:
     """Student and distiller of these settings on the data's device; the seed alone decides their weights.
+
+    Without ``fetch`` a pretrained student is only made to fit its weights, as in ``models.create``.
 
     Raises:
         UserError: teacher and student differ in their number of classes, or the method does not fit the pair.
     """
     spec = dataset.spec
     torch.manual_seed(seed_of(settings.seed, "student"))
-    student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained)
+    student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
     if spec.labels.device.type == "cpu":
         models.unfuse_attention(student)
     shapes = student.shapes()
