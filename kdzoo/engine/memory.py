@@ -1,6 +1,8 @@
 """Memory: how much the device has free, what a lane takes of it, and how many lanes it holds at a time."""
 
 from collections.abc import Iterable, Sequence
+from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 ROOM = 0.8  # the share of free memory that lanes may take, as a few steps do not show all of what they need
 
+CGROUPS = Path("/sys/fs/cgroup")  # as a container sees its own
+
 WORKSPACE = 1.5  # peaks of processes on a CPU, over what is counted: 1.25 to 1.4 for steps of more than 200 MB
 
 
@@ -27,16 +31,33 @@ class Cost(NamedTuple):
 
 
 def free(device: torch.device, share: float = 1.0) -> float:
-    """The bytes that can still be had, and no more than this share of all: of a GPU, or of the machine.
-
-    A container's own limit is not seen.
-    """
+    """The bytes that can still be had, and no more than this share of all: of a GPU, or of the machine or container."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         available, total = torch.cuda.mem_get_info(device)
         return min(available + reusable, share * total)
     machine = psutil.virtual_memory()
-    return min(machine.available, share * machine.total)
+    limit, used = container()
+    return min(machine.available, limit - used, share * min(machine.total, limit))
+
+
+def container() -> tuple[float, float]:
+    """The bytes that the container may use, infinite outside of one, and those it uses beside what can be dropped.
+
+    Read of control groups, version 2 or 1; files read lately are what can be dropped.
+    """
+    for limit, usage, dropped in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = float((CGROUPS / limit).read_text().replace("max", "inf"))
+            used = int((CGROUPS / usage).read_text())
+            lines = (CGROUPS / usage).with_name("memory.stat").read_text().splitlines()
+            return most, used - int(dict(line.split() for line in lines)[dropped])
+        except (OSError, ValueError, KeyError):
+            continue
+    return inf, 0
 
 
 def weigh(lane: "Lane", batch: Batch) -> Cost:

@@ -69,7 +69,28 @@ def test_there_is_memory_and_it_is_counted_in_bytes():
 
 def test_a_share_of_the_device_is_of_all_of_it(monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=600, total=1000))
+    monkeypatch.setattr(memory, "container", lambda: (float("inf"), 0))
     assert [memory.free(torch.device("cpu"), share) for share in (1.0, 0.5, 0.25)] == [600, 500, 250]
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "limit", "expected"),
+    [
+        ("", ("memory.max", "memory.current", "inactive_file"), "700", (500, 350)),
+        ("", ("memory.max", "memory.current", "inactive_file"), "max", (600, 500)),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), "700", (500, 350)),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), f"{2**63}", (600, 500)),
+        ("", ("memory.max", "memory.current", "renamed"), "700", (600, 500)),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch, folder, names, limit, expected):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=600, total=1000))
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / names[0]).write_text(f"{limit}\n")
+    (tmp_path / folder / names[1]).write_text("300\n")
+    (tmp_path / folder / "memory.stat").write_text(f"cache 150\n{names[2]} 100\n")
+    assert tuple(memory.free(torch.device("cpu"), share) for share in (1.0, 0.5)) == expected
 
 
 def test_tensors_are_counted_wherever_they_lie():
