@@ -105,7 +105,7 @@ class EngineSettings:
     devices: int = 1  # that share every batch of one run; protocol.batch_size counts the images of all
     strategy: Literal["ddp", "fsdp"] = "ddp"  # whether devices hold student and distiller whole, or a share of them
     threads: int = 0  # 0: as many as there are cores
-    lanes: int = 0  # runs that train side by side in a suite; 0: as many as memory holds
+    lanes: int = 0  # at most so many runs of a suite make a group; 0: all that can, side by side as memory holds
     memory: float = 1.0  # the share of the device's memory that they may take; executors lower it where groups share
     checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
 

@@ -5,6 +5,7 @@ stays finished, and what was interrupted goes on.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,13 +103,17 @@ def own(out: Path, suite: Suite) -> None:
 
 
 def grouped(runs: Iterable[config.Settings]) -> list[list[config.Settings]]:
-    """The runs that can share a teacher pass and a batch, in their order."""
+    """The runs that share a teacher pass and a batch, in even parts where ``engine.lanes`` bounds them."""
     groups: dict[str, list[config.Settings]] = {}
     for run in runs:
         plain = run.plain()
         key = json.dumps([plain[part] for part in ("teacher", "data", "protocol", "engine", "seed")], sort_keys=True)
         groups.setdefault(key, []).append(run)
-    return list(groups.values())
+    found = []
+    for group in groups.values():
+        parts = math.ceil(len(group) / (group[0].engine.lanes or len(group)))
+        found += [group[len(group) * i // parts : len(group) * (i + 1) // parts] for i in range(parts)]
+    return found
 
 
 def is_settled(settings: config.Settings, retry: bool) -> bool:

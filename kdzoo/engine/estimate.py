@@ -53,12 +53,11 @@ class GroupCost:
     failed: dict[int, UserError]  # runs that cannot be trained
     base: int  # bytes of process, data and teacher
     room: float  # bytes that the lanes may take
-    most: int  # lanes side by side
 
     def parts(self, chosen: Sequence[int]) -> list[list[LaneCost]]:
         """Those of the chosen runs that can be trained, as many side by side as memory holds."""
         lanes = [self.lanes[i] for i in chosen if i in self.lanes]
-        packed = memory.packed([lane.memory for lane in lanes], self.room, self.most)
+        packed = memory.packed([lane.memory for lane in lanes], self.room)
         return [[lanes[i] for i in part] for part in packed]
 
     def seconds(self, chosen: Sequence[int]) -> float:
@@ -180,25 +179,23 @@ def cost_of(runs: Sequence[config.Settings], dataset: Dataset, teacher: models.N
         failed=failed,
         base=base,
         room=math.inf if first.engine.lanes else room,
-        most=first.engine.lanes or len(runs),
     )
 
 
 def parts(
     runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
 ) -> list[list[config.Settings]]:
-    """A group's runs, as many side by side as memory holds beside data and teacher, or as ``engine.lanes`` says."""
-    wanted, room = runs[0].engine.lanes, math.inf
-    costs = [NOTHING] * len(runs)
-    if not wanted and len(runs) > 1:
-        room = memory.ROOM * memory.free(dataset.spec.labels.device, runs[0].engine.memory)
-        failed: dict[int, UserError] = {}
-        lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
-        weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}
-        full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
-        costs = [weights.get(i, TOO_MUCH if i in full else NOTHING) for i in range(len(runs))]
-    found = memory.packed(costs, room, wanted or len(runs))
-    if len(found) > 1 and not wanted:
+    """A group's runs, as many side by side as memory holds beside data and teacher; all, if ``engine.lanes`` is set."""
+    if runs[0].engine.lanes or len(runs) == 1:
+        return [list(runs)]
+    room = memory.ROOM * memory.free(dataset.spec.labels.device, runs[0].engine.memory)
+    failed: dict[int, UserError] = {}
+    lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
+    weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}
+    full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
+    costs = [weights.get(i, TOO_MUCH if i in full else NOTHING) for i in range(len(runs))]
+    found = memory.packed(costs, room)
+    if len(found) > 1:
         progress.say(f"memory does not hold all {len(runs)} runs side by side: {len(found)} parts, one after the other")
     return [[runs[i] for i in part] for part in found]
 

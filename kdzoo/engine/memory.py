@@ -96,11 +96,11 @@ def together(costs: Iterable[Cost]) -> int:
     return sum(cost.kept for cost in costs) + max((cost.passing for cost in costs), default=0)
 
 
-def packed(costs: Sequence[Cost], room: float, most: int) -> list[list[int]]:
-    """The lanes' numbers in their order, at most ``most`` and as many as ``room`` bytes hold, and at least one."""
+def packed(costs: Sequence[Cost], room: float) -> list[list[int]]:
+    """The lanes' numbers in their order, as many together as ``room`` bytes hold, and at least one."""
     parts: list[list[int]] = []
     for i in range(len(costs)):
-        if parts and len(parts[-1]) < most and together(costs[j] for j in (*parts[-1], i)) <= room:
+        if parts and together(costs[j] for j in (*parts[-1], i)) <= room:
             parts[-1].append(i)
         else:
             parts.append([i])

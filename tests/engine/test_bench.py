@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import timm
@@ -49,6 +50,16 @@ def test_a_group_shares_teacher_data_recipe_and_seed(suite):
     assert [len(group) for group in groups] == [6, 6]
     assert {run.seed for run in groups[0]} == {0}
     assert {run.student.name for run in groups[0]} == {"resnet8", "resnet14"}
+
+
+@pytest.mark.parametrize(("lanes", "sizes"), [(1, [1] * 6), (4, [3, 3]), (5, [3, 3]), (6, [6]), (9, [6])])
+def test_groups_are_no_larger_than_asked_for_and_about_equal(suite, lanes, sizes):
+    whole = grouped(suite.runs)
+    for run in suite.runs:
+        run.engine.lanes = lanes
+    groups = grouped(suite.runs)
+    assert [len(group) for group in groups] == 2 * sizes
+    assert list(chain(*groups)) == list(chain(*whole))
 
 
 def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):

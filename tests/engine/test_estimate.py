@@ -49,7 +49,6 @@ def group(**changed):
         "measured": 3,
         "base": 1000,
         "room": math.inf,
-        "most": 9,
     }
     return GroupCost(lanes=LANES, failed={2: UserError("no such stage")}, **{**facts, **changed})
 
@@ -70,7 +69,7 @@ def test_a_group_that_memory_divides_pays_for_batch_and_teacher_in_each_part():
 
 def test_memory_is_that_of_the_largest_part_beside_data_and_teacher():
     assert group().bytes(range(4)) == 1000 + 90 + 50
-    assert group(most=1).bytes(range(4)) == 1000 + 30 + 50
+    assert group(room=0).bytes(range(4)) == 1000 + 30 + 50
 
 
 def test_groups_that_differ_by_seed_are_measured_once_and_a_teacher_is_trained_once(tmp_path, capsys):

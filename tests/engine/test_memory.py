@@ -31,17 +31,11 @@ def test_lanes_take_turns_so_only_one_step_counts_beside_what_all_keep():
 
 
 @pytest.mark.parametrize(
-    ("room", "most", "expected"),
-    [
-        (1000, 9, [[0, 1, 2, 3]]),
-        (45, 9, [[0, 1, 2], [3]]),
-        (35, 9, [[0, 1], [2], [3]]),
-        (1000, 3, [[0, 1, 2], [3]]),
-        (0, 9, [[0], [1], [2], [3]]),
-    ],
+    ("room", "expected"),
+    [(1000, [[0, 1, 2, 3]]), (45, [[0, 1, 2], [3]]), (35, [[0, 1], [2], [3]]), (0, [[0], [1], [2], [3]])],
 )
-def test_as_many_lanes_side_by_side_as_memory_holds_and_at_least_one(room, most, expected):
-    assert packed([Cost(10, 5), Cost(10, 10), Cost(10, 15), Cost(10, 60)], room, most) == expected
+def test_as_many_lanes_side_by_side_as_memory_holds_and_at_least_one(room, expected):
+    assert packed([Cost(10, 5), Cost(10, 10), Cost(10, 15), Cost(10, 60)], room) == expected
 
 
 def test_what_a_lane_keeps_is_its_weights_and_the_optimisers(tmp_path, dataset):
@@ -106,10 +100,10 @@ def test_a_group_is_split_by_what_is_free_and_says_so(tmp_path, dataset, teacher
     assert "memory does not hold all 3 runs side by side: 3 parts" in capsys.readouterr().err
 
 
-def test_a_number_of_lanes_may_be_asked_for(tmp_path, dataset, teacher, monkeypatch):
+def test_where_a_number_of_lanes_is_asked_for_nothing_is_weighed(tmp_path, dataset, teacher, monkeypatch):
     monkeypatch.setattr(memory, "weigh", None)
-    runs = [settings(tmp_path, name, "engine.lanes=2") for name in ("none", "kd", "logitmse")]
-    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs[:2], runs[2:]]
+    runs = [settings(tmp_path, name, "engine.lanes=3") for name in ("none", "kd", "logitmse")]
+    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs]
 
 
 def test_a_run_that_cannot_be_built_is_left_for_training_to_report(tmp_path, dataset, teacher):
