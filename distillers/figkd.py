@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.errors import UserError, unknown
 from kdzoo.losses import all_sum, cross_entropy, full_precision, softened_kl
-from kdzoo.spectral import wavelet_basis
+from kdzoo.spectral import largest_level, wavelet_basis
 
 ORDERS = ("dataset", "confusion", "superclass", "random")
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -74,7 +74,7 @@ class FiGKD(Distiller):
     D takes the detail coefficients of a discrete wavelet transform over the class axis, of all levels. For Haar
     and level 1 they are (z_2k - z_2k+1) / sqrt 2: differences of neighbouring classes. Averaged over all orders
     of the classes this is K / (K - 1) times the MSE of centred logits (``logitmse``), so what FiGKD adds comes
-    from the order alone.
+    from the order alone; and each level leaves out less of what ``logitmse`` compares.
 
     The full text was not available. Known are the split of logits by a wavelet transform, the transfer of detail
     only, and the cross-entropy beside it. Ours are the wavelet, the level, T, the distance, the padding (with odd
@@ -85,7 +85,7 @@ class FiGKD(Distiller):
         detail: weight of the wavelet term, whichever band it compares.
         kd: weight of the distillation of logits.
         wavelet: a discrete wavelet that PyWavelets knows.
-        level: how often the logits are split.
+        level: how often the logits are split, or as often as the classes allow.
         temperature: T, which divides the logits of both terms.
         standardize: each row of logits is taken to mean 0 and variance 1 before T divides it.
         distance: "mse", "l1", "smooth_l1" or "cosine".
@@ -114,7 +114,7 @@ class FiGKD(Distiller):
         detail: float = 1.0,
         kd: float = 0.0,
         wavelet: str = "haar",
-        level: int = 1,
+        level: int = 3,
         temperature: float = 1.0,
         standardize: bool = False,
         distance: str = "mse",
@@ -129,6 +129,7 @@ class FiGKD(Distiller):
             raise unknown("distance", distance, DISTANCES)
         self.ce, self.detail, self.kd, self.temperature = ce, detail, kd, temperature
         self.standardize, self.distance, self.class_order = standardize, distance, class_order
+        level = min(level, largest_level((data.num_classes,), wavelet) or level)
         content, detail_rows = wavelet_basis(data.num_classes, wavelet, level, padding)
         rows = {"detail": detail_rows, "content": content, "all": torch.cat([content, detail_rows])}
         if band not in rows:

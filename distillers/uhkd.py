@@ -12,7 +12,7 @@ from kdzoo.errors import UserError, unknown
 from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import amplitude, fourier_basis, pooling_basis
 
-SPECTRA = ("log_amplitude", "amplitude", "complex", "spatial")
+SPECTRA = ("complex", "amplitude", "log_amplitude", "spatial")
 ALIGNMENTS = ("fft", "learned")
 NORMALISATIONS = ("image", "batch")
 
@@ -85,15 +85,17 @@ class UHKD(Distiller):
         + w_{spectral} \sum_l w_l \operatorname{MSE}(Z_s^l, Z_t^l)
 
     Z_t: the k x k lowest Fourier coefficients of the teacher's stage (divided by H W), times
-    exp(-rho^2 / 2 sigma^2) with rho = radius / (k // 2), then log(1 + \|.\|), then layer norm over channels and
-    frequencies; k is the largest odd number not above ``size`` or a side of either grid. Z_s: the student's
-    stage, pooled to the coarsest grid that holds the frequencies kept (of size + 1, or the teacher's where that
-    is coarser), through convolutions and the same transform, or through a learned map of positions.
+    exp(-rho^2 / 2 sigma^2) with rho = radius / (k // 2), as real and imaginary parts or amplitudes, then layer
+    norm over channels and frequencies; k is the largest odd number not above ``size`` or a side of either grid.
+    Z_s: the student's stage, pooled to the coarsest grid that holds the frequencies kept (of size + 1, or the
+    teacher's where that is coarser), through convolutions and the same transform, or through a learned map of
+    positions.
 
     The full text was not available. Known are a Fourier transform that compacts the teacher's features, a
     learnable alignment of the student's, and matching of several levels by MSE beside KL on logits. Ours are
     both forms of alignment (the one with the transform convolves in the narrower of both widths), the pooling
-    before them, the Gaussian crop, the logarithm, the layer norms and every default.
+    before them, the Gaussian crop, the spectra, the layer norms and every default; docs/frequency.md tells what the
+    defaults rest on, and that the control is ahead of them.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -104,8 +106,8 @@ class UHKD(Distiller):
         stage_weights: w_l of these stages; None shares 1 among them.
         size: frequencies kept on each axis; odd, so that each comes with its negative.
         sigma: width of the Gaussian over frequencies, relative to the crop's own radius.
-        spectrum: "log_amplitude"; "amplitude"; "complex", real and imaginary part; or "spatial", the control:
-            the same modules with average pooling to k x k where the others transform.
+        spectrum: "complex", real and imaginary part; "amplitude"; "log_amplitude", log(1 + amplitude); or
+            "spatial", the control: the same modules with average pooling to k x k where the others transform.
         alignment: "fft", where the student is transformed too, or "learned", where it is not.
         normalisation: what has mean 0 and variance 1 in Z: "image", all numbers of one image (layer norm), or
             "batch", each number over the batch, which leaves out what all images have in common.
@@ -122,15 +124,15 @@ class UHKD(Distiller):
         teacher: Output,
         data: DataSpec,
         *,
-        ce: float = 1.0,
-        kd: float = 1.0,
+        ce: float = 0.1,
+        kd: float = 0.9,
         spectral: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float = 4.0,
         stages: tuple[int, ...] = (0, 1, 2, 3),
         stage_weights: tuple[float, ...] | None = None,
         size: int = 7,
         sigma: float = 0.5,
-        spectrum: str = "log_amplitude",
+        spectrum: str = "complex",
         alignment: str = "fft",
         normalisation: str = "image",
     ):

@@ -34,7 +34,13 @@ def logits_of(*outputs):
 def test_haar_detail_is_the_difference_of_neighbouring_classes(student, teacher, detail):
     z_s, z_t = logits_of(student, teacher)
     d_s, d_t = ((z[:, 0::2] - z[:, 1::2]) / np.sqrt(2) for z in (z_s, z_t))
-    assert detail(student, teacher).item() == pytest.approx(np.mean((d_s - d_t) ** 2), rel=1e-5)
+    assert detail(student, teacher, level=1).item() == pytest.approx(np.mean((d_s - d_t) ** 2), rel=1e-5)
+
+
+def test_few_classes_are_split_as_often_as_they_can_be(output, detail):
+    student, teacher = output(classes=5), output(classes=5, phase=1.0)
+    terms = [detail(student, teacher, level=level).item() for level in (1, 2, 3, 9)]
+    assert terms[0] != terms[1] == terms[2] == terms[3]
 
 
 @pytest.mark.parametrize("band", ["detail", "content", "all"])
@@ -66,7 +72,7 @@ def test_all_bands_of_an_orthonormal_wavelet_are_the_plain_error(output, detail)
 )
 def test_each_distance_follows_its_formula(student, teacher, detail, distance, reference):
     d_s, d_t = ((z[:, 0::2] - z[:, 1::2]) / np.sqrt(2) for z in logits_of(student, teacher))
-    assert detail(student, teacher, distance=distance).item() == pytest.approx(reference(d_s, d_t), rel=1e-5)
+    assert detail(student, teacher, level=1, distance=distance).item() == pytest.approx(reference(d_s, d_t), rel=1e-5)
 
 
 def test_standardized_logits_have_their_scale_removed_before_the_temperature(student, teacher, detail):
@@ -99,7 +105,7 @@ def test_detail_does_not_see_a_constant_and_content_does(output, detail, waves, 
 def test_over_all_orders_of_the_classes_haar_is_centred_logit_matching(output, detail, data, batch, classes):
     student, teacher = output(classes=classes), output(classes=classes, phase=1.0)
     orders = list(itertools.permutations(range(classes)))
-    terms = [detail(student, teacher, class_order=order).item() for order in orders]
+    terms = [detail(student, teacher, level=1, class_order=order).item() for order in orders]
     mse = LogitMSE(student, teacher, data(classes)).loss(student, teacher, batch(classes))["mse"].item()
     assert np.mean(terms) == pytest.approx(classes / (classes - 1) * mse, rel=1e-5)
     assert max(terms) > 1.2 * min(terms)
@@ -202,7 +208,7 @@ def test_gradients_of_the_coefficients_are_those_of_the_values(waves, standardiz
     [
         ({"temperature": 0}, "temperature 0: expected"),
         ({"wavelet": "haaar"}, "did you mean haar"),
-        ({"level": 9}, "the largest is 3"),
+        ({"level": 0}, "the largest is 3"),
         ({"padding": "symmetrical"}, "did you mean symmetric"),
         ({"distance": "mle"}, "did you mean mse"),
         ({"band": "details"}, "did you mean detail"),

@@ -47,7 +47,7 @@ def test_images_in_one_order_are_closer_than_in_another(teacher, data, batch):
 
 def test_rows_that_share_a_mixed_image_do_not_repel(student, teacher, data, batch):
     partner = torch.tensor([2, 1, 0, 5, 4, 3])  # row 1 and row 4 are mixed with themselves
-    method = LFCC(student, teacher, data(), tau=0.2)
+    method = LFCC(student, teacher, data(), contrast=1, tau=0.2)
     values = []
     for u_s, u_t in embeddings(method, student, teacher):
         similarities = u_s @ u_t.T / 0.2
@@ -67,7 +67,7 @@ def test_a_pair_is_masked_both_ways_where_partners_are_not_mutual():
 
 
 def test_rows_of_one_class_do_not_repel_where_that_is_asked(student, teacher, data, batch):
-    method = LFCC(student, teacher, data(), tau=0.2, mask_same_class=True)
+    method = LFCC(student, teacher, data(), contrast=1, tau=0.2, mask_same_class=True)
     values = []
     for u_s, u_t in embeddings(method, student, teacher):
         similarities = u_s @ u_t.T / 0.2
@@ -82,7 +82,7 @@ def test_teachers_of_other_ranks_repel_too_and_are_no_partners(student, teacher,
         return torch.cat([rows, rows.flip(0)])
 
     monkeypatch.setattr("distillers.lfcc.gather", two_ranks)
-    method = LFCC(student, teacher, data(), tau=0.2)
+    method = LFCC(student, teacher, data(), contrast=1, tau=0.2)
     values = []
     for u_s, u_t in embeddings(method, student, teacher):
         similarities = u_s @ np.concatenate([u_t, u_t[::-1]]).T / 0.2
@@ -118,7 +118,7 @@ def test_high_pass_and_pooling_share_nothing_and_together_are_everything(waves):
 
 
 def test_without_a_filter_features_meet_on_the_finest_common_grid(student, teacher, data, batch):
-    method = LFCC(student, teacher, data(), tau=0.2, filter="none")
+    method = LFCC(student, teacher, data(), contrast=1, tau=0.2, filter="none")
     values = [contrast(s @ t.T / 0.2) for s, t in embeddings(method, student, teacher, scales=(99,))]
     assert method.loss(student, teacher, batch())["contrast"].item() == pytest.approx(np.mean(values), rel=1e-5)
 
@@ -130,7 +130,7 @@ def test_terms_and_gradients_are_finite_for_any_grids_zeros_and_constants(
     output, teacher, data, batch, kind, constant, grids
 ):
     student = output(grids, constant=constant)
-    method = LFCC(student, teacher, data(), filter=kind)
+    method = LFCC(student, teacher, data(), contrast=1, filter=kind)
     sum(method.loss(student, teacher, batch()).values()).backward()
     gradients = [f.grad for f in student.features if f.grad is not None] + [p.grad for p in method.parameters()]
     assert all(g.isfinite().all() for g in gradients)

@@ -71,7 +71,7 @@ def test_the_term_is_the_weighed_error_between_aligned_and_transformed_stages(st
         hidden = norm2(depthwise(gelu(norm(mix(on_common_grid(student, teacher, stage))))))
         whole = torch.einsum("oc,bchw->bohw", last.weight[:, :, 0], hidden)  # here before the transform
         maps = [f.detach().double().numpy() for f in (whole, teacher.features[stage])]
-        z_s, z_t = (reference_map(m, k, 0.5, "log_amplitude", "image") for m in maps)
+        z_s, z_t = (reference_map(m, k, 0.5, "complex", "image") for m in maps)
         expected += 2.0 * weights[n] * np.mean((z_s - z_t) ** 2)
     assert method.loss(student, teacher, batch())["spectral"].item() == pytest.approx(expected, rel=1e-4)
 
