@@ -14,6 +14,7 @@ from kdzoo.errors import UserError, unknown
 from kdzoo.losses import all_sum, cross_entropy, full_precision, softened_kl
 from kdzoo.spectral import largest_level, wavelet_basis
 
+LEVELS = 3  # by default, where there are classes enough
 ORDERS = ("dataset", "confusion", "superclass", "random")
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
@@ -85,7 +86,7 @@ class FiGKD(Distiller):
         detail: weight of the wavelet term, whichever band it compares.
         kd: weight of the distillation of logits.
         wavelet: a discrete wavelet that PyWavelets knows.
-        level: how often the logits are split, or as often as the classes allow.
+        level: how often the logits are split; None is three times, or as often as the classes allow.
         temperature: T, which divides the logits of both terms.
         standardize: each row of logits is taken to mean 0 and variance 1 before T divides it.
         distance: "mse", "l1", "smooth_l1" or "cosine".
@@ -114,7 +115,7 @@ class FiGKD(Distiller):
         detail: float = 1.0,
         kd: float = 0.0,
         wavelet: str = "haar",
-        level: int = 3,
+        level: int | None = None,
         temperature: float = 1.0,
         standardize: bool = False,
         distance: str = "mse",
@@ -129,7 +130,8 @@ class FiGKD(Distiller):
             raise unknown("distance", distance, DISTANCES)
         self.ce, self.detail, self.kd, self.temperature = ce, detail, kd, temperature
         self.standardize, self.distance, self.class_order = standardize, distance, class_order
-        level = min(level, largest_level((data.num_classes,), wavelet) or level)
+        if level is None:
+            level = max(1, min(LEVELS, largest_level((data.num_classes,), wavelet)))
         content, detail_rows = wavelet_basis(data.num_classes, wavelet, level, padding)
         rows = {"detail": detail_rows, "content": content, "all": torch.cat([content, detail_rows])}
         if band not in rows:

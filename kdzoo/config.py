@@ -184,6 +184,8 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setting
     settings.distiller = distiller_settings({**preset(settings, keywords["name"]), **keywords})
     if settings.output.measure_every < 1:
         raise UserError(f"output.measure_every={settings.output.measure_every}: expected a number of epochs from 1")
+    if settings.engine.lanes < 0:
+        raise UserError(f"engine.lanes={settings.engine.lanes}: expected a number of runs, or 0 for all")
     if not settings.student.name:
         raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
     return settings

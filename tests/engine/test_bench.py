@@ -62,6 +62,11 @@ def test_groups_are_no_larger_than_asked_for_and_about_equal(suite, lanes, sizes
     assert list(chain(*groups)) == list(chain(*whole))
 
 
+def test_groups_of_less_than_nothing_are_refused(suite, tmp_path):
+    with pytest.raises(UserError, match=r"engine\.lanes=-1: expected a number of runs"):
+        suites.load(str(tmp_path / "mine.yaml"), overrides=["engine.lanes=-1"])
+
+
 def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
     whole = bench(suite, tmp_path / "whole", quiet=True)
     assert len(whole.finished) == 12
