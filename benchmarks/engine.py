@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 from usual_loop import Pictures, train
 
-from kdzoo import config, models
+from kdzoo import models
 from kdzoo.data import Dataset, open_dataset
 from kdzoo.engine.device import autocast, settle
+from kdzoo.settings import EngineSettings, Settings
 
 
-def bare_steps(settings: config.Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
+def bare_steps(settings: Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
     """The same tensor operations with nothing around them."""
     student = network(settings.student.name, dataset.spec).train()
     student.wants_features = False
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="resnet32x4")
     parser.add_argument("--student", default="resnet8x4")
     given = parser.parse_args()
-    engine = config.EngineSettings()
+    engine = EngineSettings()
     device = settle(engine)
     dataset = open_dataset(given.data, device=device)
     group = Group(given.teacher, given.student, ["kd"], dataset, engine)

@@ -11,14 +11,14 @@ import pandas as pd
 import torch
 from measuring import Group, arguments_of, file_of, medians, publish, random_set, take_turns, waiting
 
-from kdzoo import config
 from kdzoo.engine.device import autocast, settle
+from kdzoo.settings import EngineSettings
 
 METHODS = ("kd", "logitmse", "figkd", "dkd", "dist", "lskd", "nkd", "rsd")
 PAIRS = ("resnet32x4:resnet8x4", "vit_s:resnet18@16")
 
 
-def measure(pair: str, methods: list[str], steps: int, rounds: int, engine: config.EngineSettings) -> dict[str, object]:
+def measure(pair: str, methods: list[str], steps: int, rounds: int, engine: EngineSettings) -> dict[str, object]:
     """One row of the table."""
     names, _, size = pair.partition("@")
     teacher, student = names.split(":")
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    engine = config.EngineSettings()
+    engine = EngineSettings()
     settle(engine)
     rows = [measure(pair, list(given.methods), given.steps, given.rounds, engine) for pair in given.pairs]
     publish(pd.DataFrame(rows), file_of(given.results, "lanes-b64", engine))

@@ -12,11 +12,11 @@ from measuring import CLASSES, Work, arguments_of, file_of, medians, network, pu
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distillation, Distiller, Needs, Output, models, registry
-from kdzoo.config import EngineSettings, protocol
 from kdzoo.distillation import ask
 from kdzoo.engine.device import autocast, settle
 from kdzoo.engine.optim import Optimizer
 from kdzoo.errors import UserError
+from kdzoo.settings import EngineSettings, read_protocol
 
 PAIRS = ("vit_s:resnet18", "resnet32x4:resnet8x4")
 SIZE = 32
@@ -68,7 +68,7 @@ def measure(pair: str, methods: list[str], size: int, rounds: int, engine: Engin
     batch = batch_of(size, device)
 
     step_of_kd = Distillation(student, teacher, build("kd", student, teacher, data)).train()
-    optimizer = Optimizer(step_of_kd, protocol("crd"))
+    optimizer = Optimizer(step_of_kd, read_protocol("crd"))
 
     def step() -> None:
         with autocast(device, engine.precision):

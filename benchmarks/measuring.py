@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdzoo import DataSpec, config, models
+from kdzoo import DataSpec, models
 from kdzoo.data import Dataset
 from kdzoo.data.sources import Pixels
 from kdzoo.distiller import Batch
@@ -23,7 +23,8 @@ from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.training import build, common_loader
 from kdzoo.files import slug, write_text
-from kdzoo.results.folder import RunFolder
+from kdzoo.settings import EngineSettings, Settings, resolve
+from kdzoo.store.folder import RunFolder
 
 CLASSES = 100
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser", "rest")
@@ -139,7 +140,7 @@ class Group:
         student: str,
         methods: Sequence[str],
         dataset: Dataset,
-        engine: config.EngineSettings,
+        engine: EngineSettings,
         batch_size: int | None = None,
     ):
         self.device = dataset.spec.labels.device
@@ -174,12 +175,10 @@ class Group:
         self.done += 1
 
     @staticmethod
-    def _settings(
-        teacher: str, student: str, method: str, engine: config.EngineSettings, batch_size: int | None
-    ) -> config.Settings:
+    def _settings(teacher: str, student: str, method: str, engine: EngineSettings, batch_size: int | None) -> Settings:
         protocol = {"name": "crd"} | ({"batch_size": batch_size} if batch_size else {})
         names = {"distiller": method, "student": student, "teacher": teacher}
-        settings = config.resolve({key: {"name": name} for key, name in names.items()} | {"protocol": protocol})
+        settings = resolve({key: {"name": name} for key, name in names.items()} | {"protocol": protocol})
         settings.engine = engine
         return settings
 
@@ -198,7 +197,7 @@ def parts_of(group: Group) -> list[Mark]:
     return [*marks, ("backward", torch.Tensor, "backward")]
 
 
-def file_of(results: Path, what: str, engine: config.EngineSettings) -> Path:
+def file_of(results: Path, what: str, engine: EngineSettings) -> Path:
     """The table's file, whose name holds what was measured, on which device, in which precision and when."""
     threads = f"cpu-{torch.get_num_threads()}threads"
     machine = slug(torch.cuda.get_device_name(engine.device)) if engine.device.startswith("cuda") else threads

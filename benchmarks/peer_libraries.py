@@ -21,9 +21,10 @@ from measuring import Group
 from torch import nn
 from torchvision import datasets, transforms
 
-from kdzoo import DataSpec, config, models
+from kdzoo import DataSpec, models
 from kdzoo.data import Dataset, open_dataset
 from kdzoo.engine.device import find_device, settle
+from kdzoo.settings import EngineSettings
 
 THEIR_NAMES = {
     "vgg8": "vgg8",
@@ -39,7 +40,7 @@ Pace = Callable[[Any], Any]
 
 def kdzoo(given: Namespace, folder: Path, pace: Pace) -> None:
     """This library: one lane."""
-    engine = config.EngineSettings()
+    engine = EngineSettings()
     dataset = open_dataset(given.data, device=settle(engine))
     group = Group(given.teacher, given.student, [given.method], dataset, engine, given.batch_size)
     for _ in pace(itertools.repeat(None)):

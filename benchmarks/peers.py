@@ -32,9 +32,9 @@ from measuring import arguments_of, file_of, publish, waiting
 from peer_libraries import LAYOUT, LIBRARIES, accept, write_cifar
 from torch import nn
 
-from kdzoo import config
 from kdzoo.data import open_dataset
 from kdzoo.engine.device import find_device, settle
+from kdzoo.settings import EngineSettings
 
 
 class Paced:
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--work", type=Path, help="a folder for CIFAR-100 in torchvision's layout and for logs")
     given = parser.parse_args()
-    engine = config.EngineSettings()
+    engine = EngineSettings()
     device = settle(engine)
     given.precision, given.steps = engine.precision, given.steps or (30 if device.type == "cpu" else 300)
     folders = {name: path for name in LIBRARIES if (path := getattr(given, name, None))}

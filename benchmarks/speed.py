@@ -38,10 +38,10 @@ from measuring import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdzoo import config
 from kdzoo.engine import graphs
 from kdzoo.engine.device import DTYPES, arithmetic, autocast, settle
 from kdzoo.errors import UserError
+from kdzoo.settings import EngineSettings
 
 PAIRS = (
     "resnet32x4:resnet8x4",
@@ -126,7 +126,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
         return 2 * side**3 / min(timed(lambda: one @ other, wait) for _ in range(20))
 
 
-def measure(row: Row, engine: config.EngineSettings, size: int, seconds: float) -> dict[str, object]:
+def measure(row: Row, engine: EngineSettings, size: int, seconds: float) -> dict[str, object]:
     """A row of the table, in about that many seconds."""
     names, _, own_size = row.pair.partition("@")
     teacher, student = names.split(":")
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the table, to go on with one of another day")
     given = parser.parse_args()
-    engine = config.EngineSettings()
+    engine = EngineSettings()
     on_gpu = settle(engine).type != "cpu"
     batches, lanes = given.batches or ([64, 512] if on_gpu else [64]), given.lanes or ([1, 8] if on_gpu else [1])
     seconds = given.seconds or (2.0 if on_gpu else 20.0)

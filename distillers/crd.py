@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision, gather
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision, gather
 
 
 def nce_loss(positive: Tensor, negatives: Tensor, noise: float) -> Tensor:

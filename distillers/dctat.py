@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrid, check_stages
 from kdzoo.errors import UserError, unknown
-from kdzoo.losses import cross_entropy, full_precision, softened_kl
+from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import cosine_basis, separable
+from kdzoo.tensors import full_precision
 
 TRANSFORMS = ("fft", "dct")
 

@@ -5,7 +5,8 @@ from torch.linalg import vector_norm
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision
 
 
 def pearson_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision, true_class, warm_up
+from kdzoo.losses import cross_entropy, true_class, warm_up
+from kdzoo.tensors import full_precision
 
 
 def target_class_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:

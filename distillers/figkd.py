@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.errors import UserError, unknown
-from kdzoo.losses import all_sum, cross_entropy, full_precision, softened_kl
+from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import largest_level, wavelet_basis
+from kdzoo.tensors import all_sum, full_precision
 
 LEVELS = 3  # by default, where there are classes enough
 ORDERS = ("dataset", "confusion", "superclass", "random")

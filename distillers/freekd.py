@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.connectors import CommonGrid, Wavelets, check_stages
 from kdzoo.errors import UserError
-from kdzoo.losses import all_sum, cross_entropy, full_precision, softened_kl
+from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import largest_level
+from kdzoo.tensors import all_sum, full_precision
 
 
 def prompt_masks(band: Tensor, prompts: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import Positions, check_stages
 from kdzoo.errors import UserError, unknown
-from kdzoo.losses import cross_entropy, gather, info_nce, softened_kl
+from kdzoo.losses import cross_entropy, info_nce, softened_kl
 from kdzoo.spectral import disk, fourier_filter, pooling_basis
+from kdzoo.tensors import gather
 
 FILTERS = ("average", "gaussian", "ideal", "none", "highpass")
 

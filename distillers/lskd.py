@@ -4,7 +4,8 @@ from torch import Tensor
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision, softened_kl
+from kdzoo.losses import cross_entropy, softened_kl
+from kdzoo.tensors import full_precision
 
 
 def standardize(logits: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.errors import UserError, unknown
-from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision
 
 LEVELS = ("instance", "batch", "class")
 

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import check_stages
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision, true_class
+from kdzoo.losses import cross_entropy, true_class
+from kdzoo.tensors import full_precision
 
 
 def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, eps: float, temperature: float = 1.0) -> Tensor:

@@ -4,7 +4,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision
 
 EPS = 1e-7
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import Pool, check_stages
 from kdzoo.errors import UserError, unknown
-from kdzoo.losses import cross_entropy, full_precision, warm_up
+from kdzoo.losses import cross_entropy, warm_up
+from kdzoo.tensors import full_precision
 
 LEVELS = (4, 2, 1)  # cells on a side
 

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision
 
 NEAR = 1e-6  # rows no further apart count as one: they have distance 0, no angle, and no gradient
 

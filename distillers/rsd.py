@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision
 
 
 def standardize(embedding: Tensor) -> Tensor:

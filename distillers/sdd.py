@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.connectors import CellLogits
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision
 
 
 def scale_decoupled_loss(

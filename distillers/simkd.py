@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output, Seen
 from kdzoo.connectors import CommonGrid, Pool, check_stages
 from kdzoo.errors import UserError
-from kdzoo.losses import full_precision
+from kdzoo.tensors import full_precision
 
 
 class Projector(nn.Module):

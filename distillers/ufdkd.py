@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import check_stages
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision, softened_kl
+from kdzoo.losses import cross_entropy, softened_kl
+from kdzoo.tensors import full_precision
 
 
 def decoupled(tokens: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrid, check_stages
 from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, full_precision
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import full_precision
 
 FLOOR = 1e-5  # the least variance
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdzoo.distillation import Distillation
     from kdzoo.distiller import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
-    from kdzoo.engine.run import Result, run
+    from kdzoo.experiments.run import Result, run
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "kdzoo.distiller": ("Batch", "DataSpec", "Distiller", "Fidelity", "Needs", "Output", "Seen"),
     "kdzoo.distillation": ("Distillation",),
-    "kdzoo.engine.run": ("Result", "run"),
+    "kdzoo.experiments.run": ("Result", "run"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

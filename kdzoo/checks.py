@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kdzoo import config, toys
+from kdzoo import toys
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Fidelity, Output
 from kdzoo.errors import unknown
+from kdzoo.keywords import keyword_settings
 
 Check = Callable[[type[Distiller]], None]
 Terms = Mapping[str, Tensor]
@@ -186,7 +187,7 @@ def check_documented(distiller: type[Distiller]) -> None:
         _expect(keyword.default is not Parameter.empty, "a default for each keyword", "none", remedy)
         _expect(keyword.annotation is not Parameter.empty, "a type for each keyword", "none", remedy)
         _expect(name in described, "a line in the docstring's Args for each keyword", "none", remedy)
-    config.keyword_settings(distiller, {})  # refuses types that no YAML can hold
+    keyword_settings(distiller, {})  # refuses types that no YAML can hold
 
 
 @_check

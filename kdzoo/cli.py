@@ -69,10 +69,10 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 
     Any setting may follow as KEY=VALUE: distiller.size=5 protocol.lr=0.1 data.limit=2000
     """
-    from kdzoo import config
     from kdzoo.engine import parallel
-    from kdzoo.engine.run import execute
+    from kdzoo.experiments.run import execute
     from kdzoo.results.show import result_table
+    from kdzoo.settings import resolve
 
     values: dict[str, Any] = {}
     for key, value in flags.items():
@@ -82,7 +82,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
                 values.setdefault(section, {})[name] = value
             else:
                 values[section] = value
-    settings = config.resolve(values, overrides)
+    settings = resolve(values, overrides)
     result = execute(settings, fresh=not resume)
     if parallel.is_first():
         _print(result_table(result))
@@ -128,14 +128,13 @@ def bench(
     Started again by the same command it goes on where it was stopped; several processes may work on one suite.
     Settings may follow as KEY=VALUE and hold for every run.
     """
-    from kdzoo import suites
-    from kdzoo.engine import bench as engine
-    from kdzoo.engine import executors
-    from kdzoo.engine.estimate import estimate
     from kdzoo.engine.progress import Progress
+    from kdzoo.experiments import bench as engine
+    from kdzoo.experiments import executors, suites
+    from kdzoo.experiments.estimate import estimate
     from kdzoo.results import layout, table
-    from kdzoo.results.folder import find_runs
     from kdzoo.results.show import plan
+    from kdzoo.store.folder import find_runs
 
     executor = executors.find(on, jobs, gpus_per_group)
     found = suites.load(suite, range(seeds or 0), overrides)
@@ -166,7 +165,7 @@ def bench(
 @DEBUG
 def evaluate(folder: Path) -> None:
     """Measure a finished run's student again."""
-    from kdzoo.engine.run import evaluate_run
+    from kdzoo.experiments.run import evaluate_run
 
     top1, top5 = evaluate_run(folder)
     click.echo(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %")
@@ -187,8 +186,8 @@ def evaluate(folder: Path) -> None:
 def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bool, ranks: Path | None) -> None:
     """Tabulate finished runs: means over seeds, tested differences, published numbers."""
     from kdzoo.results import layout, table
-    from kdzoo.results.folder import find_runs
     from kdzoo.results.ranks import draw
+    from kdzoo.store.folder import find_runs
 
     found = table.rows(find_runs(list(folders)))
     if found.empty:
@@ -216,7 +215,8 @@ def spectrum(
     Of finished runs that share a teacher, or of two networks before any training. A run of --distiller none
     among them shows what the student does alone.
     """
-    from kdzoo.results import spectrum, spectrum_plot
+    from kdzoo.experiments import spectrum
+    from kdzoo.results import spectrum_plot
 
     spectrum_plot.require_matplotlib()
     if folders and not (teacher or student):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from kdzoo.distiller import Output, Seen
 from kdzoo.errors import UserError
-from kdzoo.losses import full_precision
 from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis
+from kdzoo.tensors import full_precision
 
 
 def check_stages(stages: Sequence[int], student: Output, teacher: Output) -> tuple[int, ...]:

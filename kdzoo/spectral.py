@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdzoo.errors import UserError, unknown
-from kdzoo.losses import full_precision
+from kdzoo.tensors import full_precision
 
 
 def apply_basis(maps: Tensor, basis: Tensor) -> Tensor:

@@ -4,9 +4,18 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, one core each
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+import torch
+
+from kdzoo import models
+from kdzoo.data import Dataset, open_dataset
 from kdzoo.engine.precision import bf16_is_faster
+from kdzoo.engine.training import Teacher
+from kdzoo.experiments import suites
+from kdzoo.experiments.suites import Suite
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,3 +26,41 @@ def cache(tmp_path_factory):
     bf16_is_faster(lambda dtype: dtype.itemsize)  # decided for all tests, so that none measures or depends on it
     yield folder
     patch.undo()
+
+
+COUNTED = Path(__file__).with_name("counted.py")
+STEPS = 4  # of a run
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return open_dataset("digits", limit=320, progress=False)
+
+
+@pytest.fixture
+def teacher(dataset) -> Teacher:
+    torch.manual_seed(0)
+    return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+
+
+@pytest.fixture
+def counted(tmp_path) -> Callable[[int], Suite]:
+    """Makes the suite, for so many seeds, each a group of two runs; none steps just to be weighed."""
+    file = tmp_path / "counted.yaml"
+    file.write_text(
+        "{data: {name: digits, limit: 256}, protocol: {name: quick, epochs: 1}, pairs: [[resnet14, resnet8]], "
+        f"distillers: [kd, {{name: {COUNTED}, folder: {tmp_path}}}], teacher: {{epochs: 1, allow_weak: true}}}}"
+    )
+    overrides = ["engine.precision=float32", "engine.device=cpu", "engine.checkpoint_seconds=0", "engine.lanes=2"]
+    return lambda seeds: suites.load(str(file), seeds=range(seeds), overrides=overrides)
+
+
+@pytest.fixture
+def no_step_is_missing_or_done_twice(tmp_path) -> Callable[[int], bool]:
+    """Whether that holds for a suite of so many seeds."""
+
+    def holds(seeds: int) -> bool:
+        lines = (tmp_path / "steps.txt").read_text().splitlines()
+        return len(lines) == len(set(lines)) == seeds * STEPS
+
+    return holds

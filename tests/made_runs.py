@@ -2,14 +2,14 @@
 
 import pandas as pd
 
-from kdzoo import config
 from kdzoo.results import table
-from kdzoo.results.folder import Result, RunFolder, find_runs
+from kdzoo.settings import resolve
+from kdzoo.store.folder import Result, RunFolder, find_runs
 
 
 def write(root, top1, seed, *overrides, distiller="kd", **found):
     """A finished run of the digits, as an engine would leave it."""
-    settings = config.resolve(
+    settings = resolve(
         {"distiller": {"name": distiller}, "student": {"name": "resnet_8"}, "output": {"root": str(root)}},
         ["teacher.name=vit_s", f"seed={seed}", "engine.device=cpu", "engine.precision=float32", *overrides],
     )

@@ -1,6 +1,6 @@
 """Settings of runs that take seconds: digits on a CPU in float32, resnet14 teaching resnet8 unless told otherwise."""
 
-from kdzoo import config
+from kdzoo.settings import resolve
 
 SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
 
@@ -12,4 +12,4 @@ def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):
         "teacher": {"name": teacher},
         "output": {"root": str(out)},
     }
-    return config.resolve(values, [*SHORT, *more])
+    return resolve(values, [*SHORT, *more])

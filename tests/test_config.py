@@ -10,40 +10,41 @@ import torch
 import yaml
 
 import kdzoo
-from kdzoo import DataSpec, config, models, registry
+from kdzoo import DataSpec, models, registry
 from kdzoo.errors import UserError
 from kdzoo.files import shipped_folder
+from kdzoo.settings import protocol_names, read_protocol, resolve
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}}
 
 
 def test_defaults_are_the_quick_protocol_on_digits():
-    settings = config.resolve(BASE)
+    settings = resolve(BASE)
     assert (settings.data.name, settings.protocol.name, settings.seed) == ("digits", "quick", 0)
 
 
 def test_a_methods_keywords_are_its_settings():
-    settings = config.resolve(BASE, ["distiller.temperature=2", "distiller.ce=0.5"])
+    settings = resolve(BASE, ["distiller.temperature=2", "distiller.ce=0.5"])
     assert settings.distiller == {"name": "kd", "ce": 0.5, "kd": 0.9, "temperature": 2.0}
 
 
 def test_overrides_win_over_the_protocols_file():
-    settings = config.resolve({**BASE, "protocol": {"name": "crd"}}, ["protocol.lr=0.1"])
+    settings = resolve({**BASE, "protocol": {"name": "crd"}}, ["protocol.lr=0.1"])
     assert settings.protocol.lr == 0.1
     assert settings.protocol.augmentation.flip
 
 
 def test_milestones_and_warm_up_shrink_with_the_epochs():
     crd = {**BASE, "protocol": {"name": "crd"}}
-    assert config.resolve(crd).protocol.milestones == (150, 180, 210)
-    assert config.resolve(crd, ["protocol.epochs=24"]).protocol.milestones == (15, 18, 21)
-    own = config.resolve(crd, ["protocol.epochs=24", "protocol.milestones=[20]"])
+    assert resolve(crd).protocol.milestones == (150, 180, 210)
+    assert resolve(crd, ["protocol.epochs=24"]).protocol.milestones == (15, 18, 21)
+    own = resolve(crd, ["protocol.epochs=24", "protocol.milestones=[20]"])
     assert own.protocol.milestones == (20,)
 
 
-@pytest.mark.parametrize("name", config.protocols())
+@pytest.mark.parametrize("name", protocol_names())
 def test_every_shipped_protocol_is_valid(name):
-    assert config.protocol(name).name == name
+    assert read_protocol(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_every_shipped_protocol_is_valid(name):
 )
 def test_a_wrong_setting_is_one_line_that_helps(override, said):
     with pytest.raises(UserError) as caught:
-        config.resolve(BASE, [override])
+        resolve(BASE, [override])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -75,26 +76,26 @@ def test_a_wrong_setting_is_one_line_that_helps(override, said):
 def test_a_protocol_file_of_ones_own(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 3\noptimizer: adamw\nlr: 0.001\n")
-    assert config.resolve({**BASE, "protocol": {"name": str(file)}}).protocol.epochs == 3
+    assert resolve({**BASE, "protocol": {"name": str(file)}}).protocol.epochs == 3
     file.write_text("epochs: [3\n")
     with pytest.raises(UserError, match="no valid YAML"):
-        config.protocol(str(file))
+        read_protocol(str(file))
     with pytest.raises(UserError, match="no file"):
-        config.protocol(str(tmp_path / "other.yaml"))
+        read_protocol(str(tmp_path / "other.yaml"))
 
 
 def test_yaml_cannot_build_objects(tmp_path):
     file = tmp_path / "evil.yaml"
     file.write_text("epochs: !!python/object/apply:os.getpid []\n")
     with pytest.raises(UserError, match="no valid YAML"):
-        config.protocol(str(file))
+        read_protocol(str(file))
 
 
 def test_identity_tells_runs_apart_by_what_changes_the_result():
-    identity = config.resolve(BASE).identity()
-    assert config.resolve(BASE, ["output.root=elsewhere", "engine.threads=1"]).identity() == identity
+    identity = resolve(BASE).identity()
+    assert resolve(BASE, ["output.root=elsewhere", "engine.threads=1"]).identity() == identity
     for override in ("seed=1", "distiller.kd=1", "protocol.lr=0.1", "data.limit=9", "student.name=resnet14"):
-        assert config.resolve(BASE, [override]).identity() != identity
+        assert resolve(BASE, [override]).identity() != identity
 
 
 def test_an_edited_distiller_file_is_another_run(tmp_path):
@@ -107,9 +108,9 @@ class Mine(Distiller):
 '''
     file.write_text(text)
     base = {**BASE, "distiller": {"name": str(file)}}
-    before = config.resolve(base).identity()
+    before = resolve(base).identity()
     file.write_text(text + "# another\n")
-    assert config.resolve(base).identity() != before
+    assert resolve(base).identity() != before
 
 
 def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
@@ -118,7 +119,7 @@ def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
         "from kdzoo import Distiller\nclass U(Distiller):\n    def __init__(self, s, t, d, *, ce=1.0): ...\n"
     )
     with pytest.raises(UserError, match="'ce' needs a type and a default"):
-        config.resolve({**BASE, "distiller": {"name": str(file)}})
+        resolve({**BASE, "distiller": {"name": str(file)}})
 
 
 def test_the_fields_own_weights_for_a_pair_are_the_defaults_there():
@@ -129,9 +130,9 @@ def test_the_fields_own_weights_for_a_pair_are_the_defaults_there():
         "data": {"name": "cifar100"},
         "protocol": {"name": "crd"},
     }
-    assert config.resolve(pair).distiller["beta"] == 2.0
-    assert config.resolve(pair, ["distiller.beta=3"]).distiller["beta"] == 3.0
-    assert config.resolve(pair, ["data.name=digits"]).distiller["beta"] == 8.0
+    assert resolve(pair).distiller["beta"] == 2.0
+    assert resolve(pair, ["distiller.beta=3"]).distiller["beta"] == 3.0
+    assert resolve(pair, ["data.name=digits"]).distiller["beta"] == 8.0
 
 
 def test_every_preset_resolves_to_its_value():
@@ -146,7 +147,7 @@ def test_every_preset_resolves_to_its_value():
             "data": {"name": row["data"]},
             "protocol": {"name": row["protocol"]},
         }
-        value, shown = yaml.safe_load(row["value"]), config.resolve(pair).distiller[row["keyword"]]
+        value, shown = yaml.safe_load(row["value"]), resolve(pair).distiller[row["keyword"]]
         assert (list(shown) if isinstance(value, list) else shown) == value
 
 
@@ -174,11 +175,11 @@ def test_networks_with_four_stages_and_a_stem_of_their_own_are_matched_in_all_of
         for teacher, student, stages in (("vgg13", "vgg8", [0, 1, 2, 3]), ("resnet56", "resnet20", [1, 2, 3])):
             pair = {"teacher": {"name": teacher}, "student": {"name": student}}
             where = {"data": {"name": "cifar100"}, "protocol": {"name": "crd"}, "distiller": {"name": distiller}}
-            assert list(config.resolve({**pair, **where}).distiller["stages"]) == stages
+            assert list(resolve({**pair, **where}).distiller["stages"]) == stages
 
 
 def test_a_checkout_that_is_installed_elsewhere_too_finds_its_own_recipes(tmp_path):
     (tmp_path / "kdzoo").symlink_to(Path(kdzoo.__file__).parent)
-    code = "from kdzoo import config; print(config.protocols())"
+    code = "from kdzoo.settings import protocol_names; print(protocol_names())"
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "quick" in said.stdout

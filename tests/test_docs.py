@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdzoo import registry, suites
+from kdzoo import registry
 from kdzoo.data import open_dataset
+from kdzoo.experiments import suites
 
 DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 BLOCKS = [

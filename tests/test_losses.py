@@ -11,7 +11,8 @@ from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from kdzoo.losses import all_sum, centred_mse, cross_entropy, gather, info_nce, softened_kl
+from kdzoo.losses import centred_mse, cross_entropy, info_nce, softened_kl
+from kdzoo.tensors import all_sum, gather
 
 
 def waves(*shape: int, phase: float = 0.0) -> Tensor:

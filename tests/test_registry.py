@@ -17,7 +17,7 @@ def test_the_zoo_is_found_by_its_entry_point():
 
 def test_methods_are_described_without_being_imported():
     code = "import sys; from kdzoo import registry; kd = registry.find('kd'); print(kd.fidelity, kd.paper, kd.summary)"
-    code += "; assert 'torch' not in sys.modules and 'distillers.kd' not in sys.modules"
+    code += "; assert 'torch' not in sys.modules and 'kdzoo.distillers.kd' not in sys.modules"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.startswith("exact arXiv:1503.02531 Knowledge distillation")
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdzoo.config import Protocol
 from kdzoo.data import augment
 from kdzoo.data.loader import Loader
 from kdzoo.data.sources import Pictures, Pixels
 from kdzoo.data.stream import Streamed, stream, whole_transform
 from kdzoo.distiller import DataSpec
+from kdzoo.recipe import Protocol
 
 
 class Dataset:

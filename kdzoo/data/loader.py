@@ -7,7 +7,6 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import augment
 from kdzoo.data.sources import Pictures
 from kdzoo.data.stream import Streamed, enough, left_for_the_device, stream, worker_transform
@@ -15,6 +14,7 @@ from kdzoo.data.targets import Targets
 from kdzoo.distiller import Batch, DataSpec
 from kdzoo.errors import UserError, unknown
 from kdzoo.randomness import seed_of
+from kdzoo.recipe import Augmentation, Protocol
 
 VIEWS = ("weak", "strong", "rotations")
 

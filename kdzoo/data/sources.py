@@ -1,6 +1,5 @@
 """Where pictures come from: a name becomes classes, labels and pictures, before any of them is decoded."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -15,6 +14,7 @@ from kdzoo.data.bands import Labelled, bands
 from kdzoo.data.folder import Files, open_folder
 from kdzoo.data.superclasses import superclasses_of
 from kdzoo.errors import UserError, unknown
+from kdzoo.keywords import keyword_settings
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,15 @@ def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None)
 
 
 def option_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of the data set of this name, of their types, some of them ``given``; empty where it has none.
+    """Read all options of the data set of this name: those ``given``, and the defaults of the others.
 
     Raises:
         UserError: an unknown data set or option, or a value of another type.
     """
-    open_it = _opener(name)
-    parameters = inspect.signature(open_it, eval_str=True).parameters.values()
-    known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    if given and not known:
+    opener = _opener(name)
+    if given and not keyword_settings(opener, {}):
         raise UserError(f"data '{name}' has no options, and data.options.{next(iter(given))} was given; leave it out")
-    for key, value in given.items():
-        if key not in known:
-            raise unknown("option", f"data.options.{key}", [f"data.options.{other}" for other in known])
-        kind = known[key].annotation
-        if type(value) not in ((int, float) if kind is float else (kind,)):
-            raise UserError(f"data.options.{key} is {value!r}; expected {kind.__name__}")
-    return {key: p.annotation(given.get(key, p.default)) for key, p in known.items()}
+    return keyword_settings(opener, given, "data.options.")
 
 
 def _opener(name: str) -> Callable[..., Source]:

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from kdzoo.config import Augmentation
 from kdzoo.data.sources import Pictures
 from kdzoo.errors import UserError
 from kdzoo.randomness import globally_seeded
+from kdzoo.recipe import Augmentation
 
 AHEAD = 4  # batches that each worker prepares in advance, so that a slow picture is not felt
 

@@ -3,8 +3,8 @@
 from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
 
-from kdzoo.config import Protocol
 from kdzoo.randomness import globally_seeded
+from kdzoo.recipe import Protocol
 
 
 class Targets:

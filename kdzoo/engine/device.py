@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from kdzoo.config import EngineSettings
 from kdzoo.engine.precision import bf16_is_faster
 from kdzoo.errors import UserError
 from kdzoo.products import FULL, TF32, computed
+from kdzoo.settings import EngineSettings
 
 DTYPES = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from kdzoo.config import EngineSettings
 from kdzoo.distiller import Batch
 from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.settings import EngineSettings
 
 WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and whatever else is made when first used
 

@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kdzoo.config import Settings
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Output
@@ -20,8 +19,9 @@ from kdzoo.engine.parts import micro_batches
 from kdzoo.errors import UserError
 from kdzoo.models import Network
 from kdzoo.randomness import seed_of
-from kdzoo.results.curves import Curves
-from kdzoo.results.folder import RunFolder
+from kdzoo.settings import Settings
+from kdzoo.store.curves import Curves
+from kdzoo.store.folder import RunFolder
 
 
 class SharedTeacher(nn.Module):

@@ -8,13 +8,14 @@ from torch import nn
 
 from kdzoo.data import Dataset, Loader
 from kdzoo.distiller import DataSpec
-from kdzoo.engine import checkpoint, graphs
+from kdzoo.engine import graphs
 from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.parts import check_parts
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import StorageError, UserError
+from kdzoo.store import checkpoint
 
 READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
 

@@ -9,9 +9,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from kdzoo.config import Settings
 from kdzoo.distiller import Batch
 from kdzoo.errors import OutOfMemory
+from kdzoo.settings import Settings
 
 if TYPE_CHECKING:
     from kdzoo.engine.lane import Lane

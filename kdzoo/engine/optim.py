@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdzoo.config import Protocol
+from kdzoo.recipe import Protocol
 
 
 def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:

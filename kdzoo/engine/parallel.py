@@ -18,8 +18,8 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from kdzoo.config import Settings
 from kdzoo.errors import UserError
+from kdzoo.settings import Settings
 
 Forward = Callable[..., dict[str, Tensor]]
 Module = TypeVar("Module", bound=nn.Module)

@@ -10,11 +10,11 @@ from statistics import median
 import torch
 from torch import nn
 
-from kdzoo import config, models, registry
+from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
 from kdzoo.distillation import Distillation, ask
 from kdzoo.distiller import Needs
-from kdzoo.engine import checkpoint, loop
+from kdzoo.engine import loop
 from kdzoo.engine.device import DTYPES, current
 from kdzoo.engine.lane import Lane, SharedTeacher, titles
 from kdzoo.engine.memory import out_of_memory
@@ -22,7 +22,9 @@ from kdzoo.engine.parallel import ALONE, Ranks
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.randomness import seed_of
-from kdzoo.results.folder import Result, RunFolder
+from kdzoo.settings import EngineSettings, Settings
+from kdzoo.store import checkpoint
+from kdzoo.store.folder import Result, RunFolder
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,7 @@ class Teacher:
     top1: float  # in percent, on the test set
 
 
-def build(
-    settings: config.Settings, dataset: Dataset, teacher: SharedTeacher | None, fetch: bool = True
-) -> Distillation:
+def build(settings: Settings, dataset: Dataset, teacher: SharedTeacher | None, fetch: bool = True) -> Distillation:
     """Student and distiller of these settings on the data's device; the seed alone decides their weights.
 
     Without ``fetch`` a pretrained student is only made to fit its weights, as in ``models.create``.
@@ -77,7 +77,7 @@ def channels_last(distillation: Distillation) -> Distillation:
 
 
 def build_all(
-    runs: Sequence[config.Settings], dataset: Dataset, teacher: SharedTeacher | None
+    runs: Sequence[Settings], dataset: Dataset, teacher: SharedTeacher | None
 ) -> tuple[dict[int, Distillation], dict[int, UserError]]:
     """``build`` for each run, by its number; those that cannot be built, with the reason."""
     built: dict[int, Distillation] = {}
@@ -96,7 +96,7 @@ def build_all(
 
 
 def common_loader(
-    settings: config.Settings,
+    settings: Settings,
     built: Sequence[Distillation],
     dataset: Dataset,
     teacher: SharedTeacher | None,
@@ -111,7 +111,7 @@ def common_loader(
 
 
 def train_lanes(
-    runs: Sequence[config.Settings],
+    runs: Sequence[Settings],
     dataset: Dataset,
     teacher: Teacher | None,
     progress: Progress,
@@ -140,7 +140,7 @@ def train_lanes(
     return [outcomes[i] for i in range(len(runs))]
 
 
-def ready(teacher: models.Network, engine: config.EngineSettings, needs: Sequence[Needs]) -> models.Network:
+def ready(teacher: models.Network, engine: EngineSettings, needs: Sequence[Needs]) -> models.Network:
     """The frozen network as it is fast: it shows no more than is read, its weights cast and compiled once."""
     ask(teacher, "teacher", needs)
     dtype = DTYPES[engine.precision]
@@ -152,7 +152,7 @@ def ready(teacher: models.Network, engine: config.EngineSettings, needs: Sequenc
 
 
 def train_one(
-    settings: config.Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE
+    settings: Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE
 ) -> Result:
     """Trains a run from where its folder stands to its end; each of ``ranks`` calls it alike.
 

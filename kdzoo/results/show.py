@@ -12,9 +12,9 @@ from kdzoo.errors import UserError
 from kdzoo.words import duration, size
 
 if TYPE_CHECKING:
-    from kdzoo.config import Settings
-    from kdzoo.engine.estimate import Estimate
-    from kdzoo.results.folder import Result
+    from kdzoo.experiments.estimate import Estimate
+    from kdzoo.settings import Settings
+    from kdzoo.store.folder import Result
 
 # What is known of data sets without opening them: classes, side in pixels.
 OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32), "bands": (8, 32)}
@@ -113,9 +113,10 @@ def listing(kind: str, style: str) -> str:
         )
     if kind == "data":
         return "\n".join([*OUTLINES, "folder:PATH  (train/CLASS/*.png|jpg|webp, with val or test beside train)"])
-    from kdzoo import config, suites
+    from kdzoo.experiments import suites
+    from kdzoo.settings import protocol_names
 
-    return "\n".join(config.protocols() if kind == "protocols" else suites.shipped())
+    return "\n".join(protocol_names() if kind == "protocols" else suites.shipped())
 
 
 def plan(name: str, groups: list[list["Settings"]], estimates: list["Estimate"]) -> str:

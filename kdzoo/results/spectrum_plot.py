@@ -1,4 +1,4 @@
-"""The picture of a table of ``kdzoo.results.spectrum``: stages side by side, teacher against students."""
+"""The picture of a table of ``kdzoo.experiments.spectrum``: stages side by side, teacher against students."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from kdzoo import config
+from kdzoo.data import option_settings
 from kdzoo.errors import UserError, unknown
 from kdzoo.results import published, statistics
-from kdzoo.results.folder import RunFolder
+from kdzoo.settings import Settings, StudentSettings, TeacherSettings, distiller_settings, preset, read_protocol
+from kdzoo.store.folder import RunFolder
 
 BASELINE = "kd"
 SECTION = ["data", "protocol"]  # what is compared with each other agrees in these
@@ -48,7 +49,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
                 "protocol": _protocol(protocol),
                 "data": _data(settings["data"]),
                 "teacher": _teacher(settings["teacher"], protocol["name"]) if result.teacher else ALONE,
-                "student": _named(settings["student"], lambda _: asdict(config.StudentSettings())),
+                "student": _named(settings["student"], lambda _: asdict(StudentSettings())),
                 "device": machine.get("device") or "unknown",
                 "precision": machine.get("precision") or "unknown",
             }
@@ -240,13 +241,13 @@ def _changes(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: s
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, bool]:
     """A run's method with what sets it apart, and whether it has the keywords that the field uses for the pair."""
-    known = config.Settings()
+    known = Settings()
     for part in ("data", "protocol", "teacher", "student"):
         getattr(known, part).name = settings[part]["name"]
     keywords = settings["distiller"]
-    preset = config.preset(known, keywords["name"])
-    name = _named(keywords, lambda name: config.distiller_settings({"name": name, **preset}))
-    return name, bool(preset) and all(keywords.get(key) == value for key, value in preset.items())
+    usual = preset(known, keywords["name"])
+    name = _named(keywords, lambda name: distiller_settings({"name": name, **usual}))
+    return name, bool(usual) and all(keywords.get(key) == value for key, value in usual.items())
 
 
 def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
@@ -256,21 +257,21 @@ def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
         kept["protocol"] = None
     if kept.get("weights"):
         kept["weights"] = Path(kept["weights"]).name
-    return _named(kept, lambda _: asdict(config.TeacherSettings()))
+    return _named(kept, lambda _: asdict(TeacherSettings()))
 
 
 def _protocol(settings: Mapping[str, Any]) -> str:
     """A recipe's name with what sets it apart: its epochs, but not the milestones and the warm-up that follow."""
 
     def usual(name: str) -> dict[str, Any]:
-        return {**asdict(config.protocol(name, settings["epochs"])), "epochs": config.protocol(name).epochs}
+        return {**asdict(read_protocol(name, settings["epochs"])), "epochs": read_protocol(name).epochs}
 
     return _named(settings, usual)
 
 
 def _data(settings: Mapping[str, Any]) -> str:
     size, limit, given = settings.get("image_size"), settings.get("limit"), settings.get("options", {})
-    usual = config.data_options(settings["name"]) if given else {}
+    usual = option_settings(settings["name"], {}) if given else {}
     changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
     changed += [*([f"{limit} images"] if limit else []), *([f"{size} px"] if size else [])]
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdzoo import config
 from kdzoo.data import open_dataset
 from kdzoo.data.bands import CUT, bands, shape, texture
 from kdzoo.errors import UserError
+from kdzoo.settings import resolve
 
 CHANCE = 1 / 8
 
@@ -145,13 +145,13 @@ def test_a_shape_that_two_classes_share_leaves_the_texture_to_tell_them_apart() 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lo": 1.0}, "unknown option 'data.options.lo'; did you mean data.options.low"),
+        ({"lo": 1.0}, "unknown setting 'data.options.lo'; did you mean data.options.low"),
         ({"low": 1.5}, "data.options.low is 1.5; expected a number from 0 to 1"),
-        ({"low": "much"}, "data.options.low is 'much'; expected float"),
+        ({"low": "much"}, "data.options.low: Value 'much' of type 'str' could not be converted to Float"),
         ({"noise_high": float("nan")}, "data.options.noise_high is nan; expected a number from 0 to 100"),
         ({"size": 16}, "data.options.size is 16; expected a number from 24"),
-        ({"size": 32.5}, "data.options.size is 32.5; expected int"),
-        ({"classes": True}, "data.options.classes is True; expected int"),
+        ({"size": 32.5}, "data.options.size: Value '32.5' of type 'float' could not be converted to Integer"),
+        ({"classes": True}, "data.options.classes: Value 'True' of type 'bool' could not be converted to Integer"),
         ({"shapes": 2, "textures": 3}, "make 6 pairs, too few for 8 classes"),
     ],
 )
@@ -170,14 +170,14 @@ def test_sets_without_options_refuse_them(name: str) -> None:
 
 def test_options_come_from_the_command_line_and_make_another_run() -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}, "data": {"name": "bands"}}
-    plain, low = config.resolve(base), config.resolve(base, ["data.options.low=0.5", "data.options.size=48"])
+    plain, low = resolve(base), resolve(base, ["data.options.low=0.5", "data.options.size=48"])
     assert (low.data.options["low"], low.data.options["size"], low.data.options["high"]) == (0.5, 48, 1.0)
     assert plain.identity() != low.identity()
     with pytest.raises(UserError, match=r"data.options"):
-        config.resolve(base, ["data.options=3"])
+        resolve(base, ["data.options=3"])
 
 
 def test_a_number_is_the_same_option_however_it_is_written() -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}, "data": {"name": "bands"}}
-    runs = [config.resolve(base, more) for more in ([], ["data.options.low=1"], ["data.options.low=1.0"])]
+    runs = [resolve(base, more) for more in ([], ["data.options.low=1"], ["data.options.low=1.0"])]
     assert len({run.identity() for run in runs}) == 1

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import Dataset, open_dataset
 from kdzoo.data.sources import open_source
 from kdzoo.distiller import Batch
 from kdzoo.errors import UserError
+from kdzoo.recipe import Augmentation, Protocol
 
 RECIPES = {
     "nothing": Augmentation(),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import Dataset, open_dataset
 from kdzoo.data.folder import SUFFIXES
 from kdzoo.errors import UserError
+from kdzoo.recipe import Augmentation, Protocol
 
 MakeTree = Callable[..., Path]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kdzoo.config import Augmentation, Protocol
 from kdzoo.data import open_dataset
+from kdzoo.recipe import Augmentation, Protocol
 
 MakeTree = Callable[..., Path]
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.at import AT, attention_loss, attention_map
 from torch.nn import functional as F
 
-from distillers.at import AT, attention_loss, attention_map
 from kdzoo.errors import UserError
 
 

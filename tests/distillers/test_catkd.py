@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.catkd import CATKD, attention_transfer
 from torch.nn import functional as F
 
-from distillers.catkd import CATKD, attention_transfer
 from kdzoo import Batch, DataSpec, models
 from kdzoo.distillation import Distillation
 from kdzoo.errors import UserError

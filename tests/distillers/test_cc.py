@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.cc import CC, correlation_loss
 
-from distillers.cc import CC, correlation_loss
 from kdzoo.errors import UserError
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.crd import CRD, draw_others, nce_loss
 
-from distillers.crd import CRD, draw_others, nce_loss
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 
@@ -82,7 +82,7 @@ def test_the_memory_moves_where_the_batch_is_and_nowhere_else(embedded):
 
 def test_the_memory_takes_the_images_of_other_ranks_too(embedded, monkeypatch):
     monkeypatch.setattr(
-        "distillers.crd.gather",
+        "kdzoo.distillers.crd.gather",
         lambda tensor: torch.cat([tensor, 5 - tensor if tensor.dtype == torch.int64 else tensor.flip(0)]),
     )
     outputs = embedded()

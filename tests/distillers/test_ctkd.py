@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.ctkd import CTKD, cosine_rise, reverse_gradient
 
-from distillers.ctkd import CTKD, cosine_rise, reverse_gradient
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
+from kdzoo.distillers.dctat import DCTAT, attention_spectrum, spectrum_distance, unit_range
 
-from distillers.dctat import DCTAT, attention_spectrum, spectrum_distance, unit_range
 from kdzoo.errors import UserError
 from kdzoo.spectral import cosine_basis
 

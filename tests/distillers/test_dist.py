@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.dist import DIST, dist_loss, pearson_distance
 from scipy import stats
 
-from distillers.dist import DIST, dist_loss, pearson_distance
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.dkd import DKD, other_classes_loss, target_class_loss
 from torch import Tensor
 from torch.nn import functional as F
 
-from distillers.dkd import DKD, other_classes_loss, target_class_loss
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 

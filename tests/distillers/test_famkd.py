@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.famkd import FAMKD, FrequencyAttention, Review, frequency_filter, local_attention
 from torch.nn import functional as F
 
-from distillers.famkd import FAMKD, FrequencyAttention, Review, frequency_filter, local_attention
 from kdzoo.errors import UserError
 from kdzoo.spectral import high_pass
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from kdzoo.distillers.figkd import FiGKD, confusion_order, wavelet_coefficients
+from kdzoo.distillers.logitmse import LogitMSE
 from scipy.special import rel_entr, softmax
 from torch import nn
 
-from distillers.figkd import FiGKD, confusion_order, wavelet_coefficients
-from distillers.logitmse import LogitMSE
 from kdzoo import Batch, Output
 from kdzoo.errors import UserError
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.fitnet import FitNet, hint_loss
 
-from distillers.fitnet import FitNet, hint_loss
 from kdzoo.errors import UserError
 
 

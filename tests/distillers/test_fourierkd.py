@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-from distillers.fourierkd import (
+from kdzoo.distillers.fourierkd import (
     AmplitudeFusion,
     FourierKD,
     normalised,
@@ -14,6 +12,8 @@ from distillers.fourierkd import (
     sphere_distance,
     unlikeness,
 )
+from torch import nn
+
 from kdzoo.errors import UserError
 
 ALIKE = ((4, 8, 8), (4, 7, 5), (4, 4, 4), (4, 1, 1))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from kdzoo.distillers.freekd import FreeKD, masked_distance, overlap, prompt_masks
 
-from distillers.freekd import FreeKD, masked_distance, overlap, prompt_masks
 from kdzoo.errors import UserError
 
 GRIDS = ((4, 16, 16), (5, 7, 5), (6, 2, 2), (3, 1, 1))

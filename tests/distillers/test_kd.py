@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from kdzoo.distillers.kd import KD
 from scipy.special import log_softmax, rel_entr, softmax
 
-from distillers.kd import KD
 from kdzoo.errors import UserError
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.lfcc import FILTERS, LFCC, filter_basis, not_negative
 from scipy.special import logsumexp
 from torch.nn import functional as F
 
-from distillers.lfcc import FILTERS, LFCC, filter_basis, not_negative
 from kdzoo.errors import UserError
 
 ODD = ((3, 7, 5), (4, 5, 7), (5, 3, 1), (6, 1, 1))
@@ -81,7 +81,7 @@ def test_teachers_of_other_ranks_repel_too_and_are_no_partners(student, teacher,
     def two_ranks(rows):  # the other one's differ by a flip
         return torch.cat([rows, rows.flip(0)])
 
-    monkeypatch.setattr("distillers.lfcc.gather", two_ranks)
+    monkeypatch.setattr("kdzoo.distillers.lfcc.gather", two_ranks)
     method = LFCC(student, teacher, data(), contrast=1, tau=0.2)
     values = []
     for u_s, u_t in embeddings(method, student, teacher):

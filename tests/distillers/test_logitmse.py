@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-
-from distillers.kd import KD
-from distillers.logitmse import LogitMSE
+from kdzoo.distillers.kd import KD
+from kdzoo.distillers.logitmse import LogitMSE
 
 
 def test_the_term_is_the_mean_variance_of_the_difference(student, teacher, data, batch):

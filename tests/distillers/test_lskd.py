@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.lskd import LSKD, standardize
 
-from distillers.lskd import LSKD, standardize
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 from kdzoo.losses import softened_kl

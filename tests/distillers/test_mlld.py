@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.mlld import MLLD, batch_loss, class_loss, instance_loss, lower_half, multi_level_loss
 from torch import nn
 
-from distillers.mlld import MLLD, batch_loss, class_loss, instance_loss, lower_half, multi_level_loss
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.nkd import NKD, other_classes_entropy, soft_target_loss
 
-from distillers.nkd import NKD, other_classes_entropy, soft_target_loss
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 

@@ -1,9 +1,8 @@
 """The student by itself."""
 
 import pytest
+from kdzoo.distillers.none import NoDistillation
 from scipy.special import log_softmax
-
-from distillers.none import NoDistillation
 
 
 def test_the_loss_is_the_weighted_cross_entropy(student, data, batch):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.nst import NST, channel_discrepancy
 from torch.nn import functional as F
 
-from distillers.nst import NST, channel_discrepancy
 from kdzoo.errors import UserError
 
 FEW_POSITIONS, MANY_POSITIONS = (3, 2), (5, 4)  # either side of what 5 and 7 channels are compared as

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.ofa import OFA, ofa_loss, projector
 from torch.nn import functional as F
 
-from distillers.ofa import OFA, ofa_loss, projector
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.pkt import PKT, neighbour_divergence, neighbour_probabilities
 from scipy.special import rel_entr
-
-from distillers.pkt import PKT, neighbour_divergence, neighbour_probabilities
 
 
 def probabilities(rows):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.reviewkd import Pyramid, ReviewKD, context_loss
 from scipy.signal import correlate
 from scipy.special import expit
 from torch.nn import functional as F
 
-from distillers.reviewkd import Pyramid, ReviewKD, context_loss
 from kdzoo import Distillation, Needs, models
 from kdzoo.errors import UserError
 

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.rkd import RKD, angle_loss, angles, distance_loss, relative_distances
 from scipy.spatial.distance import cdist
-
-from distillers.rkd import RKD, angle_loss, angles, distance_loss, relative_distances
 
 
 def smooth_l1(x):

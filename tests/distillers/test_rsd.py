@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.rsd import RSD, redundancy_loss, standardize
 
-from distillers.rsd import RSD, redundancy_loss, standardize
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.sdd import SDD, scale_decoupled_loss
 from torch import nn
 from torch.nn import functional as F
 
-from distillers.sdd import SDD, scale_decoupled_loss
 from kdzoo import Batch, DataSpec, Output, models
 from kdzoo.distillation import Distillation, Seen
 from kdzoo.errors import UserError

@@ -5,10 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.simkd import SimKD
 from torch import nn
 from torch.nn import functional as F
 
-from distillers.simkd import SimKD
 from kdzoo import Batch, Distillation, Output
 from kdzoo.errors import UserError
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.sp import SP, similarities, similarity_loss
 
-from distillers.sp import SP, similarities, similarity_loss
 from kdzoo.errors import UserError
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.spectralkd import SpectralKD, spectrum_mse
 from torch import nn
 
-from distillers.spectralkd import SpectralKD, spectrum_mse
 from kdzoo.errors import UserError
 
 GRIDS = ((6, 8, 8), (6, 7, 5), (5, 4, 4), (3, 1, 1))

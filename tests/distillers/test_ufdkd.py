@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
+from kdzoo.distillers.ufdkd import UFDKD, AttentionProjector, decoupled, direction_distance
 from torch import nn
 
-from distillers.ufdkd import UFDKD, AttentionProjector, decoupled, direction_distance
 from kdzoo.errors import UserError
 
 TERMS = ("spatial_dc", "spatial_ac", "channel_dc", "channel_ac")

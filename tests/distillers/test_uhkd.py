@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.uhkd import ALIGNMENTS, NORMALISATIONS, SPECTRA, UHKD, compact_map, fourier_alignment, half_basis
 from torch import nn
 
-from distillers.uhkd import ALIGNMENTS, NORMALISATIONS, SPECTRA, UHKD, compact_map, fourier_alignment, half_basis
 from kdzoo.connectors import Positions
 from kdzoo.errors import UserError
 from kdzoo.spectral import apply_basis

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from kdzoo.distillers.vid import VID, gaussian_loss
 from scipy.stats import norm
 from torch.nn import functional as F
 
-from distillers.vid import VID, gaussian_loss
 from kdzoo.errors import UserError
 
 

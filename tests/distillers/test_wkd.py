@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import pywt
 import torch
+from kdzoo.distillers.wkd import WKD, detail_size
 from torch import nn
 
-from distillers.wkd import WKD, detail_size
 from kdzoo.connectors import Wavelets
 from kdzoo.errors import UserError
 from kdzoo.spectral import dwt2, dwt_basis

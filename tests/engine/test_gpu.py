@@ -10,12 +10,12 @@ from kdzoo.engine import graphs
 from kdzoo.engine.device import settle
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.run import evaluate_run
 from kdzoo.engine.training import Teacher, build, train_lanes
 from kdzoo.errors import UserError
+from kdzoo.experiments.run import evaluate_run
 from kdzoo.losses import cross_entropy
 from kdzoo.models import cast_weights
-from kdzoo.results.folder import RunFolder
+from kdzoo.store.folder import RunFolder
 
 from .. import short_runs
 

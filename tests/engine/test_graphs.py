@@ -13,7 +13,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, common_loader, train_lanes
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy
-from kdzoo.results.folder import RunFolder
+from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
 

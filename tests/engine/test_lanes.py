@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import config
 from kdzoo.engine import loop
 from kdzoo.engine.lane import Epochs, Meter, SharedTeacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.settings import read_protocol
+from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
 
@@ -31,7 +31,7 @@ def test_a_lane_ends_with_the_same_bits_as_the_run_alone(tmp_path, dataset, teac
 
 
 def test_a_phase_before_training_keeps_no_more_than_one_batch_of_the_teachers_outputs(dataset, teacher):
-    shared, loader = SharedTeacher(teacher.network), dataset.loader(config.protocol("quick"), seed=0)
+    shared, loader = SharedTeacher(teacher.network), dataset.loader(read_protocol("quick"), seed=0)
     kept = []
     with torch.no_grad():
         for batch in Epochs(loader, shared):

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdzoo import models, suites
-from kdzoo.engine import bench as engine
-from kdzoo.engine import estimate, memory
-from kdzoo.engine.estimate import parts, stepped
+from kdzoo import models
+from kdzoo.engine import memory
 from kdzoo.engine.memory import Cost, packed, together
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import OutOfMemory
+from kdzoo.experiments import bench as engine
+from kdzoo.experiments import estimate, suites
+from kdzoo.experiments.estimate import parts, stepped
 
 from ..short_runs import settings
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdzoo.config import Protocol
 from kdzoo.engine.optim import Optimizer, learning_rate, parameter_groups
+from kdzoo.recipe import Protocol
 
 
 def test_steps_multiply_the_rate_after_each_milestone():

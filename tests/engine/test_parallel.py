@@ -12,11 +12,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import kdzoo
-from kdzoo import config, suites
 from kdzoo.engine import parallel
-from kdzoo.engine.bench import bench
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.experiments import suites
+from kdzoo.experiments.bench import bench
+from kdzoo.settings import resolve
+from kdzoo.store.folder import RunFolder
 
 PROGRAM = str(Path(__file__).with_name("two_ranks.py"))
 # crd draws each of the 112 images of other classes once, so that no draw is left to chance.
@@ -120,7 +121,8 @@ INTERRUPTING = '''"""Interrupts its command."""
 import os, signal
 import torch
 from kdzoo import Distiller, Fidelity, Needs
-from kdzoo.losses import all_sum, cross_entropy
+from kdzoo.losses import cross_entropy
+from kdzoo.tensors import all_sum
 
 
 class Interrupting(Distiller):
@@ -202,7 +204,7 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
     monkeypatch.syspath_prepend(Path(__file__).parent)
     from doomed import fail
 
-    settings = config.resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, ["engine.devices=2"])
+    settings = resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, ["engine.devices=2"])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=said):
         parallel.start(fail, settings, str(tmp_path / "pipe"), how)
@@ -233,7 +235,7 @@ def test_a_suite_shares_no_batch_among_devices(tmp_path):
 
 def test_the_number_of_devices_is_part_of_a_run_and_how_they_share_is_not():
     def identity(*overrides: str) -> str:
-        return config.resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, overrides).identity()
+        return resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, overrides).identity()
 
     assert identity("engine.devices=1") == identity() != identity("engine.devices=2") != identity("engine.devices=4")
     assert identity("engine.devices=2") == identity("engine.devices=2", "engine.strategy=fsdp")

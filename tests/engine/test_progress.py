@@ -4,9 +4,9 @@ import io
 
 from rich.console import Console
 
-from kdzoo import config
 from kdzoo.engine.lane import titles
 from kdzoo.engine.progress import Progress
+from kdzoo.settings import resolve
 
 
 def record(epoch, top1, steps=10):
@@ -149,7 +149,7 @@ def test_quiet_shows_nothing(capsys):
 
 def test_lanes_are_called_by_what_tells_them_apart():
     def run(distiller, student, **keywords):
-        return config.resolve({"distiller": {"name": distiller, **keywords}, "student": {"name": student}})
+        return resolve({"distiller": {"name": distiller, **keywords}, "student": {"name": student}})
 
     assert titles([run("kd", "resnet8")]) == ["kd"]
     assert titles([run("kd", "resnet8"), run("none", "resnet8"), run("kd", "resnet8", temperature=1.0)]) == [

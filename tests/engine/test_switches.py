@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdzoo import config, models, products
+from kdzoo import models, products
 from kdzoo.distiller import Batch
 from kdzoo.engine.average import Average
 from kdzoo.engine.device import arithmetic, autocast, keep_freed_memory, settle
@@ -18,7 +18,8 @@ from kdzoo.engine.parts import micro_batches
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_lanes
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.settings import EngineSettings
+from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
 
@@ -84,7 +85,7 @@ def test_what_cannot_be_cut_is_said(tmp_path, dataset, teacher, more, said):
 
 def test_a_batch_has_one_part_at_least():
     with pytest.raises(UserError, match="from 1"):
-        settle(config.EngineSettings(device="cpu", accumulate=0))
+        settle(EngineSettings(device="cpu", accumulate=0))
 
 
 def kept_bytes(lane, batch):
@@ -131,13 +132,13 @@ def test_memory_that_was_freed_is_there_for_the_next_tensor():
 
 def test_tf32_is_for_cuda():
     with pytest.raises(UserError, match="precision tf32 is for CUDA"):
-        settle(config.EngineSettings(device="cpu", precision="tf32"))
+        settle(EngineSettings(device="cpu", precision="tf32"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("accumulate", 0), ("memory", 0.0), ("memory", 1.5)])
 def test_a_number_that_means_nothing_is_one_line(name, value):
     with pytest.raises(UserError, match=f"engine.{name}={value:g}: expected"):
-        settle(config.EngineSettings(device="cpu", **{name: value}))
+        settle(EngineSettings(device="cpu", **{name: value}))
 
 
 def test_products_are_as_asked_inside_and_as_before_outside():

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdzoo import config
-from kdzoo.engine import checkpoint, parallel, training
+from kdzoo.engine import parallel, training
 from kdzoo.engine.device import settle
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.run import open_data
-from kdzoo.engine.teachers import obtain
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.experiments.run import open_data
+from kdzoo.experiments.teachers import obtain
+from kdzoo.settings import Settings, resolve
+from kdzoo.store import checkpoint
+from kdzoo.store.folder import RunFolder
 
 SETTINGS = [
     "data.name=bands",
@@ -51,14 +52,14 @@ def small(num_classes: int) -> nn.Module:
     return Small(num_classes)
 
 
-def settings(out: Path, method: str, devices: int = 1, *more: str) -> config.Settings:
+def settings(out: Path, method: str, devices: int = 1, *more: str) -> Settings:
     """The method may bring its keywords: ``crd:negatives=4,width=8``."""
     name, _, keywords = method.partition(":")
     given = [f"distiller.name={name}", *(f"distiller.{keyword}" for keyword in keywords.split(",") if keyword)]
-    return config.resolve({"output": {"root": str(out)}}, [*SETTINGS, *given, f"engine.devices={devices}", *more])
+    return resolve({"output": {"root": str(out)}}, [*SETTINGS, *given, f"engine.devices={devices}", *more])
 
 
-def train(first: config.Settings, methods: list[str], out: Path, more: list[str]) -> None:
+def train(first: Settings, methods: list[str], out: Path, more: list[str]) -> None:
     """Trains all methods as lanes of one group, on this process's share of each batch.
 
     Where checkpoints are written at every step, the last one is then taken away and the last step done again.

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdzoo import config, data, models, registry
+from kdzoo import data, models, registry
 from kdzoo.distiller import Distiller
-from kdzoo.engine import checkpoint, loop, parallel, teachers
+from kdzoo.engine import loop, parallel
 from kdzoo.engine.device import settle
 from kdzoo.engine.lane import SharedTeacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_one
 from kdzoo.errors import UserError
-from kdzoo.results.folder import Result, RunFolder
-from kdzoo.results.lock import RunLock
+from kdzoo.experiments import teachers
+from kdzoo.settings import Settings, resolve
+from kdzoo.store import checkpoint
+from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.lock import RunLock
 
 __all__ = ["Result", "evaluate_run", "execute", "run"]
 
@@ -68,10 +71,10 @@ def run(
         "output": {"root": str(out)},
         "seed": seed,
     }
-    return execute(config.resolve(values, overrides), fresh=fresh, quiet=quiet)
+    return execute(resolve(values, overrides), fresh=fresh, quiet=quiet)
 
 
-def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False) -> Result:
+def execute(settings: Settings, fresh: bool = False, quiet: bool = False) -> Result:
     """Runs ``settings``, or shows the run that is already finished. Global random state is left as it was.
 
     With several devices this starts a process for each, which comes here again; those of torchrun come by themselves.
@@ -110,7 +113,7 @@ def execute(settings: config.Settings, fresh: bool = False, quiet: bool = False)
             return train_one(settings, dataset, teacher, progress, ranks)
 
 
-def open_data(settings: config.Settings, device: torch.device, quiet: bool = False) -> data.Dataset:
+def open_data(settings: Settings, device: torch.device, quiet: bool = False) -> data.Dataset:
     """The data set of a run, at the size that its settings or its protocol ask for."""
     wanted = settings.data
     return data.open_dataset(
@@ -143,7 +146,7 @@ def evaluate_run(path: Path) -> tuple[float, float]:
     return loop.evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
 
 
-def shape_of_shipped(settings: config.Settings, dataset: data.Dataset) -> nn.Module:
+def shape_of_shipped(settings: Settings, dataset: data.Dataset) -> nn.Module:
     """The module that a run ships, its weights yet to be loaded; the teacher is fetched only where it ships too."""
     if registry.load(settings.distiller["name"]).deploy is Distiller.deploy:
         return models.create(settings.student.name, dataset.spec, pretrained=settings.student.pretrained, fetch=False)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from kdzoo import config
 from kdzoo.models import names
 from kdzoo.results import published
+from kdzoo.settings import protocol_names
 
 CRD = {"data": "cifar100", "protocol": "crd", "teacher": "resnet32x4", "student": "resnet8x4"}
 
@@ -76,5 +76,5 @@ def test_the_file_names_settings_once_and_by_names_that_are_known():
     assert set(table.epoch) == {"last", "best"}
     assert set(table.status) == {"read", "quoted", "unverified"}
     assert set(table.teacher) | set(table.student) <= names.known()
-    assert {name.partition(" (")[0] for name in table.protocol} <= set(config.protocols())
+    assert {name.partition(" (")[0] for name in table.protocol} <= set(protocol_names())
     assert table.top1.between(0, 100).all()

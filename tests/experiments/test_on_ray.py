@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from kdzoo.engine.bench import bench
-from kdzoo.engine.executors import find
-from kdzoo.engine.on_ray import Place, on_node
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.experiments.bench import bench
+from kdzoo.experiments.executors import find
+from kdzoo.experiments.on_ray import Place, on_node
+from kdzoo.store.folder import RunFolder
 
 TOKEN = secrets.token_hex(32)  # one for all tests, since Ray reads it once in the life of a process
 SMALL = {"object_store_memory": 80 * 2**20, "num_gpus": 0}

@@ -13,7 +13,8 @@ import kdzoo
 from kdzoo import DataSpec, Output
 from kdzoo.cli import cli
 from kdzoo.errors import UserError
-from kdzoo.results import spectrum, spectrum_plot
+from kdzoo.experiments import spectrum
+from kdzoo.results import spectrum_plot
 from kdzoo.spectral import band_basis, fourier_filter, low_pass
 
 SIDE = 16
@@ -257,7 +258,7 @@ def test_finished_runs_become_a_table_and_a_picture(runs, tmp_path):
     ]
     measured = table[table.measure == "top1"].set_index("network").value
     for folder in runs.iterdir():
-        found = kdzoo.results.folder.RunFolder(folder)
+        found = kdzoo.store.folder.RunFolder(folder)
         name = "resnet8 " + ("alone" if "none" in folder.name else "by kd") + f", seed {found.settings().seed}"
         assert measured[name] == pytest.approx(found.read_result().top1, abs=1e-3)
     assert (tmp_path / "new" / "seen.png").read_bytes().startswith(b"\x89PNG")

@@ -13,19 +13,21 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from kdzoo import config, models
+from kdzoo import models
 from kdzoo.data import Dataset, Loader
 from kdzoo.distiller import Batch
-from kdzoo.engine import memory, teachers
+from kdzoo.engine import memory
 from kdzoo.engine.device import autocast
 from kdzoo.engine.lane import Lane, SharedTeacher
 from kdzoo.engine.loop import attempt
 from kdzoo.engine.memory import Cost
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.run import open_data
 from kdzoo.engine.training import Teacher, build_all, common_loader
 from kdzoo.errors import OutOfMemory, UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.experiments import teachers
+from kdzoo.experiments.run import open_data
+from kdzoo.settings import Settings
+from kdzoo.store.folder import RunFolder
 
 CALLS, ENOUGH = 3, 1.0  # a time is the median of so many calls, or of fewer that took so many seconds
 TEST_BATCH = 256
@@ -87,13 +89,13 @@ class Estimate:
     missing: str = ""  # why nothing could be measured
 
 
-def estimate(groups: Sequence[Sequence[config.Settings]], retry: bool, progress: Progress) -> list[Estimate]:
+def estimate(groups: Sequence[Sequence[Settings]], retry: bool, progress: Progress) -> list[Estimate]:
     """What each group of a suite will take. Nothing is trained: networks have random weights.
 
     Groups that differ by their seed only are measured once. Phases before training, and the teacher's passes
     over further views, are not counted.
     """
-    known: dict[str, tuple[GroupCost, config.Settings | None, float] | UserError] = {}
+    known: dict[str, tuple[GroupCost, Settings | None, float] | UserError] = {}
     paid: set[str] = set()
     found = []
     for group in groups:
@@ -128,13 +130,13 @@ def estimate(groups: Sequence[Sequence[config.Settings]], retry: bool, progress:
     return found
 
 
-def is_done(run: config.Settings, retry: bool) -> bool:
+def is_done(run: Settings, retry: bool) -> bool:
     """Whether a bench would leave the run as it is."""
     folder = RunFolder.of(run)
     return folder.read_result() is not None or (folder.failure.is_file() and not retry)
 
 
-def measure(group: Sequence[config.Settings]) -> tuple[GroupCost, config.Settings | None, float]:
+def measure(group: Sequence[Settings]) -> tuple[GroupCost, Settings | None, float]:
     """What a group takes, its teacher's own training where that is still to be done, and the seconds of it.
 
     Raises:
@@ -151,7 +153,7 @@ def measure(group: Sequence[config.Settings]) -> tuple[GroupCost, config.Setting
     return cost_of(group, dataset, network), lacking, teaching
 
 
-def cost_of(runs: Sequence[config.Settings], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
+def cost_of(runs: Sequence[Settings], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
     """What these runs take beside this teacher."""
     first, device = runs[0], dataset.spec.labels.device
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
@@ -183,8 +185,8 @@ def cost_of(runs: Sequence[config.Settings], dataset: Dataset, teacher: models.N
 
 
 def parts(
-    runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
-) -> list[list[config.Settings]]:
+    runs: Sequence[Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
+) -> list[list[Settings]]:
     """A group's runs, as many side by side as memory holds beside data and teacher; all, if ``engine.lanes`` is set."""
     if runs[0].engine.lanes or len(runs) == 1:
         return [list(runs)]
@@ -201,7 +203,7 @@ def parts(
 
 
 def stepped(
-    runs: Sequence[config.Settings],
+    runs: Sequence[Settings],
     dataset: Dataset,
     teacher: models.Network | None,
     failed: dict[int, UserError],
@@ -240,7 +242,7 @@ def look(network: nn.Module, images: Tensor, precision: str) -> None:
         network(images)
 
 
-def test_seconds(network: nn.Module, dataset: Dataset, settings: config.Settings) -> float:
+def test_seconds(network: nn.Module, dataset: Dataset, settings: Settings) -> float:
     """The time of a pass over the test set, by that of its first batch."""
     network.eval()
 

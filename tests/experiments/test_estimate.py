@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from kdzoo import suites
 from kdzoo.cli import main
-from kdzoo.engine.bench import bench, laid_out
-from kdzoo.engine.estimate import GroupCost, LaneCost, estimate
 from kdzoo.engine.memory import Cost
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.experiments import suites
+from kdzoo.experiments.bench import bench, laid_out
+from kdzoo.experiments.estimate import GroupCost, LaneCost, estimate
+from kdzoo.store.folder import RunFolder
 
 SUITE = """
 data: {name: digits, limit: 320}

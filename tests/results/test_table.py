@@ -9,9 +9,9 @@ from scipy import stats
 
 from kdzoo.errors import UserError
 from kdzoo.results import layout, table
-from kdzoo.results.folder import find_runs
+from kdzoo.store.folder import find_runs
 
-from .made_runs import runs, varied, write
+from ..made_runs import runs, varied, write
 
 
 def one(found, **where):

@@ -2,61 +2,21 @@
 
 import csv
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import shipped_folder
-
-
-@dataclass
-class Augmentation:
-    """What happens to training images; everything off by default."""
-
-    crop: int = 0  # random crop after zero padding of this many pixels
-    flip: bool = False  # horizontal, half of the images
-    resized_crop: tuple[float, float] | None = None  # random resized crop: range of the area's share
-    jitter: float = 0.0  # colour jitter of brightness, contrast, saturation
-    rand_augment: str | None = None  # timm's notation, such as rand-m9-mstd0.5-inc1
-    erasing: float = 0.0  # probability of random erasing
-    mixup: float = 0.0  # alpha of mixup's beta distribution
-    cutmix: float = 0.0  # alpha of cutmix's beta distribution
-
-
-@dataclass
-class Protocol:
-    """A training recipe. Epochs count passes over the training set; rates are per optimiser step."""
-
-    name: str = "quick"
-    epochs: int = 10
-    batch_size: int = 64  # images of a step, those of all devices together
-    image_size: int | None = None  # the side images are shown at; None: as the data set has them
-    test_crop: float = 1.0  # share of the resized side that the test crop keeps (0.875: resize 256, crop 224)
-    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: blocks' matrices by Muon, the rest by AdamW
-    lr: float = 0.05
-    lr_of: dict[str, float] = field(default_factory=dict)  # lr by network name, where the recipe has one
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_norms: bool = True  # whether norms and biases are decayed too
-    schedule: Literal["constant", "step", "cosine"] = "step"
-    milestones: tuple[int, ...] = ()  # epochs after which a step schedule multiplies lr by gamma
-    gamma: float = 0.1
-    warmup: float = 0.0  # epochs of linear warm-up
-    min_lr: float = 0.0  # where the cosine ends
-    clip: float = 0.0  # largest norm of a gradient; 0: unclipped
-    label_smoothing: float = 0.0
-    ema: float = 0.0  # decay of the weights' moving average; 0: none
-    augmentation: Augmentation = field(default_factory=Augmentation)
+from kdzoo.keywords import explained, keyword_settings, read_yaml, typed
+from kdzoo.recipe import Protocol
 
 
 @dataclass
@@ -166,21 +126,21 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setting
     Raises:
         UserError: an unknown key, name or protocol (with the nearest), a value of the wrong type.
     """
+    from kdzoo.data import option_settings  # here, so that lists and help texts need no torch
+
     for override in overrides:
         if "=" not in override:
             raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
-    given: dict[str, Any] = _checked(
-        lambda: OmegaConf.to_container(
-            OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides)))
-        )
-    )
+    with explained():
+        merged = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides)))
+        given: dict[str, Any] = OmegaConf.to_container(merged)  # type: ignore[assignment]  # a mapping gives a mapping
     keywords = given.pop("distiller", {}) or {}
     if not isinstance(keywords, dict) or not keywords.get("name"):
         raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
     recipe = given.pop("protocol", {})
-    settings: Settings = _typed(Settings, given, "")
+    settings: Settings = typed(Settings, given, "")
     settings.protocol = _protocol(recipe)
-    settings.data.options = data_options(settings.data.name, settings.data.options)
+    settings.data.options = option_settings(settings.data.name, settings.data.options)
     settings.distiller = distiller_settings({**preset(settings, keywords["name"]), **keywords})
     if settings.output.measure_every < 1:
         raise UserError(f"output.measure_every={settings.output.measure_every}: expected a number of epochs from 1")
@@ -205,34 +165,12 @@ def preset(settings: Settings, distiller: str) -> dict[str, Any]:
     return {row["keyword"]: yaml.safe_load(row["value"]) for row in rows}
 
 
-def data_options(name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All options of the data set of this name, of their types, some of them ``given``; empty where it has none."""
-    from kdzoo.data import option_settings  # which imports torch, and this module
-
-    return option_settings(name, given or {})
-
-
-def read_yaml(text: str, title: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds; empty for an empty one.
-
-    Raises:
-        UserError: the text of ``title`` is no YAML, holds no mapping, or a key twice.
-    """
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{title} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{title} holds no mapping; expected keys with their values")
-    return {str(key): value for key, value in content.items()}
-
-
-def protocol(name: str, epochs: int | None = None) -> Protocol:
+def read_protocol(name: str, epochs: int | None = None) -> Protocol:
     """A recipe of ``configs/protocols``, or of a YAML file by its path; for so many epochs where they are given."""
     return _protocol({"name": name} if epochs is None else {"name": name, "epochs": epochs})
 
 
-def protocols() -> list[str]:
+def protocol_names() -> list[str]:
     """The names of the recipes that come with kdzoo."""
     return sorted(f.name.removesuffix(".yaml") for f in _protocol_files())
 
@@ -242,31 +180,6 @@ def distiller_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
     name = str(keywords["name"])
     given = {key: value for key, value in keywords.items() if key != "name"}
     return {"name": name, **keyword_settings(registry.load(name), given)}
-
-
-def keyword_settings(
-    factory: Callable[..., Any], given: Mapping[str, Any], prefix: str = "distiller."
-) -> dict[str, Any]:
-    """The keyword-only arguments of ``factory`` with their defaults, of which some are ``given``; types are checked.
-
-    Args:
-        factory: a distiller, or anything else whose signature is its configuration.
-        given: values by keyword.
-        prefix: how errors name a keyword.
-
-    Raises:
-        UserError: an unknown keyword, a value of another type, or a keyword that lacks a type or a default.
-    """
-    columns: list[Any] = []
-    for parameter in inspect.signature(factory, eval_str=True).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
-                raise UserError(
-                    f"keyword '{parameter.name}' needs a type and a default, since the constructor's keywords are "
-                    "the configuration"
-                )
-            columns.append((parameter.name, parameter.annotation, _always(parameter.default)))
-    return asdict(_typed(make_dataclass("Keywords", columns), given, prefix))
 
 
 def _protocol(given: Mapping[str, Any]) -> Protocol:
@@ -290,7 +203,7 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
         recipe["milestones"] = [max(1, round(m * scale)) for m in recipe.get("milestones", ())]
         recipe["warmup"] = recipe.get("warmup", 0) * scale
     augmentation = {**recipe.pop("augmentation", {}), **given.get("augmentation", {})}
-    result: Protocol = _typed(Protocol, {**recipe, **given, "augmentation": augmentation, "name": name}, "protocol.")
+    result: Protocol = typed(Protocol, {**recipe, **given, "augmentation": augmentation, "name": name}, "protocol.")
     if result.epochs < 1 or result.batch_size < 2:
         raise UserError(
             f"protocol.epochs={result.epochs} and protocol.batch_size={result.batch_size}: "
@@ -302,36 +215,3 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
 def _protocol_files() -> list[Traversable]:
     folder = shipped_folder() / "protocols"
     return [f for f in folder.iterdir() if f.name.endswith(".yaml")]
-
-
-def _typed(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """An instance of a dataclass, its types checked by OmegaConf."""
-    merged = _checked(
-        lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))),
-        prefix,
-        list(_keys(schema)),
-    )
-    return merged
-
-
-def _checked(work: Any, prefix: str = "", known: Sequence[str] = ()) -> Any:
-    try:
-        return work()
-    except ConfigKeyError as error:
-        raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        said = str(error).split("\n")[0]
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{prefix}{key}: {said}" if key else said) from error
-
-
-def _always(value: Any) -> Any:
-    """A dataclass field with this default, which may be a list."""
-    return field(default_factory=lambda: value)
-
-
-def _keys(schema: type, prefix: str = "") -> Iterator[str]:
-    for column in fields(schema):
-        yield prefix + column.name
-        if column.default_factory is not MISSING and is_dataclass(column.default_factory):
-            yield from _keys(column.default_factory, f"{prefix}{column.name}.")

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from kdzoo.engine.bench import bench
-from kdzoo.engine.executors import Local, find, slots
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
+from kdzoo.experiments.bench import bench
+from kdzoo.experiments.executors import Local, find, slots
+from kdzoo.store.folder import RunFolder
 
 
 def test_groups_in_two_processes_do_every_step_once(counted, tmp_path, no_step_is_missing_or_done_twice, capfd):
@@ -53,7 +53,8 @@ def test_processes_end_with_a_bench_that_is_killed_and_the_same_command_goes_on(
 ):
     code = (
         "import sys; from pathlib import Path\n"
-        "from kdzoo import suites; from kdzoo.engine.bench import bench; from kdzoo.engine.executors import Local\n"
+        "from kdzoo.experiments import suites; from kdzoo.experiments.bench import bench\n"
+        "from kdzoo.experiments.executors import Local\n"
         "if __name__ == '__main__':\n"
         "    bench(suites.load(sys.argv[1], seeds=range(2), overrides=sys.argv[3:]), Path(sys.argv[2]), "
         "executor=Local(jobs=2))"

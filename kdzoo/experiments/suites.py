@@ -20,9 +20,10 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from kdzoo import config
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import shipped_folder
+from kdzoo.keywords import read_yaml
+from kdzoo.settings import Settings, resolve
 
 LISTS = {"pairs": "[[vit_s, resnet18]]", "distillers": "[none, kd]", "seeds": "[0, 1, 2]"}
 DEFAULTS: dict[str, Any] = {
@@ -41,7 +42,7 @@ class Suite:
     """A name and its runs, in the order of the file: data, pair, seed, method."""
 
     name: str
-    runs: tuple[config.Settings, ...]
+    runs: tuple[Settings, ...]
 
 
 def shipped() -> list[str]:
@@ -70,7 +71,7 @@ def load(name: str, seeds: Sequence[int] = (), overrides: Sequence[str] = ()) ->
         if name not in known:
             raise unknown("suite", name, known, hint="(a file's path ends with .yaml)")
         text, title = known[name].read_text(encoding="utf-8"), name
-    content = {**DEFAULTS, **config.read_yaml(text, f"suite {name}")}
+    content = {**DEFAULTS, **read_yaml(text, f"suite {name}")}
     for key, value in content.items():
         if key not in KEYS:
             raise unknown(f"key in suite {name}", key, KEYS)
@@ -79,16 +80,14 @@ def load(name: str, seeds: Sequence[int] = (), overrides: Sequence[str] = ()) ->
     return Suite(title, tuple(_runs(title, content, seeds, overrides)))
 
 
-def _runs(
-    title: str, content: Mapping[str, Any], seeds: Sequence[int], overrides: Sequence[str]
-) -> list[config.Settings]:
+def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], overrides: Sequence[str]) -> list[Settings]:
     from kdzoo import models  # which imports torch and timm
 
     if not isinstance(content["teacher"], Mapping) or "name" in content["teacher"]:
         raise UserError(
             f"suite {title}: teacher is {content['teacher']}; expected settings of it, such as {{epochs: 30}}"
         )
-    runs: list[config.Settings] = []
+    runs: list[Settings] = []
     seen: set[str] = set()
     for data in _list(content["data"]):
         for pair in content["pairs"]:
@@ -98,7 +97,7 @@ def _runs(
                     models.check(network)
             for seed in seeds or content["seeds"]:
                 for distiller in content["distillers"]:
-                    settings = config.resolve(
+                    settings = resolve(
                         {
                             "data": _named(title, "data", data),
                             "protocol": _named(title, "protocol", protocol),

@@ -13,18 +13,19 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kdzoo import config, models
+from kdzoo import models
 from kdzoo.data import Dataset
 from kdzoo.distiller import Output
-from kdzoo.engine import teachers
 from kdzoo.engine.device import autocast, settle
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.run import open_data, shape_of_shipped
 from kdzoo.errors import UserError
-from kdzoo.losses import full_precision
+from kdzoo.experiments import teachers
+from kdzoo.experiments.run import open_data, shape_of_shipped
 from kdzoo.randomness import seed_of
-from kdzoo.results.folder import RunFolder, find_runs
+from kdzoo.settings import Settings, resolve
 from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
+from kdzoo.store.folder import RunFolder, find_runs
+from kdzoo.tensors import full_precision
 
 BATCH = 128  # images; agreement is estimated in each batch and averaged
 COLUMNS = ["network", "stage", "grid", "measure", "band", "value"]
@@ -210,7 +211,7 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
     Raises:
         UserError: an unknown name.
     """
-    settings = config.resolve(
+    settings = resolve(
         {
             "distiller": {"name": "none"},
             "teacher": {"name": teacher},
@@ -260,24 +261,24 @@ def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
     return table
 
 
-def _distilled(settings: config.Settings) -> bool:
+def _distilled(settings: Settings) -> bool:
     return bool(settings.distiller["name"] != "none")
 
 
-def _images(settings: config.Settings) -> tuple[Any, ...]:
+def _images(settings: Settings) -> tuple[Any, ...]:
     """What decides the test images."""
     data, protocol = settings.data, settings.protocol
     return data.name, data.options, data.image_size or protocol.image_size, protocol.test_crop
 
 
-def _teacher(settings: config.Settings) -> tuple[Any, ...]:
+def _teacher(settings: Settings) -> tuple[Any, ...]:
     """What decides the teacher's weights."""
     wanted = settings.teacher
     recipe = wanted.protocol or settings.protocol.name
     return wanted.name, wanted.weights, wanted.pretrained, recipe, wanted.epochs, wanted.seed, settings.data.limit
 
 
-def _names(runs: Sequence[tuple[RunFolder, config.Settings]]) -> list[str]:
+def _names(runs: Sequence[tuple[RunFolder, Settings]]) -> list[str]:
     """What students are called: by their method, and by seed or folder where that does not tell them apart."""
     short = [f"{s.student.name} " + (f"by {s.distiller['name']}" if _distilled(s) else "alone") for _, s in runs]
     seeds = [f"{name}, seed {s.seed}" for name, (_, s) in zip(short, runs, strict=True)]

@@ -9,10 +9,10 @@ from threading import Semaphore
 import pytest
 
 from kdzoo.errors import UserError
-from kdzoo.results import lock
-from kdzoo.results.lock import RunLock
+from kdzoo.store import lock
+from kdzoo.store.lock import RunLock
 
-HOLD = "import sys; from pathlib import Path; from kdzoo.results.lock import RunLock\n" + (
+HOLD = "import sys; from pathlib import Path; from kdzoo.store.lock import RunLock\n" + (
     "lock = RunLock(Path(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
 )
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kdzoo.config import EngineSettings, Settings
 from kdzoo.engine.device import settle
-from kdzoo.engine.executors import Group, Work, begin
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
+from kdzoo.experiments.executors import Group, Work, begin
 from kdzoo.files import cache_folder
+from kdzoo.settings import EngineSettings, Settings
 
 RETRIES = 3  # of a group whose node or worker was lost
 PATIENCE = 10.0  # seconds for a cluster to take a connection; Ray would try for minutes and then end the process

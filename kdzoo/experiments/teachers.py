@@ -5,7 +5,7 @@ from math import sqrt
 
 import torch
 
-from kdzoo import config, models
+from kdzoo import models
 from kdzoo.data import Dataset
 from kdzoo.engine.loop import evaluate
 from kdzoo.engine.progress import Progress
@@ -13,11 +13,12 @@ from kdzoo.engine.training import Teacher, train_one
 from kdzoo.errors import UserError
 from kdzoo.files import cache_folder
 from kdzoo.randomness import seed_of
-from kdzoo.results.folder import RunFolder
-from kdzoo.results.lock import RunLock
+from kdzoo.settings import OutputSettings, Settings, resolve
+from kdzoo.store.folder import RunFolder
+from kdzoo.store.lock import RunLock
 
 
-def obtain(settings: config.Settings, dataset: Dataset, progress: Progress) -> Teacher:
+def obtain(settings: Settings, dataset: Dataset, progress: Progress) -> Teacher:
     """The teacher of a run, on its device and measured.
 
     Raises:
@@ -56,7 +57,7 @@ def near_chance(num_classes: int, tests: int) -> float:
     return 100 * (chance + max(3 * error, min(chance, 0.05)))
 
 
-def recipe(settings: config.Settings, dataset: Dataset) -> config.Settings:
+def recipe(settings: Settings, dataset: Dataset) -> Settings:
     """The settings of the teacher's own training: a run like any other, without a teacher.
 
     It takes the run's protocol as it stands in its file, so that what one changes for the student never
@@ -66,7 +67,7 @@ def recipe(settings: config.Settings, dataset: Dataset) -> config.Settings:
     protocol = {"name": wanted.protocol or settings.protocol.name}
     if wanted.epochs is not None:
         protocol["epochs"] = wanted.epochs  # type: ignore[assignment]
-    own = config.resolve(
+    own = resolve(
         {
             "distiller": {"name": "none"},
             "student": {"name": wanted.name, "pretrained": wanted.pretrained},
@@ -76,11 +77,11 @@ def recipe(settings: config.Settings, dataset: Dataset) -> config.Settings:
     )
     own.data = replace(settings.data, image_size=dataset.spec.image_size)
     own.engine = replace(settings.engine, devices=1)  # a teacher is the same however many devices its students have
-    own.output = config.OutputSettings(root=str(cache_folder() / "teachers"), measure_every=own.protocol.epochs)
+    own.output = OutputSettings(root=str(cache_folder() / "teachers"), measure_every=own.protocol.epochs)
     return own
 
 
-def trained(settings: config.Settings, dataset: Dataset, progress: Progress) -> RunFolder:
+def trained(settings: Settings, dataset: Dataset, progress: Progress) -> RunFolder:
     """The run that trained this teacher, trained now where it was not before."""
     own = recipe(settings, dataset)
     folder = RunFolder.of(own)
@@ -99,7 +100,7 @@ def trained(settings: config.Settings, dataset: Dataset, progress: Progress) -> 
     return folder
 
 
-def lacking(settings: config.Settings, dataset: Dataset) -> config.Settings | None:
+def lacking(settings: Settings, dataset: Dataset) -> Settings | None:
     """The training that a run's teacher still needs; None where its weights are at hand, or timm's."""
     if settings.teacher.weights or is_published(settings, dataset):
         return None
@@ -107,14 +108,14 @@ def lacking(settings: config.Settings, dataset: Dataset) -> config.Settings | No
     return None if RunFolder.of(own).read_result() is not None else own
 
 
-def is_published(settings: config.Settings, dataset: Dataset) -> bool:
+def is_published(settings: Settings, dataset: Dataset) -> bool:
     """Whether timm's weights are the teacher as they are; where their classes are others they must be fine-tuned."""
     wanted = settings.teacher
     assert wanted.name is not None
     return wanted.pretrained and models.pretrained_classes(wanted.name) == dataset.spec.num_classes
 
 
-def untrained(settings: config.Settings, dataset: Dataset, fetch: bool = False) -> models.Network:
+def untrained(settings: Settings, dataset: Dataset, fetch: bool = False) -> models.Network:
     """The teacher's network with weights yet to be loaded, or, to ``fetch``, with timm's."""
     wanted = settings.teacher
     assert wanted.name is not None

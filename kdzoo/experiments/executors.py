@@ -17,10 +17,10 @@ from typing import NamedTuple, Protocol
 import torch
 from rich.console import Console
 
-from kdzoo.config import Settings
 from kdzoo.engine.device import settle
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
+from kdzoo.settings import Settings
 
 
 class Group(NamedTuple):
@@ -64,7 +64,7 @@ def find(on: str = "local", jobs: int | None = None, gpus: float | None = None) 
         return Local(jobs)
     if jobs is not None:
         raise UserError("--jobs is for --on local; on Ray, --gpus-per-group and engine.threads say what a group takes")
-    from kdzoo.engine.on_ray import OnRay
+    from kdzoo.experiments.on_ray import OnRay
 
     return OnRay(gpus)
 

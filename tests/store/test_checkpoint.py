@@ -5,9 +5,9 @@ import errno
 import pytest
 import torch
 
-from kdzoo.engine import checkpoint
 from kdzoo.errors import UserError
 from kdzoo.files import write_atomically, write_text
+from kdzoo.store import checkpoint
 
 
 def test_the_newest_comes_back_and_two_are_kept(tmp_path):

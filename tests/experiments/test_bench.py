@@ -12,12 +12,13 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import files, models, suites
+from kdzoo import files, models
 from kdzoo.cli import main
-from kdzoo.engine.bench import alike, bench, grouped
 from kdzoo.errors import UserError
-from kdzoo.results.folder import RunFolder
-from kdzoo.results.lock import RunLock
+from kdzoo.experiments import suites
+from kdzoo.experiments.bench import alike, bench, grouped
+from kdzoo.store.folder import RunFolder
+from kdzoo.store.lock import RunLock
 
 SUITE = """
 data: {name: digits, limit: 320}
@@ -72,7 +73,7 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
     assert len(whole.finished) == 12
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from kdzoo import suites; from kdzoo.engine import bench, lane\n"
+        "from kdzoo.engine import lane; from kdzoo.experiments import bench, suites\n"
         "step, left = lane.Lane.step, int(sys.argv[3])\n"
         "def doomed(self, *given):\n"
         "    global left\n"
@@ -95,7 +96,7 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
 def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is_new(suite, tmp_path, monkeypatch):
     bench(suite, tmp_path / "runs", quiet=True)
     trained = []
-    import kdzoo.engine.bench as engine
+    import kdzoo.experiments.bench as engine
 
     train_lanes = engine.train_lanes
     monkeypatch.setattr(engine, "train_lanes", lambda runs, *rest: trained.extend(runs) or train_lanes(runs, *rest))
@@ -170,7 +171,7 @@ def test_harm_of_any_kind_is_one_line_before_anything_is_trained(tmp_path, monke
     report = bench(suite, tmp_path / "runs", quiet=True)
     harm(RunFolder(report.finished[1]))
     RunFolder(report.finished[0]).result.unlink()  # so that there is something to do
-    monkeypatch.setattr("kdzoo.engine.bench.train_lanes", None)
+    monkeypatch.setattr("kdzoo.experiments.bench.train_lanes", None)
     with pytest.raises(UserError) as caught:
         bench(suite, tmp_path / "runs", quiet=True)
     assert said in str(caught.value)
@@ -206,7 +207,7 @@ def test_a_disk_that_fills_stops_the_bench_and_no_run_has_failed(suite, tmp_path
         return write(path, content)
 
     with monkeypatch.context() as patch:
-        for module in ("kdzoo.files", "kdzoo.engine.checkpoint", "kdzoo.models.weights"):
+        for module in ("kdzoo.files", "kdzoo.store.checkpoint", "kdzoo.models.weights"):
             patch.setattr(f"{module}.write_atomically", full)
         with pytest.raises(UserError, match=r"the disk of .* is full; free some space and run the same command again"):
             bench(few, tmp_path / "full", quiet=True)
@@ -239,7 +240,7 @@ def test_a_failure_that_many_runs_share_is_told_once(tmp_path, monkeypatch, caps
 
 
 def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
-    from kdzoo.engine import checkpoint
+    from kdzoo.store import checkpoint
 
     runs = suite.runs[:4]
     for run in runs:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import kdzoo
-from kdzoo.engine import checkpoint
-from kdzoo.engine.run import evaluate_run
-from kdzoo.engine.teachers import near_chance
 from kdzoo.errors import UserError
+from kdzoo.experiments.run import evaluate_run
+from kdzoo.experiments.teachers import near_chance
 from kdzoo.files import cache_folder
-from kdzoo.results.folder import RunFolder
+from kdzoo.store import checkpoint
+from kdzoo.store.folder import RunFolder
 
 QUICK = ["teacher.epochs=2", "protocol.epochs=2", "protocol.augmentation.flip=true"]
 
@@ -108,7 +108,7 @@ def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_ma
 
 
 def test_a_finished_run_is_shown_and_not_run_again(finished, monkeypatch):
-    monkeypatch.setattr("kdzoo.engine.run.train_one", None)
+    monkeypatch.setattr("kdzoo.experiments.run.train_one", None)
     assert distil(finished.folder.parent) == finished
 
 

@@ -12,19 +12,20 @@ from pathlib import Path
 
 import torch
 
-from kdzoo import config
 from kdzoo.data import Dataset
-from kdzoo.engine import checkpoint, teachers
-from kdzoo.engine.estimate import parts
-from kdzoo.engine.executors import Executor, Group, Local
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.run import open_data
 from kdzoo.engine.training import Teacher, train_lanes
 from kdzoo.errors import OutOfMemory, StorageError, UserError
+from kdzoo.experiments import teachers
+from kdzoo.experiments.estimate import parts
+from kdzoo.experiments.executors import Executor, Group, Local
+from kdzoo.experiments.run import open_data
+from kdzoo.experiments.suites import Suite
 from kdzoo.files import write_text
-from kdzoo.results.folder import Result, RunFolder
-from kdzoo.results.lock import RunLock
-from kdzoo.suites import Suite
+from kdzoo.settings import Settings
+from kdzoo.store import checkpoint
+from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.lock import RunLock
 
 
 @dataclass
@@ -65,9 +66,7 @@ def bench(
     return report
 
 
-def laid_out(
-    suite: Suite, out: Path, executor: Executor | None = None, quiet: bool = False
-) -> list[list[config.Settings]]:
+def laid_out(suite: Suite, out: Path, executor: Executor | None = None, quiet: bool = False) -> list[list[Settings]]:
     """The suite's groups, its runs' folders below ``out`` and every ``auto`` settled for where they are trained."""
     for settings in suite.runs:
         settings.output.root = str(out)
@@ -77,7 +76,7 @@ def laid_out(
     return grouped(suite.runs)
 
 
-def named_group(runs: Sequence[config.Settings], title: str, retry: bool) -> Group:
+def named_group(runs: Sequence[Settings], title: str, retry: bool) -> Group:
     """What is to do of a group's runs."""
     first, waiting = runs[0], [run for run in runs if not is_settled(run, retry)]
     text = f"{first.teacher.name} on {first.data.name}, {first.protocol.name}, seed {first.seed}"
@@ -102,9 +101,9 @@ def own(out: Path, suite: Suite) -> None:
         write_text(mark, json.dumps({"name": suite.name}) + "\n")
 
 
-def grouped(runs: Iterable[config.Settings]) -> list[list[config.Settings]]:
+def grouped(runs: Iterable[Settings]) -> list[list[Settings]]:
     """The runs that share a teacher pass and a batch, in even parts where ``engine.lanes`` bounds them."""
-    groups: dict[str, list[config.Settings]] = {}
+    groups: dict[str, list[Settings]] = {}
     for run in runs:
         plain = run.plain()
         key = json.dumps([plain[part] for part in ("teacher", "data", "protocol", "engine", "seed")], sort_keys=True)
@@ -116,7 +115,7 @@ def grouped(runs: Iterable[config.Settings]) -> list[list[config.Settings]]:
     return found
 
 
-def is_settled(settings: config.Settings, retry: bool) -> bool:
+def is_settled(settings: Settings, retry: bool) -> bool:
     """Whether there is nothing to do for a run: it is finished, or failed before and is not to be retried.
 
     Raises:
@@ -139,7 +138,7 @@ def is_settled(settings: config.Settings, retry: bool) -> bool:
     return folder.failure.is_file()
 
 
-def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool, wait: bool = False) -> None:
+def work_on(runs: Sequence[Settings], progress: Progress, quiet: bool, wait: bool = False) -> None:
     """Trains those of a group's runs that no other process is at work on, as many side by side as memory holds.
 
     What a group cannot do without, its data or its teacher, is missed by all of its runs and by no others. With
@@ -169,7 +168,7 @@ def work_on(runs: Sequence[config.Settings], progress: Progress, quiet: bool, wa
             lock.release()
 
 
-def train(runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> None:
+def train(runs: Sequence[Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> None:
     """Trains runs side by side; those that memory did not hold are tried again, half as many at a time."""
     for lanes in alike(runs):
         progress.worth(sum(run.protocol.epochs for run in lanes))
@@ -184,16 +183,16 @@ def train(runs: Sequence[config.Settings], dataset: Dataset, teacher: Teacher | 
                 train([lanes[i] for i in full[start : start + fewer]], dataset, teacher, progress)
 
 
-def record(run: config.Settings, outcome: Result | UserError, progress: Progress) -> None:
+def record(run: Settings, outcome: Result | UserError, progress: Progress) -> None:
     """Writes a failure down; results are written already."""
     if isinstance(outcome, UserError):
         write_text(RunFolder.of(run).failure, str(outcome) + "\n")
         progress.say(f"{run.distiller['name']} failed: {outcome}")
 
 
-def alike(runs: Sequence[config.Settings]) -> list[list[config.Settings]]:
+def alike(runs: Sequence[Settings]) -> list[list[Settings]]:
     """The runs by where they can start together: at a step of which all have a checkpoint, or anew."""
-    together: list[tuple[set[int], list[config.Settings]]] = []
+    together: list[tuple[set[int], list[Settings]]] = []
     for run in runs:
         steps = set(checkpoint.survey(RunFolder.of(run).checkpoints)[0])
         for i, (common, others) in enumerate(together):

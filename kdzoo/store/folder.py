@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from kdzoo import config
 from kdzoo.errors import UserError
 from kdzoo.files import slug, write_text
+from kdzoo.settings import Settings, resolve
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class RunFolder:
         self.failure = path / "failed.txt"
 
     @classmethod
-    def of(cls, settings: config.Settings) -> "RunFolder":
+    def of(cls, settings: Settings) -> "RunFolder":
         """Where a run of these settings lies."""
         parts = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller["name"])
         title = "-".join(slug(part.removesuffix(".py")) for part in parts if part)
         return cls(Path(settings.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
 
-    def open(self, settings: config.Settings) -> None:
+    def open(self, settings: Settings) -> None:
         """Makes the folder and writes what is known before the first step."""
         write_text(self.config, yaml.safe_dump(settings.plain(), sort_keys=False))
         write_text(self.environment, json.dumps(environment(settings), indent=2) + "\n")
@@ -81,9 +81,9 @@ class RunFolder:
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise UserError(f"{self.config} is damaged; remove the folder and run the same command again") from error
 
-    def settings(self) -> config.Settings:
+    def settings(self) -> Settings:
         """The same, checked against what is installed now."""
-        return config.resolve(self.read_config())
+        return resolve(self.read_config())
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """One line an epoch."""
@@ -118,7 +118,7 @@ class RunFolder:
             file.unlink()
 
 
-def environment(settings: config.Settings) -> dict[str, Any]:
+def environment(settings: Settings) -> dict[str, Any]:
     """Versions, device and code revision: what one needs to trust a number later."""
     import torch
 

@@ -1,0 +1,1 @@
+"""Arrange trainings: single runs, suites, teachers, and where they run."""

@@ -1,0 +1,142 @@
+"""Signatures as configuration: typed values from YAML and ``key=value``, and checks of keywords with one wording."""
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from kdzoo.errors import UserError, unknown
+
+Number = TypeVar("Number", int, float)
+
+
+def keyword_settings(
+    factory: Callable[..., Any], given: Mapping[str, Any], prefix: str = "distiller."
+) -> dict[str, Any]:
+    """Read the keyword-only arguments of ``factory``: those ``given``, and the defaults of the others.
+
+    Args:
+        factory: a distiller, the function that makes a data set, or anything else whose signature is its configuration.
+        given: values by keyword.
+        prefix: how errors name a keyword.
+
+    Raises:
+        UserError: an unknown keyword, a value of another type, or a keyword that lacks a type or a default.
+    """
+    columns: list[Any] = []
+    for parameter in inspect.signature(factory, eval_str=True).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
+                raise UserError(
+                    f"keyword '{parameter.name}' needs a type and a default, since the constructor's keywords are "
+                    "the configuration"
+                )
+            columns.append((parameter.name, parameter.annotation, _always(parameter.default)))
+    return asdict(typed(make_dataclass("Keywords", columns), given, prefix))
+
+
+def typed(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """Make an instance of the dataclass ``schema``, with ``values`` checked against its types.
+
+    Raises:
+        UserError: an unknown key, with the nearest, or a value of another type; ``prefix`` begins each key's name.
+    """
+    with explained(prefix, list(_keys(schema))):
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values))))
+
+
+@contextmanager
+def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
+    """Turn OmegaConf's errors into a UserError of one line; ``known`` keys make suggestions."""
+    try:
+        yield
+    except ConfigKeyError as error:
+        raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        said = str(error).split("\n")[0]
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{prefix}{key}: {said}" if key else said) from error
+
+
+def read_yaml(text: str, title: str) -> dict[str, Any]:
+    """Read the mapping that a YAML text holds; an empty text gives an empty one.
+
+    Raises:
+        UserError: the text of ``title`` is no YAML, holds no mapping, or a key twice.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{title} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{title} holds no mapping; expected keys with their values")
+    return {str(key): value for key, value in content.items()}
+
+
+# Checks of keywords: each takes one keyword by its name and gives its value back.
+
+
+def positive(**keyword: Number) -> Number:
+    """Check that a number is above 0."""
+    return _checked(keyword, lambda value: value > 0, "a number above 0")
+
+
+def not_negative(**keyword: Number) -> Number:
+    """Check that a number is 0 or above."""
+    return _checked(keyword, lambda value: value >= 0, "a number from 0")
+
+
+def at_least(lowest: Number, **keyword: Number) -> Number:
+    """Check that a number is ``lowest`` or above."""
+    return _checked(keyword, lambda value: value >= lowest, f"a number from {lowest}")
+
+
+def share(**keyword: float) -> float:
+    """Check that a number is from 0 to 1."""
+    return _checked(keyword, lambda value: 0 <= value <= 1, "a share from 0 to 1")
+
+
+def odd(**keyword: int) -> int:
+    """Check that a whole number is odd and above 0."""
+    return _checked(keyword, lambda value: value >= 1 and value % 2 == 1, "an odd number from 1")
+
+
+def one_of(choices: Collection[str], **keyword: str) -> str:
+    """Check that a word is one of ``choices``; the error suggests the nearest."""
+    ((name, value),) = keyword.items()
+    if value not in choices:
+        raise unknown(name, value, choices)
+    return value
+
+
+def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
+    """Check each of several values by one of the checks above; there must be at least one."""
+    ((name, values),) = keyword.items()
+    if not len(values):
+        raise UserError(f"{name}=(): expected at least one value")
+    return tuple(check(*arguments, **{name: value}) for value in values)
+
+
+def _checked(keyword: dict[str, Any], holds: Callable[[Any], bool], expected: str) -> Any:
+    ((name, value),) = keyword.items()
+    if not (math.isfinite(value) and holds(value)):
+        raise UserError(f"{name}={value}: expected {expected}")
+    return value
+
+
+def _always(value: Any) -> Any:
+    """Make a dataclass field with this default, which may be a list."""
+    return field(default_factory=lambda: value)
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+    for column in fields(schema):
+        yield prefix + column.name
+        if column.default_factory is not MISSING and is_dataclass(column.default_factory):
+            yield from _keys(column.default_factory, f"{prefix}{column.name}.")

@@ -1,0 +1,1 @@
+"""Keep what a run leaves on disk: its folder, checkpoints, lock and curves."""
