@@ -4,16 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrid, check_stages
-from kdzoo.errors import UserError
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.connectors import CommonGrid, check_stages, paired_features
+from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def attention_map(maps: Tensor, p: float) -> Tensor:
     """Mean over channels of |maps|^p, flattened and of length 1: (B, C, H, W) -> (B, H * W)."""
-    return F.normalize(full_precision(maps).abs().pow(p).mean(dim=1).flatten(1), eps=1e-6)
+    return F.normalize(maps.abs().pow(p).mean(dim=1).flatten(1), eps=1e-6)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, p: float) -> Tensor:
@@ -45,35 +44,22 @@ class AT(Distiller):
     paper = "arXiv:1612.03928"
     fidelity = Fidelity.EXACT
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        at: float = 1000.0,
-        p: float = 2.0,
-        stages: tuple[int, ...] = (1, 2, 3),
-    ):
-        super().__init__()
-        if not p >= 1:
-            raise UserError(f"p {p}: expected a number from 1, whose gradient is finite at 0; 2 is usual")
-        self.ce, self.at, self.p = ce, at, p
-        if not at:
-            self.needs = Needs(features=False)
-            return
-        self.stages = check_stages(stages, student, teacher)
-        self.grids = nn.ModuleList(CommonGrid(student.features[l], teacher.features[l]) for l in self.stages)
+    def __init__(self, *, ce: float = 1.0, at: float = 1000.0, p: float = 2.0, stages: tuple[int, ...] = (1, 2, 3)):
+        super().__init__(ce=ce, at=at)
+        self.p = at_least(1.0, p=p)  # below 1 the gradient at 0 is not finite
+        self.stages = stages
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.stages = check_stages(self.stages, student, teacher)
+        maps = paired_features(student, teacher, self.stages)
+        self.grids = nn.ModuleList(CommonGrid(f_s, f_t) for f_s, f_t in maps)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.at:
-            losses = []
-            for l, grid in zip(self.stages, self.grids, strict=True):
-                f_s, f_t = grid(student.features[l], teacher.features[l])
-                losses.append(attention_loss(f_s, f_t, self.p))
-            terms["at"] = self.at * torch.stack(losses).sum()
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets), at=lambda: self.transfer(student, teacher)
+        )
+
+    def transfer(self, student: Output, teacher: Output) -> Tensor:
+        """Sum the attention losses of the stages: a scalar."""
+        maps = paired_features(student, teacher, self.stages, self.grids)
+        return torch.stack([attention_loss(*grid(f_s, f_t), self.p) for f_s, f_t, grid in maps]).sum()

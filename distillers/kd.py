@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo import Batch, Distiller, Fidelity, Output
+from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, softened_kl
 
 
@@ -17,32 +17,18 @@ class KD(Distiller):
         kd: weight of the distillation term.
         temperature: T, which softens both distributions.
 
-    Source: Hinton, Vinyals and Dean 2015, section 2; weights of the CIFAR-100 tables (RepDistiller).
+    Source: Hinton, Vinyals and Dean 2015, eq. 1; weights of the CIFAR-100 tables (RepDistiller).
     """
 
     paper = "arXiv:1503.02531"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 0.1,
-        kd: float = 0.9,
-        temperature: float = 4.0,
-    ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 1 softens nothing, 4 is usual")
-        self.ce, self.kd, self.temperature = ce, kd, temperature
+    def __init__(self, *, ce: float = 0.1, kd: float = 0.9, temperature: float = 4.0):
+        super().__init__(ce=ce, kd=kd)
+        self.temperature = positive(temperature=temperature)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.kd:
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits, self.temperature)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature),
+        )

@@ -1,6 +1,7 @@
 """What makes features of two networks comparable: the choice of stages, and maps over positions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ def check_stages(stages: Sequence[int], student: Output, teacher: Output) -> tup
     if not stages or len(set(stages)) < len(stages) or not set(stages) <= set(range(count)):
         raise UserError(f"stages {tuple(stages)}: expected distinct numbers from 0 to {count - 1}; choose of these")
     return tuple(stages)
+
+
+def paired_features(student: Output, teacher: Output, stages: Sequence[int], *modules: Iterable[Any]) -> Iterator[Any]:
+    """Give for each stage the student's map, the teacher's map, and one item of each of ``modules``."""
+    for stage, *items in zip(stages, *modules, strict=True):
+        yield student.features[stage], teacher.features[stage], *items
 
 
 class Positions(nn.Module):

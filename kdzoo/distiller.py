@@ -1,15 +1,16 @@
 """The interface between a distillation method and everything else: batches, outputs, needs, the base class."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdzoo.keywords import not_negative
 from kdzoo.products import Products, computed, switchable
 
 
@@ -138,26 +139,72 @@ class Needs:
 class Distiller(nn.Module):
     """What a method adds to supervised training: loss terms, and the modules they train.
 
-    The constructor reads shapes and builds modules; its keywords are the method's configuration. A term's
-    weight is the keyword of the same name, and a weight of 0 skips the term's work. The constructor may set
-    ``self.needs`` where its keywords change what is needed.
+    The constructor's keywords are the method's configuration: it checks and stores them, and passes the weight of each
+    term to ``super().__init__``. ``build`` makes modules, ``loss`` says what the terms are, and the base class does
+    the rest: ``weigh`` multiplies each term with the keyword of its name and skips the work of a weight of 0; all
+    outputs arrive in float32; and the teacher's carry no graph.
+
+    A term named ``ce`` or ``kd`` reads logits alone. Where no other term has a weight, networks show logits and
+    embedding only, and ``build`` is not called; a method whose ``kd`` needs modules sets ``logit_terms``.
 
     On a GPU the engine captures a step and replays it, so what ``forward`` and ``loss`` do in Python is done once:
     state lies in buffers and is changed in place, and nothing is decided by the value of a tensor. A method that does
     otherwise is run operation by operation, which is slower.
 
     Args:
-        student: the student's output on the meta device: shapes only, batch size of no meaning.
-        teacher: the teacher's output on the meta device (the student's own where there is no teacher).
-        data: what is known of the data set.
+        weights: the weight of each loss term, by its name; 0 or above.
+
+    Raises:
+        UserError: a weight is negative or not finite.
+
+    Example::
+
+        distiller = KD(temperature=2.0)
+        terms = distiller.loss(student_output, teacher_output, Batch.of(images, labels, num_classes=10))
     """
 
     paper: ClassVar[str]
     fidelity: ClassVar[Fidelity]
     needs: Needs = Needs()
+    logit_terms: ClassVar[tuple[str, ...]] = ("ce", "kd")  # terms that read logits alone and need no modules
+
+    def __init__(self, **weights: float):
+        super().__init__()
+        self.weights = {name: not_negative(**{name: weight}) for name, weight in weights.items()}
+        self.is_active = any(weight for name, weight in weights.items() if name not in self.logit_terms)
+        self.is_assembled = False
+        if not self.is_active:
+            self.needs = replace(self.needs, features=False, preactivations=(), final=False)
+
+    def assemble(self, student: Output, teacher: Output, data: DataSpec) -> Self:
+        """Build the method's modules for a pair of networks, where a term needs them, and return the method.
+
+        Args:
+            student: the student's output on the meta device: only shapes are read, and the batch size means nothing.
+            teacher: the teacher's output (the student's where there is no teacher).
+            data: what is known of the data set.
+
+        Raises:
+            UserError: the method does not fit these networks or these data.
+        """
+        if self.is_active and not self.is_assembled:
+            self.build(student, teacher, data)
+        self.is_assembled = True
+        return self
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        """Make the modules and buffers that the terms need; arguments as in ``assemble``, which calls this."""
+
+    def weigh(self, **terms: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Compute each term and multiply it with its weight; a term whose weight is 0 is neither computed nor returned.
+
+        Args:
+            terms: functions without arguments, by the name of the term, each of which returns a scalar.
+        """
+        return {name: self.weights[name] * term() for name, term in terms.items() if self.weights[name]}
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        """The weighted loss terms of one batch, each a float32 scalar; their sum is what is minimised."""
+        """Compute the weighted loss terms of one batch, each a float32 scalar; their sum is minimised."""
         raise NotImplementedError
 
     def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:

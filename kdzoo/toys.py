@@ -144,7 +144,7 @@ def build(
 ) -> Distiller:
     """The distiller of a pair; one that needs no teacher is told of the student twice."""
     reference = teacher if class_of(distiller).needs.teacher else student
-    return distiller(shapes(student), shapes(reference), data(classes), **keywords)
+    return distiller(**keywords).assemble(shapes(student), shapes(reference), data(classes))
 
 
 def data(classes: int = 4) -> DataSpec:

@@ -61,7 +61,7 @@ def build(settings: Settings, dataset: Dataset, teacher: SharedTeacher | None, f
         )
     keywords = {key: value for key, value in settings.distiller.items() if key != "name"}
     torch.manual_seed(seed_of(settings.seed, "distiller"))
-    distiller = registry.load(settings.distiller["name"])(shapes, reference, spec, **keywords)
+    distiller = registry.load(settings.distiller["name"])(**keywords).assemble(shapes, reference, spec)
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller['name']}' needs a teacher; pass --teacher NAME")
     distillation = Distillation(student, teacher, distiller)
