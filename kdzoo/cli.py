@@ -51,7 +51,6 @@ def cli() -> None:
 @flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
 @flag("--precision", "engine.precision", help="Of the networks: float32, tf32 (CUDA) or bf16; what is fast, by itself.")
 @flag("--devices", "engine.devices", type=int, help="How many share every batch, a process each (default: 1).")
-@flag("--strategy", "engine.strategy", help="With several devices: ddp (default) or fsdp, which shards the student.")
 @flag("--out", "output.root", help="The folder of runs (default: runs).")
 @flag("--teacher-weights", "teacher.weights", help="A safetensors or .pt file, instead of training the teacher.")
 @flag(
@@ -69,7 +68,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 
     Any setting may follow as KEY=VALUE: distiller.size=5 protocol.lr=0.1 data.limit=2000
     """
-    from kdzoo.engine import parallel
+    from kdzoo.engine.ranks import is_first
     from kdzoo.experiments.run import execute
     from kdzoo.results.show import result_table
     from kdzoo.settings import resolve
@@ -84,7 +83,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
                 values[section] = value
     settings = resolve(values, overrides)
     result = execute(settings, fresh=not resume)
-    if parallel.is_first():
+    if is_first():
         _print(result_table(result))
 
 

@@ -63,7 +63,6 @@ class EngineSettings:
     accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses
     checkpoint_activations: bool = False  # the student's maps are computed again for the backward pass, not kept
     devices: int = 1  # that share every batch of one run; protocol.batch_size counts the images of all
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # whether devices hold student and distiller whole, or a share of them
     threads: int = 0  # 0: as many as there are cores
     lanes: int = 0  # at most so many runs of a suite make a group; 0: all that can, side by side as memory holds
     memory: float = 1.0  # the share of the device's memory that they may take; executors lower it where groups share

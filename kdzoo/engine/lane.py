@@ -14,8 +14,8 @@ from kdzoo.engine.average import Average
 from kdzoo.engine.device import arithmetic, autocast
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.optim import Optimizer, learning_rate
-from kdzoo.engine.parallel import ALONE, Ranks
 from kdzoo.engine.parts import micro_batches
+from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
 from kdzoo.models import Network
 from kdzoo.randomness import seed_of
@@ -114,7 +114,6 @@ class Lane:
         protocol = self.settings.protocol
         self.base_rate = protocol.lr_of.get(self.settings.student.name, protocol.lr)
         self.trained = Trained(self.distillation.student, self.distillation.distiller)
-        self.whole = self.ranks.copy(self.trained)
         self.forward = self.ranks.wrap(self.distillation)
         self.optimizer = Optimizer(self.distillation, protocol)
         self.meter = Meter(self.device)
@@ -182,15 +181,14 @@ class Lane:
 
     def deployed(self) -> nn.Module:
         """What would ship now."""
-        self.ranks.update(self.whole, self.trained)
-        trained = self.whole if self.average is None else cast(Trained, self.average.module)
+        trained = self.trained if self.average is None else cast(Trained, self.average.module)
         return trained.distiller.deploy(trained.student)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on with the same bits."""
         return {
-            "trained": self.ranks.gathered(self.trained.state_dict()),
-            "optimizer": self.ranks.gathered(self.optimizer.state_dict()),
+            "trained": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "meter": self.meter.state_dict(),
             "history": self.history,
@@ -199,9 +197,8 @@ class Lane:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` gave."""
-        self.ranks.load(self.trained, state["trained"])
+        self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.ranks.divide(self.optimizer.parts)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"])

@@ -56,8 +56,7 @@ class Optimizer:
         self.parameters = [p for group in groups.values() for p in group]
         self.clip = protocol.clip
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        sharded = any(hasattr(p, "device_mesh") for p in self.parameters)  # for which torch has no fused SGD
-        fused = not sharded and all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         # CUDA's kernels read float32; on the CPU a float64 leaves a step's bits as a plain number would.
         dtype = torch.float32 if device.type == "cuda" else torch.float64
         self._rate = torch.tensor(protocol.lr, device=device, dtype=dtype) if fused else None

@@ -18,8 +18,8 @@ from kdzoo.engine import loop
 from kdzoo.engine.device import DTYPES, current
 from kdzoo.engine.lane import Lane, SharedTeacher, titles
 from kdzoo.engine.memory import out_of_memory
-from kdzoo.engine.parallel import ALONE, Ranks
 from kdzoo.engine.progress import Progress
+from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
 from kdzoo.randomness import seed_of
 from kdzoo.settings import EngineSettings, Settings

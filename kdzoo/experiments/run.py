@@ -10,7 +10,8 @@ from torch import nn
 
 from kdzoo import data, models, registry
 from kdzoo.distiller import Distiller
-from kdzoo.engine import loop, parallel
+from kdzoo.engine import loop
+from kdzoo.engine import ranks as processes
 from kdzoo.engine.device import settle
 from kdzoo.engine.lane import SharedTeacher
 from kdzoo.engine.progress import Progress
@@ -80,14 +81,14 @@ def execute(settings: Settings, fresh: bool = False, quiet: bool = False) -> Res
     With several devices this starts a process for each, which comes here again; those of torchrun come by themselves.
     """
     settle(settings.engine)
-    parallel.check(settings)
+    processes.check(settings)
     folder = RunFolder.of(settings)
-    if parallel.to_start(settings):
-        parallel.start(execute, settings, fresh, quiet)
+    if processes.to_start(settings):
+        processes.start(execute, settings, fresh, quiet)
         result = folder.read_result()
         assert result is not None, "processes that end well leave a result"
         return result
-    with parallel.joined(settings) as ranks, Progress(quiet or not ranks.first) as progress:
+    with processes.joined(settings) as ranks, Progress(quiet or not ranks.first) as progress:
         device = torch.device(settings.engine.device)
         with (
             RunLock(folder.path) if ranks.first else nullcontext(),

@@ -12,7 +12,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import kdzoo
-from kdzoo.engine import parallel
+from kdzoo.engine import ranks
 from kdzoo.errors import UserError
 from kdzoo.experiments import suites
 from kdzoo.experiments.bench import bench
@@ -53,11 +53,6 @@ def two(program):
     return program("two", "2", *ALIKE, *APART)
 
 
-@pytest.fixture(scope="module")
-def divided(program):
-    return program("divided", "2", "kd", "simkd", "engine.strategy=fsdp", "engine.checkpoint_seconds=0")
-
-
 def losses(out: Path) -> dict[str, list[dict[str, float]]]:
     """The terms of each epoch, by method."""
     folders = [RunFolder(file.parent) for file in out.glob("*/result.json")]
@@ -73,24 +68,10 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(one, two, met
     assert largest_gap(losses(one)[method], losses(two)[method]) < 1e-4
 
 
-def test_two_processes_that_divide_the_student_have_the_losses_of_one(one, divided):
-    assert largest_gap(losses(one)["kd"], losses(divided)["kd"]) < 1e-4
-
-
-def test_a_divided_student_is_resumed_and_shipped_whole(divided):
-    held, again = (torch.load(divided / f"{name}-0.pt") for name in ("held", "again"))
-    for method in ("kd", "simkd"):
-        assert all(torch.equal(value, again[method][name]) for name, value in held[method].items())
-    [folder] = (RunFolder(file.parent) for file in divided.glob("*-kd-*/result.json"))
-    shipped = load_file(folder.student)
-    assert all(torch.equal(value, held["kd"][f"student.body.{name}"]) for name, value in shipped.items())
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cuda devices")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_cuda_devices_have_the_losses_of_one_process(one, program, strategy):
-    two = program(f"cuda-{strategy}", "2", "kd", "lfcc", "engine.device=cuda", f"engine.strategy={strategy}")
+def test_two_cuda_devices_have_the_losses_of_one_process(one, program):
+    two = program("cuda", "2", "kd", "lfcc", "engine.device=cuda")
     assert max(largest_gap(losses(one)[method], losses(two)[method]) for method in ("kd", "lfcc")) < 1e-3
 
 
@@ -132,9 +113,13 @@ class Interrupting(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(teacher=False)
 
-    def __init__(self, student, teacher, data, *, ce: float = 1.0):
-        super().__init__()
-        self.ce, self.calls = ce, 0
+    logit_terms = ()
+
+    def __init__(self, *, ce: float = 1.0):
+        super().__init__(ce=ce)
+        self.calls = 0
+
+    def build(self, student, teacher, data):
         self.register_buffer("bank", torch.zeros(data.num_classes))
 
     def loss(self, student, teacher, batch):
@@ -207,7 +192,7 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
     settings = resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, ["engine.devices=2"])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=said):
-        parallel.start(fail, settings, str(tmp_path / "pipe"), how)
+        ranks.start(fail, settings, str(tmp_path / "pipe"), how)
     assert is_gone(int((tmp_path / "pipe.number").read_text()))
 
 
@@ -215,13 +200,12 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
     ("more", "said"),
     [
         (["engine.devices=3"], "batch of 64 images cannot be shared evenly by 3 devices; set protocol.batch_size"),
-        (["engine.devices=2", "engine.strategy=fsdp", "protocol.ema=0.9"], "fsdp keeps no moving average"),
         (["engine.devices=0"], "--devices 0: expected a number from 1"),
         (["engine.devices=2", "engine.device=cuda"], "no cuda device"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_any_process_starts(tmp_path, monkeypatch, more, said):
-    monkeypatch.setattr("kdzoo.engine.parallel.start", None)
+    monkeypatch.setattr("kdzoo.engine.ranks.start", None)
     if "cuda" in said and torch.cuda.is_available():
         pytest.skip("this machine has cuda devices")
     with pytest.raises(UserError, match=said):
@@ -233,12 +217,11 @@ def test_a_suite_shares_no_batch_among_devices(tmp_path):
         bench(suites.load("digits", overrides=["engine.devices=2"]), tmp_path, quiet=True)
 
 
-def test_the_number_of_devices_is_part_of_a_run_and_how_they_share_is_not():
+def test_the_number_of_devices_is_part_of_a_run():
     def identity(*overrides: str) -> str:
         return resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, overrides).identity()
 
     assert identity("engine.devices=1") == identity() != identity("engine.devices=2") != identity("engine.devices=4")
-    assert identity("engine.devices=2") == identity("engine.devices=2", "engine.strategy=fsdp")
 
 
 def test_one_device_needs_no_lightning(one, two):

@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdzoo.engine import parallel, training
+from kdzoo.engine import ranks as processes
+from kdzoo.engine import training
 from kdzoo.engine.device import settle
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.teachers import obtain
 from kdzoo.settings import Settings, resolve
-from kdzoo.store import checkpoint
-from kdzoo.store.folder import RunFolder
 
 SETTINGS = [
     "data.name=bands",
@@ -60,11 +59,8 @@ def settings(out: Path, method: str, devices: int = 1, *more: str) -> Settings:
 
 
 def train(first: Settings, methods: list[str], out: Path, more: list[str]) -> None:
-    """Trains all methods as lanes of one group, on this process's share of each batch.
-
-    Where checkpoints are written at every step, the last one is then taken away and the last step done again.
-    """
-    with parallel.joined(first) as ranks:
+    """Trains all methods as lanes of one group, on this process's share of each batch."""
+    with processes.joined(first) as ranks:
         device = settle(first.engine)
         runs = [settings(out, method, first.engine.devices, *more) for method in methods]
         with ranks.in_turn():
@@ -75,7 +71,7 @@ def train(first: Settings, methods: list[str], out: Path, more: list[str]) -> No
             found, finish = {}, training.finish
 
             def finish_and_tell(lane, *given):
-                found[lane.settings.distiller["name"]] = ranks.gathered(lane.trained.state_dict())
+                found[lane.settings.distiller["name"]] = lane.trained.state_dict()
                 return finish(lane, *given)
 
             training.finish = finish_and_tell
@@ -85,17 +81,7 @@ def train(first: Settings, methods: list[str], out: Path, more: list[str]) -> No
             training.finish = finish
             return found
 
-        again = first.engine.checkpoint_seconds == 0
-        if again:
-            remove, checkpoint.remove = checkpoint.remove, lambda folder: None
         torch.save(held(), out / f"held-{ranks.rank}.pt")
-        if again:
-            checkpoint.remove = remove
-            with ranks.in_turn():
-                for folder in (RunFolder.of(run) for run in runs):
-                    whole, _ = checkpoint.survey(folder.checkpoints)
-                    ranks.once(whole[max(whole)].unlink)
-            torch.save(held(), out / f"again-{ranks.rank}.pt")
     if "lightning_fabric" in sys.modules:
         (out / "with-fabric").touch()
 
@@ -106,8 +92,8 @@ if __name__ == "__main__":
     methods = [method for method in methods if method not in more]
     first = settings(Path(out), methods[0], int(devices), *more)
     settle(first.engine)
-    parallel.check(first)
-    if parallel.to_start(first):
-        parallel.start(train, first, methods, Path(out), more)
+    processes.check(first)
+    if processes.to_start(first):
+        processes.start(train, first, methods, Path(out), more)
     else:
         train(first, methods, Path(out), more)

@@ -7,11 +7,11 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from multiprocessing.queues import SimpleQueue
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,7 +22,6 @@ from kdzoo.errors import UserError
 from kdzoo.settings import Settings
 
 Forward = Callable[..., dict[str, Tensor]]
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Ranks:
@@ -55,24 +54,6 @@ class Ranks:
 
     def align(self, module: nn.Module) -> None:
         """Gives every process the first one's buffers and frozen parameters."""
-
-    def copy(self, module: Module) -> Module:
-        """A module that ``update`` makes ``module`` before it is measured or shipped; to be made before ``wrap``."""
-        return module
-
-    def update(self, copy: nn.Module, module: nn.Module) -> None:
-        """Brings a copy up to date, whole on every process."""
-
-    def gathered(self, state: Any) -> Any:
-        """A state of nested dictionaries and lists with every tensor whole."""
-        return state
-
-    def load(self, module: nn.Module, state: dict[str, Tensor]) -> None:
-        """Loads what ``gathered`` gave of the module's state."""
-        module.load_state_dict(state)
-
-    def divide(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Takes from the states of optimisers, loaded whole, what is not this process's."""
 
     def mean(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The means over processes of scalars, the same bits on each; no gradient."""
@@ -137,8 +118,6 @@ def check(settings: Settings) -> None:
         return
     if find_spec("lightning_fabric") is None:
         raise UserError("several devices need lightning-fabric: pip install 'kdzoo[parallel]'")
-    if engine.strategy == "fsdp" and settings.protocol.ema:
-        raise UserError("fsdp keeps no moving average of weights; use --strategy ddp, or protocol.ema=0")
     device = torch.device(engine.device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"several devices are cpu or cuda, not {device.type}; leave --devices out")
@@ -176,32 +155,24 @@ def joined(settings: Settings) -> Iterator[Ranks]:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
-    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     kind, here = torch.device(engine.device).type, _number("LOCAL_WORLD_SIZE")
-    if engine.strategy == "fsdp":
-        from kdzoo.engine.sharded import Sharded, shard
-
-        ranks: type[DataParallel] = Sharded
-        strategy: Any = ModelParallelStrategy(shard, data_parallel_size=engine.devices, tensor_parallel_size=1)
-    else:  # a method may leave parameters unused; its buffers it keeps in step itself
-        ranks, strategy = DataParallel, DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
     fabric = Fabric(
         accelerator=kind,
         devices=here,
         num_nodes=engine.devices // here,
-        strategy=strategy,
+        # A method may leave parameters unused; its buffers it keeps in step itself.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
         plugins=[TorchElasticEnvironment()],
     )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it says at info level is no news
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is too new
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes to outputs
     fabric.launch()
     if engine.threads:
         torch.set_num_threads(engine.threads)  # Fabric has shared out the cores
     if kind == "cuda":
         engine.device = str(fabric.device)
-    yield ranks(fabric)
+    yield DataParallel(fabric)
     distributed.destroy_process_group()  # not after an error, when others may never come to it
 
 
