@@ -62,4 +62,4 @@ class AT(Distiller):
     def transfer(self, student: Output, teacher: Output) -> Tensor:
         """Sum the attention losses of the stages: a scalar."""
         maps = paired_features(student, teacher, self.stages, self.grids)
-        return torch.stack([attention_loss(*grid(f_s, f_t), self.p) for f_s, f_t, grid in maps]).sum()
+        return torch.stack([attention_loss(*grid(f_s, f_t), p=self.p) for f_s, f_t, grid in maps]).sum()

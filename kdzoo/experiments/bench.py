@@ -18,7 +18,8 @@ from kdzoo.engine.training import Teacher, train_lanes
 from kdzoo.errors import OutOfMemory, StorageError, UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.estimate import parts
-from kdzoo.experiments.executors import Executor, Group, Local
+from kdzoo.experiments.executors import Local
+from kdzoo.experiments.groups import Executor, Group
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.files import write_text

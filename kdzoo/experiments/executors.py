@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import NamedTuple, Protocol
 
 import torch
 from rich.console import Console
@@ -20,31 +19,8 @@ from rich.console import Console
 from kdzoo.engine.device import settle
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
+from kdzoo.experiments.groups import Executor, Group, Work, begin
 from kdzoo.settings import Settings
-
-
-class Group(NamedTuple):
-    """Runs that train side by side."""
-
-    title: str  # such as 3/12
-    text: str  # what they are, for people
-    runs: Sequence[Settings]  # those that are to do; there may be none
-
-
-class Work(Protocol):
-    """What is done for a group; ``wait`` says whether runs that another process holds are waited for."""
-
-    def __call__(self, runs: Sequence[Settings], progress: Progress, quiet: bool, wait: bool = False) -> None: ...
-
-
-class Executor(Protocol):
-    """A place to train."""
-
-    def settle(self, runs: Sequence[Settings], quiet: bool) -> None:
-        """Replaces every ``auto`` of the engines by what it means where the runs will be trained."""
-
-    def train(self, groups: Sequence[Group], work: Work, progress: Progress, quiet: bool) -> dict[str, str]:
-        """Does the work of every group; gives the titles of those that stopped, each with the reason."""
 
 
 def find(on: str = "local", jobs: int | None = None, gpus: float | None = None) -> Executor:
@@ -157,15 +133,6 @@ def train_in_child(answer: Connection, group: Group, work: Work, quiet: bool) ->
         answer.send(None)
     except UserError as error:
         answer.send(str(error))
-
-
-def begin(group: Group, work: Work, progress: Progress, quiet: bool, wait: bool = False) -> None:
-    """Does a group's work in a process that was made for it."""
-    for run in group.runs:
-        device = settle(run.engine)
-    if device.index is not None:
-        torch.accelerator.set_device_index(device.index)
-    work(group.runs, progress, quiet, wait)
 
 
 def end_of(process: SpawnProcess) -> str:

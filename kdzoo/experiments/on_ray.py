@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from kdzoo.engine.device import settle
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
-from kdzoo.experiments.executors import Group, Work, begin
+from kdzoo.experiments.groups import Group, Work, begin
 from kdzoo.files import cache_folder
 from kdzoo.settings import EngineSettings, Settings
 

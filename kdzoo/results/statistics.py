@@ -67,14 +67,16 @@ def paired(ours: ArrayLike, baseline: ArrayLike) -> Difference:
         ours: (n,) numbers.
         baseline: (n,) numbers, the i-th of the same seed and pair as the i-th of ours.
     """
-    differences = np.asarray(ours, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    n, center, std, low, high = mean(differences)
+    ours, baseline = (np.asarray(values, dtype=np.float64) for values in (ours, baseline))
+    differences = ours - baseline
+    n, center = len(differences), float(differences.mean()) if len(differences) else math.nan
     if n < 2:
-        return Difference(n, center, low, high, math.nan)
+        return Difference(n, center, math.nan, math.nan, math.nan)
     if np.ptp(differences) <= EQUAL:
         return Difference(n, center, center, center, 1.0 if abs(center) <= EQUAL else 2.0 ** (1 - n))
-    t = center / (std / math.sqrt(n))
-    return Difference(n, center, low, high, float(2 * stats.t.sf(abs(t), n - 1)))
+    test = stats.ttest_rel(ours, baseline)
+    interval = test.confidence_interval(1 - ALPHA)
+    return Difference(n, center, float(interval.low), float(interval.high), float(test.pvalue))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
