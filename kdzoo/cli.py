@@ -49,7 +49,11 @@ def cli() -> None:
 @flag("--batch-size", "protocol.batch_size", type=int, help="Images of a step on all devices, not the recipe's.")
 @flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
 @flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
-@flag("--precision", "engine.precision", help="Of the networks: float32, tf32 (CUDA) or bf16; what is fast, by itself.")
+@flag(
+    "--precision",
+    "engine.precision",
+    help="Precision of the networks: float32, tf32 (CUDA only) or bf16 (default: bf16 where the hardware has it).",
+)
 @flag("--devices", "engine.devices", type=int, help="How many share every batch, a process each (default: 1).")
 @flag("--strategy", "engine.strategy", help="With several devices: ddp (default) or fsdp, which shards the student.")
 @flag("--out", "output.root", help="The folder of runs (default: runs).")

@@ -6,14 +6,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side 
 
 import pytest
 
-from kdzoo.engine.precision import bf16_is_faster
-
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     patch = pytest.MonkeyPatch()
     patch.setenv("KDZOO_CACHE", str(folder))
-    bf16_is_faster(lambda dtype: dtype.itemsize)  # decided for all tests, so that none measures or depends on it
     yield folder
     patch.undo()
