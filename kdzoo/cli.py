@@ -73,10 +73,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 
     Any setting may follow as KEY=VALUE: distiller.size=5 protocol.lr=0.1 data.limit=2000
     """
-    from kdzoo import config
-    from kdzoo.engine import parallel
-    from kdzoo.engine.run import execute
-    from kdzoo.results.show import result_table
+    from kdzoo.engine.progress import Progress
 
     values: dict[str, Any] = {}
     for key, value in flags.items():
@@ -86,7 +83,13 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
                 values.setdefault(section, {})[name] = value
             else:
                 values[section] = value
-    settings = config.resolve(values, overrides)
+    with Progress() as progress, progress.doing("loading torch"):
+        from kdzoo import config
+        from kdzoo.engine import parallel
+        from kdzoo.engine.run import execute
+        from kdzoo.results.show import result_table
+
+        settings = config.resolve(values, overrides)
     result = execute(settings, fresh=not resume)
     if parallel.is_first():
         _print(result_table(result))
@@ -132,21 +135,25 @@ def bench(
     Started again by the same command it goes on where it was stopped; several processes may work on one suite.
     Settings may follow as KEY=VALUE and hold for every run.
     """
-    from kdzoo import suites
-    from kdzoo.engine import bench as engine
-    from kdzoo.engine import executors
-    from kdzoo.engine.estimate import estimate
     from kdzoo.engine.progress import Progress
-    from kdzoo.results import layout, table
-    from kdzoo.results.folder import find_runs
-    from kdzoo.results.show import plan
 
-    executor = executors.find(on, jobs, gpus_per_group)
-    found = suites.load(suite, range(seeds or 0), overrides)
+    with Progress() as progress, progress.doing("loading torch"):
+        from kdzoo import suites
+        from kdzoo.engine import bench as engine
+        from kdzoo.engine import executors
+        from kdzoo.engine.estimate import estimate
+        from kdzoo.results import layout, table
+        from kdzoo.results.folder import find_runs
+        from kdzoo.results.show import plan
+
+        executor = executors.find(on, jobs, gpus_per_group)
+        found = suites.load(suite, range(seeds or 0), overrides)
     folder = out or Path("runs") / found.name
     if dry_run:
         groups = engine.laid_out(found, folder)
-        click.echo(plan(found.name, groups, estimate(groups, retry, Progress())))
+        with Progress() as progress:
+            estimates = estimate(groups, retry, progress)
+        click.echo(plan(found.name, groups, estimates))
         return
     report = engine.bench(found, folder, retry, executor=executor)
     runs = table.rows(find_runs([folder]))

@@ -34,7 +34,7 @@ class Group(NamedTuple):
 class Work(Protocol):
     """What is done for a group; ``wait`` says whether runs that another process holds are waited for."""
 
-    def __call__(self, runs: Sequence[Settings], progress: Progress, quiet: bool, wait: bool = False) -> None: ...
+    def __call__(self, runs: Sequence[Settings], progress: Progress, wait: bool = False) -> None: ...
 
 
 class Executor(Protocol):
@@ -93,7 +93,7 @@ class Local:
         for number, group in enumerate(groups):
             progress.group(number, group.text)
             if group.runs:
-                work(group.runs, progress, quiet)
+                work(group.runs, progress)
         return {}
 
 
@@ -153,19 +153,19 @@ def train_in_child(answer: Connection, group: Group, work: Work, quiet: bool) ->
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with Lines(group.title, quiet) as progress:
-            begin(group, work, progress, quiet)
+            begin(group, work, progress)
         answer.send(None)
     except UserError as error:
         answer.send(str(error))
 
 
-def begin(group: Group, work: Work, progress: Progress, quiet: bool, wait: bool = False) -> None:
+def begin(group: Group, work: Work, progress: Progress, wait: bool = False) -> None:
     """Does a group's work in a process that was made for it."""
     for run in group.runs:
         device = settle(run.engine)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
-    work(group.runs, progress, quiet, wait)
+    work(group.runs, progress, wait)
 
 
 def end_of(process: SpawnProcess) -> str:

@@ -18,7 +18,7 @@ MakeTree = Callable[..., Path]
 
 
 def shown(root: Path, **settings: object) -> torch.Tensor:
-    data = open_dataset(f"folder:{root}", progress=False, **settings)  # type: ignore[arg-type]
+    data = open_dataset(f"folder:{root}", **settings)  # type: ignore[arg-type]
     return torch.cat([images for images, _ in data.test_batches(4)])
 
 

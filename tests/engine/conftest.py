@@ -17,7 +17,7 @@ STEPS = 4  # of a run
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return open_dataset("digits", limit=320, progress=False)
+    return open_dataset("digits", limit=320)
 
 
 @pytest.fixture
