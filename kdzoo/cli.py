@@ -87,12 +87,13 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
         from kdzoo import config
         from kdzoo.engine import parallel
         from kdzoo.engine.run import execute
-        from kdzoo.results.show import result_table
+        from kdzoo.results.show import next_steps, result_table
 
         settings = config.resolve(values, overrides)
     result = execute(settings, fresh=not resume)
     if parallel.is_first():
         _print(result_table(result))
+        click.echo(next_steps(result))
 
 
 @cli.command()
@@ -281,7 +282,7 @@ def check(name: str) -> None:
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(highlight=False).print(renderable)
+    Console(highlight=False, markup=False, emoji=False).print(renderable)
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print one line that stays."""
         self.due = self.clock() + EVERY
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def doing(self, text: str) -> Iterator[Callable[[str], None]]:
@@ -273,7 +273,7 @@ class Progress:
         if self.has_lanes:
             table = Table("lane", "top-1", "loss", box=None, padding=(0, 2, 0, 0))
             for title, shown in list(self.lanes.items()):
-                table.add_row(title, shown.get("top-1"), shown.get("loss"))
+                table.add_row(Text(title), shown.get("top-1"), shown.get("loss"))
             parts.append(table)
         return Group(*parts)
 

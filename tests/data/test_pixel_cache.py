@@ -36,6 +36,16 @@ def test_the_second_opening_decodes_nothing(make_tree: MakeTree, cache: Path) ->
     assert arrays(cache) == written
 
 
+def test_decoding_tells_how_far_it_is_and_an_opening_from_the_cache_nothing(make_tree: MakeTree, cache: Path) -> None:
+    root, told = make_tree(), list[str]()
+    shown(root, report=told.append)
+    assert [line.split(":")[0] for line in told] == ["decoding train", "decoding test"]
+    assert all(": 0 of " in line for line in told)
+    again = list[str]()
+    shown(root, report=again.append)
+    assert again == []
+
+
 def test_a_cache_folder_may_be_given(make_tree: MakeTree, cache: Path, tmp_path: Path) -> None:
     shown(make_tree(), cache=tmp_path / "mine")
     assert len(arrays(tmp_path / "mine")) == 2
