@@ -62,4 +62,5 @@ class AT(Distiller):
     def transfer(self, student: Output, teacher: Output) -> Tensor:
         """Sum the attention losses of the stages: a scalar."""
         maps = paired_features(student, teacher, self.stages, self.grids)
-        return torch.stack([attention_loss(*grid(f_s, f_t), p=self.p) for f_s, f_t, grid in maps]).sum()
+        pooled = (grid(f_s, f_t) for f_s, f_t, grid in maps)
+        return torch.stack([attention_loss(f_s, f_t, self.p) for f_s, f_t in pooled]).sum()

@@ -49,7 +49,11 @@ def cli() -> None:
 @flag("--batch-size", "protocol.batch_size", type=int, help="Images of a step on all devices, not the recipe's.")
 @flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
 @flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
-@flag("--precision", "engine.precision", help="Of the networks: float32, tf32 (CUDA) or bf16; what is fast, by itself.")
+@flag(
+    "--precision",
+    "engine.precision",
+    help="Precision of the networks: float32, tf32 (CUDA only) or bf16 (default: bf16 where the hardware has it).",
+)
 @flag("--devices", "engine.devices", type=int, help="How many share every batch, a process each (default: 1).")
 @flag("--out", "output.root", help="The folder of runs (default: runs).")
 @flag("--teacher-weights", "teacher.weights", help="A safetensors or .pt file, instead of training the teacher.")
@@ -68,10 +72,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 
     Any setting may follow as KEY=VALUE: distiller.size=5 protocol.lr=0.1 data.limit=2000
     """
-    from kdzoo.engine.ranks import is_first
-    from kdzoo.experiments.run import execute
-    from kdzoo.results.show import result_table
-    from kdzoo.settings import resolve
+    from kdzoo.engine.progress import Progress
 
     values: dict[str, Any] = {}
     for key, value in flags.items():
@@ -81,10 +82,17 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
                 values.setdefault(section, {})[name] = value
             else:
                 values[section] = value
-    settings = resolve(values, overrides)
+    with Progress() as progress, progress.doing("loading torch"):
+        from kdzoo.engine.ranks import is_first
+        from kdzoo.experiments.run import execute
+        from kdzoo.results.show import next_steps, result_table
+        from kdzoo.settings import resolve
+
+        settings = resolve(values, overrides)
     result = execute(settings, fresh=not resume)
     if is_first():
         _print(result_table(result))
+        click.echo(next_steps(result))
 
 
 @cli.command()
@@ -128,19 +136,23 @@ def bench(
     Settings may follow as KEY=VALUE and hold for every run.
     """
     from kdzoo.engine.progress import Progress
-    from kdzoo.experiments import bench as engine
-    from kdzoo.experiments import executors, suites
-    from kdzoo.experiments.estimate import estimate
-    from kdzoo.results import layout, table
-    from kdzoo.results.show import plan
-    from kdzoo.store.folder import find_runs
 
-    executor = executors.find(on, jobs, gpus_per_group)
-    found = suites.load(suite, range(seeds or 0), overrides)
+    with Progress() as progress, progress.doing("loading torch"):
+        from kdzoo.experiments import bench as engine
+        from kdzoo.experiments import executors, suites
+        from kdzoo.experiments.estimate import estimate
+        from kdzoo.results import layout, table
+        from kdzoo.results.show import plan
+        from kdzoo.store.folder import find_runs
+
+        executor = executors.find(on, jobs, gpus_per_group)
+        found = suites.load(suite, range(seeds or 0), overrides)
     folder = out or Path("runs") / found.name
     if dry_run:
         groups = engine.laid_out(found, folder)
-        click.echo(plan(found.name, groups, estimate(groups, retry, Progress())))
+        with Progress() as progress:
+            estimates = estimate(groups, retry, progress)
+        click.echo(plan(found.name, groups, estimates))
         return
     report = engine.bench(found, folder, retry, executor=executor)
     runs = table.rows(find_runs([folder]))
@@ -269,7 +281,7 @@ def check(name: str) -> None:
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(highlight=False).print(renderable)
+    Console(highlight=False, markup=False, emoji=False).print(renderable)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ class EngineSettings:
     """Where and how it computes."""
 
     device: str = "auto"
-    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of the networks; losses are float32
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of the networks; auto: bf16 where fast
     graph: bool = True  # the step as CUDA graphs, where it can be
     compile: bool = False  # the networks by torch.compile
     accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses

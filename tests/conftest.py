@@ -12,7 +12,6 @@ import torch
 
 from kdzoo import models
 from kdzoo.data import Dataset, open_dataset
-from kdzoo.engine.precision import bf16_is_faster
 from kdzoo.engine.training import Teacher
 from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
@@ -23,7 +22,6 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     patch = pytest.MonkeyPatch()
     patch.setenv("KDZOO_CACHE", str(folder))
-    bf16_is_faster(lambda dtype: dtype.itemsize)  # decided for all tests, so that none measures or depends on it
     yield folder
     patch.undo()
 
@@ -34,7 +32,7 @@ STEPS = 4  # of a run
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return open_dataset("digits", limit=320, progress=False)
+    return open_dataset("digits", limit=320)
 
 
 @pytest.fixture

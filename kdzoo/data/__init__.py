@@ -4,7 +4,7 @@
 >>> batch = next(data.loader(Protocol(), seed=0).batches())
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def open_dataset(
     limit: int | None = None,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
-    progress: bool = True,
+    report: Callable[[str], object] | None = None,
     stream: bool | None = None,
     options: Mapping[str, Any] | None = None,
     workers: int = 0,
@@ -44,7 +44,7 @@ def open_dataset(
         limit: keep this many training images, each class with its share; the test set stays whole.
         device: where batches lie.
         cache: folder of decoded images; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
-        progress: show a bar while images are decoded.
+        report: is called again and again with what is being done, while images are decoded.
         stream: True decodes at every use, False keeps the set on the device; None: whatever fits is kept.
         options: keywords of what makes the set, where it has any: ``kdzoo.data.bands.bands`` lists its own.
         workers: processes that decode what is streamed; 0: none but this one.
@@ -54,7 +54,7 @@ def open_dataset(
     """
     device = torch.device(device)
     source = open_source(name, Path(root), options).limited(limit)
-    ready = prepare(source, image_size, device, cache or cache_folder() / "data", progress, stream)
+    ready = prepare(source, image_size, device, cache or cache_folder() / "data", report, stream)
     spec = DataSpec(
         name=name,
         num_classes=len(source.class_names),

@@ -3,14 +3,13 @@
 import json
 import logging
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 from torchvision import transforms
 
 from kdzoo.data.folder import Files
@@ -29,7 +28,7 @@ def square(files: Files, row: int, side: int) -> NDArray[np.uint8]:
     return np.asarray(cut(files.decoded(row, side)), dtype=np.uint8)
 
 
-def cached_pixels(files: Files, side: int, digest: str, path: Path, progress: bool) -> Pixels:
+def cached_pixels(files: Files, side: int, digest: str, path: Path, report: Callable[[str], object] | None) -> Pixels:
     """The pictures as squares, mapped from the cache file ``path``, which is built where it must be.
 
     Args:
@@ -37,37 +36,34 @@ def cached_pixels(files: Files, side: int, digest: str, path: Path, progress: bo
         side: of the squares, in pixels.
         digest: of the files as they are now; another one in the cache makes it outdated.
         path: the cache file: a page of JSON, then (N, side, side, 3) uint8.
-        progress: show a bar while decoding.
+        report: is called with how many are decoded.
     """
     if path.exists():
         try:
             return Pixels(_mapped(path, digest, (len(files), side, side, 3)), files.labels)
         except ValueError as reason:
             _log.warning("cache '%s' is %s; rebuilding it", path, reason)
-    _build(files, side, digest, path, progress)
+    _build(files, side, digest, path, report)
     return Pixels(_mapped(path, digest, (len(files), side, side, 3)), files.labels)
 
 
-def _build(files: Files, side: int, digest: str, path: Path, progress: bool) -> None:
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not progress)
-
+def _build(files: Files, side: int, digest: str, path: Path, report: Callable[[str], object] | None) -> None:
     def write(temporary: Path) -> None:
         checksum = 0
-        task = bar.add_task(f"decoding {path.stem}", total=len(files))
         with temporary.open("wb") as out, ThreadPoolExecutor() as pool:
             out.write(bytes(_HEADER))
             for start in range(0, len(files), _CHUNK):
+                if report is not None:
+                    report(f"decoding {files.split}: {start} of {len(files)} images")
                 rows = range(start, min(start + _CHUNK, len(files)))
                 chunk = np.stack(list(pool.map(lambda row: square(files, row, side), rows)))
                 checksum = zlib.crc32(chunk.data, checksum)
                 out.write(chunk.data)
-                bar.advance(task, len(rows))
             out.seek(0)
             header = {"digest": digest, "shape": [len(files), side, side, 3], "crc32": checksum}
             out.write(json.dumps(header).encode().ljust(_HEADER))
 
-    with bar:
-        write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def _mapped(path: Path, digest: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """From a source to pictures ready for use: at which size, whether in memory, and how bright they are."""
 
 import os
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +37,13 @@ def prepare(
     image_size: int | None,
     device: torch.device,
     folder: Path,
-    progress: bool,
+    report: Callable[[str], object] | None,
     stream: bool | None,
 ) -> Ready:
-    """Decides size and place, and decodes into the cache ``folder`` what is to live on the device."""
+    """Decide size and place, and decode into the cache ``folder`` what is to live on the device.
+
+    ``report`` is called with what is being done.
+    """
     if image_size is not None and image_size < 1:
         raise UserError(f"image size is {image_size}; expected a side in pixels")
     train, test = source.train, source.test
@@ -63,7 +67,7 @@ def prepare(
     fits = not stream if stream is not None else _fits((len(train) + len(test)) * side**2 * 3, device)
     if fits:
         train, test = (
-            cached_pixels(files, side, its, place / f"{files.split}-{side}.u8", progress)
+            cached_pixels(files, side, its, place / f"{files.split}-{side}.u8", report)
             for files, its in zip((train, test), digests, strict=True)
         )
     brightness = f"{'all' if fits else 'sample'} at {side}"

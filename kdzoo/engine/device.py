@@ -1,17 +1,27 @@
 """Which device and precision to compute in."""
 
 import ctypes
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from kdzoo.engine.precision import bf16_is_faster
 from kdzoo.errors import UserError
 from kdzoo.products import FULL, TF32, computed
 from kdzoo.settings import EngineSettings
 
 DTYPES = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
+
+# Variables that limit the instructions of a CPU library, with the values that leave it those for bf16.
+_ONEDNN = r"default|all|avx512_core_(bf16|fp16|amx.*)|avx10_.*"
+KEEP_BF16 = {
+    "ONEDNN_MAX_CPU_ISA": _ONEDNN,
+    "DNNL_MAX_CPU_ISA": _ONEDNN,  # the older name, which is still read
+    "ATEN_CPU_CAPABILITY": r"avx512.*|amx.*",  # its own "default" is the lowest of all
+    "MKL_ENABLE_INSTRUCTIONS": r"avx512_e[3-9]|avx10.*",
+}
 
 
 def find_device(name: str) -> torch.device:
@@ -35,17 +45,34 @@ def find_device(name: str) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """``name``, or for ``auto`` bf16 where the hardware has it and, on a CPU, was measured to be faster with it."""
+    """Name the precision of the networks: ``name`` itself, or for ``auto`` bf16 where it is fast, else float32."""
     if name != "auto":
         return name
+    return "bf16" if bf16_is_fast(device) else "float32"
+
+
+def bf16_is_fast(
+    device: torch.device,
+    capabilities: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> bool:
+    """Tell whether a device has instructions for bf16 products. Nothing is measured, so the answer never changes.
+
+    Args:
+        device: a CPU needs AMX or AVX-512 instructions for bf16, a GPU compute capability 8.0 or more.
+        capabilities: of the CPU; None: those that torch reports.
+        environment: holds the variables that forbid a library some instructions of the CPU.
+    """
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = bool(known.get("avx512_bf16") or known.get("amx_bf16")) and bf16_is_faster()
-    else:
-        fast = False
-    return "bf16" if fast else "float32"
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    if capabilities is None:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    limits = {name: environment[name] for name in KEEP_BF16 if environment.get(name)}
+    if not all(re.fullmatch(KEEP_BF16[name], limit, re.IGNORECASE) for name, limit in limits.items()):
+        return False
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def keep_freed_memory() -> bool:

@@ -38,11 +38,12 @@ def train(
     if start is None:
         start = 0
         for lane in lanes:
-            attempt(lane, lane.prepare, loader)
+            with progress.doing(f"phase of {lane.title} before training"):
+                attempt(lane, lane.prepare, loader)
     running = [lane for lane in lanes if lane.failure is None]
     begun = saved = shown = time.monotonic()
     epoch_begun, epoch_start = begun, start
-    progress.begin(per_epoch, loader.total_steps, start, [lane.title for lane in lanes])
+    progress.begin(describe(lanes), per_epoch, loader.total_steps, start, [lane.title for lane in lanes])
     steps = graphs.steps(lanes[0].device, settings.engine, teacher, progress.say)
 
     for step, batch in enumerate(loader.batches(start), start):
@@ -50,6 +51,7 @@ def train(
         for lane in running:
             attempt(lane, steps.step, lane, batch, step)
         steps.end()
+        progress.step(step + 1)
 
         now = time.monotonic()
         if now - shown >= READ_EVERY:
@@ -76,6 +78,19 @@ def train(
             break
     for lane in running:
         lane.seconds += time.monotonic() - begun
+
+
+def describe(lanes: Sequence[Lane]) -> str:
+    """Say what is trained, for people."""
+    first = lanes[0].settings
+    student, teacher, method = first.student.name, first.teacher.name, first.distiller["name"]
+    if len(lanes) > 1:
+        what = f"training {len(lanes)} runs side by side"
+    elif method == "none":
+        what = f"training {student}"
+    else:
+        what = f"distilling {student} from {teacher} with {method}" if teacher else f"training {student} with {method}"
+    return f"{what} on {first.data.name}"
 
 
 def attempt(lane: Lane, work: Callable[..., object], *arguments: object) -> None:
@@ -105,7 +120,8 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     epoch = (step + 1) // lane.steps_per_epoch
     top1 = top5 = None
     if epoch % settings.output.measure_every == 0 or epoch == settings.protocol.epochs:
-        top1, top5 = evaluate(lane.deployed(), dataset, settings.engine.precision, settings.protocol.test_crop)
+        with progress.doing(f"measuring {settings.student.name} ({lane.title}) after epoch {epoch}"):
+            top1, top5 = evaluate(lane.deployed(), dataset, settings.engine.precision, settings.protocol.test_crop)
     record = {
         "epoch": epoch,
         "step": step + 1,

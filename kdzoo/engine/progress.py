@@ -1,8 +1,12 @@
-"""What a person sees while it trains: a live view on a terminal, plain lines elsewhere."""
+"""What a person sees while it trains: a live view on a terminal or in a notebook, plain lines elsewhere."""
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.util import find_spec
+from statistics import fmean
+from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
@@ -12,24 +16,58 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from kdzoo.words import duration
 
+FIRST, EVERY = 5.0, 13.0  # seconds without a line, when something begins and later; a ticker adds one at most
+
+Ticker = Callable[[Callable[[], object]], AbstractContextManager[object]]
+
+
+@contextmanager
+def every_second(work: Callable[[], object], seconds: float = 1.0) -> Iterator[None]:
+    """Call ``work`` once a second in a thread, until the context ends."""
+    ended = Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            work()
+
+    thread = Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
 
 class Progress:
-    """Shows one training, or those of a whole suite. A context manager, so that the view never outlives an error.
+    """Show one training, or those of a whole suite. A context manager, so that the view never outlives an error.
+
+    Where the view cannot be live, a thread prints a line whenever nothing was printed for ``EVERY`` seconds, so that
+    slow steps, downloads and decoding are seen too.
 
     Args:
         quiet: show nothing.
         console: where to show it; None: the standard error.
         clock: seconds of a clock that never goes back.
+        ticker: calls ``tick`` again and again.
     """
 
     def __init__(
-        self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        ticker: Ticker = every_second,
     ):
         self.console = console or Console(file=sys.stderr, quiet=quiet, highlight=False)
-        self.is_live = self.console.is_terminal and not quiet
+        self.quiet, self.ticker = quiet, ticker
+        has_cursor = self.console.is_terminal and not self.console.is_dumb_terminal
+        in_notebook = self.console.is_jupyter and find_spec("ipywidgets") is not None
+        self.is_live = not quiet and (has_cursor or in_notebook)
         self.bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -40,28 +78,100 @@ class Progress:
             console=self.console,
         )
         self.clock, self.begun = clock, clock()
+        self.due = self.begun + FIRST  # when the next line is printed by itself
+        self.activities: list[tuple[str, float]] = []  # beside training: what it is, and since when; the last is shown
+        self.text, self.announced = "", True  # what is trained, and whether that was said
         self.per_epoch = self.epochs = 1
+        self.total = self.done = self.first = 0  # steps: of the training, those done, and done before it was taken up
+        self.since = self.begun  # when the newest step was done
+        self.mark: tuple[int, float] | None = None  # a step and when it was done, from which on steps are timed
+        self.speed = 0.0  # images per second
         self.lanes: dict[str, dict[str, str]] = {}  # by their titles; what is shown of each
+        self.losses: dict[str, float] = {}  # of each lane, the sum of its terms
+        self.top1: dict[str, float] = {}  # of each lane, as it was last measured
         self.works: Sequence[float] = ()  # of the suite's groups, in epochs of one lane; empty for a single run
         self.number = 0  # of the group that is at work
         self.before = self.here = 0.0  # work done before the training that is shown, and what that is worth
         self.start = self.share = 0.0  # of that training, done when it was taken up, and done now
         self.trained = 0.0  # work that this process did before it
         self.live = Live(get_renderable=self.view, console=self.console, transient=True)
+        self.open = ExitStack()
 
     def __enter__(self) -> "Progress":
-        if self.is_live:
-            self.live.start()
+        if not self.quiet:
+            self.open.enter_context(self.live if self.is_live else self.ticker(self.tick))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.live.stop()
+        self.open.close()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Print one line that stays."""
+        self.due = self.clock() + EVERY
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+    @contextmanager
+    def doing(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Name what is done inside this context, which is shown if it takes long; gives a function that renames it."""
+        begun = self.clock()
+        self.due = min(self.due, begun + FIRST)
+        self.activities.append((text, begun))
+
+        def rename(text: str) -> None:
+            self.activities[-1] = text, begun
+
+        try:
+            yield rename
+        finally:
+            self.activities.pop()
+
+    def tick(self) -> None:
+        """Print how it stands, if nothing was printed for long enough."""
+        if self.clock() >= self.due:
+            if not (self.activities or self.announced):
+                self.announce()
+            self.say(f"  {self.state()}")
+
+    def state(self) -> str:
+        """Say in one line what is done now."""
+        if self.activities:
+            text, begun = self.activities[-1]
+            return f"{text}, {duration(self.clock() - begun)} so far"
+        if not self.total:
+            return f"at work, {duration(self.clock() - self.begun)} so far"
+        waited = self.clock() - self.since
+        if self.done < self.total and (waited >= EVERY or not self.losses):
+            return f"still in step {self.done + 1}/{self.total}, {duration(waited)} so far"
+        losses, found = list(self.losses.values()), dict(self.top1)
+        if len(self.lanes) > 1:
+            said = f"{len(self.lanes)} runs, mean loss {fmean(losses):.3f}"
+        else:
+            said = f"loss {losses[-1]:.3f}"
+        if found and len(self.lanes) > 1:
+            best = max(found, key=lambda title: found[title])
+            said += f", best top-1 {found[best]:.2f} % ({best})"
+        step = self.seconds_of_step()
+        left = "" if step is None else f", about {duration(step * (self.total - self.done))} left"
+        return f"step {self.done}/{self.total}: {said}, {self.speed:.0f} images/s{left}{self.left()}"
+
+    def seconds_of_step(self) -> float | None:
+        """Give the mean time of a step, measuring included; None before the second look at the losses."""
+        if self.mark is None or self.done <= self.mark[0]:
+            return None
+        return (self.since - self.mark[1]) / (self.done - self.mark[0])
+
+    def announce(self) -> None:
+        """Say what is trained, and about how long it takes where steps were timed."""
+        self.announced = True
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        step = self.seconds_of_step()
+        self.say(
+            f"{self.text}: {epochs} of {self.per_epoch} steps"
+            + (f", from step {self.first}" if self.first else "")
+            + ("" if step is None else f", about {duration(max(1.0, step * (self.total - self.first)))}")
+        )
 
     def suite(self, works: Sequence[float]) -> None:
         """A suite begins; ``works`` is what each of its groups has to do, in epochs of one lane."""
@@ -87,8 +197,15 @@ class Progress:
             return ""
         return f", about {duration((self.clock() - self.begun) * missing / trained)} left in all"
 
-    def begin(self, per_epoch: int, total: int, start: int, titles: Sequence[str] = ()) -> None:
-        """A training of ``total`` steps begins at step ``start``, of a lane for each of ``titles``."""
+    def begin(self, text: str, per_epoch: int, total: int, start: int, titles: Sequence[str] = ()) -> None:
+        """A training of ``total`` steps begins at step ``start``, of a lane for each of ``titles``.
+
+        ``text`` says what is trained. It is announced as soon as a few steps were timed.
+        """
+        self.text, self.announced = text, start == total
+        self.total, self.done, self.first, self.since, self.mark = total, start, start, self.clock(), None
+        self.due = min(self.due, self.since + FIRST)
+        self.losses, self.top1 = {}, {}
         self.per_epoch, self.epochs = per_epoch, total // per_epoch
         self.lanes = {title: {"top-1": "-", "loss": "-"} for title in titles}
         for task in self.bars.task_ids:
@@ -96,8 +213,18 @@ class Progress:
         self.start = self.share = start / total if self.here else 0.0
         self.task = self.bars.add_task(self._title(start), total=total, completed=start, speed="", terms="")
 
+    def step(self, done: int) -> None:
+        """So many steps are done."""
+        self.done, self.since = done, self.clock()
+
     def show(self, step: int, terms: dict[str, float], speed: float, title: str = "") -> None:
         """The state after ``step`` steps: mean terms of this epoch, images per second; ``title`` names the lane."""
+        self.step(step)
+        self.losses[title], self.speed = sum(terms.values()), speed
+        if self.mark is None:
+            self.mark = step, self.since
+        elif step > self.mark[0] and not self.announced:
+            self.announce()
         said = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
         self.bars.update(
             self.task,
@@ -112,7 +239,10 @@ class Progress:
     def epoch(self, record: dict[str, Any], title: str = "") -> None:
         """An epoch's end."""
         self.show(record["step"], record["loss"], record["images_per_second"], title)
+        if not self.announced:
+            self.announce()
         if record["top1"] is not None:
+            self.top1[title] = record["top1"]
             self.lanes[title]["top-1"] = f"{record['top1']:.2f} %"
         if self.has_lanes and self.is_live and record["epoch"] < self.epochs:
             return  # the table shows it
@@ -138,10 +268,12 @@ class Progress:
             line.add_row(f"group {self.number + 1}/{len(self.works)}", bar, self.left().removeprefix(", "))
             parts.append(line)
         parts.append(self.bars)
+        if self.activities:
+            parts.append(Text(self.state(), style="dim"))
         if self.has_lanes:
             table = Table("lane", "top-1", "loss", box=None, padding=(0, 2, 0, 0))
             for title, shown in list(self.lanes.items()):
-                table.add_row(title, shown.get("top-1"), shown.get("loss"))
+                table.add_row(Text(title), shown.get("top-1"), shown.get("loss"))
             parts.append(table)
         return Group(*parts)
 

@@ -125,7 +125,9 @@ def train_lanes(
         For each run its result, or why it failed; no lane's failure stops another.
     """
     shared = None if teacher is None else SharedTeacher(teacher.network)
-    built, failed = build_all(runs, dataset, shared)
+    weights = " with pretrained weights" if any(run.student.pretrained for run in runs) else ""
+    with progress.doing(f"building {', '.join(sorted({run.student.name for run in runs}))}{weights}"):
+        built, failed = build_all(runs, dataset, shared)
     outcomes: dict[int, Result | UserError] = {**failed}
     if built:
         loader = common_loader(runs[0], list(built.values()), dataset, shared, ranks)
@@ -136,7 +138,8 @@ def train_lanes(
         with current(device):
             loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
-            outcomes[i] = lane.failure or finish(lane, dataset, teacher)
+            with progress.doing(f"writing the result of {lane.title}"):
+                outcomes[i] = lane.failure or finish(lane, dataset, teacher)
     return [outcomes[i] for i in range(len(runs))]
 
 

@@ -139,7 +139,7 @@ def is_settled(settings: Settings, retry: bool) -> bool:
     return folder.failure.is_file()
 
 
-def work_on(runs: Sequence[Settings], progress: Progress, quiet: bool, wait: bool = False) -> None:
+def work_on(runs: Sequence[Settings], progress: Progress, wait: bool = False) -> None:
     """Trains those of a group's runs that no other process is at work on, as many side by side as memory holds.
 
     What a group cannot do without, its data or its teacher, is missed by all of its runs and by no others. With
@@ -154,7 +154,7 @@ def work_on(runs: Sequence[Settings], progress: Progress, quiet: bool, wait: boo
         device = torch.device(mine[0].engine.device)
         with torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
             try:
-                dataset = open_data(mine[0], device, quiet)
+                dataset = open_data(mine[0], device, progress)
                 teacher = teachers.obtain(mine[0], dataset, progress) if mine[0].teacher.name else None
             except StorageError:
                 raise

@@ -103,7 +103,8 @@ def estimate(groups: Sequence[Sequence[Settings]], retry: bool, progress: Progre
         if key not in known:
             progress.say(f"measuring {group[0].teacher.name} on {group[0].data.name}: {len(group)} runs")
             try:
-                known[key] = measure(group)
+                with progress.doing(f"timing a few steps of {len(group)} runs"):
+                    known[key] = measure(group, progress)
             except UserError as error:
                 known[key] = error
         left = [i for i, run in enumerate(group) if not is_done(run, retry)]
@@ -136,14 +137,14 @@ def is_done(run: Settings, retry: bool) -> bool:
     return folder.read_result() is not None or (folder.failure.is_file() and not retry)
 
 
-def measure(group: Sequence[Settings]) -> tuple[GroupCost, Settings | None, float]:
+def measure(group: Sequence[Settings], progress: Progress) -> tuple[GroupCost, Settings | None, float]:
     """What a group takes, its teacher's own training where that is still to be done, and the seconds of it.
 
     Raises:
         UserError: the data or the teacher are not to be had.
     """
     first = group[0]
-    dataset = open_data(first, torch.device(first.engine.device), quiet=True)
+    dataset = open_data(first, torch.device(first.engine.device), progress)
     if first.teacher.name is None:
         return cost_of(group, dataset, None), None, 0.0
     lacking = teachers.lacking(first, dataset)
@@ -193,7 +194,8 @@ def parts(
     room = memory.ROOM * memory.free(dataset.spec.labels.device, runs[0].engine.memory)
     failed: dict[int, UserError] = {}
     lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
-    weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}
+    with progress.doing(f"measuring the memory of {len(runs)} runs"):
+        weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}
     full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
     costs = [weights.get(i, TOO_MUCH if i in full else NOTHING) for i in range(len(runs))]
     found = memory.packed(costs, room)

@@ -69,7 +69,7 @@ class Local:
         for number, group in enumerate(groups):
             progress.group(number, group.text)
             if group.runs:
-                work(group.runs, progress, quiet)
+                work(group.runs, progress)
         return {}
 
 
@@ -129,7 +129,7 @@ def train_in_child(answer: Connection, group: Group, work: Work, quiet: bool) ->
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with Lines(group.title, quiet) as progress:
-            begin(group, work, progress, quiet)
+            begin(group, work, progress)
         answer.send(None)
     except UserError as error:
         answer.send(str(error))

@@ -21,7 +21,7 @@ class Group(NamedTuple):
 class Work(Protocol):
     """What is done for a group; ``wait`` says whether runs that another process holds are waited for."""
 
-    def __call__(self, runs: Sequence[Settings], progress: Progress, quiet: bool, wait: bool = False) -> None: ...
+    def __call__(self, runs: Sequence[Settings], progress: Progress, wait: bool = False) -> None: ...
 
 
 class Executor(Protocol):
@@ -34,10 +34,10 @@ class Executor(Protocol):
         """Does the work of every group; gives the titles of those that stopped, each with the reason."""
 
 
-def begin(group: Group, work: Work, progress: Progress, quiet: bool, wait: bool = False) -> None:
+def begin(group: Group, work: Work, progress: Progress, wait: bool = False) -> None:
     """Does a group's work in a process that was made for it."""
     for run in group.runs:
         device = settle(run.engine)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
-    work(group.runs, progress, quiet, wait)
+    work(group.runs, progress, wait)

@@ -179,7 +179,7 @@ def settled(engines: Sequence[EngineSettings]) -> Sequence[EngineSettings]:
 def train_there(group: Group, work: Work, quiet: bool) -> None:
     """Trains a group on this node. Runs still held, such as by a lost node's process, are waited for."""
     with Progress(quiet) as progress:
-        begin(group, work, progress, quiet, wait=True)
+        begin(group, work, progress, wait=True)
 
 
 def answers(ray: ModuleType, tasks: Mapping[Any, str]) -> Iterator[tuple[str, tuple[Any, str | None]]]:

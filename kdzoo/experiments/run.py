@@ -106,27 +106,29 @@ def execute(settings: Settings, fresh: bool = False, quiet: bool = False) -> Res
                     progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
                     return finished
                 ranks.once(folder.open, settings)
-                dataset = open_data(settings, device, quiet or not ranks.first)
+                dataset = open_data(settings, device, progress)
                 if settings.teacher.name and teachers.lacking(settings, dataset) is not None:
                     # A method that does not fit the pair says so before hours are spent on its teacher.
-                    build(settings, dataset, SharedTeacher(teachers.untrained(settings, dataset)), fetch=False)
+                    with progress.doing(f"checking that {settings.distiller['name']} fits the pair"):
+                        build(settings, dataset, SharedTeacher(teachers.untrained(settings, dataset)), fetch=False)
                 teacher = teachers.obtain(settings, dataset, progress) if settings.teacher.name else None
             return train_one(settings, dataset, teacher, progress, ranks)
 
 
-def open_data(settings: Settings, device: torch.device, quiet: bool = False) -> data.Dataset:
+def open_data(settings: Settings, device: torch.device, progress: Progress) -> data.Dataset:
     """The data set of a run, at the size that its settings or its protocol ask for."""
     wanted = settings.data
-    return data.open_dataset(
-        wanted.name,
-        root=wanted.root,
-        image_size=wanted.image_size or settings.protocol.image_size,
-        limit=wanted.limit,
-        device=device,
-        progress=not quiet,
-        options=wanted.options,
-        workers=wanted.workers,
-    )
+    with progress.doing(f"opening {wanted.name}") as report:
+        return data.open_dataset(
+            wanted.name,
+            root=wanted.root,
+            image_size=wanted.image_size or settings.protocol.image_size,
+            limit=wanted.limit,
+            device=device,
+            report=report,
+            options=wanted.options,
+            workers=wanted.workers,
+        )
 
 
 def evaluate_run(path: Path) -> tuple[float, float]:
@@ -139,12 +141,13 @@ def evaluate_run(path: Path) -> tuple[float, float]:
     settings = folder.settings()
     if folder.read_result() is None:
         raise UserError(f"{path} is not finished; run its command again and it goes on")
-    dataset = open_data(settings, settle(settings.engine), quiet=True)
-    with torch.random.fork_rng():
-        deployed = shape_of_shipped(settings, dataset)
-        models.load_weights(deployed, folder.student)
-    deployed.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
-    return loop.evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
+    with torch.random.fork_rng(), Progress() as progress:
+        dataset = open_data(settings, settle(settings.engine), progress)
+        with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
+            deployed = shape_of_shipped(settings, dataset)
+            models.load_weights(deployed, folder.student)
+            deployed.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
+            return loop.evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
 
 
 def shape_of_shipped(settings: Settings, dataset: data.Dataset) -> nn.Module:

@@ -219,13 +219,14 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
             "data": {"name": data},
         }
     )
-    dataset = open_data(settings, settle(settings.engine))
     networks: dict[str, nn.Module] = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), Progress() as progress:
+        dataset = open_data(settings, settle(settings.engine), progress)
         for role, name in (("teacher", teacher), ("student", student)):
             torch.manual_seed(seed_of(settings.seed, role))
             networks[f"{role} {name}, untrained"] = models.create(name, dataset.spec)
-        return compare(networks, dataset, batches, settings.engine.precision)
+        with progress.doing("comparing the networks"):
+            return compare(networks, dataset, batches, settings.engine.precision)
 
 
 def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
@@ -249,13 +250,14 @@ def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
         settings.engine.device = "auto"  # it need not be the machine that trained them
         device = settle(settings.engine)
     with torch.random.fork_rng(), Progress() as progress:
-        dataset = open_data(first, device)
+        dataset = open_data(first, device, progress)
         taught = teachers.obtain(first, dataset, progress)
         networks: dict[str, nn.Module] = {f"teacher {first.teacher.name}": taught.network}
         for name, (folder, settings) in zip(_names(runs), runs, strict=True):
             networks[name] = shape_of_shipped(settings, dataset)
             models.load_weights(networks[name], folder.student)
-        table = compare(networks, dataset, batches, first.engine.precision, first.protocol.test_crop)
+        with progress.doing("comparing the networks"):
+            table = compare(networks, dataset, batches, first.engine.precision, first.protocol.test_crop)
     if options := first.data.options:
         table.attrs["data"] += f" ({', '.join(f'{key}={value}' for key, value in options.items())})"
     return table

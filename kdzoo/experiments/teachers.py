@@ -31,7 +31,9 @@ def obtain(settings: Settings, dataset: Dataset, progress: Progress) -> Teacher:
         models.load_weights(network, wanted.weights)
         origin = wanted.weights
     elif is_published(settings, dataset):
-        network, origin = untrained(settings, dataset, fetch=True), "timm's pretrained weights"
+        origin = "timm's pretrained weights"
+        with progress.doing(f"loading the pretrained weights of {wanted.name}"):
+            network = untrained(settings, dataset, fetch=True)
     else:
         folder = trained(settings, dataset, progress)
         network = untrained(settings, dataset)
@@ -39,7 +41,8 @@ def obtain(settings: Settings, dataset: Dataset, progress: Progress) -> Teacher:
         origin = str(folder.path)
     device = spec.labels.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    top1, _ = evaluate(network, dataset, settings.engine.precision, settings.protocol.test_crop)
+    with progress.doing(f"measuring teacher {wanted.name} on {spec.name}"):
+        top1, _ = evaluate(network, dataset, settings.engine.precision, settings.protocol.test_crop)
     progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}  ({origin})")
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not wanted.allow_weak:
         raise UserError(
@@ -90,10 +93,11 @@ def trained(settings: Settings, dataset: Dataset, progress: Progress) -> RunFold
     lock = RunLock(folder.path)
     if not lock.acquire():
         progress.say(f"{lock.who()} is training {own.student.name}: waiting for it")
-        lock.acquire(wait=True)
+        with progress.doing(f"waiting for teacher {own.student.name}"):
+            lock.acquire(wait=True)
     try:
         if folder.read_result() is None:
-            progress.say(f"no trained {own.student.name} is at hand: training it now for {own.protocol.epochs} epochs")
+            progress.say(f"teacher {own.student.name} is not trained yet: training it once, for all later runs")
             train_one(own, dataset, None, progress)
     finally:
         lock.release()

@@ -39,7 +39,7 @@ worm:13
 
 
 def open_tree(root: Path, **settings: object) -> Dataset:
-    return open_dataset(f"folder:{root}", progress=False, **settings)  # type: ignore[arg-type]
+    return open_dataset(f"folder:{root}", **settings)  # type: ignore[arg-type]
 
 
 def test_equal_images_keep_their_size_and_their_pixels(make_tree: MakeTree) -> None:

@@ -18,7 +18,7 @@ MakeTree = Callable[..., Path]
 
 
 def shown(root: Path, **settings: object) -> torch.Tensor:
-    data = open_dataset(f"folder:{root}", progress=False, **settings)  # type: ignore[arg-type]
+    data = open_dataset(f"folder:{root}", **settings)  # type: ignore[arg-type]
     return torch.cat([images for images, _ in data.test_batches(4)])
 
 
@@ -34,6 +34,16 @@ def test_the_second_opening_decodes_nothing(make_tree: MakeTree, cache: Path) ->
     assert len(written) == 2
     assert torch.equal(shown(root), first)
     assert arrays(cache) == written
+
+
+def test_decoding_tells_how_far_it_is_and_an_opening_from_the_cache_nothing(make_tree: MakeTree, cache: Path) -> None:
+    root, told = make_tree(), list[str]()
+    shown(root, report=told.append)
+    assert [line.split(":")[0] for line in told] == ["decoding train", "decoding test"]
+    assert all(": 0 of " in line for line in told)
+    again = list[str]()
+    shown(root, report=again.append)
+    assert again == []
 
 
 def test_a_cache_folder_may_be_given(make_tree: MakeTree, cache: Path, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ PROTOCOL = Protocol(
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_workers_change_nothing(make_tree: MakeTree) -> None:
     name = f"folder:{make_tree()}"
-    data = open_dataset(name, progress=False, stream=True)
-    helped = open_dataset(name, progress=False, stream=True, workers=2)
+    data = open_dataset(name, stream=True)
+    helped = open_dataset(name, stream=True, workers=2)
     assert not data.fits
     views = ("weak", "strong")
     alone = list(data.loader(PROTOCOL, seed=0, views=views).batches())
@@ -54,9 +54,9 @@ def test_workers_change_nothing(make_tree: MakeTree) -> None:
 
 def test_only_measures_are_cached(make_tree: MakeTree, cache: Path) -> None:
     name = f"folder:{make_tree()}"
-    streamed = open_dataset(name, progress=False, stream=True)
+    streamed = open_dataset(name, stream=True)
     assert list(cache.rglob("*.u8")) == []
-    kept = open_dataset(name, progress=False, stream=False)
+    kept = open_dataset(name, stream=False)
     assert len(list(cache.rglob("*.u8"))) == 2
     assert streamed.spec.mean == kept.spec.mean
     assert streamed.spec.std == kept.spec.std
@@ -65,8 +65,8 @@ def test_only_measures_are_cached(make_tree: MakeTree, cache: Path) -> None:
 @pytest.mark.parametrize("crop", [1.0, 0.75])
 def test_streamed_images_are_those_in_memory(make_tree: MakeTree, crop: float) -> None:
     name = f"folder:{make_tree(sizes=[(16, 16)])}"
-    streamed = open_dataset(name, progress=False, stream=True)
-    kept = open_dataset(name, progress=False)
+    streamed = open_dataset(name, stream=True)
+    kept = open_dataset(name)
     assert kept.fits
     for (images, labels), (expected, same) in zip(
         streamed.test_batches(4, crop), kept.test_batches(4, crop), strict=True
@@ -84,7 +84,7 @@ def test_what_streams_is_drawn_like_what_is_in_memory(make_tree: MakeTree, recip
     name = f"folder:{make_tree(sizes=[(16, 16)])}"
     protocol = Protocol(epochs=2, batch_size=5, augmentation=recipe)
     streamed, kept = (
-        open_dataset(name, progress=False, stream=stream).loader(protocol, seed=0, views=("weak", "rotations"))
+        open_dataset(name, stream=stream).loader(protocol, seed=0, views=("weak", "rotations"))
         for stream in (True, False)
     )
     for one, other in zip(streamed.batches(), kept.batches(), strict=True):
@@ -93,7 +93,7 @@ def test_what_streams_is_drawn_like_what_is_in_memory(make_tree: MakeTree, recip
 
 
 def test_resized_crops_that_stream_are_mirrored_half_of_the_time(make_tree: MakeTree) -> None:
-    data = open_dataset(f"folder:{make_tree(sizes=[(16, 16)])}", progress=False, stream=True)
+    data = open_dataset(f"folder:{make_tree(sizes=[(16, 16)])}", stream=True)
     whole = Augmentation(resized_crop=(1.0, 1.0))
     batches = [
         torch.cat(
@@ -131,7 +131,7 @@ def test_a_large_jpeg_is_decoded_no_larger_than_its_crops_need(
     root = make_tree(suffixes=[".jpg"])
     for path in root.rglob("*.jpg"):
         photograph(path, 640, 480)
-    data = open_dataset(f"folder:{root}", progress=False, stream=True, image_size=50)
+    data = open_dataset(f"folder:{root}", stream=True, image_size=50)
     sizes, convert = set(), Image.Image.convert
 
     def watched(image: Image.Image, *arguments: Any, **keywords: Any) -> Image.Image:
@@ -147,7 +147,7 @@ def test_a_jpeg_decoded_small_shows_the_same(make_tree: MakeTree) -> None:
     root = make_tree(suffixes=[".jpg"])
     for path in root.rglob("*.jpg"):
         photograph(path, 640, 480)
-    data = open_dataset(f"folder:{root}", progress=False, stream=True, image_size=48)
+    data = open_dataset(f"folder:{root}", stream=True, image_size=48)
     images, _ = next(data.test_batches(1, 0.8))
     with Image.open(root / "test" / "ant" / "0.jpg") as image:
         short = image.resize((80, 60), Image.Resampling.BILINEAR).crop((16, 6, 64, 54))
@@ -157,7 +157,7 @@ def test_a_jpeg_decoded_small_shows_the_same(make_tree: MakeTree) -> None:
 
 
 def test_crops_and_jitter_stream_too(make_tree: MakeTree) -> None:
-    data = open_dataset(f"folder:{make_tree(sizes=[(16, 12), (20, 30)])}", progress=False, image_size=8, stream=True)
+    data = open_dataset(f"folder:{make_tree(sizes=[(16, 12), (20, 30)])}", image_size=8, stream=True)
     recipe = Augmentation(crop=2, flip=True, jitter=0.4)
     batch = next(data.loader(Protocol(batch_size=5, augmentation=recipe), seed=0, views=("rotations",)).batches())
     assert batch.images.shape == (5, 3, 8, 8)

@@ -35,7 +35,7 @@ def settings(out, distiller, *more, **networks):
 
 @pytest.fixture(scope="module")
 def dataset():
-    return open_dataset("digits", limit=640, device="cuda", progress=False)
+    return open_dataset("digits", limit=640, device="cuda")
 
 
 @pytest.fixture

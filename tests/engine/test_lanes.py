@@ -1,9 +1,12 @@
 """Lanes share a teacher pass and a batch, and otherwise know nothing of each other."""
 
+import io
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from kdzoo.engine import loop
@@ -28,6 +31,44 @@ def test_a_lane_ends_with_the_same_bits_as_the_run_alone(tmp_path, dataset, teac
         alone = train_lanes([settings(tmp_path / "b", name)], dataset, teacher, Progress(quiet=True))
         [single] = students(alone)
         assert all(torch.equal(beside[key], single[key]) for key in single), name
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["kd"], "distilling resnet8 from resnet14 with kd on digits"),
+        (["none"], "training resnet8 on digits"),
+        (["kd", "lfcc"], "training 2 runs side by side on digits"),
+    ],
+)
+def test_a_training_says_what_it_is_and_each_of_its_slow_steps_has_a_line(
+    tmp_path, dataset, teacher, names, text, monkeypatch
+):
+    now, batches = [0.0], dataset.loader
+    console = Console(file=io.StringIO(), width=80)
+    progress = Progress(console=console, clock=lambda: now[0], ticker=lambda work: nullcontext())
+
+    class Slow:
+        """The loader, on a machine where every step takes 20 s."""
+
+        def __init__(self, *arguments, **keywords):
+            self.loader = batches(*arguments, **keywords)
+
+        def __getattr__(self, name):
+            return getattr(self.loader, name)
+
+        def batches(self, start):
+            for batch in self.loader.batches(start):
+                now[0] += 20
+                progress.tick()
+                yield batch
+
+    monkeypatch.setattr(dataset, "loader", Slow)
+    train_lanes([settings(tmp_path, name) for name in names], dataset, teacher, progress)
+    lines = console.file.getvalue().splitlines()
+    assert lines[:2] == [f"{text}: 2 epochs of 5 steps", "  still in step 1/10, 20 s so far"]
+    assert sum("step" in line for line in lines) == 1 + 2 * (320 // 64)
+    assert sum("epoch   2/2" in line for line in lines) == len(names)
 
 
 def test_a_phase_before_training_keeps_no_more_than_one_batch_of_the_teachers_outputs(dataset, teacher):

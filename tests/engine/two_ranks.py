@@ -64,7 +64,7 @@ def train(first: Settings, methods: list[str], out: Path, more: list[str]) -> No
         device = settle(first.engine)
         runs = [settings(out, method, first.engine.devices, *more) for method in methods]
         with ranks.in_turn():
-            dataset = open_data(first, device, quiet=True)
+            dataset = open_data(first, device, Progress(quiet=True))
             teacher = obtain(first, dataset, Progress(quiet=True))
 
         def held() -> dict[str, dict[str, torch.Tensor]]:
