@@ -6,18 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrid, check_stages
-from kdzoo.errors import UserError, unknown
-from kdzoo.losses import cross_entropy, softened_kl
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.connectors import CommonGrid, check_stages, conv_batch_norm
+from kdzoo.keywords import one_of, positive, share
+from kdzoo.losses import cross_entropy, softened_kl, warm_up
 from kdzoo.spectral import high_pass
 
-MIXINGS = ("auto", "full", "depthwise")
 LARGEST = 2**24  # complex weights of one stage, above which "auto" goes depthwise
 
 
 def frequency_filter(maps: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Maps (B, I, H, W) with each of their frequencies mixed over channels, or scaled, and masked: (B, O, H, W).
+    """Mix each frequency of maps (B, I, H, W) over channels, or scale it, and mask it: (B, O, H, W).
 
     Args:
         weight: real and imaginary parts, (I, O, H, W, 2) to mix, or (I, H, W, 2) to scale each channel.
@@ -32,7 +31,7 @@ def frequency_filter(maps: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Attention of each position and channel of a query (B, C, H, W) to the 3x3 around it: (B, C, H, W).
+    """Let each position and channel of a query (B, C, H, W) attend to the 3x3 around it: (B, C, H, W).
 
     ``rows`` (C // 2, 3) are added to the keys of the first channels, by the neighbour's row, and ``columns`` to
     those of the rest.
@@ -50,13 +49,13 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, col
         highest = reduce(torch.maximum, (score for score, _ in neighbours))
     weighted, total = torch.zeros_like(query), torch.zeros_like(query)
     for score, v in neighbours:
-        share = (score - highest).exp()
-        weighted, total = weighted + share * v, total + share
+        weight = (score - highest).exp()
+        weighted, total = weighted + weight * v, total + weight
     return weighted / total
 
 
 class FrequencyAttention(nn.Module):
-    """Half the filtered maps and half a 1x1 convolution of them, the halves learned: (B, C, H, W) -> the same shape."""
+    """Add the filtered maps and a 1x1 convolution of them, a learned half of each: (B, C, H, W) -> the same shape."""
 
     mask: Tensor
 
@@ -77,7 +76,7 @@ class FrequencyAttention(nn.Module):
 
 
 class Review(nn.Module):
-    """One stage of the student on the teacher's grid: what the teacher is compared with, and what goes on up.
+    """Bring one stage of the student to the teacher's grid: what the teacher is compared with, and what is sent up.
 
     Args:
         student: the student's maps, of which only the shape is read.
@@ -92,7 +91,7 @@ class Review(nn.Module):
         channels, *grid = teacher.shape[1:]
 
         def widen(fan_in: int) -> nn.Module:
-            return nn.Sequential(nn.Conv2d(fan_in, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+            return nn.Sequential(*conv_batch_norm(fan_in, channels), nn.ReLU())
 
         self.grid = (grid[0], grid[1])
         self.pool = CommonGrid(student, teacher).student
@@ -123,16 +122,20 @@ class FAMKD(Distiller):
     where F is the orthonormal Fourier transform, W learned complex weights that mix channels at each frequency, M a
     high-pass mask, V a 1x1 convolution, and a and b begin at 1/2.
 
-    The published mask clears a square of a tenth of the map's half, rounded down, around DC: nothing at all under
-    20 pixels, frequencies -1 and 0 of each axis at 32, -2 to 1 at 56. Ours clears what is not above ``cutoff``
-    cycles per image on any grid, 1 as the published one at 32; a map too coarse for more keeps its highest
-    frequency. Of the published repository ours also differs in this: complex weights are pairs of real ones;
-    where a stage would need more than 2^24 of them (a ViT's some 10^8) each frequency scales its channel and does
-    not mix, and the 1x1 convolution is left to mix; any width goes, as the attention's groups did nothing; the
-    last ReLU is gone, as features of transformers are negative too; a 1x1 convolution leads to the teacher's
-    channels at every stage; a finer grid is averaged to the teacher's first, not thinned out at the end; and
-    the student's maps are as it passes them on for every pair, where the authors' configuration of one,
-    resnet32x4 to resnet8x4, takes those before the last ReLU.
+    Differs from the authors' code:
+
+    - The published mask clears a square of a tenth of the map's half, rounded down, around DC: nothing at all under
+      20 pixels, frequencies -1 and 0 of each axis at 32, -2 to 1 at 56. Ours clears what is not above ``cutoff``
+      cycles per image on any grid, 1 as the published one at 32; a map too coarse for more keeps its highest
+      frequency.
+    - Complex weights are pairs of real ones. Where a stage would need more than 2^24 of them (a ViT's some 10^8),
+      each frequency scales its channel and does not mix, and the 1x1 convolution is left to mix.
+    - Any width is accepted, as the attention's groups did nothing.
+    - The last ReLU is gone, as features of transformers are negative too.
+    - A 1x1 convolution leads to the teacher's channels at every stage.
+    - A finer grid is averaged to the teacher's first, not thinned out at the end.
+    - The student's maps are as it passes them on for every pair, where the authors' configuration of one,
+      resnet32x4 to resnet8x4, takes those before the last ReLU.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -154,9 +157,6 @@ class FAMKD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         fam: float = 1.0,
@@ -167,39 +167,33 @@ class FAMKD(Distiller):
         mixing: str = "auto",
         stages: tuple[int, ...] = (0, 1, 2, 3),
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 4 is usual")
-        if not 0 <= warmup <= 1:
-            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 20 of 240 epochs are 1/12")
-        if mixing not in MIXINGS:
-            raise unknown("mixing", mixing, MIXINGS)
-        self.ce, self.fam, self.kd = ce, fam, kd
-        self.temperature, self.warmup = temperature, warmup
-        if not fam:
-            self.needs = Needs(features=False)
-            return
-        self.stages = tuple(sorted(check_stages(stages, student, teacher), reverse=True))
+        super().__init__(ce=ce, fam=fam, kd=kd)
+        self.temperature, self.warmup = positive(temperature=temperature), share(warmup=warmup)
+        self.cutoff, self.mixing = cutoff, one_of(("auto", "full", "depthwise"), mixing=mixing)
+        self.stages = stages
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.stages = tuple(sorted(check_stages(self.stages, student, teacher), reverse=True))
         self.reviews, deeper = nn.ModuleList(), 0
         for f_s, f_t in zip(self.deep_first(student), self.deep_first(teacher), strict=True):
-            self.reviews.append(Review(f_s, f_t, deeper, cutoff, mixing))
+            self.reviews.append(Review(f_s, f_t, deeper, self.cutoff, self.mixing))
             deeper = f_t.shape[1]
 
     def deep_first(self, output: Output) -> list[Tensor]:
-        """The embedding as a 1x1 map, and the stages, the deepest first: (B, C, H, W) each."""
+        """List the embedding as a 1x1 map, and the stages, the deepest first: (B, C, H, W) each."""
         return [output.embedding[:, :, None, None], *(output.features[stage] for stage in self.stages)]
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.fam:
-            errors, deeper = [], None
-            for f_s, f_t, review in zip(self.deep_first(student), self.deep_first(teacher), self.reviews, strict=True):
-                seen, deeper = review(f_s, deeper)
-                errors.append(F.mse_loss(seen, f_t.detach()))
-            grown = (batch.progress / self.warmup).clamp(max=1.0) if self.warmup else 1.0
-            terms["fam"] = self.fam * grown * torch.stack(errors).sum()
-        if self.kd:
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits.detach(), self.temperature)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            fam=lambda: warm_up(batch.progress, self.warmup) * self.review(student, teacher),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature),
+        )
+
+    def review(self, student: Output, teacher: Output) -> Tensor:
+        """Sum the errors of the reviewed stages, the deepest first: a scalar."""
+        errors, deeper = [], None
+        for f_s, f_t, review in zip(self.deep_first(student), self.deep_first(teacher), self.reviews, strict=True):
+            seen, deeper = review(f_s, deeper)
+            errors.append(F.mse_loss(seen, f_t))
+        return torch.stack(errors).sum()

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError
+from kdzoo.keywords import one_of, positive
 from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import largest_level, wavelet_basis
-from kdzoo.tensors import all_sum, full_precision
+from kdzoo.tensors import all_sum
 
-LEVELS = 3  # by default, where there are classes enough
 ORDERS = ("dataset", "confusion", "superclass", "random")
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
@@ -26,18 +26,14 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def wavelet_coefficients(logits: Tensor, basis: Tensor, temperature: float, standardize: bool = False) -> Tensor:
-    """Coefficients (B, N) of logits (B, K) / T under the rows of ``basis`` (N, K).
-
-    ``standardize`` takes each row of logits to mean 0 and variance 1 before the temperature divides it.
-    """
-    logits = full_precision(logits)
+    """Transform logits (B, K) / T by ``basis`` (N, K) to (B, N); ``standardize`` first normalises each row."""
     if standardize:
         logits = F.layer_norm(logits, logits.shape[1:])
     return logits / temperature @ basis.to(logits.dtype).mT
 
 
 def confusion_order(predictions: np.ndarray) -> np.ndarray:
-    """The order (K,) of classes in which those with alike ``predictions`` (K, K; any scale) are neighbours.
+    """Order classes so that those with alike ``predictions`` (K, K; any scale) are neighbours: (K,).
 
     Leaves of average linkage on the correlation distance, ordered so that neighbours are nearest. A class
     whose row is constant, say because no image shows it, counts as uncorrelated with every other.
@@ -50,20 +46,18 @@ def confusion_order(predictions: np.ndarray) -> np.ndarray:
 
 
 def class_permutation(class_order: str | Sequence[int], data: DataSpec) -> Tensor:
-    """Which class stands where, (K,) int64, as far as it is known before the teacher is asked."""
+    """Choose which class stands where, (K,) int64, as far as it is known before the teacher is asked."""
     classes = range(data.num_classes)
-    if class_order in ("dataset", "confusion"):
-        return torch.arange(data.num_classes)
     if class_order == "random":
         return torch.randperm(data.num_classes)
     if class_order == "superclass":
         if not data.superclasses:
-            raise UserError(f"class_order 'superclass': {data.name} defines no superclasses; choose confusion")
+            raise UserError(f"class_order=superclass: {data.name} defines no superclasses; choose confusion")
         return torch.tensor(sorted(classes, key=data.superclasses.__getitem__))
     if isinstance(class_order, str):
-        raise unknown("class_order", class_order, ORDERS)
+        return torch.arange(data.num_classes)
     if sorted(class_order) != list(classes):
-        raise UserError(f"class_order {class_order}: expected each of 0 to {len(classes) - 1} once; mend the list")
+        raise UserError(f"class_order={class_order}: expected each of 0 to {len(classes) - 1} once; correct the list")
     return torch.tensor(class_order)
 
 
@@ -73,14 +67,14 @@ class FiGKD(Distiller):
     .. math:: L = w_{ce} H(y, p_s) + w_{detail} \operatorname{MSE}(D z_s / T, D z_t / T)
         + w_{kd} T^2 KL(p_t^{(T)} \| p_s^{(T)})
 
-    D takes the detail coefficients of a discrete wavelet transform over the class axis, of all levels. For Haar
-    and level 1 they are (z_2k - z_2k+1) / sqrt 2: differences of neighbouring classes. Averaged over all orders
-    of the classes this is K / (K - 1) times the MSE of centred logits (``logitmse``), so what FiGKD adds comes
-    from the order alone; and each level leaves out less of what ``logitmse`` compares.
+    D takes the detail coefficients of a discrete wavelet transform over the class axis, of all levels. For Haar and
+    level 1 they are (z_2k - z_2k+1) / sqrt 2: differences of neighbouring classes. Averaged over all orders of the
+    classes this is K / (K - 1) times the MSE of centred logits (``logitmse``), so what FiGKD adds comes from the
+    order alone; and each level leaves out less of what ``logitmse`` compares.
 
     The full text was not available. Known are the split of logits by a wavelet transform, the transfer of detail
-    only, and the cross-entropy beside it. Ours are the wavelet, the level, T, the distance, the padding (with odd
-    K the last class is paired with the one before it) and every order but the data set's own.
+    only, and the cross-entropy beside it. Ours are the wavelet, the level, T, the distance, the padding (with odd K
+    the last class is paired with the one before it) and every order but the data set's own.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -91,9 +85,8 @@ class FiGKD(Distiller):
         temperature: T, which divides the logits of both terms.
         standardize: each row of logits is taken to mean 0 and variance 1 before T divides it.
         distance: "mse", "l1", "smooth_l1" or "cosine".
-        padding: how logits go on past the first and last class: a signal extension mode of PyWavelets.
-        class_order: "dataset"; "confusion", where neighbours are classes that the teacher confuses;
-            "superclass"; "random"; or the permutation itself.
+        padding: how logits continue past the first and last class: a signal extension mode of PyWavelets.
+        class_order: "dataset"; "confusion", by what the teacher confuses; "superclass"; "random"; or a permutation.
         band: "detail", or as controls "content" or "all".
 
     Source: the abstract of arXiv 2505.11897; formulas reconstructed.
@@ -108,9 +101,6 @@ class FiGKD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         detail: float = 1.0,
@@ -124,44 +114,36 @@ class FiGKD(Distiller):
         class_order: str | tuple[int, ...] = "dataset",
         band: str = "detail",
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; raise it")
-        if distance not in DISTANCES:
-            raise unknown("distance", distance, DISTANCES)
-        self.ce, self.detail, self.kd, self.temperature = ce, detail, kd, temperature
-        self.standardize, self.distance, self.class_order = standardize, distance, class_order
-        if level is None:
-            level = max(1, min(LEVELS, largest_level((data.num_classes,), wavelet)))
-        content, detail_rows = wavelet_basis(data.num_classes, wavelet, level, padding)
-        rows = {"detail": detail_rows, "content": content, "all": torch.cat([content, detail_rows])}
-        if band not in rows:
-            raise unknown("band", band, rows)
-        order = class_permutation(class_order, data)
-        if detail:
-            self.register_buffer("basis", rows[band].float(), persistent=False)
-            self.register_buffer("order", order)
+        super().__init__(ce=ce, detail=detail, kd=kd)
+        self.temperature = positive(temperature=temperature)
+        self.distance = one_of(DISTANCES, distance=distance)
+        self.band = one_of(("detail", "content", "all"), band=band)
+        self.class_order = one_of(ORDERS, class_order=class_order) if isinstance(class_order, str) else class_order
+        self.wavelet, self.level, self.padding, self.standardize = wavelet, level, padding, standardize
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        level = max(1, min(3, largest_level((data.num_classes,), self.wavelet))) if self.level is None else self.level
+        content, detail = wavelet_basis(data.num_classes, self.wavelet, level, self.padding)
+        rows = {"detail": detail, "content": content, "all": torch.cat([content, detail])}
+        self.register_buffer("basis", rows[self.band].float(), persistent=False)
+        self.register_buffer("order", class_permutation(self.class_order, data))
 
     def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
-        """One epoch of the teacher's mean predictions, where the order of classes comes from them."""
-        if not self.detail or self.class_order != "confusion":
+        """Average the teacher's predictions by class over an epoch, where the order of classes comes from them."""
+        if not self.is_active or self.class_order != "confusion":
             return
         sums = torch.zeros(len(self.order), len(self.order), device=self.order.device)
-        with torch.no_grad():
-            for batch in batches:
-                sums += batch.targets.mT @ teacher(batch.images).logits.softmax(dim=1)
+        for batch in batches:
+            sums += batch.targets.mT @ teacher(batch.images).logits.softmax(dim=1)
         self.order.copy_(torch.from_numpy(confusion_order(all_sum(sums).double().cpu().numpy())))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.detail:
-            d_s, d_t = (
-                wavelet_coefficients(logits[:, self.order], self.basis, self.temperature, self.standardize)
-                for logits in (student.logits, teacher.logits.detach())
-            )
-            terms["detail"] = self.detail * DISTANCES[self.distance](d_s, d_t)
-        if self.kd:
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits, self.temperature)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            detail=lambda: DISTANCES[self.distance](self.coefficients(student), self.coefficients(teacher)),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature),
+        )
+
+    def coefficients(self, output: Output) -> Tensor:
+        """Transform the logits of the ordered classes: (B, N)."""
+        return wavelet_coefficients(output.logits[:, self.order], self.basis, self.temperature, self.standardize)

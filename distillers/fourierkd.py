@@ -4,11 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrid, check_stages
-from kdzoo.errors import UserError
-from kdzoo.losses import cross_entropy, softened_kl
-from kdzoo.tensors import full_precision
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.connectors import CommonGrid, check_stages, paired_features
+from kdzoo.keywords import positive
+from kdzoo.losses import cross_entropy, softened_kl, standardised
 
 
 def spectrum_parts(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,7 +15,7 @@ def spectrum_parts(maps: Tensor) -> tuple[Tensor, Tensor]:
 
     Where nothing is to be seen of a wave (below 1e-6) its phase is near 0, so that gradients stay finite.
     """
-    spectrum = torch.view_as_real(torch.fft.fft2(full_precision(maps), norm="ortho")).movedim(-1, 0)
+    spectrum = torch.view_as_real(torch.fft.fft2(maps, norm="ortho")).movedim(-1, 0)
     amplitude = spectrum.square().sum(dim=0).clamp_min(1e-12).sqrt()
     return amplitude, spectrum / amplitude
 
@@ -27,28 +26,24 @@ def riemann(spectrum: Tensor) -> Tensor:
     return torch.cat([2 * spectrum, (squared - 1)[None]]) / (squared + 1)
 
 
-def normalised(values: Tensor) -> Tensor:
-    """Values (..., B, C, H, W) to mean 0 and variance 1 in each channel, over the batch, as batch norm in training."""
-    centred = values - values.mean(dim=(-4, -2, -1), keepdim=True)
-    return centred * (centred.square().mean(dim=(-4, -2, -1), keepdim=True) + 1e-5).rsqrt()
-
-
 def unlikeness(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cosine of maps (B, C, H, W) in each channel: (B, C, 1, 1); 1 where maps have one position, so only signs."""
     if student.shape[2:].numel() == 1:
         return torch.ones_like(student)
-    student, teacher = full_precision(student).flatten(2), full_precision(teacher).flatten(2)
-    return 1 - F.cosine_similarity(student, teacher, dim=2, eps=1e-6)[..., None, None]
+    return 1 - F.cosine_similarity(student.flatten(2), teacher.flatten(2), dim=2, eps=1e-6)[..., None, None]
 
 
 def sphere_distance(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """Half the squared distance of normalised sphere points of spectra (2, B, C, H, W), weighed; mean over points."""
-    points = (normalised(riemann(spectrum)) for spectrum in (student, teacher))
+    """Half the squared distance of sphere points of spectra (2, B, C, H, W), weighed; mean over points.
+
+    Each coordinate has mean 0 and variance 1 in each channel, over the batch, as batch norm in training gives it.
+    """
+    points = (standardised(riemann(spectrum), (1, 3, 4), 1e-5) for spectrum in (student, teacher))
     return (torch.sub(*points).square().sum(dim=0) * weight).mean() / 2
 
 
 class AmplitudeFusion(nn.Module):
-    """The student's spectrum (2, B, C, H, W), its amplitudes mixed with the teacher's and shaken by noise."""
+    """Mix the student's amplitudes with the teacher's and shake them by noise: a spectrum (2, B, C, H, W)."""
 
     def __init__(self, channels: int, noise: bool):
         super().__init__()
@@ -74,10 +69,13 @@ class FourierKD(Distiller):
     coordinate to mean 0 and variance 1 by channel; the cosine is taken over each channel of each image. f_s has
     been through a 1x1 convolution to the teacher's channels.
 
-    The authors' code also rolls batch and channels with the spectrum, so that the cosines weigh other images, and
-    other channels, than their own; when it is given several maps it reads the last only, and resizes none. Ours
-    weighs each with its own, takes the mean over stages, and averages the finer of two grids to the coarser one.
-    Maps of one position, whose cosine is a sign, weigh 1.
+    Differs from the authors' code:
+
+    - Theirs rolls batch and channels with the spectrum, so that the cosines weigh other images, and other channels,
+      than their own; here each is weighed with its own.
+    - Theirs reads the last of several maps only; here the term is the mean over stages.
+    - Theirs resizes no map; here the finer of two grids is averaged to the coarser one.
+    - Maps of one position, whose cosine is a sign, weigh 1.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -95,9 +93,6 @@ class FourierKD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         fourier: float = 1.0,
@@ -106,39 +101,37 @@ class FourierKD(Distiller):
         noise: bool = True,
         stages: tuple[int, ...] = (3,),
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 4 is usual")
-        self.ce, self.fourier, self.kd, self.temperature = ce, fourier, kd, temperature
-        if not fourier:
-            self.needs = Needs(features=False)
-            return
-        self.stages = check_stages(stages, student, teacher)
+        super().__init__(ce=ce, fourier=fourier, kd=kd)
+        self.temperature = positive(temperature=temperature)
+        self.noise, self.stages = noise, stages
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.stages = check_stages(self.stages, student, teacher)
         self.grids, self.projectors, self.predictors, self.fusions = (nn.ModuleList() for _ in range(4))
-        for stage in self.stages:
-            s_maps, t_maps = student.features[stage], teacher.features[stage]
-            channels = t_maps.shape[1]
-            self.grids.append(CommonGrid(s_maps, t_maps))
-            self.projectors.append(nn.Conv2d(s_maps.shape[1], channels, 1))
+        for f_s, f_t in paired_features(student, teacher, self.stages):
+            channels = f_t.shape[1]
+            self.grids.append(CommonGrid(f_s, f_t))
+            self.projectors.append(nn.Conv2d(f_s.shape[1], channels, 1))
             self.predictors.append(nn.Conv2d(channels, channels, 1))
-            self.fusions.append(AmplitudeFusion(channels, noise))
+            self.fusions.append(AmplitudeFusion(channels, self.noise))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.fourier:
-            distances = []
-            modules = zip(self.grids, self.projectors, self.predictors, self.fusions, strict=True)
-            for stage, (grid, project, predict, fuse) in zip(self.stages, modules, strict=True):
-                f_s, f_t = grid(student.features[stage], teacher.features[stage])
-                f_s = project(f_s)
-                weight = unlikeness(f_s, f_t)
-                amplitude_s, phase_s = spectrum_parts(predict(f_s))
-                amplitude_t, phase_t = spectrum_parts(f_t)
-                fused = fuse(amplitude_s, phase_s, amplitude_t)
-                distances.append(sphere_distance(fused, amplitude_t * phase_t, weight))
-            terms["fourier"] = self.fourier * torch.stack(distances).mean()
-        if self.kd:
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits.detach(), self.temperature)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            fourier=lambda: self.spectra_distance(student, teacher),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature),
+        )
+
+    def spectra_distance(self, student: Output, teacher: Output) -> Tensor:
+        """Average the distances of fused and given spectra over the stages: a scalar."""
+        distances = []
+        modules = (self.grids, self.projectors, self.predictors, self.fusions)
+        for f_s, f_t, grid, project, predict, fuse in paired_features(student, teacher, self.stages, *modules):
+            f_s, f_t = grid(f_s, f_t)
+            f_s = project(f_s)
+            weight = unlikeness(f_s, f_t)
+            amplitude_s, phase_s = spectrum_parts(predict(f_s))
+            amplitude_t, phase_t = spectrum_parts(f_t)
+            fused = fuse(amplitude_s, phase_s, amplitude_t)
+            distances.append(sphere_distance(fused, amplitude_t * phase_t, weight))
+        return torch.stack(distances).mean()

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import Positions, check_stages
-from kdzoo.errors import UserError, unknown
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.connectors import Positions, check_stages, paired_features
+from kdzoo.errors import UserError
+from kdzoo.keywords import at_least, each, one_of, positive
 from kdzoo.losses import cross_entropy, info_nce, softened_kl
 from kdzoo.spectral import disk, fourier_filter, pooling_basis
 from kdzoo.tensors import gather
@@ -17,16 +18,13 @@ FILTERS = ("average", "gaussian", "ideal", "none", "highpass")
 
 
 def contrast_loss(student: Tensor, teacher: Tensor, tau: float, mask: Tensor | None = None) -> Tensor:
-    """InfoNCE of maps (B, C, cells) and (N, C, cells), flattened and normalised; row i of both is one image.
-
-    ``mask`` (B, N) is true for pairs of different rows that shall not repel.
-    """
+    """Contrast maps (B, C, cells) and (N, C, cells), flattened and normalised, as ``info_nce`` does with ``mask``."""
     rows, columns = (F.normalize(maps.flatten(1), eps=1e-6) for maps in (student, teacher))
     return info_nce(rows, columns, tau, mask)
 
 
-def not_negative(labels: Tensor, partner: Tensor | None, same_class: bool) -> Tensor | None:
-    """Pairs that shall not repel, (B, N) bool: rows that share a mixed-in image and, where asked, a class.
+def exempt_pairs(labels: Tensor, partner: Tensor | None, same_class: bool) -> Tensor | None:
+    """Find pairs that do not repel, (B, N) bool: rows that share a mixed-in image and, where asked, a class.
 
     ``labels`` (B,) of this rank; ``partner`` (B,) the row that is mixed into each. N counts all ranks' rows.
     """
@@ -41,12 +39,10 @@ def not_negative(labels: Tensor, partner: Tensor | None, same_class: bool) -> Te
 
 
 def filter_basis(grid: Sequence[int], common: Sequence[int], size: Sequence[int], kind: str) -> Tensor:
-    """The filter of maps (H, W) = ``grid`` as a matrix (cells, H * W).
+    """Build the filter of maps (H, W) = ``grid`` as a matrix (cells, H * W).
 
-    Low-pass filters end in ``size`` cells, the controls in the cells of ``common``, the grid of both networks.
+    Filters end in ``size`` cells, but the high-pass in the cells of ``common``, the grid of both networks.
     """
-    if kind == "none":
-        return pooling_basis(grid, common)
     if kind == "highpass":
         whole, pooling = pooling_basis(grid, common), pooling_basis(common, size)
         return whole - torch.linalg.pinv(pooling) @ (pooling @ whole)
@@ -61,13 +57,12 @@ class LFCC(Distiller):
     r"""Low-frequency cross-architecture contrast, reconstructed.
 
     .. math:: L = w_{ce} H(y, p_s) + w_{kd} T^2 KL(p_t^{(T)} \| p_s^{(T)})
-        - w_{contrast} \operatorname{mean}_{l, g, i}
-        \log \frac{\exp(u_{s,i}^{lg} \cdot u_{t,i}^{lg} / \tau)}
+        - w_{contrast} \operatorname{mean}_{l, g, i} \log \frac{\exp(u_{s,i}^{lg} \cdot u_{t,i}^{lg} / \tau)}
         {\sum_j \exp(u_{s,i}^{lg} \cdot u_{t,j}^{lg} / \tau)}
 
-    u is stage l under a low-pass to g x g cells, flattened and normalised; the student's channels go through a
-    1x1 convolution to the teacher's. It commutes with every filter over space, so it comes after, where few cells
-    are left. j runs over the batch on all ranks. A map smaller than g keeps its sides; each grid counts once.
+    u is stage l under a low-pass to g x g cells, flattened and normalised; the student's channels go through a 1x1
+    convolution to the teacher's. It commutes with every filter over space, so it comes after, where few cells are
+    left. j runs over the batch on all ranks. A map smaller than g keeps its sides; each grid counts once.
 
     The full text was not available. Known are low-pass filters of several scales, average pooling among them, a
     compact space, and contrast there between samples of teacher and student. Ours are the scales, tau, the
@@ -80,9 +75,8 @@ class LFCC(Distiller):
         temperature: T of the distillation of logits.
         tau: divides the similarities.
         scales: the values of g.
-        filter: "average", adaptive average pooling; "gaussian", a blur of half a cell before it; "ideal", a
-            Fourier disk before it; or as controls "none", the finest grid that both networks have, and
-            "highpass", that grid less all that average pooling keeps.
+        filter: "average", adaptive average pooling; "gaussian", a blur of half a cell before it; "ideal", a Fourier
+            disk before it; or as controls "none", the finest grid of both, and "highpass", that less the average.
         stages: which stages are contrasted.
         mask_same_class: other images of the same class do not repel.
 
@@ -94,9 +88,6 @@ class LFCC(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 0.1,
         kd: float = 0.9,
@@ -108,56 +99,49 @@ class LFCC(Distiller):
         stages: tuple[int, ...] = (0, 1, 2, 3),
         mask_same_class: bool = False,
     ):
-        super().__init__()
-        for name, value in (("temperature", temperature), ("tau", tau)):
-            if not value > 0:
-                raise UserError(f"{name} {value}: expected a number above 0; raise it")
-        if not scales or min(scales) < 1:
-            raise UserError(f"scales {tuple(scales)}: expected numbers from 1; choose some, such as 1, 2, 4")
-        if filter not in FILTERS:
-            raise unknown("filter", filter, FILTERS)
-        self.ce, self.kd, self.contrast, self.temperature = ce, kd, contrast, temperature
-        self.tau, self.mask_same_class = tau, mask_same_class
-        self.stages: list[int] = []
+        super().__init__(ce=ce, kd=kd, contrast=contrast)
+        self.temperature, self.tau = positive(temperature=temperature), positive(tau=tau)
+        self.scales, self.filter = each(at_least, 1, scales=scales), one_of(FILTERS, filter=filter)
+        self.stages, self.mask_same_class = stages, mask_same_class
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        stages: list[int] = []
         self.cells: list[list[int]] = []  # of each scale, by stage
-        self.student_filters, self.teacher_filters = nn.ModuleList(), nn.ModuleList()
-        self.projectors = nn.ModuleList()
-        if not contrast:
-            self.needs = Needs(features=False)
-            return
-        for stage in check_stages(stages, student, teacher):
-            _, inputs, *s_grid = student.features[stage].shape
-            _, outputs, *t_grid = teacher.features[stage].shape
+        self.student_filters, self.teacher_filters, self.projectors = (nn.ModuleList() for _ in range(3))
+        for stage in check_stages(self.stages, student, teacher):
+            (_, inputs, *s_grid), (_, outputs, *t_grid) = student.features[stage].shape, teacher.features[stage].shape
             common = (min(s_grid[0], t_grid[0]), min(s_grid[1], t_grid[1]))
-            sizes = dict.fromkeys((min(g, common[0]), min(g, common[1])) for g in scales)  # distinct, in order
-            if filter == "none":
+            sizes = dict.fromkeys((min(g, common[0]), min(g, common[1])) for g in self.scales)  # distinct, in order
+            if self.filter == "none":
                 sizes = {common: None}
-            elif filter == "highpass":
+            elif self.filter == "highpass":
                 sizes.pop(common, None)  # pooling loses nothing there
             if not sizes:
                 continue
             for filters, grid in ((self.student_filters, s_grid), (self.teacher_filters, t_grid)):
-                bases = [filter_basis(grid, common, size, filter) for size in sizes]
+                bases = [filter_basis(grid, common, size, self.filter) for size in sizes]
                 filters.append(Positions(torch.cat(bases)))
-            self.stages.append(stage)
+            stages.append(stage)
             self.cells.append([len(basis) for basis in bases])
             self.projectors.append(nn.Conv1d(inputs, outputs, 1, bias=False))
-        if not self.stages:
-            raise UserError(f"filter 'highpass': scales {tuple(scales)} leave nothing of these maps; choose smaller")
+        if not stages:
+            raise UserError(f"filter=highpass: scales={self.scales} leave nothing of these maps; choose smaller scales")
+        self.stages = tuple(stages)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.kd:
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits, self.temperature)
-        if self.contrast:
-            mask = not_negative(batch.labels, batch.partner, self.mask_same_class)
-            contrasts = []
-            modules = zip(self.student_filters, self.projectors, self.teacher_filters, strict=True)
-            for stage, cells, (filter_s, project, filter_t) in zip(self.stages, self.cells, modules, strict=True):
-                low_s = project(filter_s(student.features[stage])).split(cells, dim=2)
-                low_t = gather(filter_t(teacher.features[stage].detach())).split(cells, dim=2)
-                contrasts += [contrast_loss(s, t, self.tau, mask) for s, t in zip(low_s, low_t, strict=True)]
-            terms["contrast"] = self.contrast * torch.stack(contrasts).mean()
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature),
+            contrast=lambda: self.contrast(student, teacher, batch),
+        )
+
+    def contrast(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        """Average the contrast over stages and scales: a scalar."""
+        mask = exempt_pairs(batch.labels, batch.partner, self.mask_same_class)
+        modules = (self.cells, self.student_filters, self.projectors, self.teacher_filters)
+        contrasts = []
+        for f_s, f_t, cells, filter_s, project, filter_t in paired_features(student, teacher, self.stages, *modules):
+            low_s = project(filter_s(f_s)).split(cells, dim=2)
+            low_t = gather(filter_t(f_t)).split(cells, dim=2)
+            contrasts += [contrast_loss(s, t, self.tau, mask) for s, t in zip(low_s, low_t, strict=True)]
+        return torch.stack(contrasts).mean()

@@ -1,18 +1,21 @@
 """UFD-KD: means and what is left of them, over space and over channels, are matched apart on the last stage."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
 from kdzoo.connectors import check_stages
-from kdzoo.errors import UserError
+from kdzoo.keywords import at_least, positive
 from kdzoo.losses import cross_entropy, softened_kl
-from kdzoo.tensors import full_precision
+
+AXES = {"spatial": 1, "channel": 2}  # of tokens (B, N, C)
 
 
 def decoupled(tokens: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """DC and AC of tokens (B, N, C) along ``axis``, 1 for space or 2 for channels: (B, N, C) each.
+    """Split tokens (B, N, C) into DC and AC along ``axis``, 1 for space or 2 for channels: (B, N, C) each.
 
     An orthogonal transform of which all but the constant is dropped, and its inverse, leave the mean.
     """
@@ -21,13 +24,13 @@ def decoupled(tokens: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def direction_distance(student: Tensor, teacher: Tensor, axis: int) -> Tensor:
-    """Squared distance of tokens (B, N, C), each vector along ``axis`` taken to length 1; summed, mean over B."""
-    s, t = (F.normalize(full_precision(tokens), dim=axis, eps=1e-6) for tokens in (student, teacher))
+    """Measure the squared distance of tokens (B, N, C), each vector along ``axis`` of length 1; summed, mean over B."""
+    s, t = (F.normalize(tokens, dim=axis, eps=1e-6) for tokens in (student, teacher))
     return (s - t).square().sum(dim=(1, 2)).mean()
 
 
 class AttentionProjector(nn.Module):
-    """Student maps (B, C_s, H_s, W_s) as tokens of the teacher (B, H_t * W_t, C_t), asked for by queries.
+    """Turn student maps (B, C_s, H_s, W_s) into tokens of the teacher (B, H_t * W_t, C_t), asked for by queries.
 
     The queries are learned. A student of one position leaves attention nothing to choose, so there are none then.
     """
@@ -102,9 +105,6 @@ class UFDKD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 0.5,
         kd: float = 0.5,
@@ -117,38 +117,31 @@ class UFDKD(Distiller):
         head_width: int = 32,
         sharpness: float = 5.0,
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 1 softens nothing")
-        if head_width < 1:
-            raise UserError(f"head_width {head_width}: expected a number from 1; 32 is usual")
-        self.ce, self.kd, self.temperature = ce, kd, temperature
-        self.weights = {
-            "spatial": {"spatial_dc": spatial_dc, "spatial_ac": spatial_ac},
-            "channel": {"channel_dc": channel_dc, "channel_ac": channel_ac},
-        }
-        wanted = [name for name, weights in self.weights.items() if any(weights.values())]
-        if not wanted:
-            self.needs = Needs(features=False)
-        else:
-            (self.stage,) = check_stages((stage,), student, teacher)
-            f_s, f_t = student.features[stage], teacher.features[stage]
-            self.dot = f_t.shape[2:].numel() == 1
-        self.projectors = nn.ModuleDict(
-            {name: AttentionProjector(f_s, f_t, head_width, sharpness) for name in wanted},
+        super().__init__(
+            ce=ce, kd=kd, spatial_dc=spatial_dc, spatial_ac=spatial_ac, channel_dc=channel_dc, channel_ac=channel_ac
         )
+        self.temperature, self.head_width = positive(temperature=temperature), at_least(1, head_width=head_width)
+        self.stage, self.sharpness = stage, sharpness
+        self.projectors = nn.ModuleDict()  # one for each kind of term that has a weight
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        check_stages((self.stage,), student, teacher)
+        f_s, f_t = student.features[self.stage], teacher.features[self.stage]
+        self.dot = f_t.shape[2:].numel() == 1
+        for kind in AXES:
+            if self.weights[f"{kind}_dc"] or self.weights[f"{kind}_ac"]:
+                self.projectors[kind] = AttentionProjector(f_s, f_t, self.head_width, self.sharpness)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.kd:
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits.detach(), self.temperature)
-        for name, project in self.projectors.items():
-            axis = 1 if name == "spatial" else 2
+        distances = {}
+        for kind, project in self.projectors.items():
+            axis = AXES[kind]
             parts_s = decoupled(project(student.features[self.stage]), axis)
-            parts_t = decoupled(teacher.features[self.stage].detach().flatten(2).mT, axis)
-            for (term, weight), s, t in zip(self.weights[name].items(), parts_s, parts_t, strict=True):
-                if weight:
-                    terms[term] = weight * direction_distance(s, t, 2 if self.dot else 3 - axis)
-        return terms
+            parts_t = decoupled(teacher.features[self.stage].flatten(2).mT, axis)
+            for part, s, t in zip(("dc", "ac"), parts_s, parts_t, strict=True):
+                distances[f"{kind}_{part}"] = partial(direction_distance, s, t, 2 if self.dot else 3 - axis)
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature),
+            **distances,
+        )

@@ -31,6 +31,12 @@ def paired_features(student: Output, teacher: Output, stages: Sequence[int], *mo
         yield student.features[stage], teacher.features[stage], *items
 
 
+def conv_batch_norm(inputs: int, outputs: int, kernel: int = 1, groups: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """Make the layers of a convolution that keeps the grid, without bias, and of its batch norm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return conv, nn.BatchNorm2d(outputs)
+
+
 class Positions(nn.Module):
     """A fixed linear map of positions, such as a pooling or a transform: (B, C, H, W) -> (B, C, N).
 

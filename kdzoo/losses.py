@@ -29,6 +29,12 @@ def centred_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (difference - difference.mean(dim=1, keepdim=True)).square().mean()
 
 
+def standardised(values: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
+    """Take ``values`` to mean 0 and variance 1 over the dimensions ``dim``; ``eps`` is added to the variance."""
+    centred = values - values.mean(dim=dim, keepdim=True)
+    return centred * (centred.square().mean(dim=dim, keepdim=True) + eps).rsqrt()
+
+
 def true_class(targets: Tensor) -> Tensor:
     """True at the class with the largest share of each row of ``targets`` (B, K), the first of equals: (B, K) bool."""
     return torch.arange(targets.shape[1], device=targets.device) == targets.argmax(dim=1, keepdim=True)

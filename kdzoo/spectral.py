@@ -42,6 +42,22 @@ def fourier_basis(grid: Sequence[int], size: int, sigma: float = math.inf) -> Te
     return torch.cat([both.real, both.imag])
 
 
+def half_basis(grid: Sequence[int], size: int, sigma: float = math.inf) -> Tensor:
+    """The rows of ``fourier_basis`` up to DC, (size * size + 1, H * W): of a real map the others are conjugates."""
+    return fourier_basis(grid, size, sigma).unflatten(0, (2, -1))[:, : size * size // 2 + 1].flatten(0, 1)
+
+
+def mirrored(half: Tensor) -> Tensor:
+    """Repeat the amplitudes of frequencies up to DC, (..., (N + 1) / 2), for their negatives: (..., N)."""
+    return torch.cat([half, half[..., :-1].flip(-1)], dim=-1)
+
+
+def whole_spectrum(half: Tensor) -> Tensor:
+    """Give coefficients of ``half_basis``, (..., N + 1), those of all frequencies, (..., 2 N): their conjugates."""
+    real, imaginary = half.chunk(2, dim=-1)
+    return torch.cat([mirrored(real), imaginary, -imaginary[..., :-1].flip(-1)], dim=-1)
+
+
 def amplitude(coefficients: Tensor) -> Tensor:
     """|.| of real and imaginary parts (..., 2 N) -> (..., N), with gradient 0 where both are 0."""
     return coefficients.unflatten(-1, (2, -1)).square().sum(dim=-2).clamp_min(1e-30).sqrt()

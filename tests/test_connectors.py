@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from kdzoo.connectors import CommonGrid, Pool
+from kdzoo.connectors import CommonGrid, Pool, conv_batch_norm
 
 
 def wave(*shape):
@@ -49,3 +50,10 @@ def test_the_common_grid_has_the_smaller_height_and_the_smaller_width(student, t
         torch.testing.assert_close(maps, F.adaptive_avg_pool2d(each, size))
     assert pooled[0].requires_grad
     assert not pooled[1].requires_grad
+
+
+@pytest.mark.parametrize(("kernel", "groups", "weights"), [(1, 1, 6 * 4), (3, 1, 6 * 4 * 9), (3, 2, 6 * 4 * 9 // 2)])
+def test_a_convolution_with_batch_norm_keeps_the_grid_and_has_no_bias(kernel, groups, weights):
+    layers = conv_batch_norm(4, 6, kernel, groups)
+    assert nn.Sequential(*layers)(torch.randn(2, 4, 7, 5)).shape == (2, 6, 7, 5)
+    assert [p.numel() for p in layers[0].parameters()] == [weights]

@@ -11,7 +11,7 @@ from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from kdzoo.losses import centred_mse, cross_entropy, info_nce, softened_kl
+from kdzoo.losses import centred_mse, cross_entropy, info_nce, softened_kl, standardised
 from kdzoo.tensors import all_sum, gather
 
 
@@ -28,6 +28,14 @@ def test_cross_entropy_weighs_log_probabilities_by_the_targets():
     targets = softmax(waves(6, 5, phase=2.0).numpy(), axis=1)
     expected = -(targets * log_softmax(STUDENT.numpy(), axis=1)).sum(axis=1).mean()
     assert cross_entropy(STUDENT, torch.from_numpy(targets)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_standardised_values_are_those_of_batch_norm_and_one_value_is_no_error():
+    values = waves(4, 3, 5, 5)
+    seen = standardised(values, (0, 2, 3), 1e-5)
+    torch.testing.assert_close(seen, torch.nn.BatchNorm2d(3, affine=False).double()(values))
+    assert not torch.allclose(standardised(values, 0, 1e-5), seen, rtol=0.1)
+    assert not standardised(waves(1, 3, 1, 1), (0, 2, 3), 1e-5).any()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

@@ -14,9 +14,12 @@ from kdzoo.spectral import (
     disk,
     fourier_basis,
     fourier_filter,
+    half_basis,
+    mirrored,
     pooling_basis,
     radius,
     wavelet_basis,
+    whole_spectrum,
 )
 
 GRIDS = [(8, 8), (7, 5), (1, 1), (4, 9), (32, 32)]
@@ -114,6 +117,15 @@ def test_the_logarithm_lowers_the_share_of_the_mean_in_the_loss():
 def test_only_odd_crops_keep_every_frequency_with_its_negative(size, symmetric):
     crop = coefficients(waves(8, 8), size)
     assert torch.allclose(crop, crop.flip(-1).conj()) is symmetric
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 5), (1, 1)])
+def test_half_of_a_real_maps_frequencies_tells_the_others(grid):
+    maps, size = waves(2, 3, *grid), min(5, *grid)
+    whole, half = (apply_basis(maps, basis(grid, size, 0.5)) for basis in (fourier_basis, half_basis))
+    assert half.shape[-1] == size * size + 1
+    torch.testing.assert_close(whole_spectrum(half), whole)
+    torch.testing.assert_close(mirrored(amplitude(half)), amplitude(whole))
 
 
 def test_amplitude_has_gradient_zero_where_the_plain_root_has_none():

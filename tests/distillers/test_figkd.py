@@ -21,7 +21,7 @@ def detail(data, batch):
 
     def term(student, teacher, **keywords):
         classes = student.logits.shape[1]
-        method = FiGKD(student, teacher, data(classes, superclasses=True), ce=0, **keywords)
+        method = FiGKD(ce=0, **keywords).assemble(student, teacher, data(classes, superclasses=True))
         return method.loss(student, teacher, batch(classes))["detail"]
 
     return term
@@ -106,7 +106,7 @@ def test_over_all_orders_of_the_classes_haar_is_centred_logit_matching(output, d
     student, teacher = output(classes=classes), output(classes=classes, phase=1.0)
     orders = list(itertools.permutations(range(classes)))
     terms = [detail(student, teacher, level=1, class_order=order).item() for order in orders]
-    mse = LogitMSE(student, teacher, data(classes)).loss(student, teacher, batch(classes))["mse"].item()
+    mse = LogitMSE().assemble(student, teacher, data(classes)).loss(student, teacher, batch(classes))["mse"].item()
     assert np.mean(terms) == pytest.approx(classes / (classes - 1) * mse, rel=1e-5)
     assert max(terms) > 1.2 * min(terms)
 
@@ -129,7 +129,7 @@ def test_a_random_order_is_a_permutation_that_the_seed_decides(student, teacher,
     with torch.random.fork_rng():
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            orders.append(FiGKD(student, teacher, data(), class_order="random").order.tolist())
+            orders.append(FiGKD(class_order="random").assemble(student, teacher, data()).order.tolist())
     assert sorted(orders[0]) == list(range(10))
     assert orders[0] == orders[1] != orders[2]
 
@@ -149,14 +149,14 @@ def test_confusion_makes_neighbours_of_the_classes_that_the_teacher_confuses(stu
         Batch.of(labels[half].view(-1, 1, 1, 1).expand(-1, 3, 2, 2).float(), labels[half], 10)
         for half in (slice(0, 4), slice(4, 10))
     ]
-    method = FiGKD(student, teacher, data(), class_order="confusion")
+    method = FiGKD(class_order="confusion").assemble(student, teacher, data())
     assert method.order.tolist() == list(range(10))
     method.prepare(Confused(), Confused(), epoch)
     pairs = method.order.view(5, 2)
     assert sorted(method.order.tolist()) == list(range(10))
     assert ((pairs[:, 0] - pairs[:, 1]).abs() == 5).all()
 
-    restored = FiGKD(student, teacher, data(), class_order="confusion")
+    restored = FiGKD(class_order="confusion").assemble(student, teacher, data())
     restored.load_state_dict(method.state_dict())
     terms = [m.loss(student, teacher, batch())["detail"] for m in (method, restored)]
     assert torch.equal(*terms)
@@ -167,7 +167,7 @@ def test_other_orders_ask_the_teacher_nothing(student, teacher, data):
         raise AssertionError("an epoch was asked for")
         yield
 
-    method = FiGKD(student, teacher, data())
+    method = FiGKD().assemble(student, teacher, data())
     method.prepare(Confused(), Confused(), batches())
     assert method.order.tolist() == list(range(10))
 
@@ -180,16 +180,16 @@ def test_predictions_that_tell_nothing_still_give_a_permutation(predictions):
 def test_temperature_divides_logits_of_both_terms_and_kd_carries_its_square(student, teacher, data, batch):
     z_s, z_t = logits_of(student, teacher)
     kl = rel_entr(softmax(z_t / 3, axis=1), softmax(z_s / 3, axis=1)).sum(axis=1).mean()
-    terms = FiGKD(student, teacher, data(), kd=0.7, temperature=3.0).loss(student, teacher, batch())
-    plain = FiGKD(student, teacher, data()).loss(student, teacher, batch())
+    terms = FiGKD(kd=0.7, temperature=3.0).assemble(student, teacher, data()).loss(student, teacher, batch())
+    plain = FiGKD().assemble(student, teacher, data()).loss(student, teacher, batch())
     assert terms["kd"].item() == pytest.approx(0.7 * 9 * kl, rel=1e-4)
     assert terms["detail"].item() == pytest.approx(plain["detail"].item() / 9, rel=1e-5)
 
 
 def test_a_weight_of_zero_leaves_its_term_and_its_buffers_out(student, teacher, data, batch):
-    plain = FiGKD(student, teacher, data())
+    plain = FiGKD().assemble(student, teacher, data())
     assert plain.loss(student, teacher, batch()).keys() == {"ce", "detail"}
-    without = FiGKD(student, teacher, data(), ce=0, detail=0, kd=1)
+    without = FiGKD(ce=0, detail=0, kd=1).assemble(student, teacher, data())
     assert without.loss(student, teacher, batch()).keys() == {"kd"}
     assert list(plain.buffers())
     assert not list(without.buffers())
@@ -206,7 +206,7 @@ def test_gradients_of_the_coefficients_are_those_of_the_values(waves, standardiz
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"temperature": 0}, "temperature 0: expected"),
+        ({"temperature": 0}, "temperature=0: expected"),
         ({"wavelet": "haaar"}, "did you mean haar"),
         ({"level": 9}, "the largest is 3"),
         ({"level": 0}, "the largest is 3"),
@@ -220,5 +220,5 @@ def test_gradients_of_the_coefficients_are_those_of_the_values(waves, standardiz
 )
 def test_a_bad_keyword_is_the_users_error_in_one_line(student, teacher, data, keywords, message):
     with pytest.raises(UserError, match=message) as error:
-        FiGKD(student, teacher, data(), **keywords)
+        FiGKD(**keywords).assemble(student, teacher, data())
     assert "\n" not in str(error.value)
