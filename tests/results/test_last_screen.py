@@ -12,7 +12,7 @@ from kdzoo.cli import main
 from kdzoo.errors import UserError
 from kdzoo.results.show import next_steps, result_table
 
-from .made_runs import write
+from ..made_runs import write
 
 
 def result(root, *overrides, top1=90.0, **more):
