@@ -5,14 +5,12 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.connectors import CellLogits
-from kdzoo.errors import UserError
+from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, normalise: bool) -> Tensor:
-    """MSE of class activation maps (B, N, K), where ``normalise`` says so each of length 1 over its N cells."""
-    student, teacher = full_precision(student), full_precision(teacher)
+    """Compute the MSE of class activation maps (B, N, K); ``normalise`` takes each to length 1 over its N cells."""
     if normalise:
         student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     return F.mse_loss(student, teacher)
@@ -31,7 +29,7 @@ class CATKD(Distiller):
         ce: weight of the cross-entropy with the ground truth.
         cat: weight of the class activation maps.
         size: cells on a side.
-        normalise: each class's map is taken to length 1 over its cells, which the authors' code offers too.
+        normalise: takes each class's map to length 1 over its cells, which the authors' code offers too.
 
     Source: Guo et al. 2023; ``mdistiller/distillers/CAT_KD.py`` and ``configs/cifar100/CAT_KD`` of
     GzyAftermath/CAT-KD, weights of resnet32x4 to resnet8x4.
@@ -41,35 +39,21 @@ class CATKD(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(features=False, final=True)
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        cat: float = 15.0,
-        size: int = 2,
-        normalise: bool = False,
-    ):
-        super().__init__()
-        if size < 1:
-            raise UserError(f"size {size}: expected a number of cells from 1; 2 is usual")
-        self.ce, self.cat, self.normalise = ce, cat, normalise
-        if not cat:
-            self.needs = Needs(features=False)
-            return
-        self.student_maps = CellLogits("student", student, (size,))
-        self.teacher_maps = CellLogits("teacher", teacher, (size,))
+    def __init__(self, *, ce: float = 1.0, cat: float = 15.0, size: int = 2, normalise: bool = False):
+        super().__init__(ce=ce, cat=cat)
+        self.size = at_least(1, size=size)
+        self.normalise = normalise
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.student_maps = CellLogits("student", student, (self.size,))
+        self.teacher_maps = CellLogits("teacher", teacher, (self.size,))
 
     def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
-        """One pass each, then the networks' own heads on the cells of their final maps."""
+        """Run each network once, then its head on the cells of its final map."""
         reference, seen = teacher(batch.images), student(batch.images)
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(seen.logits, batch.targets)
-        if self.cat:
-            maps_s = self.student_maps(seen, student)
-            maps_t = self.teacher_maps(reference, teacher).detach()
-            terms["cat"] = self.cat * attention_transfer(maps_s, maps_t, self.normalise)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(seen.logits, batch.targets),
+            cat=lambda: attention_transfer(
+                self.student_maps(seen, student), self.teacher_maps(reference, teacher), self.normalise
+            ),
+        )

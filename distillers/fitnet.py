@@ -3,15 +3,9 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
 from kdzoo.connectors import CommonGrid, check_stages
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
-
-
-def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of maps (B, C, H, W), over all numbers."""
-    return F.mse_loss(full_precision(student), full_precision(teacher))
 
 
 class FitNet(Distiller):
@@ -19,12 +13,14 @@ class FitNet(Distiller):
 
     .. math:: L = w_{ce} H(y, p_s) + w_{hint} \operatorname{MSE}(r(f_s), f_t)
 
-    r: 1x1 convolution to the teacher's width, batch norm and, where asked, ReLU. Where the grids differ, the
-    larger map is first average-pooled to the smaller height and width; the authors' and RepDistiller's code
-    stretch or stride the connector instead, and have none for most pairs of unlike networks.
+    r: 1x1 convolution to the teacher's width, batch norm and, where asked, ReLU.
 
-    The paper trains the student's first half by the hint alone and then distils logits; as in RepDistiller, the
-    hint here goes along with the cross-entropy from beginning to end.
+    Differs from the authors' code:
+
+    - As in RepDistiller, the hint and the cross-entropy train together from beginning to end; the paper trains the
+      student's first half by the hint alone and then distils logits.
+    - Where the grids differ, the larger map is first average-pooled to the smaller height and width; the authors' and
+      RepDistiller's code stretch or stride the connector instead, and have none for most pairs of unlike networks.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -41,33 +37,23 @@ class FitNet(Distiller):
     paper = "arXiv:1412.6550"
     fidelity = Fidelity.EXACT
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        hint: float = 100.0,
-        stage: int = 2,
-        relu: bool = False,
-    ):
-        super().__init__()
-        self.ce, self.hint = ce, hint
-        if not hint:
-            self.needs = Needs(features=False)
-            return
-        (self.stage,) = check_stages((stage,), student, teacher)
-        f_s, f_t = student.features[stage], teacher.features[stage]
+    def __init__(self, *, ce: float = 1.0, hint: float = 100.0, stage: int = 2, relu: bool = False):
+        super().__init__(ce=ce, hint=hint)
+        self.stage, self.relu = stage, relu
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        check_stages((self.stage,), student, teacher)
+        f_s, f_t = student.features[self.stage], teacher.features[self.stage]
         self.grid = CommonGrid(f_s, f_t)
         layers = [nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False), nn.BatchNorm2d(f_t.shape[1])]
-        self.connector = nn.Sequential(*layers, *([nn.ReLU()] if relu else []))
+        self.connector = nn.Sequential(*layers, *([nn.ReLU()] if self.relu else []))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.hint:
-            f_s, f_t = self.grid(student.features[self.stage], teacher.features[self.stage])
-            terms["hint"] = self.hint * hint_loss(self.connector(f_s), f_t)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets), hint=lambda: self.error(student, teacher)
+        )
+
+    def error(self, student: Output, teacher: Output) -> Tensor:
+        """Compute the mean squared error of the connector's map, over all numbers: a scalar."""
+        f_s, f_t = self.grid(student.features[self.stage], teacher.features[self.stage])
+        return F.mse_loss(self.connector(f_s), f_t)

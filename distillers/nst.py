@@ -1,23 +1,22 @@
 """NST: the student's channels, as patterns over space, are distributed as the teacher's."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.connectors import CommonGrids
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def channel_discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared MMD of the channels of maps (B, C_s, H, W) and (B, C_t, H, W), under the kernel (x . y)^2, mean over B.
+    """Compute the squared MMD of the channels of maps (B, C_s, H, W) and (B, C_t, H, W): a scalar, the mean over B.
 
-    With S (C, N) the normalised channels, the sum of (x . y)^2 over pairs of channels is the squared norm of
-    S S', and that of S' S as well. So the discrepancy is a distance of two N x N matrices, which is taken where
+    The kernel is (x . y)^2. With S (C, N) the normalised channels, its sum over pairs of channels is the squared norm
+    of S S', and that of S' S as well. So the discrepancy is a distance of two N x N matrices, which is taken where
     they are the smaller; otherwise the three C x C matrices are.
     """
-    s, t = (F.normalize(full_precision(maps).flatten(2), dim=2, eps=1e-6) for maps in (student, teacher))
+    s, t = (F.normalize(maps.flatten(2), dim=2, eps=1e-6) for maps in (student, teacher))
     (_, c_s, positions), c_t = s.shape, t.shape[1]
     if positions**2 <= c_s * c_t:
         gap = s.mT @ s / c_s - t.mT @ t / c_t
@@ -50,32 +49,18 @@ class NST(Distiller):
     paper = "arXiv:1707.01219"
     fidelity = Fidelity.EXACT
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        nst: float = 50.0,
-        stages: tuple[int, ...] = (1, 2, 3),
-    ):
-        super().__init__()
-        self.ce, self.nst = ce, nst
-        if not nst:
-            self.needs = Needs(features=False)
-            return
-        self.stages = check_stages(stages, student, teacher)
-        self.grids = nn.ModuleList(CommonGrid(student.features[l], teacher.features[l]) for l in self.stages)
+    def __init__(self, *, ce: float = 1.0, nst: float = 50.0, stages: tuple[int, ...] = (1, 2, 3)):
+        super().__init__(ce=ce, nst=nst)
+        self.stages = stages
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.grids = CommonGrids(student, teacher, self.stages)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.nst:
-            losses = []
-            for l, grid in zip(self.stages, self.grids, strict=True):
-                f_s, f_t = grid(student.features[l], teacher.features[l])
-                losses.append(channel_discrepancy(f_s, f_t))
-            terms["nst"] = self.nst * torch.stack(losses).sum()
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets), nst=lambda: self.discrepancy(student, teacher)
+        )
+
+    def discrepancy(self, student: Output, teacher: Output) -> Tensor:
+        """Sum the discrepancies of the stages: a scalar."""
+        return torch.stack([channel_discrepancy(*maps) for maps in self.grids(student, teacher)]).sum()

@@ -1,25 +1,25 @@
-"""OFA: each stage of the student learns to give logits of its own, with the true class raised in the teacher's."""
+"""OFA: each stage of the student learns to classify as the teacher does, with the true class raised."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
 from kdzoo.connectors import check_stages
-from kdzoo.errors import UserError
+from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, true_class
-from kdzoo.tensors import full_precision
 
 
 def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, eps: float, temperature: float = 1.0) -> Tensor:
-    """-sum_k ((p_t + m)^eps - m) log p_s of logits (B, K), m = ``target`` (B, K) bool, mean over B."""
-    p_t = (full_precision(teacher) / temperature).softmax(dim=1)
-    log_p = F.log_softmax(full_precision(student) / temperature, dim=1)
+    """Compute -sum_k ((p_t + m)^eps - m) log p_s of logits (B, K), m = ``target`` (B, K) bool, mean over B."""
+    p_t = (teacher / temperature).softmax(dim=1)
+    log_p = F.log_softmax(student / temperature, dim=1)
     raised = (p_t + target.to(p_t.dtype)) ** eps - target.to(p_t.dtype)
     return -(raised * log_p).sum(dim=1).mean()
 
 
 def separable(inputs: int, outputs: int) -> list[nn.Module]:
-    """Two depthwise separable 3x3 convolutions with batch norm and ReLU, the first of which halves the grid."""
+    """Make two depthwise separable 3x3 convolutions with batch norm and ReLU; the first halves the grid."""
     layers: list[nn.Module] = []
     for stride, width in ((2, inputs), (1, outputs)):
         layers += [
@@ -32,7 +32,7 @@ def separable(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 def projector(inputs: int, halvings: int, width: int, classes: int) -> nn.Sequential:
-    """Maps (B, inputs, H, W) -> logits (B, classes); widths double at each halving and end in ``width``."""
+    """Make a classifier (B, inputs, H, W) -> (B, classes); widths double at each halving and end in ``width``."""
     layers: list[nn.Module] = []
     for step in range(halvings):
         layers += separable(inputs << step, width if step == halvings - 1 else inputs << (step + 1))
@@ -49,9 +49,14 @@ class OFA(Distiller):
 
     m is 1 at the true class (the largest of the batch's targets) and 0 elsewhere. The projector P_l takes one pair
     of separable convolutions for each stage that is still to come, the last stage a 1x1 convolution; then global
-    average and a linear layer. It reads maps, and here every stage of every student is one: for students of tokens
-    the authors merge patches down to a 7 x 7 grid, add transformer blocks and read the class token. Weights start as
-    PyTorch's do. log p is a log-softmax, where the authors' code takes the log of a softmax.
+    average and a linear layer.
+
+    Differs from the authors' code:
+
+    - The projector reads maps, and every stage of every student is one; for students of tokens the authors merge
+      patches down to a 7 x 7 grid, add transformer blocks and read the class token.
+    - Weights start as PyTorch's do.
+    - log p is a log-softmax, where the authors' code takes the log of a softmax.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -70,9 +75,6 @@ class OFA(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         kd: float = 1.0,
@@ -81,15 +83,13 @@ class OFA(Distiller):
         temperature: float = 1.0,
         stages: tuple[int, ...] = (0, 1, 2, 3),
     ):
-        super().__init__()
-        for name, value in (("temperature", temperature), ("eps", eps)):
-            if not value > 0:
-                raise UserError(f"{name} {value}: expected a number above 0; 1 is usual")
-        self.ce, self.kd, self.ofa, self.eps, self.temperature = ce, kd, ofa, eps, temperature
-        if not ofa:
-            self.needs = Needs(features=False)
-            return
-        self.stages = check_stages(stages, student, student)  # of the teacher only logits are read
+        super().__init__(ce=ce, kd=kd, ofa=ofa)
+        self.eps = positive(eps=eps)
+        self.temperature = positive(temperature=temperature)
+        self.stages = stages
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        check_stages(self.stages, student, student)  # of the teacher only logits are read
         last = len(student.features) - 1
         width = max(student.embedding.shape[1], teacher.embedding.shape[1])
         self.projectors = nn.ModuleList(
@@ -97,16 +97,13 @@ class OFA(Distiller):
         )
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        given = teacher.logits.detach(), true_class(batch.targets), self.eps, self.temperature
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.kd:
-            terms["kd"] = self.kd * ofa_loss(student.logits, *given)
-        if self.ofa:
-            staged = [
-                ofa_loss(project(student.features[stage]), *given)
-                for stage, project in zip(self.stages, self.projectors, strict=True)
-            ]
-            terms["ofa"] = self.ofa * sum(staged[1:], staged[0])
-        return terms
+        given = teacher.logits, true_class(batch.targets), self.eps, self.temperature
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: ofa_loss(student.logits, *given),
+            ofa=lambda: torch.stack([ofa_loss(logits, *given) for logits in self.stage_logits(student)]).sum(),
+        )
+
+    def stage_logits(self, student: Output) -> list[Tensor]:
+        """Give the logits (B, K) of each stage's projector."""
+        return [project(student.features[stage]) for stage, project in zip(self.stages, self.projectors, strict=True)]

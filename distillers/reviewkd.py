@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import Pool, check_stages
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError
+from kdzoo.keywords import one_of, share
 from kdzoo.losses import cross_entropy, warm_up
-from kdzoo.tensors import full_precision
 
 LEVELS = (4, 2, 1)  # cells on a side
 
 
 class Pyramid(nn.Module):
-    """Maps (B, C, H, W), then their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
+    """Give maps (B, C, H, W), then their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
 
     Args:
         grid: H and W.
@@ -31,27 +31,27 @@ class Pyramid(nn.Module):
 
 
 def context_loss(student: Tensor, teacher: Tensor, pyramid: Callable[[Tensor], list[Tensor]]) -> Tensor:
-    """Hierarchical context loss of maps (B, C, H, W): MSE at each level, weighted 1, 1/2, 1/4 ... over their sum."""
-    gaps = pyramid(full_precision(student) - full_precision(teacher))  # averaging is linear: that of the gap will do
+    """Average the MSE of maps (B, C, H, W) over levels, weighted 1, 1/2, 1/4 ...: the hierarchical context loss."""
+    gaps = pyramid(student - teacher)  # averaging is linear: that of the gap will do
     weights = [0.5**level for level in range(len(gaps))]
     losses = [weight * gap.square().mean() for weight, gap in zip(weights, gaps, strict=True)]
     return torch.stack(losses).sum() / sum(weights)
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Convolution that keeps the grid, and batch norm."""
+    """Make a convolution that keeps the grid, and batch norm."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
 def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    """Maps (B, C, H, W) on another grid, by nearest neighbours."""
+    """Resize maps (B, C, H, W) to another grid, by nearest neighbours."""
     return maps if tuple(maps.shape[2:]) == tuple(grid) else F.interpolate(maps, tuple(grid), mode="nearest")
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion: a student's map and the fusion of deeper ones, weighed against each other everywhere.
+    """Fuse a student's map with the fusion of deeper ones, weighed against each other at every position.
 
     Args:
         inputs: channels of the student's map.
@@ -76,23 +76,6 @@ class Fusion(nn.Module):
         return self.leave(fused), fused
 
 
-def check_roles(roles: Sequence[str], **outputs: Output) -> tuple[str, ...]:
-    """The roles of the networks that show their maps before the last ReLU, once each is known to.
-
-    Raises:
-        UserError: there is no such role, or the network cannot show them.
-    """
-    for role in roles:
-        if role not in outputs:
-            raise unknown("role", role, outputs, "in preactivations")
-        if not outputs[role].preactivations:
-            raise UserError(
-                f"reviewkd takes the {role}'s maps before the last ReLU of a stage, and the {role} does not show them; "
-                f"leave '{role}' out of distiller.preactivations, or have its stages end in torch.nn.ReLU modules"
-            )
-    return tuple(roles)
-
-
 class ReviewKD(Distiller):
     r"""Distilling Knowledge via Knowledge Review.
 
@@ -105,8 +88,10 @@ class ReviewKD(Distiller):
     fewer, with weights that halve. r rises from 0 to 1 over ``warmup``. Student maps of any grid and width fit.
 
     The teacher's maps are those before the last ReLU of a stage, or before the ReLU that reads them in Wide ResNets,
-    as in the authors' code for CIFAR-100; the student's are as it passes them on. Their ResNets for ImageNet rectify
-    what they show in place, so that form is ``preactivations=()``; mdistiller's has both networks'.
+    as in the authors' code for CIFAR-100; the student's are as it passes them on. Other forms:
+
+    - ``preactivations=()``: the authors' ResNets for ImageNet, which rectify what they show in place.
+    - ``preactivations=("student", "teacher")``: mdistiller's code.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -126,9 +111,6 @@ class ReviewKD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         review: float = 5.0,
@@ -136,15 +118,20 @@ class ReviewKD(Distiller):
         warmup: float = 20 / 240,
         preactivations: tuple[str, ...] = ("teacher",),
     ):
-        super().__init__()
-        if not 0 <= warmup <= 1:
-            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 20 of 240 epochs is 20/240")
-        self.ce, self.review, self.warmup = ce, review, warmup
-        if not review:
-            self.needs = Needs(features=False)
-            return
-        self.needs = Needs(preactivations=check_roles(preactivations, student=student, teacher=teacher))
-        self.stages = tuple(sorted(check_stages(stages, student, teacher), reverse=True))
+        super().__init__(ce=ce, review=review)
+        self.stages = stages
+        self.warmup = share(warmup=warmup)
+        self.preactivations = tuple(one_of(("student", "teacher"), preactivations=role) for role in preactivations)
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        for role, output in (("student", student), ("teacher", teacher)):
+            if role in self.preactivations and not output.preactivations:
+                raise UserError(
+                    f"reviewkd takes the {role}'s maps before the last ReLU of a stage, and the {role} does not show "
+                    f"them; leave '{role}' out of distiller.preactivations, or let its stages end in torch.nn.ReLU"
+                )
+        self.needs = Needs(preactivations=self.preactivations)
+        self.stages = tuple(sorted(check_stages(self.stages, student, teacher), reverse=True))
         self.fusions, self.pyramids = nn.ModuleList(), nn.ModuleList()
         middle = min(512, student.embedding.shape[1])
         for f_s, f_t in zip(self.maps("student", student), self.maps("teacher", teacher), strict=True):
@@ -152,19 +139,21 @@ class ReviewKD(Distiller):
             self.pyramids.append(Pyramid(f_t.shape[2:]))
 
     def maps(self, role: str, output: Output) -> list[Tensor]:
-        """What is matched of an output, deep to shallow, each (B, C, H, W)."""
-        features = output.preactivations if role in self.needs.preactivations else output.features
+        """Give the maps of a network that are matched, deep to shallow, each (B, C, H, W)."""
+        features = output.preactivations if role in self.preactivations else output.features
         return [output.embedding[:, :, None, None], *(features[l] for l in self.stages)]
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.review:
-            losses, deeper = [], None
-            maps = self.maps("student", student), self.maps("teacher", teacher)
-            for f_s, f_t, fuse, pyramid in zip(*maps, self.fusions, self.pyramids, strict=True):
-                seen, deeper = fuse(f_s, deeper, f_t.shape[2:])
-                losses.append(context_loss(seen, f_t.detach(), pyramid))
-            terms["review"] = self.review * warm_up(batch.progress, self.warmup) * torch.stack(losses).sum()
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            review=lambda: warm_up(batch.progress, self.warmup) * self.review(student, teacher),
+        )
+
+    def review(self, student: Output, teacher: Output) -> Tensor:
+        """Sum the context losses of the fused maps: a scalar."""
+        losses, deeper = [], None
+        maps = self.maps("student", student), self.maps("teacher", teacher)
+        for f_s, f_t, fuse, pyramid in zip(*maps, self.fusions, self.pyramids, strict=True):
+            seen, deeper = fuse(f_s, deeper, f_t.shape[2:])
+            losses.append(context_loss(seen, f_t, pyramid))
+        return torch.stack(losses).sum()

@@ -6,20 +6,19 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
 from kdzoo.connectors import CellLogits
-from kdzoo.errors import UserError
+from kdzoo.keywords import at_least, each, positive
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def scale_decoupled_loss(
     student: Tensor, teacher: Tensor, overall: Tensor, temperature: float, complementary: float
 ) -> Tensor:
-    """T^2 KL of the cells' logits (B, N, K), mean over images and cells.
+    """Compute T^2 KL of the cells' logits (B, N, K), mean over images and cells.
 
     A cell whose class, by the teacher, is another than that of the whole image counts ``complementary`` times;
     ``overall`` (B, K) are the teacher's logits of whole images.
     """
-    log_s, log_t = (F.log_softmax(full_precision(logits) / temperature, dim=2) for logits in (student, teacher))
+    log_s, log_t = (F.log_softmax(logits / temperature, dim=2) for logits in (student, teacher))
     divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=2)
     differs = teacher.argmax(dim=2) != overall.argmax(dim=1, keepdim=True)
     return (divergence * torch.where(differs, complementary, 1.0)).mean() * temperature**2
@@ -34,14 +33,19 @@ class SDD(Distiller):
 
     f-bar^n is the mean, over the n-th of N = 1 + 4 + 16 cells, of the map that a network averages over positions, and
     h is its own head on that, so at scale 1 z is its output. w = 1 where the teacher gives the cell the class that it
-    gives the image, and ``complementary`` elsewhere; the authors' code compares right with wrong instead, and so
-    counts a cell as consistent where cell and image are wrong in different ways. Their code pools cells of 4x4 on to
-    2x2 and 1x1, which is the same for maps of 2x2, 4x4 and 8x8; here every scale pools the map.
+    gives the image, and ``complementary`` elsewhere.
 
-    It is defined where logits are made of such a mean, whatever stands between the last stage and it: the norm of
+    It is defined where logits are made of such a mean, with any layers between the last stage and it: the norm of
     Wide ResNets, the convolution of MobileNetV2 and ShuffleNetV2, the norms of Swins and Mixers. Class tokens and
     learned poolings are none, as in most ViTs; nor does a head fit that normalises over the batch. Such a network
     raises a ``UserError``.
+
+    Differs from the authors' code:
+
+    - Their w compares right with wrong, and so counts a cell as consistent where cell and image are wrong in
+      different ways.
+    - Their code pools cells of 4x4 on to 2x2 and 1x1, which is the same for maps of 2x2, 4x4 and 8x8; here every
+      scale pools the map.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -60,9 +64,6 @@ class SDD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 0.1,
         sdd: float = 0.9,
@@ -70,29 +71,25 @@ class SDD(Distiller):
         complementary: float = 2.0,
         scales: tuple[int, ...] = (1, 2, 4),
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 4 is usual")
-        if not scales or min(scales) < 1:
-            raise UserError(f"scales {tuple(scales)}: expected numbers from 1; choose some, such as 1, 2, 4")
-        self.ce, self.sdd, self.temperature, self.complementary = ce, sdd, temperature, complementary
-        if not sdd:
-            self.needs = Needs(features=False)
-            return
-        self.student_cells = CellLogits("student", student, scales)
-        self.teacher_cells = CellLogits("teacher", teacher, scales)
+        super().__init__(ce=ce, sdd=sdd)
+        self.temperature = positive(temperature=temperature)
+        self.complementary = complementary
+        self.scales = each(at_least, 1, scales=scales)
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.student_cells = CellLogits("student", student, self.scales)
+        self.teacher_cells = CellLogits("teacher", teacher, self.scales)
 
     def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
-        """One pass each, then the networks' own heads on the cells of their final maps."""
+        """Run each network once, then its head on the cells of its final map."""
         reference, seen = teacher(batch.images), student(batch.images)
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(seen.logits, batch.targets)
-        if self.sdd:
-            cells_s = self.student_cells(seen, student)
-            cells_t = self.teacher_cells(reference, teacher).detach()
-            divergence = scale_decoupled_loss(
-                cells_s, cells_t, reference.logits.detach(), self.temperature, self.complementary
-            )
-            terms["sdd"] = self.sdd * divergence
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(seen.logits, batch.targets),
+            sdd=lambda: scale_decoupled_loss(
+                self.student_cells(seen, student),
+                self.teacher_cells(reference, teacher),
+                reference.logits,
+                self.temperature,
+                self.complementary,
+            ),
+        )

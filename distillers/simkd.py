@@ -9,11 +9,10 @@ from torch.nn import functional as F
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output, Seen
 from kdzoo.connectors import CommonGrid, Pool, check_stages
 from kdzoo.errors import UserError
-from kdzoo.tensors import full_precision
 
 
 class Projector(nn.Module):
-    """A bottleneck of 1x1, 3x3 and 1x1 convolutions: (B, inputs, H, W) -> (B, outputs, *grid).
+    """Project maps by a bottleneck of 1x1, 3x3 and 1x1 convolutions: (B, inputs, H, W) -> (B, outputs, *grid).
 
     Args:
         inputs: channels of the student's map.
@@ -45,7 +44,7 @@ class Projector(nn.Module):
 
 
 class WithTeachersHead(nn.Module):
-    """Student, projector and the teacher's classifier: images (B, 3, H, W) -> ``Output``."""
+    """Classify images (B, 3, H, W) by student, projector and the teacher's classifier."""
 
     def __init__(self, student: nn.Module, projector: Projector, head: nn.Linear):
         super().__init__()
@@ -68,10 +67,12 @@ class SimKD(Distiller):
     classifier is not trained. Where the grids differ, the larger map is average-pooled to the smaller height and
     width, as in the authors' code.
 
-    The authors' networks classify the mean of their last map, which ends in a ReLU. Others do not, so one batch of
-    the teacher decides before training: where its embedding is not the mean of its last map (class tokens, last norms,
-    layers after the last stage), the mean of P(f_s) is matched to the embedding instead; and P ends in a
-    ReLU only where no number of what is matched is negative.
+    Differs from the authors' code, whose networks classify the mean of their last map, which ends in a ReLU. Others do
+    not, so one batch of the teacher decides before training:
+
+    - Where the teacher's embedding is not the mean of its last map (class tokens, last norms, layers after the last
+      stage), the mean of P(f_s) is matched to the embedding instead.
+    - P ends in a ReLU only where no number of what is matched is negative.
 
     Args:
         simkd: weight of the squared error, a mean over all numbers.
@@ -85,24 +86,18 @@ class SimKD(Distiller):
 
     pooled: Tensor  # () bool: whether the teacher's embedding is the mean of its last map
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        simkd: float = 1.0,
-        factor: int = 2,
-    ):
-        super().__init__()
+    def __init__(self, *, simkd: float = 1.0, factor: int = 2):
+        super().__init__(simkd=simkd)
+        self.factor = factor
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         (last,) = check_stages((len(student.features) - 1,), student, teacher)
         f_s, f_t = student.features[last], teacher.features[last]
         width = teacher.embedding.shape[1]
-        if not 1 <= factor <= width:
-            raise UserError(f"factor {factor}: expected a number from 1 to the teacher's width {width}; 2 is usual")
-        self.simkd = simkd
+        if not 1 <= self.factor <= width:
+            raise UserError(f"factor={self.factor}: expected a number from 1 to the teacher's width {width}")
         self.grid = CommonGrid(f_s, f_t)
-        self.projector = Projector(f_s.shape[1], width, width // factor, self.grid.student)
+        self.projector = Projector(f_s.shape[1], width, width // self.factor, self.grid.student)
         self.same_width = f_t.shape[1] == width
         self.register_buffer("pooled", torch.tensor(False))
         self.head = nn.Linear(width, data.num_classes).requires_grad_(False)
@@ -111,7 +106,9 @@ class SimKD(Distiller):
 
     @torch.no_grad()
     def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
-        """Takes the teacher's classifier over, and looks at one batch of what it shows."""
+        """Copy the teacher's classifier, and look at one batch of its outputs."""
+        if not self.is_active:
+            return
         classifier = teacher.classifier
         if classifier is None:
             raise UserError(
@@ -128,17 +125,16 @@ class SimKD(Distiller):
         self.projector.rectified.copy_((target >= 0).all())
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        return {"simkd": self.simkd * self.match(student, teacher)} if self.simkd else {}
+        return self.weigh(simkd=lambda: self.error(student, teacher))
 
-    def match(self, student: Output, teacher: Output) -> Tensor:
-        """The squared error of the last maps, or of the embeddings where the teacher's is not its map's mean."""
+    def error(self, student: Output, teacher: Output) -> Tensor:
+        """Compute the squared error of the last maps, or of embeddings where the teacher's is not its map's mean."""
         maps = self.projector(student.features[-1])
-        embeddings = F.mse_loss(maps.mean(dim=(2, 3)), full_precision(teacher.embedding.detach()))
+        embeddings = F.mse_loss(maps.mean(dim=(2, 3)), teacher.embedding)
         if not self.same_width:
             return embeddings
-        target = self.grid.teacher(teacher.features[-1].detach())
-        return torch.where(self.pooled, F.mse_loss(maps, target), embeddings)
+        return torch.where(self.pooled, F.mse_loss(maps, self.grid.teacher(teacher.features[-1])), embeddings)
 
     def deploy(self, student: nn.Module) -> nn.Module:
-        """The student, the projector and the teacher's classifier as one network."""
-        return WithTeachersHead(student, self.projector, self.head)
+        """Join the student, the projector and the teacher's classifier into one network."""
+        return WithTeachersHead(student, self.projector, self.head) if self.is_active else student

@@ -3,22 +3,21 @@
 import torch
 from torch import Tensor, nn
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrid, check_stages
-from kdzoo.errors import UserError
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.connectors import CommonGrids, paired_features
+from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import average_rows
-from kdzoo.tensors import full_precision
 
 
 def spectrum_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of the real and imaginary parts of the orthonormal rfft2 of maps (B, C, H, W)."""
-    difference = torch.fft.rfft2(full_precision(student) - full_precision(teacher), norm="ortho")
+    """Compute the MSE of the real and imaginary parts of the orthonormal rfft2 of maps (B, C, H, W)."""
+    difference = torch.fft.rfft2(student - teacher, norm="ortho")
     return torch.view_as_real(difference).square().mean()
 
 
 class Channels(nn.Module):
-    """Adaptive average pooling of neighbouring channels: (B, C, H, W) -> (B, size, H, W)."""
+    """Average neighbouring channels, as adaptive pooling does: (B, C, H, W) -> (B, size, H, W)."""
 
     rows: Tensor
 
@@ -41,9 +40,12 @@ class SpectralKD(Distiller):
     spectrum would be half the MSE of the maps themselves; the half that a rfft keeps weighs the waves that have no
     horizontal part, or the highest, twice as much as the others. That is all the transform adds to the loss.
 
-    The authors pool the teacher's channels only and need equal grids. Here the student's are pooled where it is
-    the wider one, and maps of the finer grid are averaged to the coarser one. Their stages are chosen by hand for
-    each pair (for DeiT the blocks 0, 1 and the last six); here they are the four that every network shows.
+    Differs from the authors' code:
+
+    - They pool the teacher's channels only; here the student's are pooled where it is the wider one.
+    - They need equal grids; here maps of the finer grid are averaged to the coarser one.
+    - Their stages are chosen by hand for each pair (for DeiT the blocks 0, 1 and the last six); here they are the four
+      that every network shows.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -60,9 +62,6 @@ class SpectralKD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 0.1,
         kd: float = 0.9,
@@ -70,33 +69,27 @@ class SpectralKD(Distiller):
         temperature: float = 1.0,
         stages: tuple[int, ...] = (0, 1, 2, 3),
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 1 softens nothing")
-        self.ce, self.kd, self.spectral, self.temperature = ce, kd, spectral, temperature
-        if not spectral:
-            self.needs = Needs(features=False)
-            return
-        self.stages = check_stages(stages, student, teacher)
-        self.grids, self.student_channels, self.teacher_channels = (nn.ModuleList() for _ in range(3))
-        for stage in self.stages:
-            s_maps, t_maps = student.features[stage], teacher.features[stage]
-            width = min(s_maps.shape[1], t_maps.shape[1])
-            self.grids.append(CommonGrid(s_maps, t_maps))
-            for channels, maps in ((self.student_channels, s_maps), (self.teacher_channels, t_maps)):
+        super().__init__(ce=ce, kd=kd, spectral=spectral)
+        self.temperature = positive(temperature=temperature)
+        self.stages = stages
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.grids = CommonGrids(student, teacher, self.stages)
+        self.student_channels, self.teacher_channels = nn.ModuleList(), nn.ModuleList()
+        for f_s, f_t in paired_features(student, teacher, self.stages):
+            width = min(f_s.shape[1], f_t.shape[1])
+            for channels, maps in ((self.student_channels, f_s), (self.teacher_channels, f_t)):
                 channels.append(Channels(maps.shape[1], width) if maps.shape[1] > width else nn.Identity())
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.kd:
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits.detach(), self.temperature)
-        if self.spectral:
-            errors = []
-            modules = zip(self.grids, self.student_channels, self.teacher_channels, strict=True)
-            for stage, (grid, channels_s, channels_t) in zip(self.stages, modules, strict=True):
-                f_s, f_t = grid(student.features[stage], teacher.features[stage])
-                errors.append(spectrum_mse(channels_s(f_s), channels_t(f_t)))
-            terms["spectral"] = self.spectral * torch.stack(errors).mean()
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature),
+            spectral=lambda: self.error(student, teacher),
+        )
+
+    def error(self, student: Output, teacher: Output) -> Tensor:
+        """Average the spectra's errors over stages: a scalar."""
+        stages = zip(self.grids(student, teacher), self.student_channels, self.teacher_channels, strict=True)
+        errors = [spectrum_mse(narrow_s(f_s), narrow_t(f_t)) for (f_s, f_t), narrow_s, narrow_t in stages]
+        return torch.stack(errors).mean()

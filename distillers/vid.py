@@ -6,18 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo.connectors import CommonGrids, paired_features
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 FLOOR = 1e-5  # the least variance
 
 
 def gaussian_loss(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    """-log N(target; mean, variance) of maps (B, C, H, W) less its constant, mean over all; ``variance`` (C,)."""
-    mean, target, variance = (full_precision(t) for t in (mean, target, variance))
+    """Compute the mean of -log N(target; mean, variance) of maps (B, C, H, W), less its constant; ``variance`` (C,)."""
     spread = variance[:, None, None]
     return ((mean - target).square() / spread + spread.log()).mean() / 2
 
@@ -48,31 +46,20 @@ class VID(Distiller):
     fidelity = Fidelity.EXACT
 
     def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        vid: float = 1.0,
-        variance: float = 5.0,
-        stages: tuple[int, ...] = (1, 2, 3),
+        self, *, ce: float = 1.0, vid: float = 1.0, variance: float = 5.0, stages: tuple[int, ...] = (1, 2, 3)
     ):
-        super().__init__()
+        super().__init__(ce=ce, vid=vid)
         if not variance > FLOOR:
-            raise UserError(f"variance {variance}: expected a number above {FLOOR}; 5 is usual")
-        self.ce, self.vid = ce, vid
-        if not vid:
-            self.needs = Needs(features=False)
-            return
-        self.stages = check_stages(stages, student, teacher)
-        self.grids, self.regressors, self.alphas = nn.ModuleList(), nn.ModuleList(), nn.ParameterList()
-        excess = variance - FLOOR
+            raise UserError(f"variance={variance}: expected a number above {FLOOR}")
+        self.variance, self.stages = variance, stages
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.grids = CommonGrids(student, teacher, self.stages)
+        self.regressors, self.alphas = nn.ModuleList(), nn.ParameterList()
+        excess = self.variance - FLOOR
         alpha = excess + math.log(-math.expm1(-excess))  # softplus takes it back to the excess
-        for l in self.stages:
-            f_s, f_t = student.features[l], teacher.features[l]
+        for f_s, f_t in paired_features(student, teacher, self.stages):
             width = f_t.shape[1]
-            self.grids.append(CommonGrid(f_s, f_t))
             self.regressors.append(
                 nn.Sequential(
                     nn.Conv2d(f_s.shape[1], width, 1, bias=False),
@@ -85,14 +72,12 @@ class VID(Distiller):
             self.alphas.append(nn.Parameter(torch.full((width,), alpha)))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.vid:
-            losses = []
-            stages = zip(self.stages, self.grids, self.regressors, self.alphas, strict=True)
-            for l, grid, regress, alpha in stages:
-                f_s, f_t = grid(student.features[l], teacher.features[l])
-                losses.append(gaussian_loss(regress(f_s), f_t, F.softplus(alpha) + FLOOR))
-            terms["vid"] = self.vid * torch.stack(losses).sum()
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets), vid=lambda: self.likelihood(student, teacher)
+        )
+
+    def likelihood(self, student: Output, teacher: Output) -> Tensor:
+        """Sum the negative log-likelihoods of the stages: a scalar."""
+        stages = zip(self.grids(student, teacher), self.regressors, self.alphas, strict=True)
+        losses = [gaussian_loss(regress(f_s), f_t, F.softplus(alpha) + FLOOR) for (f_s, f_t), regress, alpha in stages]
+        return torch.stack(losses).sum()

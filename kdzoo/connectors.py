@@ -130,6 +130,29 @@ class CommonGrid(nn.Module):
         return self.student(student), self.teacher(teacher.detach())
 
 
+class CommonGrids(nn.ModuleList):
+    """Pool the maps of several stages of two networks, each stage to its ``CommonGrid``.
+
+    Args:
+        student: the student's output, of which only shapes are read.
+        teacher: the teacher's.
+        stages: which stages are matched.
+
+    Raises:
+        UserError: the stages are not distinct stages of both networks.
+    """
+
+    def __init__(self, student: Output, teacher: Output, stages: Sequence[int]):
+        stages = check_stages(stages, student, teacher)
+        grids = [CommonGrid(f_s, f_t) for f_s, f_t in paired_features(student, teacher, stages)]
+        super().__init__(grids)
+        self.stages, self.sizes = stages, [grid.size for grid in grids]
+
+    def forward(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
+        """Give the pooled maps of each stage: (B, C_s, H, W) and (B, C_t, H, W)."""
+        return [grid(f_s, f_t) for f_s, f_t, grid in paired_features(student, teacher, self.stages, self)]
+
+
 class Wavelets(nn.Module):
     """The wavelet transform of maps (B, C, H, W), as ``kdzoo.spectral.dwt2`` gives it: content, and details by level.
 

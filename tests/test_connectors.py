@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdzoo.connectors import CommonGrid, Pool, conv_batch_norm
+from kdzoo import Output
+from kdzoo.connectors import CommonGrid, CommonGrids, Pool, conv_batch_norm
+from kdzoo.errors import UserError
 
 
 def wave(*shape):
@@ -57,3 +59,23 @@ def test_a_convolution_with_batch_norm_keeps_the_grid_and_has_no_bias(kernel, gr
     layers = conv_batch_norm(4, 6, kernel, groups)
     assert nn.Sequential(*layers)(torch.randn(2, 4, 7, 5)).shape == (2, 6, 7, 5)
     assert [p.numel() for p in layers[0].parameters()] == [weights]
+
+
+def shown(*grids):
+    return Output(wave(2, 4), wave(2, 3), tuple(wave(2, 3, *grid) for grid in grids))
+
+
+def test_common_grids_pool_the_stages_asked_for_in_their_order():
+    student, teacher = shown((8, 8), (7, 5), (4, 4)), shown((4, 4), (9, 9), (5, 7))
+    grids = CommonGrids(student, teacher, (2, 0)).double()
+    assert grids.sizes == [(4, 4), (4, 4)]
+    for stage, pooled in zip((2, 0), grids(student, teacher), strict=True):
+        for maps, each in zip(pooled, (student, teacher), strict=True):
+            torch.testing.assert_close(maps, F.adaptive_avg_pool2d(each.features[stage], 4))
+    assert not torch.equal(grids(student, teacher)[0][0], grids(student, teacher)[1][0])
+
+
+@pytest.mark.parametrize("stages", [(), (1, 1), (0, 2)])
+def test_common_grids_are_of_distinct_stages_of_both_networks(stages):
+    with pytest.raises(UserError, match="expected distinct numbers from 0 to 1"):
+        CommonGrids(shown((8, 8), (4, 4), (2, 2)), shown((8, 8), (4, 4)), stages)

@@ -34,7 +34,7 @@ def test_normalised_maps_forget_how_strong_a_class_is_and_keep_where_it_is(waves
 def test_one_cell_is_the_whole_image_and_its_map_the_logits(name):
     torch.manual_seed(0)
     student, teacher = (models.create(each, DATA) for each in (name, "resnet14"))
-    method = CATKD(student.shapes(), teacher.shapes(), DATA, size=1, cat=2.0)
+    method = CATKD(size=1, cat=2.0).assemble(student.shapes(), teacher.shapes(), DATA)
     batch = Batch.of(torch.rand(4, 3, 32, 32), torch.arange(4), 10)
     term = Distillation(student.eval(), teacher, method)(batch)["cat"]
     expected = 2.0 * F.mse_loss(student(batch.images).logits, teacher(batch.images).logits)
@@ -43,8 +43,8 @@ def test_one_cell_is_the_whole_image_and_its_map_the_logits(name):
 
 def test_without_its_weight_it_asks_for_no_map_and_with_it_a_class_token_is_refused():
     student, token = models.create("resnet8", DATA).shapes(), models.create("vit_pico", DATA).shapes()
-    assert not CATKD(student, token, DATA, cat=0).needs.final
+    assert not CATKD(cat=0).assemble(student, token, DATA).needs.final
     with pytest.raises(UserError, match="the teacher's are not"):
-        CATKD(student, token, DATA)
-    with pytest.raises(UserError, match="size 0: expected"):
-        CATKD(student, student, DATA, size=0)
+        CATKD().assemble(student, token, DATA)
+    with pytest.raises(UserError, match="size=0: expected"):
+        CATKD(size=0).assemble(student, student, DATA)

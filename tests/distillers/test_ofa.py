@@ -38,7 +38,7 @@ def test_it_is_the_formula_of_the_paper(classes, temperature, eps):
     assert ofa_loss(student, teacher, target, eps, temperature).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_at_eps_1_it_is_the_cross_entropy_with_the_teacher_whatever_the_class():
+def test_at_eps_1_it_is_the_cross_entropy_with_the_teacher_for_any_class():
     student, teacher = logits(0.3), logits(1.1)
     expected = F.cross_entropy(student, teacher.softmax(dim=1)).item()
     for target in (target_of(5, 7), target_of(5, 7).roll(2, 1)):
@@ -86,14 +86,14 @@ def features(widths=(6, 8, 8, 12), rows=5):
 def method(**keywords):
     student = Output(torch.empty(1, 7), torch.empty(1, 12), features(rows=1))
     teacher = Output(torch.empty(1, 7), torch.empty(1, 20), features((8, 12, 16, 20), rows=1))
-    return OFA(student, teacher, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)), **keywords)
+    return OFA(**keywords).assemble(student, teacher, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
 
 
 def test_projectors_end_in_the_wider_embedding():
     assert [p[-1].in_features for p in method().projectors] == [20] * 4
 
 
-def test_the_stages_add_up_and_the_logits_have_a_term_of_their_own():
+def test_the_stages_add_up_and_the_students_logits_have_another_term():
     torch.manual_seed(0)
     ofa = method(eps=1.5, ofa=0.5).double().eval()
     student, teacher = Output(logits(0.3), torch.zeros(5, 12), features()), Output(logits(1.1), torch.zeros(5, 20), ())

@@ -84,7 +84,7 @@ class Pooled(nn.Module):
 
 def method(student, teacher, **keywords):
     outputs = [net.eval()(torch.zeros(1, 3, 8, 8)) for net in (student, teacher)]
-    return SDD(*outputs, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)), **keywords)
+    return SDD(**keywords).assemble(*outputs, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
 
 
 def batch():
@@ -160,8 +160,8 @@ def test_a_network_that_averages_no_map_is_refused_at_once(name, role):
     shapes = dict.fromkeys(("student", "teacher"), models.create("resnet8", spec).shapes())
     shapes[role] = models.create(name, spec).shapes()
     with pytest.raises(UserError, match=f"the {role}'s are not"):
-        SDD(*shapes.values(), spec)
-    SDD(*shapes.values(), spec, sdd=0)
+        SDD().assemble(*shapes.values(), spec)
+    SDD(sdd=0).assemble(*shapes.values(), spec)
 
 
 def test_large_logits_and_constant_maps_have_finite_gradients():

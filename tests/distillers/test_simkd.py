@@ -42,7 +42,7 @@ def pair(waves, data):
         batch = Batch.of(images, torch.arange(6), 10)
         student, coarse = Net(4), Coarse(teacher)
         shapes = [network(images) for network in (student, coarse)]
-        together = Distillation(student, coarse, SimKD(*shapes, data(), **keywords))
+        together = Distillation(student, coarse, SimKD(**keywords).assemble(*shapes, data()))
         together.prepare([batch])
         return together, batch
 
@@ -149,8 +149,8 @@ def test_the_head_is_the_teachers_own_before_and_after_training_and_a_copy(pair)
 def test_state_restores_the_head_and_what_was_seen_of_the_teacher(pair, data):
     together, batch = pair(Net(6))
     shapes = [network(batch.images) for network in (together.student, together.teacher)]
-    fresh = SimKD(*shapes, data())
-    assert fresh.deploy(together.student)(batch.images).logits.isnan().all()  # nobody's classifier
+    fresh = SimKD().assemble(*shapes, data())
+    assert fresh.deploy(together.student)(batch.images).logits.isnan().all()  # no network's classifier
     fresh.load_state_dict(together.distiller.state_dict())
     logits = [method.deploy(together.student)(batch.images).logits for method in (together.distiller, fresh)]
     assert torch.equal(*logits)
@@ -173,9 +173,11 @@ def test_a_teacher_without_a_linear_classifier_is_the_users_error(pair):
 
 @pytest.mark.parametrize("factor", [0, 6])
 def test_a_bottleneck_without_a_channel_is_the_users_error(student, teacher, data, factor):
-    with pytest.raises(UserError, match=f"factor {factor}"):
-        SimKD(student, teacher, data(), factor=factor)  # of a teacher of width 5
+    with pytest.raises(UserError, match=f"factor={factor}"):
+        SimKD(factor=factor).assemble(student, teacher, data())  # of a teacher of width 5
 
 
-def test_a_weight_of_zero_leaves_its_term_out(student, teacher, data, batch):
-    assert SimKD(student, teacher, data(), simkd=0).loss(student, teacher, batch()) == {}
+def test_a_weight_of_zero_leaves_its_term_out_and_ships_the_student_as_it_is(pair):
+    together, batch = pair(Net(6), simkd=0)
+    assert together(batch) == {}
+    assert together.deploy() is together.student
