@@ -1,11 +1,11 @@
 """AT: the student looks at the same places as the teacher, stage by stage."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
-from kdzoo.connectors import CommonGrid, check_stages, paired_features
+from kdzoo.connectors import CommonGrids
 from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
 
@@ -50,9 +50,7 @@ class AT(Distiller):
         self.stages = stages
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
-        self.stages = check_stages(self.stages, student, teacher)
-        maps = paired_features(student, teacher, self.stages)
-        self.grids = nn.ModuleList(CommonGrid(f_s, f_t) for f_s, f_t in maps)
+        self.grids = CommonGrids(student, teacher, self.stages)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         return self.weigh(
@@ -61,6 +59,5 @@ class AT(Distiller):
 
     def transfer(self, student: Output, teacher: Output) -> Tensor:
         """Sum the attention losses of the stages: a scalar."""
-        maps = paired_features(student, teacher, self.stages, self.grids)
-        pooled = (grid(f_s, f_t) for f_s, f_t, grid in maps)
+        pooled = self.grids(student, teacher)
         return torch.stack([attention_loss(f_s, f_t, self.p) for f_s, f_t in pooled]).sum()
