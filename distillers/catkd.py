@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.connectors import CellLogits
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy
@@ -62,7 +62,7 @@ class CATKD(Distiller):
         self.student_maps = CellLogits("student", student, (size,))
         self.teacher_maps = CellLogits("teacher", teacher, (size,))
 
-    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """One pass each, then the networks' own heads on the cells of their final maps."""
         reference, seen = teacher(batch.images), student(batch.images)
         terms = {}

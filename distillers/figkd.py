@@ -9,7 +9,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.errors import UserError, unknown
 from kdzoo.losses import cross_entropy, softened_kl
 from kdzoo.spectral import largest_level, wavelet_basis
@@ -142,7 +142,7 @@ class FiGKD(Distiller):
             self.register_buffer("basis", rows[band].float(), persistent=False)
             self.register_buffer("order", order)
 
-    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
+    def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """One epoch of the teacher's mean predictions, where the order of classes comes from them."""
         if not self.detail or self.class_order != "confusion":
             return

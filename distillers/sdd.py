@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.connectors import CellLogits
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy
@@ -82,7 +82,7 @@ class SDD(Distiller):
         self.student_cells = CellLogits("student", student, scales)
         self.teacher_cells = CellLogits("teacher", teacher, scales)
 
-    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """One pass each, then the networks' own heads on the cells of their final maps."""
         reference, seen = teacher(batch.images), student(batch.images)
         terms = {}

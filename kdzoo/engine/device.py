@@ -1,17 +1,13 @@
 """Which device and precision to compute in."""
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from kdzoo.engine.precision import bf16_is_faster
 from kdzoo.errors import UserError
-from kdzoo.products import FULL, TF32, computed
 from kdzoo.settings import EngineSettings
-
-DTYPES = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
 
 
 def find_device(name: str) -> torch.device:
@@ -77,22 +73,6 @@ def settle(engine: EngineSettings) -> torch.device:
     if engine.threads:
         torch.set_num_threads(engine.threads)
     return device
-
-
-@contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """The context in which networks compute in ``precision``."""
-    dtype = DTYPES[precision]
-    with arithmetic(device, precision), nullcontext() if dtype is None else torch.autocast(device.type, dtype):
-        yield
-
-
-def arithmetic(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context of a backward pass, which takes its types from the forward pass but not how products are computed.
-
-    TF32 then also rounds the gradients of losses, though never a loss.
-    """
-    return computed(TF32 if precision == "tf32" else FULL) if device.type == "cuda" else nullcontext()
 
 
 def current(device: torch.device) -> AbstractContextManager:
