@@ -30,14 +30,14 @@ from usual_loop import Pictures, train
 
 from kdzoo import models
 from kdzoo.data import Dataset, open_dataset
-from kdzoo.engine.device import autocast, settle
+from kdzoo.engine.device import settle
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.settings import EngineSettings, Settings
 
 
 def bare_steps(settings: Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
     """The same tensor operations with nothing around them."""
     student = network(settings.student.name, dataset.spec).train()
-    student.wants_features = False
     assert dataset.train_pixels is not None
     pixels = dataset.train_pixels
     labels, device = dataset.spec.labels, dataset.spec.labels.device
@@ -52,7 +52,7 @@ def bare_steps(settings: Settings, dataset: Dataset, teacher: models.Network) ->
             columns = torch.where(torch.rand(size, 1, device=device) < 0.5, rows, 31 - rows) + left
             here = torch.arange(size, device=device)[:, None, None]
             images = padded[here, (rows + top)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2) / 255
-            with autocast(device, settings.engine.precision):
+            with autocast(device.type, PRECISIONS[settings.engine.precision]):
                 with torch.no_grad():
                     reference = teacher(images).logits
                 logits = student(images).logits

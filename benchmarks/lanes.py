@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from measuring import Group, arguments_of, file_of, medians, publish, random_set, take_turns, waiting
 
-from kdzoo.engine.device import autocast, settle
+from kdzoo.engine.device import settle
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.settings import EngineSettings
 
 METHODS = ("kd", "logitmse", "figkd", "dkd", "dist", "lskd", "nkd", "rsd")
@@ -37,8 +38,8 @@ def measure(pair: str, methods: list[str], steps: int, rounds: int, engine: Engi
     def teacher_alone() -> None:
         for _ in range(steps):
             batch = lanes.batch()
-            with torch.no_grad(), autocast(device, engine.precision):
-                lanes.teacher.network(batch.images)
+            with torch.no_grad(), autocast(device.type, PRECISIONS[engine.precision]):
+                lanes.teacher.network(batch.images, lanes.teacher.show)
 
     works = {"group": group, "one_by_one": one_by_one, "teacher_and_batch": teacher_alone}
     for work in works.values():

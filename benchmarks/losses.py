@@ -11,11 +11,12 @@ import torch
 from measuring import CLASSES, Work, arguments_of, file_of, medians, network, publish, take_turns, waiting
 from torch import Tensor, nn
 
-from kdzoo import Batch, DataSpec, Distillation, Distiller, Needs, Output, models, registry
-from kdzoo.distillation import ask
-from kdzoo.engine.device import autocast, settle
+from kdzoo import Batch, DataSpec, Distillation, Output, Show, models, registry
+from kdzoo.distiller import EVERYTHING, LOGITS
+from kdzoo.engine.device import settle
 from kdzoo.engine.optim import Optimizer
 from kdzoo.errors import UserError
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.settings import EngineSettings, read_protocol
 
 PAIRS = ("vit_s:resnet18", "resnet32x4:resnet8x4")
@@ -27,9 +28,10 @@ class Shown(nn.Module):
 
     def __init__(self, network: models.Network, output: Output):
         super().__init__()
-        self.classifier, self.classify, self.output = network.classifier, network.classify, output
+        self.classifier, self.classify, self.shapes = network.classifier, network.classify, network.shapes
+        self.output = output
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         return self.output
 
 
@@ -52,10 +54,13 @@ def batch_of(size: int, device: torch.device) -> Batch:
     return batch._replace(views={"weak": images, "strong": images, "rotations": turned})
 
 
-def build(name: str, student: models.Network, teacher: models.Network, data: DataSpec) -> Distiller:
-    """The method with its defaults, on the data's device."""
-    distiller = registry.load(name)(student.shapes(), teacher.shapes(), data)
-    return distiller.to(data.labels.device).train()
+def distillation(
+    name: str, student: nn.Module, teacher: nn.Module, data: DataSpec, engine: EngineSettings
+) -> Distillation:
+    """Both networks under the method with its defaults, on the data's device."""
+    precision = PRECISIONS[engine.precision]
+    together = Distillation(student, teacher, registry.load(name)(), data=data, precision=precision)
+    return together.to(data.labels.device).train()
 
 
 def measure(pair: str, methods: list[str], size: int, rounds: int, engine: EngineSettings) -> list[dict[str, object]]:
@@ -67,27 +72,21 @@ def measure(pair: str, methods: list[str], size: int, rounds: int, engine: Engin
     teacher, student = (network(name, data) for name in pair.split(":"))
     batch = batch_of(size, device)
 
-    step_of_kd = Distillation(student, teacher, build("kd", student, teacher, data)).train()
+    step_of_kd = distillation("kd", student, teacher, data, engine)
     optimizer = Optimizer(step_of_kd, read_protocol("crd"))
 
     def step() -> None:
-        with autocast(device, engine.precision):
-            terms = step_of_kd(batch)
+        terms = step_of_kd(batch)
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step(0.01)
 
     works: dict[str, Work] = {"kd step": step}
-    everything = [Needs(preactivations=("student", "teacher"), final=True)]
-    ask(student, "student", everything)
-    ask(teacher, "teacher", everything)
-    with torch.no_grad(), autocast(device, engine.precision):
-        seen, reference = student(batch.images), teacher(batch.images)
-    ask(student, "student", [step_of_kd.distiller.needs])
-    ask(teacher, "teacher", [step_of_kd.distiller.needs])
+    with torch.no_grad(), autocast(device.type, PRECISIONS[engine.precision]):
+        seen, reference = student(batch.images, EVERYTHING), teacher(batch.images, EVERYTHING)
     for name in methods:
         shown = Shown(student, leaves(seen)), Shown(teacher, reference)
         try:
-            together = Distillation(shown[0], shown[1], build(name, student, teacher, data)).train()
+            together = distillation(name, *shown, data, engine)
             together.prepare([batch])
         except UserError as error:
             print(f"{name} is left out for {pair}: {error}")

@@ -19,9 +19,8 @@ from kdzoo.data import Dataset
 from kdzoo.data.sources import Pixels
 from kdzoo.distiller import Batch
 from kdzoo.engine import graphs
-from kdzoo.engine.device import autocast
-from kdzoo.engine.lane import Lane, SharedTeacher
-from kdzoo.engine.training import build, common_loader
+from kdzoo.engine.lane import Lane
+from kdzoo.engine.training import build, common_loader, shared_passes
 from kdzoo.files import slug, write_text
 from kdzoo.settings import EngineSettings, Settings, resolve
 from kdzoo.store.folder import RunFolder
@@ -144,10 +143,10 @@ class Group:
         batch_size: int | None = None,
     ):
         self.device = dataset.spec.labels.device
-        self.teacher = SharedTeacher(network(teacher, dataset.spec).eval().requires_grad_(False))
+        self.teacher = shared_passes(network(teacher, dataset.spec).eval().requires_grad_(False), engine)
         self.settings = [self._settings(teacher, student, method, engine, batch_size) for method in methods]
         distillations = [build(settings, dataset, self.teacher).train() for settings in self.settings]
-        loader = common_loader(self.settings[0], distillations, dataset, self.teacher)
+        loader = common_loader(self.settings[0], distillations, dataset)
         self.batch_size, self.done = loader.batch_size, 0
         self.plain = graphs.Plain(self.teacher)
         self.steps = graphs.steps(self.device, engine, self.teacher, print)
@@ -157,9 +156,8 @@ class Group:
             Lane(settings, distillation, nowhere, self.device, loader.steps_per_epoch)
             for settings, distillation in zip(self.settings, distillations, strict=True)
         ]
-        with autocast(self.device, engine.precision):
-            for distillation in distillations:
-                distillation.prepare([self.batch()])
+        for distillation in distillations:
+            distillation.prepare([self.batch()])
 
     def batch(self) -> Batch:
         """The next one."""
@@ -190,7 +188,7 @@ class Group:
 
 def parts_of(group: Group) -> list[Mark]:
     """Where the parts of a group's steps are done."""
-    marks: list[Mark] = [("data", group, "batch"), ("teacher", group.teacher, "forward")]
+    marks: list[Mark] = [("data", group, "batch"), ("teacher", group.teacher.network, "forward")]
     for lane in group.lanes:
         marks += [("student", lane.distillation.student, "forward"), ("loss", lane.distillation.distiller, "forward")]
         marks.append(("optimiser", lane.optimizer, "step"))

@@ -39,8 +39,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdzoo.engine import graphs
-from kdzoo.engine.device import DTYPES, arithmetic, autocast, settle
+from kdzoo.engine.device import settle
 from kdzoo.errors import UserError
+from kdzoo.precision import PRECISIONS, matmul_precision
 from kdzoo.settings import EngineSettings
 
 PAIRS = (
@@ -75,7 +76,7 @@ def shares(group: Group, steps: int) -> dict[str, float]:
 
 def bare_step(group: Group) -> Callable[[], None]:
     """A step on one batch that stays, with nothing around the tensor operations."""
-    batch, precision = group.batch(), group.settings[0].engine.precision
+    batch, precision = group.batch(), PRECISIONS[group.settings[0].engine.precision]
     distillations = [lane.distillation for lane in group.lanes]
     optimizers = [
         torch.optim.SGD(trainable(each), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True) for each in distillations
@@ -84,9 +85,8 @@ def bare_step(group: Group) -> Callable[[], None]:
     def step() -> None:
         group.teacher.forget()
         for distillation, optimizer in zip(distillations, optimizers, strict=True):
-            with autocast(group.device, precision):
-                terms = distillation(batch)
-            with arithmetic(group.device, precision):
+            terms = distillation(batch)
+            with matmul_precision(group.device.type, precision):
                 torch.stack(list(terms.values())).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -119,9 +119,9 @@ def of_convolution_backward(
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Floating-point operations per second of large matrix products, at best."""
     side = 8192 if device.type == "cuda" else 2048
-    one, other = torch.randn(2, side, side, device=device, dtype=DTYPES[precision] or torch.float32)
+    one, other = torch.randn(2, side, side, device=device, dtype=PRECISIONS[precision].dtype or torch.float32)
     wait = waiting(device)
-    with arithmetic(device, precision):
+    with matmul_precision(device.type, PRECISIONS[precision]):
         timed(lambda: one @ other, wait, 3)  # warm-up
         return 2 * side**3 / min(timed(lambda: one @ other, wait) for _ in range(20))
 

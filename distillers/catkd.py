@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.connectors import CellLogits
 from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
@@ -48,7 +48,7 @@ class CATKD(Distiller):
         self.student_maps = CellLogits("student", student, (self.size,))
         self.teacher_maps = CellLogits("teacher", teacher, (self.size,))
 
-    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """Run each network once, then its head on the cells of its final map."""
         reference, seen = teacher(batch.images), student(batch.images)
         return self.weigh(

@@ -9,7 +9,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.errors import UserError
 from kdzoo.keywords import one_of, positive
 from kdzoo.losses import cross_entropy, softened_kl
@@ -128,7 +128,7 @@ class FiGKD(Distiller):
         self.register_buffer("basis", rows[self.band].float(), persistent=False)
         self.register_buffer("order", class_permutation(self.class_order, data))
 
-    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
+    def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """Average the teacher's predictions by class over an epoch, where the order of classes comes from them."""
         if not self.is_active or self.class_order != "confusion":
             return

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output
 from kdzoo.connectors import CommonGrid, Wavelets, check_stages, paired_features
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import cross_entropy, softened_kl
@@ -111,7 +111,7 @@ class FreeKD(Distiller):
                 # of content first, then of each level, fine to coarse
                 self.register_buffer(f"prompts{stage}", torch.randn(1 + level, self.prompts, f_t.shape[1]) * 0.01)
 
-    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
+    def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """Train the prompts on the teacher alone, ``epochs`` times over the batches."""
         if not self.weights["detail"] or not self.epochs:
             return

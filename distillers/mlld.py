@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.errors import UserError, unknown
 from kdzoo.losses import cross_entropy
 from kdzoo.tensors import full_precision
@@ -115,7 +115,7 @@ class MLLD(Distiller):
         self.ce, self.kd = ce, kd
         self.temperatures, self.levels = tuple(temperatures), tuple(levels)
 
-    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """Both views, each in a pass of its own; ``loss`` sees them one below the other."""
         views = batch.views["weak"], batch.views["strong"]
         reference = stacked([teacher(view) for view in views])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.connectors import CellLogits
 from kdzoo.keywords import at_least, each, positive
 from kdzoo.losses import cross_entropy
@@ -80,7 +80,7 @@ class SDD(Distiller):
         self.student_cells = CellLogits("student", student, self.scales)
         self.teacher_cells = CellLogits("teacher", teacher, self.scales)
 
-    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """Run each network once, then its head on the cells of its final map."""
         reference, seen = teacher(batch.images), student(batch.images)
         return self.weigh(

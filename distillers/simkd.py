@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output, Show
 from kdzoo.connectors import CommonGrid, Pool, check_stages
 from kdzoo.errors import UserError
 
@@ -51,10 +51,10 @@ class WithTeachersHead(nn.Module):
         self.student, self.projector, self.head = student, projector, head
         self.training = student.training
 
-    def forward(self, images: Tensor) -> Output:
-        seen: Output = self.student(images)
-        embedding = self.projector(seen.features[-1]).mean(dim=(2, 3))
-        return Output(self.head(embedding), embedding, seen.features).float()
+    def forward(self, images: Tensor, show: Show = Show(features=False)) -> Output:
+        maps = self.student(images, Show(features=True)).features
+        embedding = self.projector(maps[-1]).mean(dim=(2, 3))
+        return Output(self.head(embedding), embedding, maps).only(show).float()
 
 
 class SimKD(Distiller):
@@ -105,7 +105,7 @@ class SimKD(Distiller):
             nn.init.constant_(parameter, torch.nan)  # so that no one takes it for the teacher's before it is
 
     @torch.no_grad()
-    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
+    def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """Copy the teacher's classifier, and look at one batch of its outputs."""
         if not self.is_active:
             return

@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import wraps
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kdzoo import toys
+from kdzoo import registry, toys
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Fidelity, Output
 from kdzoo.errors import unknown
@@ -47,35 +47,54 @@ class Outcome(StrEnum):
 
 
 class CheckResult(NamedTuple):
-    """One check of one distiller; ``message`` is empty where it passed."""
+    """One check of one distiller; ``message`` is empty where it passed.
+
+    Example:
+        >>> CheckResult("check_terms", Outcome.PASSED).outcome == "passed"
+        True
+    """
 
     name: str
     outcome: Outcome
     message: str = ""
 
 
-def run_checks(distiller: type[Distiller], expected_failures: Mapping[str, str] = {}) -> list[CheckResult]:
-    """Runs every check, whatever the others found.
+def check(
+    distiller: type[Distiller] | str,
+    *,
+    expected_failures: Mapping[str, str] = {},
+    on_fail: Literal["raise"] | None = "raise",
+) -> list[CheckResult]:
+    """Check that a method keeps the promises of a distiller, as scikit-learn's ``check_estimator`` does for estimators.
 
     Args:
-        distiller: the class to check.
+        distiller: the class, a ``functools.partial`` of it to check another configuration, a method's name, or the path
+            of a file that holds one.
         expected_failures: reasons by name of check, added to the distiller's own ``expected_failures``.
+        on_fail: "raise" to stop at the first check that fails and is not expected to; None to run all in any case.
+
+    Returns:
+        The result of every check.
 
     Raises:
-        UserError: an expected failure names no check.
+        AssertionError: a check fails, in one line: what was expected, what happened, what to do.
+        UserError: an unknown method, or an expected failure that names no check.
+
+    Example:
+        >>> {result.outcome.value for result in kdzoo.check("kd")}
+        {'passed'}
     """
-    reasons = {**getattr(toys.class_of(distiller), "expected_failures", {}), **expected_failures}
+    kind = registry.load(distiller) if isinstance(distiller, str) else distiller
+    reasons = {**getattr(toys.class_of(kind), "expected_failures", {}), **expected_failures}
     known = {check.__name__: check for check in CHECKS}
     for name in reasons.keys() - known.keys():
         raise unknown("check", name, known)
-    return [_result(name, check, distiller, reasons.get(name)) for name, check in known.items()]
-
-
-def check_distiller(distiller: type[Distiller]) -> None:
-    """Raises an ``AssertionError`` for the first check that fails and is not expected to."""
-    for result in run_checks(distiller):
-        if result.outcome is Outcome.FAILED:
-            raise AssertionError(f"{toys.class_of(distiller).__name__}, {result.name}: {result.message}")
+    results = []
+    for name, run in known.items():
+        results.append(_result(name, run, kind, reasons.get(name)))
+        if on_fail == "raise" and results[-1].outcome is Outcome.FAILED:
+            raise AssertionError(f"{toys.class_of(kind).__name__}, {name}: {results[-1].message}")
+    return results
 
 
 def _result(name: str, check: Check, distiller: type[Distiller], reason: str | None) -> CheckResult:
@@ -194,15 +213,15 @@ def check_documented(distiller: type[Distiller]) -> None:
 def check_needs(distiller: type[Distiller]) -> None:
     """It runs on exactly what its needs name: the teacher, the views, and what networks show."""
     student, teacher = toys.Toy(toys.STUDENT), toys.Toy(toys.TEACHER)
-    method = toys.build(distiller, student, teacher)
+    method = distiller()
+    together = Distillation(student, teacher if method.needs.teacher else toys.Absent(), method, data=toys.data())
     batch, needs = toys.batch_of(), method.needs
     strange = set(needs.views) - batch.views.keys()
     _expect(not strange, f"views among {', '.join(batch.views)}", strange, "mend needs.views")
     strange = set(needs.preactivations) - {"student", "teacher"}
     _expect(not strange, "preactivations of student or teacher", strange, "mend needs.preactivations")
     batch = batch._replace(views={name: batch.views[name] for name in needs.views})
-    together = Distillation(student, teacher if needs.teacher else toys.Absent(), method).train()
-    together.prepare([batch])
+    together.train().prepare([batch])
     _expect_finite(together, batch, f"no more than {needs}")
 
 

@@ -267,11 +267,11 @@ def show(name: str, data: str) -> None:
 @DEBUG
 def check(name: str) -> None:
     """Check that a method keeps the promises of a distiller."""
-    from kdzoo import registry
-    from kdzoo.checks import Outcome, run_checks
+    from kdzoo.checks import Outcome
+    from kdzoo.checks import check as check_all
 
     failed = 0
-    for result in run_checks(registry.load(name)):
+    for result in check_all(name, on_fail=None):
         click.echo(f"{result.outcome:8}  {result.name}" + (f": {result.message}" if result.message else ""))
         failed += result.outcome is Outcome.FAILED
     if failed:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.distiller import Output, Seen
+from kdzoo.distiller import NetworkView, Output
 from kdzoo.errors import UserError
 from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis
 from kdzoo.tensors import full_precision
@@ -76,7 +76,7 @@ class CellLogits(nn.Module):
         grid = output.final.shape[2:]
         self.pool = Positions(torch.cat([pooling_basis(grid, (g, g)) for g in scales]))
 
-    def forward(self, output: Output, network: Seen) -> Tensor:
+    def forward(self, output: Output, network: NetworkView) -> Tensor:
         assert output.final is not None, "the method's needs name it"
         means = self.pool(output.final).mT  # (B, N, D)
         return network.classify(means.flatten(0, 1)).unflatten(0, means.shape[:2])

@@ -1,68 +1,108 @@
-"""Teacher, student and distiller as one module, for kdzoo's engine and for anybody's own training loop."""
+"""Teacher, student and distiller as one module, for kdzoo's engine and for any other training loop."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdzoo.distiller import Batch, Distiller, Needs, Seen, autocast, products
-from kdzoo.products import FULL, current, switchable
-
-
-def ask(network: nn.Module, role: str, needs: Iterable[Needs]) -> None:
-    """Has a network show what any of these methods needs of it, and no more.
-
-    Args:
-        network: one that can be told by ``wants_features``, ``wants_preactivations`` and ``wants_final``, as those of
-            ``kdzoo.models`` can; others show what they show.
-        role: "student" or "teacher".
-        needs: of all methods that look at it.
-    """
-    needs = list(needs)
-    wanted = {
-        "wants_features": any(need.features for need in needs),
-        "wants_preactivations": any(role in need.preactivations for need in needs),
-        "wants_final": any(need.final for need in needs),
-    }
-    for name, value in wanted.items():
-        if hasattr(network, name):
-            setattr(network, name, value)
+from kdzoo.distiller import Batch, DataSpec, Distiller, NetworkView, Output, Show
+from kdzoo.errors import UserError
+from kdzoo.precision import FLOAT32, Precision, ambient, autocast
 
 
 class Distillation(nn.Module):
     """One training step's forward pass: from a batch to the loss terms, the frozen teacher included.
 
-    Under ``torch.autocast`` the networks run in its precision; losses and the distiller's own modules stay
-    in float32, on CUDA without TF32 whatever the networks do. Only the student and the distiller have parameters
-    that require a gradient; the teacher stays in evaluation mode whatever ``train()`` says.
+    Under ``torch.autocast`` the networks run in its precision; losses and the distiller's own modules stay in float32,
+    on CUDA without TF32. Only the student and the distiller have parameters that require a gradient; the teacher stays
+    in evaluation mode, also under ``train()``.
 
     Args:
-        student: images (B, 3, H, W) in [0, 1] -> ``Output``; ``kdzoo.models.wrap`` makes one of any network.
+        student: a network of ``kdzoo.models``, or any module from images (B, 3, H, W) to logits (B, K), which is wrapped
+            by ``kdzoo.models.wrap``. It is trained in place.
         teacher: the same; None for a distiller that needs no teacher.
-        distiller: the method.
+        distiller: the method, such as ``LFCC(contrast=3.0)``. Its modules are made here, from the networks' shapes.
+        num_classes: K; needed where a network has to be wrapped.
+        labels: (N,) int64, of the training set, for methods that read them; the batches then need their ``index``.
+        image_size: side in pixels; needed where a network has to be wrapped.
+        data: everything that is known of the data, instead of the three above.
+        precision: what the networks compute in; None for what holds where the module is called.
+        passes: makes the teacher's passes instead of the teacher itself, where several modules share one.
 
-    Example::
+    Raises:
+        UserError: something is missing, or the networks do not fit the method or each other.
 
-        distillation = Distillation(student, teacher, distiller)
-        optimizer = torch.optim.SGD([p for p in distillation.parameters() if p.requires_grad], lr=0.05)
-        for images, labels in loader:
-            terms = distillation(Batch.of(images, labels, num_classes=10))
-            sum(terms.values()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        shipped = distillation.deploy()
+    Example:
+        >>> from kdzoo.distillers.kd import KD
+        >>> distillation = Distillation(cnn, wider_cnn, KD(temperature=2.0), num_classes=10, image_size=32)
+        >>> optimizer = torch.optim.SGD([p for p in distillation.parameters() if p.requires_grad], lr=0.05)
+        >>> for images, labels in loader:
+        ...     terms = distillation(Batch.of(images, labels, num_classes=10))
+        ...     sum(terms.values()).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> sorted(terms)
+        ['ce', 'kd']
+        >>> shipped = distillation.deploy()
+        >>> shipped(images).logits.shape
+        torch.Size([4, 10])
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, distiller: Distiller):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        distiller: Distiller,
+        *,
+        num_classes: int | None = None,
+        labels: Tensor | None = None,
+        image_size: int | None = None,
+        data: DataSpec | None = None,
+        precision: Precision | None = None,
+        passes: Callable[[Tensor, Show], Output] | None = None,
+    ):
         super().__init__()
-        needs = distiller.needs
-        if teacher is None and needs.teacher:
-            raise ValueError(f"{type(distiller).__name__} needs a teacher and got None; pass one")
+        if teacher is None and distiller.needs.teacher:
+            raise UserError(f"{type(distiller).__name__} needs a teacher and got None; pass one")
+        if data is not None:
+            num_classes, image_size = data.num_classes, data.image_size
+        if num_classes is not None or not distiller.is_assembled:  # which was assembled from the outputs of networks
+            student = _network("student", student, num_classes, image_size)
+            teacher = None if teacher is None else _network("teacher", teacher, num_classes, image_size)
         self.student, self.teacher, self.distiller = student, teacher, distiller
-        ask(student, "student", [needs])
-        if teacher is not None:
-            ask(teacher, "teacher", [needs])
-            teacher.requires_grad_(False).eval()
+        if not distiller.is_assembled:
+            self._assemble(num_classes, labels, image_size, data)
+        self.precision = precision
+        self._views = [NetworkView(self.student, distiller.needs.show("student"), precision=precision)]
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False).eval()
+            show, grad = distiller.needs.show("teacher"), distiller.needs.teacher_grad
+            self._views.append(NetworkView(self.teacher, show, grad=grad, precision=precision, passes=passes))
+
+    def _assemble(
+        self, num_classes: int | None, labels: Tensor | None, image_size: int | None, data: DataSpec | None
+    ) -> None:
+        student = _shapes(self.student)
+        teacher = student if self.teacher is None or not self.distiller.needs.teacher else _shapes(self.teacher)
+        classes = num_classes or student.logits.shape[1]
+        for role, output in (("student", student), ("teacher", teacher)):
+            if output.logits.shape[1] != classes:
+                raise UserError(
+                    f"the {role} gives {output.logits.shape[1]} logits, expected {classes}, one for each class"
+                    f"{f' of {data.name}' if data else ''}; give it that many classes"
+                )
+        if data is None:
+            if labels is None and self.distiller.needs.labels:
+                raise UserError(
+                    f"{type(self.distiller).__name__} reads the labels of the training set; pass labels=..., one for "
+                    "each of its images, and give each batch its index"
+                )
+            names = tuple(f"class {k}" for k in range(classes))
+            size = image_size or int(getattr(self.student, "image_size", 0))
+            labels = torch.zeros(0, dtype=torch.int64) if labels is None else labels
+            data = DataSpec("your data", classes, names, size, labels)
+        self.distiller.assemble(student, teacher, data)
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -71,28 +111,88 @@ class Distillation(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The weighted loss terms, float32 scalars by name; minimise their sum."""
+        """Compute the weighted loss terms, float32 scalars by name; minimise their sum."""
         device = batch.images.device.type
-        networks = self._seen(device)
-        with autocast(device, None), products(device, FULL):
-            return self.distiller(*networks, batch)
+        student, teacher = self._views_on(device)
+        with autocast(device, FLOAT32):
+            return self.distiller(student, teacher, batch)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Runs the method's phase before training, if it has one; an iteration of ``batches`` is an epoch."""
+        """Run the method's phase before training, if it has one; an iteration of ``batches`` is an epoch."""
         device = next((p.device.type for p in self.student.parameters()), "cpu")
-        networks = self._seen(device)
-        with autocast(device, None), products(device, FULL):
-            self.distiller.prepare(*networks, batches)
+        student, teacher = self._views_on(device)
+        with autocast(device, FLOAT32):
+            self.distiller.prepare(student, teacher, batches)
 
     def deploy(self) -> nn.Module:
-        """What ships: usually the student."""
+        """Return what ships: usually the student."""
         return self.distiller.deploy(self.student)
 
-    def _seen(self, device: str) -> tuple[Seen, Seen]:
-        known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        precision = torch.get_autocast_dtype(device) if known else None
-        rounding = current() if switchable(device) else None
-        student = Seen(self.student, precision, rounding=rounding)
-        if self.teacher is None:
-            return student, student  # the method said that it never asks
-        return student, Seen(self.teacher, precision, self.distiller.needs.teacher_grad, rounding)
+    def _views_on(self, device: str) -> tuple[NetworkView, NetworkView]:
+        """Both networks; a method that needs no teacher never calls the second."""
+        if self.precision is None:  # the loop is not ours, so autocast may be switched on around this call
+            for view in self._views:
+                view.precision = ambient(device)
+        return self._views[0], self._views[-1]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    method: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    labels: Tensor | None = None,
+    **keywords: Any,
+) -> Distillation:
+    """Make one module of student, teacher and a method, to train the student in any loop.
+
+    Args:
+        student: any module from images (B, 3, H, W) in [0, 1] to logits (B, K). It is trained in place. Where it expects
+            normalised images, pass ``kdzoo.models.wrap(student, mean=..., std=...)``.
+        teacher: the same, trained before; None for a method that needs none.
+        method: a method's name (``kdzoo list distillers`` shows all), or the path of a file that holds one.
+        num_classes: K.
+        image_size: side in pixels.
+        labels: (N,) int64, of the training set, for methods that read them (crd). Each batch then needs its ``index``.
+        keywords: the method's own, such as ``temperature=2.0``; ``kdzoo show METHOD`` explains them.
+
+    Raises:
+        UserError: an unknown method or keyword, with the nearest, or networks that do not fit.
+
+    Example:
+        >>> distillation = kdzoo.distill(cnn, wider_cnn, "kd", num_classes=10, image_size=32, temperature=2.0)
+        >>> optimizer = torch.optim.SGD([p for p in distillation.parameters() if p.requires_grad], lr=0.05)
+        >>> for images, labels in loader:
+        ...     terms = distillation(Batch.of(images, labels, num_classes=10))
+        ...     sum(terms.values()).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> all(term.isfinite() for term in terms.values())
+        True
+    """
+    from kdzoo import registry
+    from kdzoo.keywords import keyword_settings
+
+    kind = registry.load(method)
+    distiller = kind(**keyword_settings(kind, keywords, prefix=""))
+    return Distillation(student, teacher, distiller, num_classes=num_classes, image_size=image_size, labels=labels)
+
+
+def _network(role: str, module: nn.Module, num_classes: int | None, image_size: int | None) -> nn.Module:
+    """The module itself where it can tell its shapes, as networks of kdzoo do, and else wrapped."""
+    if hasattr(module, "shapes"):
+        return module
+    if num_classes is None or image_size is None:
+        raise UserError(
+            f"the {role} is a bare {type(module).__name__}; pass num_classes=... and image_size=..., "
+            "or a network made by kdzoo.models.wrap"
+        )
+    from kdzoo import models
+
+    return models.wrap(module, image_size=image_size, num_classes=num_classes, name=f"the {role}")
+
+
+def _shapes(network: nn.Module) -> Output:
+    return network.shapes()  # type: ignore[operator]  # known to be there

@@ -1,7 +1,7 @@
 """The interface between a distillation method and everything else: batches, outputs, needs, the base class."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar, NamedTuple, Self
@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.keywords import not_negative
-from kdzoo.products import Products, computed, switchable
+from kdzoo.precision import Precision, autocast
 
 
 class Fidelity(StrEnum):
-    """How sure it is that a method here is the method of its paper."""
+    """How closely an implementation follows its paper.
+
+    Example:
+        >>> Fidelity.EXACT == "exact"
+        True
+    """
 
     EXACT = "exact"  # formulas read in the authors' code or paper
     ADAPTED = "adapted"  # carried over from another task or architecture
@@ -23,7 +28,13 @@ class Fidelity(StrEnum):
 
 
 class Batch(NamedTuple):
-    """One step's data, the same for every method of a comparison."""
+    """One step's data, the same for every method of a comparison.
+
+    Example:
+        >>> batch = Batch.of(torch.rand(2, 3, 32, 32), torch.tensor([3, 1]), num_classes=5)
+        >>> batch.targets.argmax(dim=1).tolist()
+        [3, 1]
+    """
 
     images: Tensor  # (B, 3, H, W), float in [0, 1], augmented; every network normalises for itself
     labels: Tensor  # (B,) int64, hard labels, kept under mixup and cutmix
@@ -34,85 +45,141 @@ class Batch(NamedTuple):
     partner: Tensor | None = None  # (B,) int64: the row whose image was mixed into this one; None without mixing
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, num_classes: int, progress: float = 0.0) -> "Batch":
-        """A batch from one's own loader: ``images`` (B, 3, H, W) in [0, 1], ``labels`` (B,) int64."""
+    def of(
+        cls, images: Tensor, labels: Tensor, num_classes: int, progress: float = 0.0, index: Tensor | None = None
+    ) -> "Batch":
+        """Make a batch from the images and labels of any loader.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            labels: (B,) int64.
+            num_classes: K.
+            progress: the share of training that is done, for methods that warm up.
+            index: (B,) int64, the images' rows in the training set, for methods that remember them.
+        """
         return cls(
             images,
             labels,
             F.one_hot(labels, num_classes).to(torch.float32),
-            torch.arange(len(labels), device=labels.device),
+            torch.arange(len(labels), device=labels.device) if index is None else index,
             torch.tensor(progress, device=images.device),
         )
 
 
-class Output(NamedTuple):
-    """What a network shows of one batch. Distillers read it in float32.
+class Show(NamedTuple):
+    """Which outputs a network gives beside logits and embedding.
 
-    The first three suffice for most methods; the others are there where a method's needs name them and the network
-    has them.
+    Example:
+        >>> Show()
+        Show(features=True, preactivations=False, final=False)
+        >>> Show(features=False) | Show(features=False, final=True)
+        Show(features=False, preactivations=False, final=True)
+    """
+
+    features: bool = True
+    preactivations: bool = False
+    final: bool = False
+
+    def __or__(self, other: "Show") -> "Show":
+        return Show(*(one or another for one, another in zip(self, other, strict=True)))
+
+
+LOGITS, EVERYTHING = Show(features=False), Show(True, True, True)
+
+
+class Output(NamedTuple):
+    """What a network gives for one batch. Distillers read it in float32.
+
+    A network is called as ``network(images, show)`` and leaves empty what ``show`` does not name or it does not have.
+
+    Example:
+        >>> output = Output(torch.zeros(8, 10), torch.zeros(8, 64), (torch.zeros(8, 16, 4, 4),) * 4)
+        >>> output.logits.shape, len(output.features), output.final
+        (torch.Size([8, 10]), 4, None)
     """
 
     logits: Tensor  # (B, K)
     embedding: Tensor  # (B, D): what the classifier reads
-    features: tuple[Tensor, ...]  # four stages, shallow to deep, each (B, C, H, W); empty where nobody asked
+    features: tuple[Tensor, ...] = ()  # four stages, shallow to deep, each (B, C, H, W)
     preactivations: tuple[Tensor, ...] = ()  # the features before their last ReLU; where they have none, themselves
-    final: Tensor | None = None  # (B, D', H, W): the map of whose mean over positions the logits are made
+    final: Tensor | None = None  # (B, D', H, W): the map whose mean over positions the logits are made of
+
+    def only(self, show: Show) -> "Output":
+        """Leave out what ``show`` does not name."""
+        return self._replace(
+            features=self.features if show.features else (),
+            preactivations=self.preactivations if show.preactivations else (),
+            final=self.final if show.final else None,
+        )
 
     def float(self) -> "Output":
-        """The same in float32."""
+        """Convert to float32."""
         features, before = (tuple(f.float() for f in maps) for maps in (self.features, self.preactivations))
         final = None if self.final is None else self.final.float()
         return Output(self.logits.float(), self.embedding.float(), features, before, final)
 
 
-def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Autocast to ``dtype``, or none at all for None; devices that know no autocast are left alone."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, dtype, enabled=dtype is not None)
+class NetworkView:
+    """A network as a distiller is given it: called with images (B, 3, H, W) in [0, 1], it returns an ``Output``.
 
+    The output is in float32, and holds what the method's needs name.
 
-def products(device: str, how: Products) -> AbstractContextManager:
-    """Float32 products computed so, on the device that has a choice."""
-    return computed(how) if switchable(device) else nullcontext()
+    Args:
+        network: called as ``network(images, show)``, as those of ``kdzoo.models`` are.
+        show: the outputs wanted beside logits and embedding.
+        grad: whether gradients flow through the network; False for a frozen teacher.
+        precision: what the network computes in; None for what holds where it is called.
+        passes: makes the passes instead of ``network`` itself, for networks that several methods share.
 
-
-class Seen(nn.Module):
-    """A network as a distiller sees it: run in the caller's precision, its output in float32.
-
-    Distillers call it with images (B, 3, H, W) and get an ``Output``.
+    Example:
+        >>> view = NetworkView(kdzoo.models.wrap(cnn, image_size=32, num_classes=10), Show(features=True))
+        >>> output = view(torch.rand(2, 3, 32, 32))
+        >>> output.logits.shape, [tuple(maps.shape[1:]) for maps in output.features]
+        (torch.Size([2, 10]), [(8, 16, 16), (8, 8, 8), (8, 4, 4), (8, 2, 2)])
+        >>> view.classifier
+        Linear(in_features=8, out_features=10, bias=True)
     """
 
     def __init__(
         self,
         network: nn.Module,
-        precision: torch.dtype | None = None,
+        show: Show = LOGITS,
+        *,
         grad: bool = True,
-        rounding: Products | None = None,
+        precision: Precision | None = None,
+        passes: Callable[[Tensor, Show], Output] | None = None,
     ):
-        super().__init__()
-        self.network, self.precision, self.grad, self.rounding = network, precision, grad, rounding
+        self.network, self.show, self.grad, self.precision = network, show, grad, precision
+        self.passes = passes or network
 
-    @property
-    def classifier(self) -> nn.Linear | None:
-        """The linear layer that makes the logits of the embedding; None where the network names none."""
-        layer = getattr(self.network, "classifier", None)
-        return layer if isinstance(layer, nn.Linear) else None
+    def __call__(self, images: Tensor) -> Output:
+        inside = nullcontext() if self.precision is None else autocast(images.device.type, self.precision)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()), inside:
+            return self.passes(images, self.show).float()
 
     def classify(self, means: Tensor) -> Tensor:
-        """Means (M, D') of the final map over any positions -> logits (M, K), as the network makes them of all."""
+        """Compute logits (M, K) from means (M, D') of the final map over any positions, by the network's own head.
+
+        Only networks that show a final map can.
+        """
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             return self.network.classify(means)  # type: ignore[operator]  # networks that show a final map have it
 
-    def forward(self, images: Tensor) -> Output:
-        grad, device = self.grad and torch.is_grad_enabled(), images.device.type
-        rounded = products(device, self.rounding) if self.rounding else nullcontext()
-        with torch.set_grad_enabled(grad), autocast(device, self.precision), rounded:
-            return self.network(images).float()
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The linear layer that turns the embedding into the logits; None where there is no such layer."""
+        layer = getattr(self.network, "classifier", None)
+        return layer if isinstance(layer, nn.Linear) else None
 
 
 class DataSpec(NamedTuple):
-    """What is known of a data set before the first batch."""
+    """What is known of a data set before the first batch.
+
+    Example:
+        >>> data = DataSpec("pets", 2, ("cat", "dog"), image_size=32, labels=torch.tensor([0, 1, 1, 0]))
+        >>> data.class_names[data.labels[1]]
+        'dog'
+    """
 
     name: str
     num_classes: int
@@ -126,14 +193,24 @@ class DataSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs beyond the plain case of one pass with features through both networks."""
+    """What a method needs beyond the plain case of one pass with features through both networks.
+
+    Example:
+        >>> Needs(preactivations=("teacher",)).show("teacher")
+        Show(features=True, preactivations=True, final=False)
+    """
 
     teacher: bool = True  # False: trains without a teacher
     features: bool = True  # False: reads logits and embedding only, so networks run their plain forward
+    labels: bool = False  # reads the labels of the training set, and from batch.index which rows of it a batch holds
     views: tuple[str, ...] = ()  # further views in batch.views: "weak", "strong", "rotations"
     teacher_grad: bool = False  # the graph is kept through the frozen teacher
     preactivations: tuple[str, ...] = ()  # whose features are shown before the last ReLU too: "student", "teacher"
     final: bool = False  # both networks' final maps, and that they classify means of parts of them
+
+    def show(self, role: str) -> Show:
+        """Return the outputs that the network in this role, "student" or "teacher", has to give."""
+        return Show(self.features, role in self.preactivations, self.final)
 
 
 class Distiller(nn.Module):
@@ -157,10 +234,19 @@ class Distiller(nn.Module):
     Raises:
         UserError: a weight is negative or not finite.
 
-    Example::
-
-        distiller = KD(temperature=2.0)
-        terms = distiller.loss(student_output, teacher_output, Batch.of(images, labels, num_classes=10))
+    Example:
+        >>> class LogitError(Distiller):
+        ...     paper, fidelity = "none", Fidelity.EXACT
+        ...
+        ...     def __init__(self, *, kd: float = 1.0):
+        ...         super().__init__(kd=kd)
+        ...
+        ...     def loss(self, student, teacher, batch):
+        ...         return self.weigh(kd=lambda: F.l1_loss(student.logits, teacher.logits))
+        >>> ones, zeros = (Output(fill(2, 10), fill(2, 8)) for fill in (torch.ones, torch.zeros))
+        >>> batch = Batch.of(torch.rand(2, 3, 32, 32), torch.tensor([3, 1]), num_classes=10)
+        >>> LogitError(kd=2.0).loss(ones, zeros, batch)
+        {'kd': tensor(2.)}
     """
 
     paper: ClassVar[str]
@@ -174,7 +260,7 @@ class Distiller(nn.Module):
         self.is_active = any(weight for name, weight in weights.items() if name not in self.logit_terms)
         self.is_assembled = False
         if not self.is_active:
-            self.needs = replace(self.needs, features=False, preactivations=(), final=False)
+            self.needs = replace(self.needs, features=False, labels=False, preactivations=(), final=False)
 
     def assemble(self, student: Output, teacher: Output, data: DataSpec) -> Self:
         """Build the method's modules for a pair of networks, where a term needs them, and return the method.
@@ -207,17 +293,17 @@ class Distiller(nn.Module):
         """Compute the weighted loss terms of one batch, each a float32 scalar; their sum is minimised."""
         raise NotImplementedError
 
-    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """One pass through each network, then ``loss``; methods that need another course override this."""
         if not self.needs.teacher:
-            seen = student(batch.images)
-            return self.loss(seen, seen, batch)
+            output = student(batch.images)
+            return self.loss(output, output, batch)
         reference = teacher(batch.images)
         return self.loss(student(batch.images), reference, batch)
 
-    def prepare(self, student: Seen, teacher: Seen, batches: Iterable[Batch]) -> None:
+    def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """A phase before training. ``batches`` may be iterated again and again, an epoch each time."""
 
     def deploy(self, student: nn.Module) -> nn.Module:
-        """What ships, from images to ``Output``: the student itself unless a method says otherwise."""
+        """Return what ships: the student itself unless a method says otherwise. It is called as networks are."""
         return student

@@ -1,11 +1,19 @@
-"""Errors that are the user's to mend: one line of what was given, what was expected and what to do next."""
+"""Errors that the user can fix: one line of what was given, what was expected and what to do next."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """The command line prints its message without a traceback and exits with 2."""
+    """An error that the user can fix: its message is one line of what was given, expected, and to do next.
+
+    The command line prints the message without a traceback and exits with 2.
+
+    Example:
+        >>> kdzoo.distill(cnn, wider_cnn, "lffc", num_classes=10, image_size=32)
+        Traceback (most recent call last):
+        kdzoo.errors.UserError: unknown distiller 'lffc'; did you mean lfcc? ('kdzoo list distillers' lists all; ...
+    """
 
 
 class StorageError(UserError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import Batch, DataSpec, Distiller, Output
+from kdzoo.distiller import EVERYTHING, LOGITS, Batch, DataSpec, Distiller, Output, Show
 
 Terms = Mapping[str, Tensor]
 
@@ -40,75 +40,66 @@ PAIRS = {
 }
 
 
-def show_all(network: nn.Module) -> None:
-    """Has a toy show all there is."""
-    network.wants_features = network.wants_preactivations = network.wants_final = True  # type: ignore[assignment]
+class ToyNetwork(nn.Module):
+    """What toy networks share: they tell their shapes and classify means of their final map."""
+
+    classifier: nn.Linear
+
+    def shapes(self) -> Output:
+        """The output for one image, on the meta device."""
+        with torch.no_grad():
+            return to_meta(copy.deepcopy(self).eval()(torch.zeros(1, 3, 8, 8), EVERYTHING))
+
+    def classify(self, means: Tensor) -> Tensor:
+        return self.classifier(means)
 
 
-class Toy(nn.Module):
+class Toy(ToyNetwork):
     """A small convolutional network, read as those of ``kdzoo.models`` are."""
-
-    wants_features: bool
-    wants_preactivations: bool
-    wants_final: bool
 
     def __init__(self, shape: Shape, classes: int = 4):
         super().__init__()
         self.shape = shape
-        show_all(self)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out))
             for fan_in, fan_out in pairwise((3, *shape.widths))
         )
         self.classifier = nn.Linear(shape.widths[-1], classes)
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         x, features, preactivations = images, [], []
         for stage, grid in zip(self.stages, self.shape.grids, strict=True):
             before = stage(x)
             x = self.laid_out(F.adaptive_avg_pool2d(F.gelu(before), grid))
             features.append(x)
-            if self.wants_preactivations:
+            if show.preactivations:
                 preactivations.append(self.laid_out(F.adaptive_avg_pool2d(before, grid)))
         embedding = x.mean((2, 3))
-        return Output(
-            self.classifier(embedding),
-            embedding,
-            tuple(features) if self.wants_features else (),
-            tuple(preactivations),
-            x if self.wants_final else None,
-        )
+        return Output(self.classifier(embedding), embedding, tuple(features), tuple(preactivations), x).only(show)
 
     def laid_out(self, maps: Tensor) -> Tensor:
         return maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if self.shape.tokens else maps
 
-    def classify(self, means: Tensor) -> Tensor:
-        return self.classifier(means)
 
-
-class Replay(nn.Module):
+class Replay(ToyNetwork):
     """A network that shows the same rows whatever the images, and collects the gradients on them."""
 
     def __init__(self, shape: Shape, make: Callable[..., Tensor], scale: float):
         super().__init__()
-        show_all(self)
         features = [make(4, width, *grid) for width, grid in zip(shape.widths, shape.grids, strict=True)]
         self.rows = nn.ParameterList([make(4, 4) * scale, *features])
         self.classifier = nn.Linear(shape.widths[-1], 4)
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         picks = torch.arange(len(images)) % 4
-        logits, *features = (rows[picks] for rows in self.rows)
-        return Output(logits, features[-1].mean((2, 3)), tuple(features), tuple(features), features[-1])
-
-    def classify(self, means: Tensor) -> Tensor:
-        return self.classifier(means)
+        logits, *maps = (rows[picks] for rows in self.rows)
+        return Output(logits, maps[-1].mean((2, 3)), tuple(maps), tuple(maps), maps[-1]).only(show)
 
 
-class Absent(nn.Module):
+class Absent(ToyNetwork):
     """The teacher of a method that needs none."""
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         raise RuntimeError("it asks a teacher; its needs say that there is none")
 
 
@@ -116,35 +107,20 @@ def distillation(
     distiller: type[Distiller],
     keywords: Mapping[str, Any] = {},
     *,
-    student: "Toy | Replay | None" = None,
-    teacher: "Toy | Replay | None" = None,
+    student: ToyNetwork | None = None,
+    teacher: ToyNetwork | None = None,
     seed: int = 0,
     classes: int = 4,
     prepared: bool = True,
 ) -> Distillation:
-    """A seeded toy pair, which shows all there is, under a distiller that is ready to train."""
+    """A seeded toy pair under a distiller that is ready to train."""
     torch.manual_seed(seed)
     student, teacher = student or Toy(STUDENT, classes), teacher or Toy(TEACHER, classes)
-    method = build(distiller, student, teacher, classes, keywords)
-    together = Distillation(student, teacher, method).train()
-    show_all(student)
-    show_all(teacher)
+    together = Distillation(student, teacher, distiller(**keywords), data=data(classes)).train()
     if prepared:
         together.prepare([batch_of(seed=101, classes=classes), batch_of(seed=102, classes=classes)])
     torch.manual_seed(seed)
     return together
-
-
-def build(
-    distiller: type[Distiller],
-    student: nn.Module,
-    teacher: nn.Module,
-    classes: int = 4,
-    keywords: Mapping[str, Any] = {},
-) -> Distiller:
-    """The distiller of a pair; one that needs no teacher is told of the student twice."""
-    reference = teacher if class_of(distiller).needs.teacher else student
-    return distiller(**keywords).assemble(shapes(student), shapes(reference), data(classes))
 
 
 def data(classes: int = 4) -> DataSpec:
@@ -169,12 +145,6 @@ def batch_of(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0
     turned = torch.stack([images.rot90(turns, (2, 3)) for turns in range(4)], 1)
     views = {"weak": images.flip(3), "strong": images * 0.8, "rotations": turned}
     return Batch(images, labels, targets, index, torch.tensor(progress), views, partner)
-
-
-def shapes(network: nn.Module) -> Output:
-    """A network's output for one image, on the meta device."""
-    with torch.no_grad():
-        return to_meta(copy.deepcopy(network).eval()(torch.zeros(1, 3, 8, 8)))
 
 
 def to_meta(value: Any) -> Any:

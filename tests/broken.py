@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output, Seen
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 
 
 class Sound(Distiller):
@@ -148,7 +148,7 @@ class HidesItsFinalMap(Sound):
 
     fails = "check_needs"
 
-    def forward(self, student: Seen, teacher: Seen, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         cell = student(batch.images).final[:, :, 0, 0]
         terms = super().forward(student, teacher, batch)
         return {**terms, "hint": terms["hint"] + 0.1 * student.classify(cell).square().mean()}

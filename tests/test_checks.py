@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+import kdzoo
 from kdzoo import Distiller
-from kdzoo.checks import CHECKS, Outcome, check_distiller, run_checks
+from kdzoo.checks import CHECKS, Outcome
 from kdzoo.errors import UserError
 from kdzoo.registry import load, names
 
@@ -45,20 +46,20 @@ def test_every_check_has_a_distiller_that_fails_it():
 
 
 def test_results_come_in_the_order_of_the_checks():
-    results = run_checks(broken.Sound)
+    results = kdzoo.check(broken.Sound)
     assert [result.name for result in results] == list(BY_NAME)
     assert {result.outcome for result in results} == {Outcome.PASSED}
 
 
 def test_an_expected_failure_is_none():
-    check_distiller(broken.ExpectedToFail)
-    outcomes = {result.name: result.outcome for result in run_checks(broken.ExpectedToFail)}
+    kdzoo.check(broken.ExpectedToFail)
+    outcomes = {result.name: result.outcome for result in kdzoo.check(broken.ExpectedToFail)}
     assert outcomes.pop("check_learns") == Outcome.EXPECTED_FAILURE
     assert set(outcomes.values()) == {Outcome.PASSED}
 
 
 def test_an_expected_failure_that_passes_is_a_failure():
-    results = run_checks(broken.Sound, {"check_terms": "no more"})
+    results = kdzoo.check(broken.Sound, expected_failures={"check_terms": "no more"}, on_fail=None)
     failed = [result for result in results if result.outcome is Outcome.FAILED]
     assert [result.name for result in failed] == ["check_terms"]
     assert "take check_terms out" in failed[0].message
@@ -66,12 +67,24 @@ def test_an_expected_failure_that_passes_is_a_failure():
 
 def test_an_expected_failure_of_no_check_is_an_error():
     with pytest.raises(UserError, match="did you mean check_terms"):
-        run_checks(broken.Sound, {"check_term": "misspelled"})
+        kdzoo.check(broken.Sound, expected_failures={"check_term": "misspelled"})
 
 
 def test_the_first_failure_is_raised_with_the_names_of_distiller_and_check():
     with pytest.raises(AssertionError, match=r"^StrangeName, check_terms: expected a keyword"):
-        check_distiller(broken.StrangeName)
+        kdzoo.check(broken.StrangeName)
+
+
+def test_all_checks_run_where_a_failure_is_not_to_be_raised():
+    results = kdzoo.check(broken.StrangeName, on_fail=None)
+    assert [result.name for result in results] == list(BY_NAME)
+    assert "check_terms" in {result.name for result in results if result.outcome is Outcome.FAILED}
+
+
+def test_a_method_is_checked_by_its_name():
+    assert len(kdzoo.check("kd")) == len(CHECKS)
+    with pytest.raises(UserError, match="did you mean kd"):
+        kdzoo.check("kdd")
 
 
 def test_a_partial_checks_another_configuration():

@@ -1,40 +1,43 @@
 """One module for anybody's loop: precision, modes and gradients are as promised."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
+from kdzoo.distillers.at import AT
+from kdzoo.distillers.kd import KD
 from torch import nn
 
-from kdzoo import Batch, DataSpec, Distillation, Distiller, Fidelity, Needs, Output, Seen
-from kdzoo.distillation import ask
+import kdzoo
+from kdzoo import Batch, DataSpec, Distillation, Distiller, Fidelity, Needs, NetworkView, Output, Show, UserError
+from kdzoo.models import wrap
+from kdzoo.precision import PRECISIONS
 
 
 class Net(nn.Module):
-    """A small network with dropout, batch norm and a notebook of the precisions it computed in."""
+    """A small network with dropout, batch norm and a notebook of the precisions it computed in and what it showed."""
 
-    def __init__(self, width=4):
+    def __init__(self, width=4, classes=5):
         super().__init__()
         self.conv = nn.Conv2d(3, width, 3, padding=1)
         self.norm = nn.BatchNorm2d(width)
-        self.head = nn.Linear(width, 5)
-        self.seen = []
+        self.head = nn.Linear(width, classes)
+        self.seen, self.shown = [], []
 
-    def forward(self, images):
+    def forward(self, images, show):
         feature = self.norm(self.conv(images)).relu()
         embedding = feature.mean((2, 3))
         logits = self.head(embedding)
         self.seen.append(logits.dtype)
-        return Output(logits, embedding, (feature,) * 4)
+        self.shown.append(show)
+        return Output(logits, embedding, (feature,) * 4, (feature,) * 4, feature).only(show)
 
+    def classify(self, means):
+        return self.head(means)
 
-class Shows(Net):
-    """Shows what it is asked for."""
-
-    wants_features, wants_preactivations, wants_final = True, False, False
-
-    def shown(self):
-        return self.wants_features, self.wants_preactivations, self.wants_final
+    def shapes(self):
+        return Output(*(x.to("meta") for x in (torch.zeros(2, self.head.out_features), torch.zeros(2, 4))))
 
 
 class Probe(Distiller):
@@ -51,7 +54,7 @@ class Probe(Distiller):
 
     def loss(self, student, teacher, batch):
         mapped = self.connector(student.logits)
-        self.dtypes.append((student.logits.dtype, teacher.features[0].dtype, mapped.dtype))
+        self.dtypes.append((student.logits.dtype, teacher.embedding.dtype, mapped.dtype))
         self.teacher_grad = teacher.logits.requires_grad
         return {"match": (mapped - teacher.logits).square().mean()}
 
@@ -104,39 +107,63 @@ def test_the_teachers_graph_is_kept_only_where_it_is_needed(batch):
         ({"final": True}, (True, False, True), (True, False, True)),
     ],
 )
-def test_networks_show_what_the_method_needs_and_no_more(needs, student_shows, teacher_shows):
-    student, teacher = Shows(), Shows()
-    student.wants_final = teacher.wants_final = True  # as another method may have left them
-    Distillation(student, teacher, Probe(**needs))
-    assert student.shown() == student_shows
-    assert teacher.shown() == teacher_shows
+def test_networks_show_what_the_method_needs_and_no_more(batch, needs, student_shows, teacher_shows):
+    student, teacher = Net(), Net()
+    Distillation(student, teacher, Probe(**needs))(batch)
+    assert student.shown == [student_shows]
+    assert teacher.shown == [teacher_shows]
 
 
 def test_methods_that_share_a_network_are_shown_what_any_of_them_needs():
-    teacher = Shows()
-    ask(teacher, "teacher", [Needs(features=False), Needs(preactivations=("teacher",)), Needs(final=True)])
-    assert teacher.shown() == (True, True, True)
+    needs = [Needs(features=False), Needs(features=False, preactivations=("teacher",)), Needs(final=True)]
+    first, second, third = (need.show("teacher") for need in needs)
+    assert first | second == Show(False, True, False)
+    assert first | second | third == Show(True, True, True)
 
 
 def test_an_output_of_three_fields_is_whole(batch):
-    output = Net()(batch.images).float()
-    assert (output.preactivations, output.final) == ((), None)
+    output = Net()(batch.images, Show()).float()
+    assert (len(output.features), output.preactivations, output.final) == (4, (), None)
 
 
 def test_a_part_of_the_final_map_is_classified_as_the_method_sees_the_network():
-    class Classifies(Net):
-        def classify(self, means):
-            return self.head(means)
-
     means = torch.rand(3, 4)
-    assert Seen(Classifies()).classify(means).requires_grad
-    assert not Seen(Classifies(), grad=False).classify(means).requires_grad
+    assert NetworkView(Net()).classify(means).requires_grad
+    assert not NetworkView(Net(), grad=False).classify(means).requires_grad
+
+
+def test_a_view_has_no_classifier_where_the_network_names_no_linear_layer():
+    network = Net()
+    assert NetworkView(network).classifier is None
+    network.classifier = network.head
+    assert NetworkView(network).classifier is network.head
+
+
+def test_the_precision_may_be_handed_over_instead_of_read_from_the_surrounding_code(batch):
+    student, probe = Net(), Probe(features=False)
+    distillation = Distillation(student, Net(), probe, precision=PRECISIONS["bf16"])
+    distillation(batch)
+    with torch.autocast("cpu", torch.float16):
+        distillation(batch)
+    assert student.seen == [torch.bfloat16] * 2
+    assert set(probe.dtypes) == {(torch.float32,) * 3}
+
+
+def test_passes_may_be_made_elsewhere(batch):
+    teacher, asked = Net(), []
+
+    def passes(images, show):
+        asked.append(show)
+        return teacher(images, show)
+
+    Distillation(Net(), teacher, Probe(), passes=passes)(batch)
+    assert asked == teacher.shown == [Show()]
 
 
 def test_a_method_without_a_teacher_trains_without_one(batch):
     probe = Probe(teacher=False)
     assert Distillation(Net(), None, probe)(batch)["match"].isfinite()
-    with pytest.raises(ValueError, match="needs a teacher"):
+    with pytest.raises(UserError, match="needs a teacher"):
         Distillation(Net(), None, Probe())
 
 
@@ -170,3 +197,98 @@ def test_a_batch_from_ones_own_loader_is_complete():
 
 def test_a_data_spec_has_sensible_defaults():
     assert DataSpec("x", 2, ("a", "b"), 8, torch.zeros(0)).superclasses == ()
+
+
+def cnn(width=4, classes=5):
+    """A bare network of four stages."""
+    widths = (3, width, width, width, width)
+    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in pairwise(widths)]
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+@pytest.fixture
+def pictures():
+    return Batch.of(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]), num_classes=5)
+
+
+class Labelled(Probe):
+    """Reads the labels of the training set."""
+
+    def __init__(self):
+        super().__init__(features=False, labels=True)
+        self.is_active = True
+
+    def build(self, student, teacher, data):
+        self.data = data
+
+
+def test_the_method_is_assembled_for_the_networks_it_is_given(pictures):
+    distillation = Distillation(cnn(4), cnn(6), AT(at=10.0), num_classes=5, image_size=32)
+    terms = distillation(pictures)
+    assert terms.keys() == {"ce", "at"}
+    terms["at"].backward()
+    assert all(p.grad.any() for p in distillation.student.body[0].parameters())
+
+
+def test_networks_that_are_wrapped_need_no_more_words(pictures):
+    student, teacher = (wrap(cnn(width), image_size=32, num_classes=5) for width in (4, 6))
+    distillation = Distillation(student, teacher, AT())
+    assert distillation.student is student
+    assert distillation(pictures).keys() == {"ce", "at"}
+
+
+def test_a_method_that_is_assembled_stays_as_it_is():
+    student, teacher = Net(), Net()
+    method = Labelled().assemble(student.shapes(), teacher.shapes(), DataSpec("x", 5, (), 6, torch.arange(3)))
+    Distillation(student, teacher, method, labels=torch.arange(9))
+    assert method.data.labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("missing", ["num_classes", "image_size"])
+def test_a_bare_network_says_what_is_missing(missing):
+    given = {"num_classes": 5, "image_size": 32}
+    del given[missing]
+    with pytest.raises(UserError, match=r"the student is a bare Sequential; pass num_classes=\.\.\. and image_size="):
+        Distillation(cnn(), cnn(), KD(), **given)
+
+
+def test_networks_of_other_classes_are_an_error():
+    with pytest.raises(UserError, match="the teacher gives 7 logits, expected 5"):
+        Distillation(Net(), Net(classes=7), KD())
+    with pytest.raises(UserError, match="the student gives 5 logits, expected 6"):
+        Distillation(Net(), Net(), KD(), num_classes=6)
+    with pytest.raises(UserError, match="'the teacher' gives 7 logits, expected 5"):
+        Distillation(cnn(), cnn(classes=7), KD(), num_classes=5, image_size=32)
+
+
+def test_a_method_that_reads_labels_asks_for_them():
+    with pytest.raises(UserError, match="Labelled reads the labels of the training set; pass labels="):
+        Distillation(Net(), Net(), Labelled())
+    labels = torch.tensor([3, 1, 4])
+    given = Distillation(Net(), Net(), Labelled(), labels=labels, image_size=6).distiller.data
+    assert (given.num_classes, given.image_size, given.labels.tolist()) == (5, 6, [3, 1, 4])
+
+
+def test_distilling_by_name_is_the_same_as_by_class(pictures):
+    found = []
+    for make in (
+        lambda *networks: kdzoo.distill(*networks, "at", num_classes=5, image_size=32, at=10.0, stages=(2, 3)),
+        lambda *networks: Distillation(*networks, AT(at=10.0, stages=(2, 3)), num_classes=5, image_size=32),
+    ):
+        torch.manual_seed(0)
+        found.append({name: term.item() for name, term in make(cnn(4), cnn(6))(pictures).items()})
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "keywords", "said"),
+    [
+        ("kdd", {}, "unknown distiller 'kdd'; did you mean"),
+        ("kd", {"temprature": 2.0}, "unknown setting 'temprature'; did you mean temperature"),
+        ("kd", {"temperature": 0.0}, "temperature=0.0: expected a number above 0"),
+        ("kd", {"temperature": "warm"}, "temperature"),
+    ],
+)
+def test_a_mistake_in_words_is_one_line(method, keywords, said):
+    with pytest.raises(UserError, match=said):
+        kdzoo.distill(cnn(), cnn(), method, num_classes=5, image_size=32, **keywords)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import kdzoo
 from kdzoo import registry
-from kdzoo.checks import check_distiller
 from kdzoo.results.show import listing
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def test_the_table_of_methods_is_the_registrys():
 def test_the_example_of_a_method_keeps_every_promise(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(EXAMPLES[0])
-    check_distiller(registry.load(str(file)))
+    kdzoo.check(str(file))
 
 
 def test_the_example_of_ones_own_loop_runs(tmp_path, monkeypatch):

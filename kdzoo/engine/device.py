@@ -3,16 +3,13 @@
 import ctypes
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from kdzoo.errors import UserError
-from kdzoo.products import FULL, TF32, computed
 from kdzoo.settings import EngineSettings
-
-DTYPES = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
 
 # Variables that limit the instructions of a CPU library, with the values that leave it those for bf16.
 _ONEDNN = r"default|all|avx512_core_(bf16|fp16|amx.*)|avx10_.*"
@@ -104,22 +101,6 @@ def settle(engine: EngineSettings) -> torch.device:
     if engine.threads:
         torch.set_num_threads(engine.threads)
     return device
-
-
-@contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """The context in which networks compute in ``precision``."""
-    dtype = DTYPES[precision]
-    with arithmetic(device, precision), nullcontext() if dtype is None else torch.autocast(device.type, dtype):
-        yield
-
-
-def arithmetic(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context of a backward pass, which takes its types from the forward pass but not how products are computed.
-
-    TF32 then also rounds the gradients of losses, though never a loss.
-    """
-    return computed(TF32 if precision == "tf32" else FULL) if device.type == "cuda" else nullcontext()
 
 
 def current(device: torch.device) -> AbstractContextManager:

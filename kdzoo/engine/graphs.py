@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from kdzoo.distiller import Batch
-from kdzoo.engine.device import autocast
-from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.lane import Lane, TeacherPasses
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.settings import EngineSettings
 
 WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and whatever else is made when first used
@@ -26,7 +26,7 @@ Record = Callable[[Work, Any], Work]  # (work, stream) -> what does the work aga
 class Plain:
     """Steps run operation by operation."""
 
-    def __init__(self, teacher: SharedTeacher | None):
+    def __init__(self, teacher: TeacherPasses | None):
         self.teacher = teacher
 
     def begin(self, batch: Batch) -> Batch:
@@ -62,7 +62,7 @@ class Graphed(Plain):
 
     def __init__(
         self,
-        teacher: SharedTeacher | None,
+        teacher: TeacherPasses | None,
         device: torch.device,
         precision: str,
         say: Callable[[str], None],
@@ -94,12 +94,12 @@ class Graphed(Plain):
             self.run_teacher(self.teacher)
         return self.batch
 
-    def run_teacher(self, teacher: SharedTeacher) -> None:
+    def run_teacher(self, teacher: TeacherPasses) -> None:
         """The passes that the last plain step asked for, on the batch of this one."""
         if self.teach is None:
             # Only of memory that holds the next batch too: what a method made of the images is its lane's own.
             ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(self.batch)}
-            shown = [images for images, _ in teacher.passes.values() if images.untyped_storage().data_ptr() in ours]
+            shown = [images for images, _ in teacher.made.values() if images.untyped_storage().data_ptr() in ours]
             work = partial(self.pass_through, teacher, shown)
             try:
                 with self.aside("teacher") as stream:
@@ -110,15 +110,15 @@ class Graphed(Plain):
                 teacher.forget()
                 return
         self.teach()
-        teacher.passes = dict(self.passes)
+        teacher.made = dict(self.passes)
 
-    def pass_through(self, teacher: SharedTeacher, shown: list[Tensor]) -> None:
+    def pass_through(self, teacher: TeacherPasses, shown: list[Tensor]) -> None:
         """The teacher's passes, as a lane would ask for them."""
         teacher.forget()
-        with torch.no_grad(), autocast(self.device, self.precision):
+        with torch.no_grad(), autocast(self.device.type, PRECISIONS[self.precision]):
             for images in shown:
-                teacher(images)
-        self.passes = dict(teacher.passes)
+                teacher(images, teacher.show)
+        self.passes = dict(teacher.made)
 
     def step(self, lane: Lane, batch: Batch, step: int) -> None:
         key = id(lane)
@@ -152,7 +152,7 @@ class Graphed(Plain):
         except Exception as error:
             lane.optimizer.forget()  # gradients that nobody computed
             if self.teacher is not None:
-                self.teacher.passes = dict(self.passes)
+                self.teacher.made = dict(self.passes)
             self.give_up(lane, first_line(error))
             return False
         return True
@@ -178,7 +178,7 @@ class Graphed(Plain):
 
 
 def steps(
-    device: torch.device, engine: EngineSettings, teacher: SharedTeacher | None, say: Callable[[str], None]
+    device: torch.device, engine: EngineSettings, teacher: TeacherPasses | None, say: Callable[[str], None]
 ) -> Plain:
     """How to take the steps of a training."""
     alone = not (distributed.is_available() and distributed.is_initialized())

@@ -9,72 +9,67 @@ from torch import Tensor, nn
 
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import Batch, Distiller, Output
+from kdzoo.distiller import LOGITS, Batch, Distiller, Output, Show
 from kdzoo.engine.average import Average
-from kdzoo.engine.device import arithmetic, autocast
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.engine.parts import micro_batches
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
 from kdzoo.models import Network
+from kdzoo.precision import PRECISIONS, matmul_precision
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Settings
 from kdzoo.store.curves import Curves
 from kdzoo.store.folder import RunFolder
 
 
-class SharedTeacher(nn.Module):
-    """The teacher of all lanes: whatever several of them show it in one step runs through it once.
+class TeacherPasses:
+    """The passes of one teacher that all lanes share: the same images go through it once a step.
 
-    It runs without gradients, not in inference mode: losses multiply its outputs with the student's, and autograd
-    refuses to keep an inference tensor for the backward pass.
+    They run without gradients, not in inference mode: losses multiply outputs with the student's, and autograd refuses
+    to keep an inference tensor for the backward pass.
 
-    ``passes`` are what is remembered: images with their output, by the memory they lie in.
+    Args:
+        network: the teacher.
+        show: what a pass shows. Each lane adds what it needs before the first pass, and is given that alone.
     """
 
-    def __init__(self, network: Network):
-        super().__init__()
-        self.network = network
-        self.passes: dict[tuple[Any, ...], tuple[Tensor, Output]] = {}
+    def __init__(self, network: Network, show: Show = LOGITS):
+        self.network, self.show = network, show
+        self.made: dict[tuple[Any, ...], tuple[Tensor, Output]] = {}  # images and output, by the memory of the images
 
-    @property
-    def classifier(self) -> nn.Linear | None:
-        """The network's own."""
-        return self.network.classifier
-
-    def classify(self, means: Tensor) -> Tensor:
-        """The network's own."""
-        return self.network.classify(means)
-
-    def forward(self, images: Tensor) -> Output:
-        """``network(images)``, remembered until ``forget``; passes that keep a graph are each lane's own."""
+    def __call__(self, images: Tensor, show: Show) -> Output:
+        """Return ``network(images, show)``, remembered until ``forget``; a pass that keeps a graph is not shared."""
         if torch.is_grad_enabled():
-            return self.network(images)
+            return self.network(images, show)
         key = images.data_ptr(), images.shape, images.stride(), images.dtype  # the same slice, whoever cut it
-        if key not in self.passes:
-            self.passes[key] = images, self.network(images)  # the images too, lest their memory be used again
-        return self.passes[key][1]
+        if key not in self.made:
+            self.made[key] = (
+                images,
+                self.network(images, self.show),
+            )  # keeping the images, so their memory is not reused
+        return self.made[key][1].only(show)
 
     def forget(self) -> None:
-        """To be called between steps."""
-        self.passes.clear()
+        """Forget all passes; call this between steps."""
+        self.made.clear()
 
 
 class Epochs:
     """The batches of training, for phases before it: each iteration is the next epoch, then the first again.
 
-    With each batch the ``teacher`` forgets what it was shown before.
+    With each batch, what the ``teacher`` was shown before is forgotten.
     """
 
-    def __init__(self, loader: Loader, teacher: nn.Module | None):
+    def __init__(self, loader: Loader, teacher: TeacherPasses | None):
         self.loader, self.teacher, self.start = loader, teacher, 0
 
     def __iter__(self) -> Iterator[Batch]:
         start = self.start % self.loader.total_steps
         self.start = start + self.loader.steps_per_epoch
         for batch in self.loader.batches(start, self.start):
-            if isinstance(self.teacher, SharedTeacher):
+            if self.teacher is not None:
                 self.teacher.forget()
             yield batch
 
@@ -131,11 +126,10 @@ class Lane:
         """The learning rate of a step."""
         return learning_rate(self.settings.protocol, self.base_rate, step, self.steps_per_epoch)
 
-    def prepare(self, loader: Loader) -> None:
+    def prepare(self, loader: Loader, teacher: TeacherPasses | None) -> None:
         """The method's phase before training."""
         torch.manual_seed(seed_of(self.settings.seed, "prepare"))
-        with autocast(self.device, self.settings.engine.precision):
-            self.distillation.prepare(Epochs(loader, self.distillation.teacher))
+        self.distillation.prepare(Epochs(loader, teacher))
         self.ranks.align(self.trained)
 
     def step(self, batch: Batch, step: int) -> None:
@@ -153,11 +147,10 @@ class Lane:
         """The device's part: a function of tensors that asks for no number, so that it can be a CUDA graph."""
         engine = self.settings.engine
         for part in micro_batches(batch, engine.accumulate):
-            with autocast(self.device, engine.precision):
-                terms = self.forward(part)
+            terms = self.forward(part)
             if not terms:
                 raise UserError(f"distiller '{self.settings.distiller['name']}' has no loss term: all weights are 0")
-            with arithmetic(self.device, engine.precision):
+            with matmul_precision(self.device.type, PRECISIONS[engine.precision]):
                 torch.stack(list(terms.values())).sum().backward(self.share)
             self.meter.add(self.ranks.mean(terms), self.number)
         self.optimizer.step()

@@ -9,19 +9,19 @@ from torch import nn
 from kdzoo.data import Dataset, Loader
 from kdzoo.distiller import DataSpec
 from kdzoo.engine import graphs
-from kdzoo.engine.device import autocast
-from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.parts import check_parts
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import StorageError, UserError
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.store import checkpoint
 
 READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
 
 
 def train(
-    lanes: Sequence[Lane], teacher: SharedTeacher | None, dataset: Dataset, loader: Loader, progress: Progress
+    lanes: Sequence[Lane], teacher: TeacherPasses | None, dataset: Dataset, loader: Loader, progress: Progress
 ) -> None:
     """Trains every lane from its newest common checkpoint to the end of the protocol.
 
@@ -39,7 +39,7 @@ def train(
         start = 0
         for lane in lanes:
             with progress.doing(f"phase of {lane.title} before training"):
-                attempt(lane, lane.prepare, loader)
+                attempt(lane, lane.prepare, loader, teacher)
     running = [lane for lane in lanes if lane.failure is None]
     begun = saved = shown = time.monotonic()
     epoch_begun, epoch_start = begun, start
@@ -155,7 +155,7 @@ def evaluate(
     count = 0
     with torch.inference_mode():
         for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
-            with autocast(images.device, precision):
+            with autocast(images.device.type, PRECISIONS[precision]):
                 logits = network(images).logits
             found = logits.topk(best).indices == labels[:, None]
             hits += torch.stack([found[:, 0].sum(), found.sum()])

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import median
@@ -12,15 +12,15 @@ from torch import nn
 
 from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
-from kdzoo.distillation import Distillation, ask
-from kdzoo.distiller import Needs
+from kdzoo.distillation import Distillation
 from kdzoo.engine import loop
-from kdzoo.engine.device import DTYPES, current
-from kdzoo.engine.lane import Lane, SharedTeacher, titles
+from kdzoo.engine.device import current
+from kdzoo.engine.lane import Lane, TeacherPasses, titles
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
+from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
 from kdzoo.settings import EngineSettings, Settings
 from kdzoo.store import checkpoint
@@ -35,36 +35,34 @@ class Teacher:
     top1: float  # in percent, on the test set
 
 
-def build(settings: Settings, dataset: Dataset, teacher: SharedTeacher | None, fetch: bool = True) -> Distillation:
+def build(settings: Settings, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool = True) -> Distillation:
     """Student and distiller of these settings on the data's device; the seed alone decides their weights.
 
-    Without ``fetch`` a pretrained student is only made to fit its weights, as in ``models.create``.
+    The passes of ``teacher`` then show what the method needs, beside what they showed before. Without ``fetch`` a
+    pretrained student is only made to fit its weights, as in ``models.create``.
 
     Raises:
         UserError: teacher and student differ in their number of classes, or the method does not fit the pair.
     """
-    spec = dataset.spec
+    spec, engine = dataset.spec, settings.engine
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
     if spec.labels.device.type == "cpu":
         models.unfuse_attention(student)
-    shapes = student.shapes()
-    if settings.engine.checkpoint_activations:
-        student.checkpoint_activations()
-    if settings.engine.compile:
-        student.compile()
-    reference = shapes if teacher is None else teacher.network.shapes()
-    if reference.logits.shape[1] != shapes.logits.shape[1]:
-        raise UserError(
-            f"the teacher tells {reference.logits.shape[1]} classes apart and the student "
-            f"{shapes.logits.shape[1]}; both must have the {spec.num_classes} of {spec.name}"
-        )
     keywords = {key: value for key, value in settings.distiller.items() if key != "name"}
     torch.manual_seed(seed_of(settings.seed, "distiller"))
-    distiller = registry.load(settings.distiller["name"])(**keywords).assemble(shapes, reference, spec)
+    distiller = registry.load(settings.distiller["name"])(**keywords)
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller['name']}' needs a teacher; pass --teacher NAME")
-    distillation = Distillation(student, teacher, distiller)
+    network = None if teacher is None else teacher.network
+    precision = PRECISIONS[engine.precision]
+    distillation = Distillation(student, network, distiller, data=spec, precision=precision, passes=teacher)
+    if teacher is not None and distiller.needs.teacher:
+        teacher.show |= distiller.needs.show("teacher")
+    if engine.checkpoint_activations:
+        student.checkpoint_activations()
+    if engine.compile:
+        student.compile()
     return channels_last(distillation.to(spec.labels.device))
 
 
@@ -77,7 +75,7 @@ def channels_last(distillation: Distillation) -> Distillation:
 
 
 def build_all(
-    runs: Sequence[Settings], dataset: Dataset, teacher: SharedTeacher | None
+    runs: Sequence[Settings], dataset: Dataset, teacher: TeacherPasses | None
 ) -> tuple[dict[int, Distillation], dict[int, UserError]]:
     """``build`` for each run, by its number; those that cannot be built, with the reason."""
     built: dict[int, Distillation] = {}
@@ -95,19 +93,20 @@ def build_all(
     return built, failed
 
 
-def common_loader(
-    settings: Settings,
-    built: Sequence[Distillation],
-    dataset: Dataset,
-    teacher: SharedTeacher | None,
-    ranks: Ranks = ALONE,
-) -> Loader:
-    """The batches that serve all lanes: the views that any of them needs, and the teacher's maps where one does."""
-    needs = [distillation.distiller.needs for distillation in built]
-    views = tuple(sorted({view for need in needs for view in need.views}))
-    if teacher is not None:
-        teacher.network = ready(teacher.network, settings.engine, needs)
-    return dataset.loader(settings.protocol, seed=settings.seed, views=views, part=ranks.rank, parts=ranks.world)
+def common_loader(settings: Settings, built: Iterable[Distillation], dataset: Dataset, ranks: Ranks = ALONE) -> Loader:
+    """The batches that serve all lanes: with the views that any of them needs."""
+    views = sorted({view for distillation in built for view in distillation.distiller.needs.views})
+    return dataset.loader(settings.protocol, seed=settings.seed, views=tuple(views), part=ranks.rank, parts=ranks.world)
+
+
+def shared_passes(network: models.Network, engine: EngineSettings) -> TeacherPasses:
+    """The passes of a frozen network, its weights cast and compiled once."""
+    dtype = PRECISIONS[engine.precision].dtype
+    if dtype is not None:
+        network = models.cast_weights(network, dtype)
+    if engine.compile:
+        network.compile()
+    return TeacherPasses(network)
 
 
 def train_lanes(
@@ -124,13 +123,13 @@ def train_lanes(
     Returns:
         For each run its result, or why it failed; no lane's failure stops another.
     """
-    shared = None if teacher is None else SharedTeacher(teacher.network)
+    shared = None if teacher is None else shared_passes(teacher.network, runs[0].engine)
     weights = " with pretrained weights" if any(run.student.pretrained for run in runs) else ""
     with progress.doing(f"building {', '.join(sorted({run.student.name for run in runs}))}{weights}"):
         built, failed = build_all(runs, dataset, shared)
     outcomes: dict[int, Result | UserError] = {**failed}
     if built:
-        loader = common_loader(runs[0], list(built.values()), dataset, shared, ranks)
+        loader = common_loader(runs[0], built.values(), dataset, ranks)
         device, per_epoch, names = dataset.spec.labels.device, loader.steps_per_epoch, titles(runs)
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks) for i in built}
         for lane in lanes.values():
@@ -141,17 +140,6 @@ def train_lanes(
             with progress.doing(f"writing the result of {lane.title}"):
                 outcomes[i] = lane.failure or finish(lane, dataset, teacher)
     return [outcomes[i] for i in range(len(runs))]
-
-
-def ready(teacher: models.Network, engine: EngineSettings, needs: Sequence[Needs]) -> models.Network:
-    """The frozen network as it is fast: it shows no more than is read, its weights cast and compiled once."""
-    ask(teacher, "teacher", needs)
-    dtype = DTYPES[engine.precision]
-    if dtype is not None:
-        teacher = models.cast_weights(teacher, dtype)
-    if engine.compile:
-        teacher.compile()
-    return teacher
 
 
 def train_one(

@@ -16,7 +16,7 @@ from kdzoo.data import Dataset
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, train_lanes
 from kdzoo.errors import OutOfMemory, StorageError, UserError
-from kdzoo.experiments import teachers
+from kdzoo.experiments import suites, teachers
 from kdzoo.experiments.estimate import parts
 from kdzoo.experiments.executors import Local
 from kdzoo.experiments.groups import Executor, Group
@@ -31,29 +31,62 @@ from kdzoo.store.lock import RunLock
 
 @dataclass
 class Report:
-    """What became of a suite's runs."""
+    """What became of a suite's runs.
+
+    Example:
+        >>> report = Report(failed={Path("runs/mine/kd-0"): "the loss term 'kd' is not finite at step 9"})
+        >>> report.results, len(report.failed)
+        ([], 1)
+    """
 
     finished: list[Path] = field(default_factory=list)
     failed: dict[Path, str] = field(default_factory=dict)
     stopped: dict[str, str] = field(default_factory=dict)  # groups that their executor lost: their titles, and why
     elsewhere: list[Path] = field(default_factory=list)  # another process is at work on them
 
+    @property
+    def results(self) -> list[Result]:
+        """The results of the finished runs, in the suite's order."""
+        found = (RunFolder(path).read_result() for path in self.finished)
+        return [result for result in found if result is not None]
+
 
 def bench(
-    suite: Suite, out: Path, retry: bool = False, quiet: bool = False, executor: Executor | None = None
+    suite: Suite | str | Path,
+    out: str | Path | None = None,
+    retry: bool = False,
+    quiet: bool = False,
+    executor: Executor | None = None,
+    *,
+    seeds: int = 0,
+    overrides: Sequence[str] = (),
 ) -> Report:
-    """Trains whatever of the suite is not finished yet.
+    """Train every run of a suite that is not finished yet, and report on all of them.
 
     Args:
-        suite: the runs.
-        out: their folder.
-        retry: try again what failed before.
-        quiet: show nothing.
-        executor: where to train; None: on this machine.
+        suite: a suite's name, the path of its YAML file, or the suite itself.
+        out: the folder of its runs (default: runs/SUITE).
+        retry: whether to try again what failed before.
+        quiet: whether to show nothing.
+        executor: where to train; None for this machine.
+        seeds: this many seeds, from 0, instead of the suite's.
+        overrides: settings for every run as ``key=value``, such as ``protocol.epochs=30``.
 
     Raises:
-        UserError: the folder belongs to another suite, cannot be written, or holds a run that was edited by hand.
+        UserError: an unknown suite or setting, or a folder that belongs to another suite, cannot be written, or holds a
+            run that was edited by hand.
+
+    Example:
+        >>> suite = Path("mine.yaml")
+        >>> _ = suite.write_text("{pairs: [[resnet14, resnet8]], distillers: [none, kd]}")
+        >>> quick = ["protocol.epochs=1", "data.limit=128", "teacher.epochs=1", "teacher.allow_weak=true"]
+        >>> report = kdzoo.bench(suite, overrides=quick, quiet=True)
+        >>> [result.distiller for result in report.results], report.failed
+        (['none', 'kd'], {})
     """
+    if not isinstance(suite, Suite):
+        suite = suites.load(str(suite), range(seeds), overrides)
+    out = Path("runs") / suite.name if out is None else Path(out)
     executor = executor or Local()
     own(out, suite)
     groups = laid_out(suite, out, executor, quiet)

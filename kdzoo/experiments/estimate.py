@@ -17,15 +17,15 @@ from kdzoo import models
 from kdzoo.data import Dataset, Loader
 from kdzoo.distiller import Batch
 from kdzoo.engine import memory
-from kdzoo.engine.device import autocast
-from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.lane import Lane
 from kdzoo.engine.loop import attempt
 from kdzoo.engine.memory import Cost
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, build_all, common_loader
+from kdzoo.engine.training import Teacher, build_all, common_loader, shared_passes
 from kdzoo.errors import OutOfMemory, UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.run import open_data
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.settings import Settings
 from kdzoo.store.folder import RunFolder
 
@@ -214,12 +214,12 @@ def stepped(
 
     Runs that cannot be built or make no step are put into ``failed``, with the reason.
     """
-    shared = None if teacher is None else SharedTeacher(teacher)
+    shared = None if teacher is None else shared_passes(teacher, runs[0].engine)
     built, reasons = build_all(runs, dataset, shared)
     failed |= reasons
     if not built:
         return
-    loader = common_loader(runs[0], list(built.values()), dataset, shared)
+    loader = common_loader(runs[0], built.values(), dataset)
     batch = next(loader.batches())
     for i in list(built):
         settings = replace(runs[i], output=replace(runs[i].output, tensorboard=False))  # nothing is written
@@ -240,7 +240,7 @@ def cycle_of(loader: Loader) -> Iterator[Batch]:
 
 def look(network: nn.Module, images: Tensor, precision: str) -> None:
     """A pass without gradients."""
-    with torch.inference_mode(), autocast(images.device, precision):
+    with torch.inference_mode(), autocast(images.device.type, PRECISIONS[precision]):
         network(images)
 
 

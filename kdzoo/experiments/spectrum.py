@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from kdzoo import models
 from kdzoo.data import Dataset
-from kdzoo.distiller import Output
-from kdzoo.engine.device import autocast, settle
+from kdzoo.distiller import Output, Show
+from kdzoo.engine.device import settle
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.run import open_data, shape_of_shipped
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Settings, resolve
 from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
@@ -178,14 +179,11 @@ def compare(
     """
     for network in networks.values():
         network.to(dataset.spec.labels.device).to(memory_format=torch.channels_last).eval()
-        for module in network.modules():
-            if isinstance(module, models.Network):
-                module.wants_features = True
     measured: dict[str, Measured] = {}
     with torch.inference_mode():
         for images, labels in islice(dataset.test_batches(BATCH, test_crop=crop), batches or None):
-            with autocast(images.device, precision):
-                outputs = {name: network(images).float() for name, network in networks.items()}
+            with autocast(images.device.type, PRECISIONS[precision]):
+                outputs = {name: network(images, Show(features=True)).float() for name, network in networks.items()}
             if not measured:
                 measured = _begin(outputs)
             teacher = next(iter(outputs.values()))

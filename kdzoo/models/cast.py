@@ -5,6 +5,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from kdzoo.distiller import EVERYTHING
 from kdzoo.models.network import Network
 
 # Types that autocast is known to feed with cast weights. Not what derives from them, which may do more with weights.
@@ -40,6 +41,6 @@ def _outputs(network: Network, dtype: torch.dtype) -> list[Tensor]:
     images = torch.rand(2, 3, network.image_size, network.image_size, generator=torch.Generator().manual_seed(0))
     images = images.to(network.mean.device).contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, dtype):
-        seen = network(images)
-    shown = [seen.logits, seen.embedding, *seen.features, *seen.preactivations]
-    return shown if seen.final is None else [*shown, seen.final]
+        output = network(images, EVERYTHING)
+    shown = [output.logits, output.embedding, *output.features, *output.preactivations]
+    return shown if output.final is None else [*shown, output.final]

@@ -78,6 +78,8 @@ def _blocks(calls: list[Passed]) -> list[Passed]:
 class HookReader:
     """Reads a network through hooks, registered once.
 
+    ``classifier`` is the name of the layer that makes the logits of the embedding, where there is exactly one.
+
     Args:
         body: images -> logits (B, K), in evaluation mode.
         images: a probe, (B, 3, H, W), normalised.
@@ -89,7 +91,7 @@ class HookReader:
     """
 
     def __init__(self, body: nn.Module, images: Tensor, taps: Sequence[str] | None = None):
-        calls, self._classifier, embedding = _probe(body, images)
+        calls, self.classifier, embedding = _probe(body, images)
         chosen = find_taps(calls) if taps is None else [_named(body, calls, name) for name in taps]
         self.names = tuple(call.name for call in chosen)
         self._layouts = [call.layout for call in chosen]
@@ -102,28 +104,22 @@ class HookReader:
         if final is not None:
             final.module.register_forward_hook(self._final.output)
         self._embedding = Slot()
-        if self._classifier is not None:
-            body.get_submodule(self._classifier).register_forward_pre_hook(self._embedding.input)
+        if self.classifier is not None:
+            body.get_submodule(self.classifier).register_forward_pre_hook(self._embedding.input)
 
     def read(self, body: nn.Module, images: Tensor, features: bool) -> Output:
         """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none, the final map."""
         logits = body(images)
         maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
-        embedding = maps[-1].mean((2, 3)) if self._classifier is None else self._embedding.take()
+        embedding = maps[-1].mean((2, 3)) if self.classifier is None else self._embedding.take()
         final = None if self._final_layout is None else as_map(self._final.take(), self._final_layout)
         return Output(logits, embedding, maps if features else (), final=final)
 
-    def classifier(self, body: nn.Module) -> nn.Linear | None:
-        """The layer that makes the logits of the embedding, where there is exactly one."""
-        if self._classifier is None:
-            return None
-        module = body.get_submodule(self._classifier)
-        return module if isinstance(module, nn.Linear) else None
-
-    def classify(self, body: nn.Module, means: Tensor) -> Tensor:
+    def head(self, body: nn.Module, means: Tensor) -> Tensor:
         """Means (M, D) of the final map over any positions -> logits (M, K); only where there is a final map."""
-        layer = self.classifier(body)
-        assert layer is not None, "no final map is shown"
+        assert self.classifier is not None, "no final map is shown"
+        layer = body.get_submodule(self.classifier)
+        assert isinstance(layer, nn.Linear)
         return F.linear(means, layer.weight, layer.bias)  # a call of the layer itself would be read as a pass
 
 

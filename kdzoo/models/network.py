@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.distiller import Output
+from kdzoo.distiller import LOGITS, Output, Show
 from kdzoo.errors import UserError
 from kdzoo.models.hook_reader import HookReader
 from kdzoo.models.maps import FAILURES, CannotRead
@@ -24,9 +24,7 @@ class Network(nn.Module):
     """A classifier with its input normalisation and its input size inside.
 
     ``body`` is the bare network, and the only part with a state: its ``state_dict`` is what is saved.
-    ``wants_features`` chooses between the pass that also gives the maps and the plain one; ``wants_preactivations``
-    and ``wants_final`` add those fields of ``Output`` where the network has them. The outputs are float32 whatever
-    the precision inside.
+    The outputs are float32 whatever the precision inside.
 
     Args:
         body: normalised images (B, 3, H, W) -> logits (B, K).
@@ -56,7 +54,6 @@ class Network(nn.Module):
     ):
         super().__init__()
         self.name, self.image_size, self.adapted = name, image_size, tuple(adapted)
-        self.wants_features, self.wants_final = True, False
         self.body = body
         self._resize = resize
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -65,36 +62,32 @@ class Network(nn.Module):
             self._reader = _reader(body, self._probe(), taps)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
 
-    def forward(self, images: Tensor) -> Output:
-        """(B, 3, H, W) in [0, 1] -> logits (B, K), embedding (B, D), and of the maps what is wanted."""
-        maps = self.wants_features or self.wants_preactivations
-        seen = self._reader.read(self.body, self._prepared(images), maps)
-        return seen._replace(
-            features=seen.features if self.wants_features else (),
-            preactivations=self._before.take(seen.features) if self.wants_preactivations else (),
-            final=seen.final if self.wants_final else None,
-        ).float()
+    def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
+        """Compute logits and embedding, and the maps that ``show`` names where the network has them.
 
-    @property
-    def wants_preactivations(self) -> bool:
-        """Whether the maps before the last ReLU of each stage are shown too."""
-        return self._before.wanted
-
-    @wants_preactivations.setter
-    def wants_preactivations(self, wanted: bool) -> None:
-        self._before.watch(wanted)
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            show: what is wanted; by default logits and embedding, which is the body's plain pass.
+        """
+        if show.preactivations:
+            self._before.open()
+        output = self._reader.read(self.body, self._prepared(images), show.features or show.preactivations)
+        if show.preactivations:
+            output = output._replace(preactivations=self._before.take(output.features))
+        return output.only(show).float()
 
     def classify(self, means: Tensor) -> Tensor:
         """Means (M, D') of the final map over any positions -> logits (M, K), as the body makes them of all positions.
 
         Only of networks that have a final map.
         """
-        return self._reader.classify(self.body, means)
+        return self._reader.head(self.body, means)
 
     @property
     def classifier(self) -> nn.Linear | None:
         """The linear layer that makes the logits of the embedding; None where it is not one such layer."""
-        return self._reader.classifier(self.body)
+        layer = None if self._reader.classifier is None else self.body.get_submodule(self._reader.classifier)
+        return layer if isinstance(layer, nn.Linear) else None
 
     def checkpoint_activations(self) -> None:
         """From now on maps are computed again for the backward pass instead of being kept: less memory, more work.

@@ -21,13 +21,17 @@ class Rectified(NamedTuple):
 
 
 class Before(Slot):
-    """Holds what enters a ReLU, while anybody wants it."""
+    """Holds what enters a ReLU in a pass for which it was opened."""
 
-    wanted = False
+    is_open = False
 
     def input(self, module: Any, inputs: tuple) -> None:
-        if self.wanted:
+        if self.is_open:
             self.value = inputs[0].clone() if module.inplace else inputs[0]  # in place, it would be overwritten
+
+    def take(self) -> Any:
+        self.is_open = False
+        return super().take()
 
 
 class Preactivations:
@@ -43,7 +47,6 @@ class Preactivations:
     """
 
     def __init__(self, body: nn.Module, read: Callable[[], Sequence[Tensor]]):
-        self.wanted = False
         features = read()
         found = find_rectifiers(body, read, features)
         self._slots: list[tuple[Before, Layout] | None] = []
@@ -57,15 +60,14 @@ class Preactivations:
         # A map without a negative number was rectified, if only in parts or by a function.
         self.known = all(stage in found or bool((maps < 0).any()) for stage, maps in enumerate(features))
 
-    def watch(self, wanted: bool) -> None:
-        """Whether what passes is kept for ``take``."""
-        self.wanted = wanted
-        for slot in self._slots:
+    def open(self) -> None:
+        """Keep what enters the ReLUs in the pass that follows."""
+        for slot in self._slots if self.known else ():
             if slot is not None:
-                slot[0].wanted = wanted
+                slot[0].is_open = True
 
     def take(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Those of the last pass, which gave these ``features``, in the same shapes; none where one is unknown."""
+        """Return those of the last pass, which gave these ``features``, in the same shapes; none where one is unknown."""
         if not self.known:
             return ()
         pairs = zip(features, self._slots, strict=True)

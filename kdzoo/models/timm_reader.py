@@ -24,6 +24,8 @@ def speaks_timm(body: nn.Module) -> bool:
 class TimmReader:
     """Reads features with ``forward_intermediates`` and the embedding with ``forward_head``.
 
+    ``classifier`` is the name of the layer that makes the logits of the embedding, where there is exactly one.
+
     Args:
         body: the network, in evaluation mode; ``Any`` because timm's interface has no type.
         images: a probe, (B, 3, H, W), normalised.
@@ -49,14 +51,15 @@ class TimmReader:
             raise CannotRead(f"{count} intermediate maps")
         # Pairs of classifiers (DeiT's and LeViT's distilled heads) and 1x1 convolutions are not one linear
         # map of the embedding: there the whole head runs.
-        classifier = body.get_classifier()
+        layer = body.get_classifier()
         embedding = body.forward_head(final, pre_logits=True)
-        self.linear = (
-            isinstance(classifier, nn.Linear)
+        linear = (
+            isinstance(layer, nn.Linear)
             and embedding.ndim == 2
-            and classifier(embedding).allclose(body.forward_head(final), rtol=1e-3, atol=1e-4)
+            and layer(embedding).allclose(body.forward_head(final), rtol=1e-3, atol=1e-4)
         )
-        self._final = self._final_layout(body, final, embedding) if self.linear else None
+        self.classifier = next(name for name, m in body.named_modules() if m is layer) if linear else None
+        self._final = self._final_layout(body, final, embedding) if linear else None
 
     def _final_layout(self, body: Any, final: Tensor, embedding: Tensor) -> Layout | None:
         """How ``forward_head``'s input holds a map of whose mean the embedding is made; None where it holds none.
@@ -111,17 +114,13 @@ class TimmReader:
             stem = as_map(self._stem.take(), self._stem_layout)
             maps = [stem, *maps] if features else []
         embedding = body.forward_head(final, pre_logits=True)
-        if self.linear:
+        if self.classifier is not None:
             last = None if self._final is None else as_map(final, self._final)
             return Output(body.get_classifier()(embedding), embedding, tuple(maps), final=last)
         pooled = embedding if embedding.ndim == 2 else embedding.flatten(2).mean(2)
         return Output(body.forward_head(final), pooled, tuple(maps))
 
-    def classifier(self, body: Any) -> nn.Linear | None:
-        """The layer that makes the logits of the embedding, where there is exactly one."""
-        return body.get_classifier() if self.linear else None
-
-    def classify(self, body: Any, means: Tensor) -> Tensor:
+    def head(self, body: Any, means: Tensor) -> Tensor:
         """Means (M, D') of the final map over any positions -> logits (M, K); only where there is a final map."""
         assert self._final is not None, "no final map is shown"
         return body.forward_head(self._pixel(means, self._final))

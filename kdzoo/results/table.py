@@ -13,7 +13,7 @@ from kdzoo.data import option_settings
 from kdzoo.errors import UserError, unknown
 from kdzoo.results import published, statistics
 from kdzoo.settings import Settings, StudentSettings, TeacherSettings, distiller_settings, preset, read_protocol
-from kdzoo.store.folder import RunFolder
+from kdzoo.store.folder import RunFolder, find_runs
 
 BASELINE = "kd"
 SECTION = ["data", "protocol"]  # what is compared with each other agrees in these
@@ -23,6 +23,35 @@ MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
 FIDELITIES = ("exact", "adapted", "reconstructed")  # from the surest to the least sure
 NUMBERS = ("teacher_top1", *MEASURES, "seconds", "images_per_second")
 COUNTS = ("parameters", "extra_parameters", "peak_memory")
+
+
+def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) -> pd.DataFrame:
+    """Compare the finished runs in or below ``folders``: one row for each data set, protocol, pair and method.
+
+    Accuracies are in percent, with mean, deviation and 95 % interval over seeds. ``difference`` is the method's top-1
+    minus the baseline's over the seeds that both have, ``p_holm`` its corrected p-value, ``verdict`` says in a word
+    whether it holds, and published numbers stand beside ours.
+
+    Args:
+        folders: one folder of runs, or several.
+        baseline: the method that the others are compared with.
+
+    Raises:
+        UserError: there is no such folder, no finished run, or no run of the baseline.
+
+    Example:
+        >>> for name in ("none", "kd"):
+        ...     _ = kdzoo.run(name, "resnet8", "resnet14", overrides=quick, out="compared", quiet=True)
+        >>> found = kdzoo.table("compared", baseline="none")
+        >>> sorted(zip(found["method"], found["verdict"]))
+        [('kd', 'one seed'), ('none', 'baseline')]
+    """
+    paths = [folders] if isinstance(folders, str | Path) else list(folders)
+    runs = rows(find_runs([Path(path) for path in paths]))
+    if runs.empty:
+        raise UserError(f"no finished run in {', '.join(map(str, paths))}")
+    check_baseline(runs, baseline)
+    return summary(runs, baseline)
 
 
 def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:

@@ -18,7 +18,13 @@ from kdzoo.settings import Settings, resolve
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run found. Accuracies are in percent, of the whole test set."""
+    """What a finished run found. Accuracies are in percent, of the whole test set.
+
+    Example:
+        >>> result = kdzoo.run("none", "resnet8", overrides=quick, quiet=True)
+        >>> result.folder.parent, result.student, result.epochs
+        (PosixPath('runs'), 'resnet8', 1)
+    """
 
     folder: Path
     data: str

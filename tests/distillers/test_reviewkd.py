@@ -8,7 +8,7 @@ from scipy.signal import correlate
 from scipy.special import expit
 from torch.nn import functional as F
 
-from kdzoo import Distillation, Needs, models
+from kdzoo import Distillation, Needs, Show, models
 from kdzoo.errors import UserError
 
 
@@ -159,12 +159,11 @@ def test_a_rectified_teachers_negative_numbers_count(data, batch):
     images = torch.rand(6, 3, 32, 32)
     method = ReviewKD(ce=0, warmup=0).assemble(student.shapes(), teacher.shapes(), spec).eval()
     terms = Distillation(student, teacher, method).eval()(batch()._replace(images=images))
-    teacher.wants_features, teacher.wants_preactivations = True, True
-    seen = teacher(images)
+    seen = teacher(images, Show(preactivations=True))
     assert all((f >= 0).all() for f in seen.features)
     assert all((f < 0).any() for f in seen.preactivations)
-    blind = method.loss(student(images), seen._replace(preactivations=seen.features), batch())
+    blind = method.loss(student(images, Show()), seen._replace(preactivations=seen.features), batch())
     assert blind["review"].item() != pytest.approx(terms["review"].item(), rel=1e-2)
-    assert method.loss(student(images), seen, batch())["review"].item() == pytest.approx(
+    assert method.loss(student(images, Show()), seen, batch())["review"].item() == pytest.approx(
         terms["review"].item(), rel=1e-5
     )

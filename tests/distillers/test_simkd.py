@@ -23,7 +23,7 @@ class Net(nn.Module):
         self.activation, self.embed = activation, embed
         self.classifier = nn.Linear(width, 10, bias=bias)
 
-    def forward(self, images):
+    def forward(self, images, show=None):
         maps = []
         for layer in self.layers:
             images = self.activation(layer(images))
@@ -56,7 +56,7 @@ class Coarse(nn.Module):
         super().__init__()
         self.network, self.classifier = network, network.classifier
 
-    def forward(self, images):
+    def forward(self, images, show=None):
         return self.network(F.avg_pool2d(images, 2))
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import Distiller, Fidelity, models, products, registry
+from kdzoo import Distiller, Fidelity, models, precision, registry
 from kdzoo.data import open_dataset
 from kdzoo.engine import graphs
 from kdzoo.engine.device import settle
-from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, build, train_lanes
 from kdzoo.errors import UserError
@@ -135,7 +135,7 @@ def test_dropout_in_a_graph_draws_what_a_plain_step_draws_for_every_lane(tmp_pat
 @pytest.mark.parametrize("name", ["kd", "uhkd", "crd", "lfcc", "ofa"])
 def test_a_step_waits_for_nothing(tmp_path, dataset, teacher, name):
     run = settings(tmp_path, name, "protocol.clip=1", "protocol.ema=0.9")
-    shared = SharedTeacher(teacher.network)
+    shared = TeacherPasses(teacher.network)
     lane = Lane(run, build(run, dataset, shared).train(), RunFolder(tmp_path), torch.device("cuda"), 10)
     batches = dataset.loader(run.protocol, seed=0).batches()
     for step in range(3):
@@ -287,17 +287,17 @@ def test_losses_take_no_tf32(tmp_path, dataset, teacher, monkeypatch):
 
     class Looking(Reading):
         def loss(self, student, teacher, batch):
-            seen.append(products.current())
+            seen.append(precision.current())
             return {"ce": cross_entropy(student.logits, batch.targets)}
 
     monkeypatch.setattr(registry, "load", lambda name: Looking)
     inside = []
-    teacher.network.register_forward_pre_hook(lambda *_: inside.append(products.current()))
-    before = products.current()
+    teacher.network.register_forward_pre_hook(lambda *_: inside.append(precision.current()))
+    before = precision.current()
     train(tmp_path, ["kd"], dataset, teacher, "engine.precision=tf32", "engine.graph=off", "protocol.epochs=1")
-    assert set(seen) == {products.FULL}
-    assert products.TF32 in inside
-    assert products.current() == before
+    assert set(seen) == {precision.IEEE}
+    assert precision.TF32 in inside
+    assert precision.current() == before
 
 
 def test_what_ships_measures_the_same_again(tmp_path, dataset, teacher):

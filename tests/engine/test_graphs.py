@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdzoo import Distiller, Fidelity, registry
 from kdzoo.engine import graphs
 from kdzoo.engine.graphs import Graphed
-from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, common_loader, train_lanes
 from kdzoo.errors import UserError
@@ -204,9 +204,9 @@ def lane_of(run, dataset, teacher, folder):
 @pytest.mark.parametrize("name", registry.names())
 def test_the_devices_part_of_a_step_asks_for_no_number(tmp_path, dataset, teacher, name):
     run = settings(tmp_path, name, "protocol.clip=1")
-    shared = SharedTeacher(teacher.network)
+    shared = TeacherPasses(teacher.network)
     lane = lane_of(run, dataset, shared, tmp_path)
-    batches = common_loader(run, [lane.distillation], dataset, shared).batches()
+    batches = common_loader(run, [lane.distillation], dataset).batches()
     for step in range(2):
         shared.forget()
         lane.step(next(batches), step)

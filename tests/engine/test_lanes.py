@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from kdzoo.distiller import LOGITS, Output, Show
 from kdzoo.engine import loop
-from kdzoo.engine.lane import Epochs, Meter, SharedTeacher
+from kdzoo.engine.lane import Epochs, Meter, TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
@@ -72,11 +73,11 @@ def test_a_training_says_what_it_is_and_each_of_its_slow_steps_has_a_line(
 
 
 def test_a_phase_before_training_keeps_no_more_than_one_batch_of_the_teachers_outputs(dataset, teacher):
-    shared, loader = SharedTeacher(teacher.network), dataset.loader(read_protocol("quick"), seed=0)
+    shared, loader = TeacherPasses(teacher.network), dataset.loader(read_protocol("quick"), seed=0)
     kept = []
     with torch.no_grad():
         for batch in Epochs(loader, shared):
-            kept.append(weakref.ref(shared(batch.images).logits))
+            kept.append(weakref.ref(shared(batch.images, LOGITS).logits))
     assert len(kept) == 320 // 64
     assert [ref() is not None for ref in kept] == [False] * 4 + [True]
 
@@ -105,22 +106,42 @@ def test_a_method_that_does_not_fit_fails_before_training_and_alone(tmp_path, da
     assert good.epochs == 2
 
 
-def test_a_shared_pass_is_forgotten_between_steps():
-    class Counter(torch.nn.Module):
-        def forward(self, images):
-            self.calls = getattr(self, "calls", 0) + 1
-            return images
+class Counter(torch.nn.Module):
+    """Counts its passes and notes what each showed."""
 
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def forward(self, images, show):
+        self.shown.append(show)
+        maps = (images,) * 4
+        return Output(images, images, maps, maps, images).only(show)
+
+
+def test_a_shared_pass_is_forgotten_between_steps():
     counter = Counter()
-    shared, images = SharedTeacher(counter), torch.rand(2, 3, 4, 4)
+    shared, images = TeacherPasses(counter), torch.rand(2, 3, 4, 4)
     with torch.no_grad():
-        shared(images), shared(images), shared(images.clone())
-        assert counter.calls == 2
+        shared(images, LOGITS), shared(images, LOGITS), shared(images.clone(), LOGITS)
+        assert len(counter.shown) == 2
         shared.forget()
-        shared(images)
-        assert counter.calls == 3
-    shared(images.requires_grad_()), shared(images)  # with a graph, each lane has its own pass
-    assert counter.calls == 5
+        shared(images, LOGITS)
+        assert len(counter.shown) == 3
+    shared(images.requires_grad_(), LOGITS), shared(images, LOGITS)  # with a graph, each lane has its own pass
+    assert len(counter.shown) == 5
+
+
+def test_one_pass_shows_what_all_lanes_need_and_each_lane_what_it_needs_itself():
+    counter, images = Counter(), torch.rand(2, 3, 4, 4)
+    features, final = Show(features=True), Show(features=False, final=True)
+    shared = TeacherPasses(counter, features | final)
+    with torch.no_grad():
+        for show in (LOGITS, features, final):
+            output = shared(images, show)
+            assert len(output.features) == 4 * show.features
+            assert (output.final is None) == (not show.final)
+    assert counter.shown == [Show(features=True, final=True)]
 
 
 def test_a_meter_names_the_first_term_that_went_bad():

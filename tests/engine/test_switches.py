@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdzoo import models, products
+from kdzoo import models, precision
 from kdzoo.distiller import Batch
 from kdzoo.engine.average import Average
-from kdzoo.engine.device import arithmetic, autocast, keep_freed_memory, settle
-from kdzoo.engine.lane import Lane, SharedTeacher
+from kdzoo.engine.device import keep_freed_memory, settle
+from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.engine.parts import micro_batches
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_lanes
@@ -25,7 +25,7 @@ from ..short_runs import settings
 
 
 def lane_of(run, dataset, teacher, folder):
-    distillation = build(run, dataset, SharedTeacher(teacher.network)).train()
+    distillation = build(run, dataset, TeacherPasses(teacher.network)).train()
     return Lane(run, distillation, RunFolder(folder), torch.device("cpu"), 5)
 
 
@@ -141,20 +141,30 @@ def test_a_number_that_means_nothing_is_one_line(name, value):
         settle(EngineSettings(device="cpu", **{name: value}))
 
 
-def test_products_are_as_asked_inside_and_as_before_outside():
-    before, cuda = products.current(), torch.device("cuda")
-    with autocast(cuda, "tf32"):
-        assert products.current() == products.TF32
+def test_the_precision_of_products_is_as_asked_inside_and_as_before_outside():
+    before, float32, tf32 = precision.current(), precision.FLOAT32, precision.PRECISIONS["tf32"]
+    with precision.autocast("cuda", tf32):
+        assert precision.current() == precision.TF32
         assert torch.backends.cuda.matmul.allow_tf32  # the older switch, which torch's compiler reads
-        with products.computed(products.FULL):
-            assert products.current() == products.FULL
-        assert products.current() == products.TF32
-    assert products.current() == before
-    with arithmetic(cuda, "float32"):
-        assert products.current() == products.FULL
-    assert products.current() == before
-    with autocast(torch.device("cpu"), "float32"):
-        assert products.current() == before
+        with precision.autocast("cuda", float32):
+            assert precision.current() == precision.IEEE
+        assert precision.current() == precision.ambient("cuda").matmul == precision.TF32
+    assert precision.current() == before
+    with precision.matmul_precision("cuda", float32):
+        assert precision.current() == precision.IEEE
+    assert precision.current() == before
+    with precision.autocast("cpu", float32):
+        assert precision.current() == before
+
+
+def test_float32_inside_autocast_is_float32_and_the_surrounding_code_is_read():
+    bf16 = precision.PRECISIONS["bf16"]
+    with precision.autocast("cpu", bf16):
+        assert precision.ambient("cpu") == precision.Precision(torch.bfloat16, None)
+        with precision.autocast("cpu", precision.FLOAT32):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert precision.ambient("cpu") == precision.Precision(None, None)
 
 
 def test_the_average_is_that_of_torch():

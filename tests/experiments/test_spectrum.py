@@ -40,7 +40,7 @@ class Sampler(nn.Module):
         self.change = change
         self.weight = torch.randn(3 * SIDE * SIDE, 10, generator=torch.Generator().manual_seed(1))
 
-    def forward(self, images):
+    def forward(self, images, show):
         images = self.change(images)
         logits = images.flatten(1) @ self.weight
         return Output(logits, logits, tuple(images[:, :, ::step, ::step] for step in (1, 1, 2, 4)))
@@ -107,9 +107,9 @@ def test_haar_tells_differences_of_neighbouring_classes_from_their_means():
             super().__init__()
             self.logits = torch.tensor(logits)
 
-        def forward(self, images):
+        def forward(self, images, show):
             sizes = torch.arange(1.0, len(images) + 1)[:, None]
-            return super().forward(images)._replace(logits=5 + sizes * self.logits)
+            return super().forward(images, show)._replace(logits=5 + sizes * self.logits)
 
     for logits, band in (
         ([1.0, -1.0] * 5, "detail"),

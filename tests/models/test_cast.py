@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import DataSpec
+from kdzoo.distiller import EVERYTHING
 from kdzoo.models import cast_weights, create, wrap
 
 DATA = DataSpec("fake", 7, tuple("abcdefg"), 32, torch.arange(7))
@@ -18,8 +19,9 @@ def seeded():
 
 def outputs(network, images, dtype=torch.bfloat16):
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        seen = network(images)
-    return [seen.logits, seen.embedding, *seen.features, *seen.preactivations]
+        output = network(images, EVERYTHING)
+    final = [] if output.final is None else [output.final]
+    return [output.logits, output.embedding, *output.features, *output.preactivations, *final]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,6 @@ def outputs(network, images, dtype=torch.bfloat16):
 )
 def test_the_bits_are_those_of_autocast(name):
     network = create(name, DATA).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    network.wants_preactivations = True
     images = torch.rand(5, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     before = outputs(network, images)
     cast = cast_weights(network, torch.bfloat16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdzoo import DataSpec
+from kdzoo import DataSpec, Show
 from kdzoo.models import create
 
 DATA = DataSpec("fake", 7, tuple("abcdefg"), 32, torch.arange(7))
@@ -81,12 +81,9 @@ def test_a_timm_network_teaches_and_learns_at_32_pixels(name):
 
     network.eval()
     with torch.no_grad():
-        taught = network(images)
-        network.wants_features = False
+        taught = network(images, Show(features=True))
         plain = network(images)
-        network.wants_preactivations = network.wants_final = True
-        asked = network(images)
-        network.wants_features, network.wants_preactivations, network.wants_final = True, False, False
+        asked = network(images, Show(features=False, preactivations=True, final=True))
     assert plain.features == ()
     assert len(taught.features) == 4
     assert all(f.ndim == 4 and len(f) == 2 and min(f.shape[2:]) >= 2 for f in taught.features)
@@ -107,7 +104,7 @@ def test_a_timm_network_teaches_and_learns_at_32_pixels(name):
         torch.testing.assert_close(network.classify(asked.final.mean((2, 3))), taught.logits, rtol=1e-3, atol=1e-4)
 
     network.train()
-    learnt = network(images)
+    learnt = network(images, Show(features=True))
     (learnt.logits.square().sum() + sum(f.square().mean() for f in learnt.features)).backward()
     reached = [p.grad is not None for p in network.parameters() if p.requires_grad]
     assert sum(reached) > 0.9 * len(reached)

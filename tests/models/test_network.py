@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kdzoo import DataSpec
+from kdzoo.distiller import EVERYTHING
 from kdzoo.errors import UserError
 from kdzoo.models import create, unfuse_attention, wrap
 
@@ -82,11 +83,10 @@ def seeded():
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_the_whole_pass_compiles_as_one_graph(name):
     network = create(name, DATA).eval()
-    network.wants_preactivations = network.wants_final = True
     torch.compiler.reset()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        expected, got = network(IMAGES), compiled(IMAGES)
+        expected, got = network(IMAGES, EVERYTHING), compiled(IMAGES, EVERYTHING)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -94,7 +94,7 @@ def test_the_whole_pass_compiles_as_one_graph(name):
 def test_low_precision_inside_leaves_float32_outside(name):
     network = create(name, DATA).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        output = network(IMAGES.to(memory_format=torch.channels_last))
+        output = network(IMAGES.to(memory_format=torch.channels_last), EVERYTHING)
     assert {output.logits.dtype, output.embedding.dtype, *(f.dtype for f in output.features)} == {torch.float32}
     output.logits.sum().backward()
 
@@ -127,7 +127,7 @@ def test_attention_written_out_is_the_fused_one(name):
 
 def test_shapes_are_those_of_a_pass():
     network = create("swin_pico", DATA)
-    shapes, output = network.shapes(), network(IMAGES)
+    shapes, output = network.shapes(), network(IMAGES, EVERYTHING)
     assert shapes.embedding.shape == output.embedding.shape
     assert [f.shape for f in shapes.features] == [f.shape for f in output.features]
 
@@ -136,9 +136,8 @@ def test_shapes_are_those_of_a_pass():
 def test_shapes_are_those_of_all_that_can_be_asked_for(name):
     network = create(name, DATA)
     shapes, plain = network.shapes(), network(IMAGES)
-    assert (plain.preactivations, plain.final) == ((), None)
-    network.wants_preactivations = network.wants_final = True
-    output = network(IMAGES)
+    assert (plain.features, plain.preactivations, plain.final) == ((), (), None)
+    output = network(IMAGES, EVERYTHING)
     assert [f.shape for f in shapes.preactivations] == [f.shape for f in output.preactivations]
     assert all(f.is_meta for f in shapes.preactivations)
     assert (shapes.final is None) == (output.final is None) == (name == "test_vit")
