@@ -3,14 +3,13 @@
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Dot product of |student - teacher| (B, D) of rows that follow each other, mean over B - 1; 0 for one row."""
-    gap = (full_precision(student) - full_precision(teacher)).abs()
+    gap = (student - teacher).abs()
     return (gap[:-1] * gap[1:]).sum() / max(len(gap) - 1, 1)
 
 
@@ -39,29 +38,16 @@ class CC(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(features=False)
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        cc: float = 0.02,
-        width: int = 128,
-    ):
-        super().__init__()
-        if width < 1:
-            raise UserError(f"width {width}: expected a number from 1; 128 is usual")
-        self.ce, self.cc = ce, cc
-        if cc:
-            self.embed_s = nn.Linear(student.embedding.shape[1], width)
-            self.embed_t = nn.Linear(teacher.embedding.shape[1], width)
+    def __init__(self, *, ce: float = 1.0, cc: float = 0.02, width: int = 128):
+        super().__init__(ce=ce, cc=cc)
+        self.width = at_least(1, width=width)
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.embed_s = nn.Linear(student.embedding.shape[1], self.width)
+        self.embed_t = nn.Linear(teacher.embedding.shape[1], self.width)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.cc:
-            e_s, e_t = self.embed_s(student.embedding), self.embed_t(teacher.embedding.detach())
-            terms["cc"] = self.cc * correlation_loss(e_s, e_t)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            cc=lambda: correlation_loss(self.embed_s(student.embedding), self.embed_t(teacher.embedding)),
+        )

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.errors import UserError
+from kdzoo.keywords import at_least, positive, share
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision, gather
+from kdzoo.tensors import gather
 
 
 def nce_loss(positive: Tensor, negatives: Tensor, noise: float) -> Tensor:
@@ -17,7 +18,6 @@ def nce_loss(positive: Tensor, negatives: Tensor, noise: float) -> Tensor:
 
     -log h(positive) - sum log(1 - h(negative)), where h(p) = p / (p + noise) is the chance that p is no noise.
     """
-    positive, negatives = full_precision(positive), full_precision(negatives)
     return (F.softplus(math.log(noise) - positive) + F.softplus(negatives - math.log(noise)).sum(dim=1)).mean()
 
 
@@ -86,9 +86,6 @@ class CRD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         crd: float = 0.8,
@@ -97,26 +94,21 @@ class CRD(Distiller):
         momentum: float = 0.5,
         width: int = 128,
     ):
-        super().__init__()
-        for name, value in (("negatives", negatives), ("width", width)):
-            if value < 1:
-                raise UserError(f"{name} {value}: expected a number from 1; raise it")
-        if not tau > 0:
-            raise UserError(f"tau {tau}: expected a number above 0; 0.07 is usual")
-        if not 0 <= momentum < 1:
-            raise UserError(f"momentum {momentum}: expected a number from 0 to below 1; 0.5 is usual")
-        self.ce, self.crd = ce, crd
-        self.negatives, self.tau, self.momentum = negatives, tau, momentum
-        if not crd:
-            return
+        super().__init__(ce=ce, crd=crd)
+        self.negatives, self.width = at_least(1, negatives=negatives), at_least(1, width=width)
+        self.tau, self.momentum = positive(tau=tau), share(momentum=momentum)
+        if momentum == 1:
+            raise UserError("momentum=1: expected a share below 1, or the memory never changes; 0.5 is usual")
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         counts = torch.bincount(data.labels, minlength=data.num_classes)
         if counts.max() == len(data.labels):
             raise UserError(f"all images of {data.name} are of one class; crd needs others to contrast them with")
-        self.embed_s = nn.Linear(student.embedding.shape[1], width)
-        self.embed_t = nn.Linear(teacher.embedding.shape[1], width)
-        bound = math.sqrt(3 / width)  # of a uniform distribution whose rows have length 1 on average
+        self.embed_s = nn.Linear(student.embedding.shape[1], self.width)
+        self.embed_t = nn.Linear(teacher.embedding.shape[1], self.width)
+        bound = math.sqrt(3 / self.width)  # of a uniform distribution whose rows have length 1 on average
         for name in ("memory_s", "memory_t"):
-            self.register_buffer(name, torch.empty(len(data.labels), width).uniform_(-bound, bound))
+            self.register_buffer(name, torch.empty(len(data.labels), self.width).uniform_(-bound, bound))
         self.register_buffer("log_z", torch.full((2,), -torch.inf))
         self.register_buffer("labels", data.labels, persistent=False)
         self.register_buffer("order", data.labels.argsort(stable=True), persistent=False)
@@ -124,15 +116,18 @@ class CRD(Distiller):
         self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.crd:
-            u_s = F.normalize(self.embed_s(student.embedding), eps=1e-6)
-            u_t = F.normalize(self.embed_t(teacher.embedding.detach()), eps=1e-6)
-            terms["crd"] = self.crd * self.contrast(u_s, u_t, batch.index)
-            self.remember(u_s, u_t, batch.index)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            crd=lambda: self.agree(student, teacher, batch.index),
+        )
+
+    def agree(self, student: Output, teacher: Output, index: Tensor) -> Tensor:
+        """Contrast the batch with both memories, then renew these: a scalar."""
+        u_s = F.normalize(self.embed_s(student.embedding), eps=1e-6)
+        u_t = F.normalize(self.embed_t(teacher.embedding), eps=1e-6)
+        contrast = self.contrast(u_s, u_t, index)
+        self.remember(u_s, u_t, index)
+        return contrast
 
     def contrast(self, u_s: Tensor, u_t: Tensor, index: Tensor) -> Tensor:
         """The loss of both directions, of normalised embeddings (B, width) of the images in rows ``index`` (B,)."""

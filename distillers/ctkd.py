@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo.keywords import not_negative, positive, share
 from kdzoo.losses import cross_entropy, softened_kl, warm_up
 
 
@@ -44,12 +44,10 @@ class CTKD(Distiller):
     paper = "arXiv:2211.16231"
     fidelity = Fidelity.EXACT
     needs = Needs(features=False)
+    logit_terms = ("ce",)  # kd has a temperature to train
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 0.1,
         kd: float = 0.9,
@@ -58,25 +56,20 @@ class CTKD(Distiller):
         start: float = 1.0,
         warmup: float = 10 / 240,
     ):
-        super().__init__()
-        if not lowest > 0 or span < 0:
-            raise UserError(f"lowest {lowest}, span {span}: expected above 0 and not below 0; 1 and 20 are usual")
-        if not 0 <= warmup <= 1:
-            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 10 of 240 epochs is 10/240")
-        self.ce, self.kd, self.lowest, self.span, self.warmup = ce, kd, lowest, span, warmup
-        if kd:
-            self.hardness = nn.Parameter(torch.tensor(float(start)))  # g
+        super().__init__(ce=ce, kd=kd)
+        self.lowest, self.span = positive(lowest=lowest), not_negative(span=span)
+        self.start, self.warmup = start, share(warmup=warmup)
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        self.hardness = nn.Parameter(torch.tensor(float(self.start)))  # g
 
     def temperature(self, progress: Tensor) -> Tensor:
-        """T as it stands, (); its gradient reaches g reversed."""
+        """Compute T as it stands, (); its gradient reaches g reversed."""
         hardness = reverse_gradient(self.hardness, cosine_rise(progress, self.warmup))
         return self.lowest + self.span * hardness.sigmoid()
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.kd:
-            temperature = self.temperature(batch.progress)
-            terms["kd"] = self.kd * softened_kl(student.logits, teacher.logits.detach(), temperature)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: softened_kl(student.logits, teacher.logits, self.temperature(batch.progress)),
+        )

@@ -3,10 +3,9 @@
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo import Batch, Distiller, Fidelity, Needs, Output
+from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def pearson_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -18,7 +17,7 @@ def pearson_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def dist_loss(student: Tensor, teacher: Tensor, inter: float, intra: float, temperature: float) -> Tensor:
     """T^2 (inter * distance of rows + intra * distance of columns) of the softened probabilities of logits (B, K)."""
-    p_s, p_t = ((full_precision(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
+    p_s, p_t = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
     both = inter * pearson_distance(p_s, p_t) + intra * pearson_distance(p_s.mT, p_t.mT)
     return temperature**2 * both
 
@@ -48,9 +47,6 @@ class DIST(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         dist: float = 2.0,
@@ -58,16 +54,12 @@ class DIST(Distiller):
         intra: float = 1.0,
         temperature: float = 4.0,
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 4 or 1 are usual")
-        self.ce, self.dist, self.inter, self.intra, self.temperature = ce, dist, inter, intra, temperature
+        super().__init__(ce=ce, dist=dist)
+        self.inter, self.intra = inter, intra
+        self.temperature = positive(temperature=temperature)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.dist:
-            given = student.logits, teacher.logits.detach()
-            terms["dist"] = self.dist * dist_loss(*given, self.inter, self.intra, self.temperature)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            dist=lambda: dist_loss(student.logits, teacher.logits, self.inter, self.intra, self.temperature),
+        )

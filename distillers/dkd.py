@@ -4,17 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo import Batch, Distiller, Fidelity, Needs, Output
+from kdzoo.keywords import positive, share
 from kdzoo.losses import cross_entropy, true_class, warm_up
-from kdzoo.tensors import full_precision
 
 
 def target_class_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     """T^2 KL between (p_y, 1 - p_y) of teacher and student; logits (B, K), ``target`` (B, K) bool, mean over B."""
     binary = []
     for logits in (student, teacher):
-        log_p = F.log_softmax(full_precision(logits) / temperature, dim=1)
+        log_p = F.log_softmax(logits / temperature, dim=1)
         of_target = log_p.masked_fill(~target, 0).sum(dim=1)
         of_others = log_p.masked_fill(target, -torch.inf).logsumexp(dim=1)  # log(1 - p_y), also where p_y rounds to 1
         binary.append(torch.stack([of_target, of_others], dim=1))
@@ -25,7 +24,7 @@ def other_classes_loss(student: Tensor, teacher: Tensor, target: Tensor, tempera
     """T^2 KL between the distributions over all classes but the target, mean over B; 0 where there are two classes."""
     others = []
     for logits in (student, teacher):
-        log_p = F.log_softmax((full_precision(logits) / temperature).masked_fill(target, -torch.inf), dim=1)
+        log_p = F.log_softmax((logits / temperature).masked_fill(target, -torch.inf), dim=1)
         others.append(log_p.masked_fill(target, 0))  # equal on both sides, so that it adds nothing
     return F.kl_div(others[0], others[1], reduction="batchmean", log_target=True) * temperature**2
 
@@ -59,9 +58,6 @@ class DKD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 1.0,
         dkd: float = 1.0,
@@ -70,20 +66,17 @@ class DKD(Distiller):
         temperature: float = 4.0,
         warmup: float = 20 / 240,
     ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 4 is usual")
-        if not 0 <= warmup <= 1:
-            raise UserError(f"warmup {warmup}: expected a share of training from 0 to 1; 20 of 240 epochs is 20/240")
-        self.ce, self.dkd, self.alpha, self.beta = ce, dkd, alpha, beta
-        self.temperature, self.warmup = temperature, warmup
+        super().__init__(ce=ce, dkd=dkd)
+        self.alpha, self.beta = alpha, beta
+        self.temperature, self.warmup = positive(temperature=temperature), share(warmup=warmup)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.dkd:
-            given = student.logits, teacher.logits.detach(), true_class(batch.targets), self.temperature
-            both = self.alpha * target_class_loss(*given) + self.beta * other_classes_loss(*given)
-            terms["dkd"] = self.dkd * warm_up(batch.progress, self.warmup) * both
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            dkd=lambda: warm_up(batch.progress, self.warmup) * self.decoupled(student, teacher, batch),
+        )
+
+    def decoupled(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        """Sum both parts with their weights: a scalar."""
+        given = student.logits, teacher.logits, true_class(batch.targets), self.temperature
+        return self.alpha * target_class_loss(*given) + self.beta * other_classes_loss(*given)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, Distiller, Fidelity, Needs, Output
 from kdzoo.losses import centred_mse, cross_entropy
 
 
@@ -26,14 +26,11 @@ class LogitMSE(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(features=False)
 
-    def __init__(self, student: Output, teacher: Output, data: DataSpec, *, ce: float = 1.0, mse: float = 1.0):
-        super().__init__()
-        self.ce, self.mse = ce, mse
+    def __init__(self, *, ce: float = 1.0, mse: float = 1.0):
+        super().__init__(ce=ce, mse=mse)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.mse:
-            terms["mse"] = self.mse * centred_mse(student.logits, teacher.logits)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            mse=lambda: centred_mse(student.logits, teacher.logits),
+        )

@@ -2,15 +2,14 @@
 
 from torch import Tensor
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo import Batch, Distiller, Fidelity, Output
+from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, softened_kl
-from kdzoo.tensors import full_precision
 
 
 def standardize(logits: Tensor) -> Tensor:
     """Each row of (B, K) less its mean, over its deviation (unbiased) + 1e-7; a constant row becomes 0."""
-    logits = full_precision(logits)
+    logits = logits
     centred = logits - logits.mean(dim=1, keepdim=True)
     variance = centred.square().sum(dim=1, keepdim=True) / (logits.shape[1] - 1)
     return centred / (variance.clamp_min(1e-30).sqrt() + 1e-7)  # clamped: the root has no finite slope at 0
@@ -34,28 +33,13 @@ class LSKD(Distiller):
 
     paper = "arXiv:2403.01427"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 0.1,
-        kd: float = 9.0,
-        temperature: float = 2.0,
-    ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 2 is usual")
-        self.ce, self.kd, self.temperature = ce, kd, temperature
+    def __init__(self, *, ce: float = 0.1, kd: float = 9.0, temperature: float = 2.0):
+        super().__init__(ce=ce, kd=kd)
+        self.temperature = positive(temperature=temperature)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.kd:
-            given = standardize(student.logits), standardize(teacher.logits.detach())
-            terms["kd"] = self.kd * softened_kl(*given, self.temperature)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: softened_kl(standardize(student.logits), standardize(teacher.logits), self.temperature),
+        )

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
-from kdzoo.errors import UserError, unknown
+from kdzoo import Batch, Distiller, Fidelity, Needs, NetworkView, Output
+from kdzoo.keywords import each, one_of, positive
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 LEVELS = ("instance", "batch", "class")
 
@@ -22,20 +21,20 @@ def lower_half(values: Tensor) -> Tensor:
 
 def instance_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
     """T^2 KL of logits (B, K), mean over B, where rows outside of ``mask`` (B,) count as 0."""
-    log_s, log_t = (F.log_softmax(full_precision(logits) / temperature, dim=1) for logits in (student, teacher))
+    log_s, log_t = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     rows = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
     return (rows if mask is None else rows * mask).mean() * temperature**2
 
 
 def batch_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
     """Squared distance of the Gram matrices p p' (B, B) of logits (B, K), columns in ``mask`` (B,), over B."""
-    p_s, p_t = ((full_precision(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
+    p_s, p_t = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
     return ((p_t @ p_t.mT - p_s @ p_s.mT).square() * mask).sum() / len(mask)
 
 
 def class_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
     """Squared distance of the matrices p' p (K, K) of logits (B, K), columns in ``mask`` (K,), over K."""
-    p_s, p_t = ((full_precision(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
+    p_s, p_t = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
     return ((p_t.mT @ p_t - p_s.mT @ p_s).square() * mask).sum() / len(mask)
 
 
@@ -46,7 +45,7 @@ def multi_level_loss(
     levels: Sequence[str] = LEVELS,
 ) -> Tensor:
     """All levels and temperatures, summed. Each network's logits (B, K) of the weak and of the strong view."""
-    certainty = full_precision(teacher[0]).softmax(dim=1)
+    certainty = teacher[0].softmax(dim=1)
     images, classes = lower_half(certainty.amax(dim=1)), lower_half(certainty.sum(dim=0))
     parts = []
     for temperature in temperatures:
@@ -95,41 +94,29 @@ class MLLD(Distiller):
 
     def __init__(
         self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
         *,
         ce: float = 0.1,
         kd: float = 0.9,
         temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0),
         levels: tuple[str, ...] = LEVELS,
     ):
-        super().__init__()
-        if not temperatures or min(temperatures) <= 0:
-            raise UserError(f"temperatures {tuple(temperatures)}: expected numbers above 0; 2 to 6 are usual")
-        for level in levels:
-            if level not in LEVELS:
-                raise unknown("level", level, LEVELS)
-        if not levels:
-            raise UserError("levels (): expected one at least; to have none, set kd to 0")
-        self.ce, self.kd = ce, kd
-        self.temperatures, self.levels = tuple(temperatures), tuple(levels)
+        super().__init__(ce=ce, kd=kd)
+        self.temperatures = each(positive, temperatures=temperatures)
+        self.levels = each(one_of, LEVELS, levels=levels)
 
     def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
-        """Both views, each in a pass of its own; ``loss`` sees them one below the other."""
+        """Run both networks once for each view; ``loss`` gets the views one below the other."""
         views = batch.views["weak"], batch.views["strong"]
         reference = stacked([teacher(view) for view in views])
         return self.loss(stacked([student(view) for view in views]), reference, batch)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        """Outputs of 2 B rows: the weak views of the batch, then the strong ones."""
-        s, t = student.logits.chunk(2), teacher.logits.detach().chunk(2)
-        terms = {}
-        if self.ce:
-            targets = batch.targets
-            if batch.partner is not None:  # the views are not mixed
-                targets = F.one_hot(batch.labels, targets.shape[1])
-            terms["ce"] = self.ce * (cross_entropy(s[0], targets) + cross_entropy(s[1], targets))
-        if self.kd:
-            terms["kd"] = self.kd * multi_level_loss(s, t, self.temperatures, self.levels)
-        return terms
+        """Compare outputs of 2 B rows: the weak views of the batch, then the strong ones."""
+        s, t = student.logits.chunk(2), teacher.logits.chunk(2)
+        targets = batch.targets
+        if batch.partner is not None:  # the views are not mixed
+            targets = F.one_hot(batch.labels, targets.shape[1])
+        return self.weigh(
+            ce=lambda: cross_entropy(s[0], targets) + cross_entropy(s[1], targets),
+            kd=lambda: multi_level_loss(s, t, self.temperatures, self.levels),
+        )

@@ -4,25 +4,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo import Batch, Distiller, Fidelity, Needs, Output
+from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, true_class
-from kdzoo.tensors import full_precision
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     """-p_t[y] log p_s[y] of logits (B, K) and ``target`` (B, K) bool, mean over B."""
-    certainty = full_precision(teacher).softmax(dim=1)
-    log_p = F.log_softmax(full_precision(student), dim=1)
+    certainty = teacher.softmax(dim=1)
+    log_p = F.log_softmax(student, dim=1)
     return -(certainty * log_p).masked_fill(~target, 0).sum(dim=1).mean()
 
 
 def other_classes_entropy(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     """T^2 times the cross-entropy of the distributions over all classes but the target, mean over B."""
-    s, t = (
-        (full_precision(logits) / temperature).masked_fill(target, -torch.inf).log_softmax(dim=1)
-        for logits in (student, teacher)
-    )
+    s, t = ((logits / temperature).masked_fill(target, -torch.inf).log_softmax(dim=1) for logits in (student, teacher))
     return -(t.exp() * s.masked_fill(target, 0)).sum(dim=1).mean() * temperature**2
 
 
@@ -49,28 +45,13 @@ class NKD(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(features=False)
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        nkd: float = 1.0,
-        gamma: float = 1.5,
-        temperature: float = 1.0,
-    ):
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature}: expected a number above 0; 1 or 3 are usual")
-        self.ce, self.nkd, self.gamma, self.temperature = ce, nkd, gamma, temperature
+    def __init__(self, *, ce: float = 1.0, nkd: float = 1.0, gamma: float = 1.5, temperature: float = 1.0):
+        super().__init__(ce=ce, nkd=nkd)
+        self.gamma, self.temperature = gamma, positive(temperature=temperature)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.nkd:
-            given = student.logits, teacher.logits.detach(), true_class(batch.targets)
-            others = other_classes_entropy(*given, self.temperature)
-            terms["nkd"] = self.nkd * (soft_target_loss(*given) + self.gamma * others)
-        return terms
+        given = student.logits, teacher.logits, true_class(batch.targets)
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            nkd=lambda: soft_target_loss(*given) + self.gamma * other_classes_entropy(*given, self.temperature),
+        )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, Distiller, Fidelity, Needs, Output
 from kdzoo.losses import cross_entropy
 
 
@@ -19,9 +19,8 @@ class NoDistillation(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(teacher=False, features=False)
 
-    def __init__(self, student: Output, teacher: Output, data: DataSpec, *, ce: float = 1.0):
-        super().__init__()
-        self.ce = ce
+    def __init__(self, *, ce: float = 1.0):
+        super().__init__(ce=ce)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": self.ce * cross_entropy(student.logits, batch.targets)} if self.ce else {}
+        return self.weigh(ce=lambda: cross_entropy(student.logits, batch.targets))

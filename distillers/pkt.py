@@ -3,16 +3,15 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, Distiller, Fidelity, Needs, Output
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 EPS = 1e-7
 
 
 def neighbour_probabilities(embeddings: Tensor) -> Tensor:
     """(1 + cosine) / 2 of rows (B, D), each row over its sum: (B, B)."""
-    unit = F.normalize(full_precision(embeddings), eps=EPS)
+    unit = F.normalize(embeddings, eps=EPS)
     similarity = ((unit @ unit.mT + 1) / 2).clamp_min(0)  # rounding may take a cosine below -1
     return similarity / similarity.sum(dim=1, keepdim=True)
 
@@ -43,14 +42,11 @@ class PKT(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(features=False)
 
-    def __init__(self, student: Output, teacher: Output, data: DataSpec, *, ce: float = 1.0, pkt: float = 30000.0):
-        super().__init__()
-        self.ce, self.pkt = ce, pkt
+    def __init__(self, *, ce: float = 1.0, pkt: float = 30000.0):
+        super().__init__(ce=ce, pkt=pkt)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.pkt:
-            terms["pkt"] = self.pkt * neighbour_divergence(student.embedding, teacher.embedding.detach())
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            pkt=lambda: neighbour_divergence(student.embedding, teacher.embedding),
+        )

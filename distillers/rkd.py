@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, Distiller, Fidelity, Needs, Output
+from kdzoo.keywords import not_negative
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 NEAR = 1e-6  # rows no further apart count as one: they have distance 0, no angle, and no gradient
 
 
 def distances(embeddings: Tensor) -> Tensor:
     """Euclidean distances of rows (B, D), with a gradient of 0 where they are 0: (B, B)."""
-    rows = full_precision(embeddings)
+    rows = embeddings
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -26,7 +26,7 @@ def relative_distances(embeddings: Tensor) -> Tensor:
 
 def angles(embeddings: Tensor) -> Tensor:
     """Cosine at row i of the angle between rows j and k, of rows (B, D): (B, B, B) by i, j, k."""
-    rows, apart = full_precision(embeddings), distances(embeddings)
+    rows, apart = embeddings, distances(embeddings)
     inverse = apart.masked_fill(apart <= NEAR, torch.inf).reciprocal()
     directions = (rows - rows[:, None]) * inverse[:, :, None]
     return directions @ directions.mT
@@ -66,30 +66,21 @@ class RKD(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(features=False)
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        rkd: float = 1.0,
-        distance: float = 25.0,
-        angle: float = 50.0,
-    ):
-        super().__init__()
-        self.ce, self.rkd, self.distance, self.angle = ce, rkd, distance, angle
+    def __init__(self, *, ce: float = 1.0, rkd: float = 1.0, distance: float = 25.0, angle: float = 50.0):
+        super().__init__(ce=ce, rkd=rkd if distance or angle else 0.0)
+        self.distance, self.angle = not_negative(distance=distance), not_negative(angle=angle)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        e_s, e_t = student.embedding, teacher.embedding.detach()
-        relations = []
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            rkd=lambda: self.relations(student.embedding, teacher.embedding),
+        )
+
+    def relations(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Sum what is compared of embeddings (B, D_s) and (B, D_t); a weight of 0 skips its part."""
+        parts = []
         if self.distance:
-            relations.append(self.distance * distance_loss(e_s, e_t))
+            parts.append(self.distance * distance_loss(student, teacher))
         if self.angle:
-            relations.append(self.angle * angle_loss(e_s, e_t))
-        if self.rkd and relations:
-            terms["rkd"] = self.rkd * torch.stack(relations).sum()
-        return terms
+            parts.append(self.angle * angle_loss(student, teacher))
+        return torch.stack(parts).sum()

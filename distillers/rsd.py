@@ -3,14 +3,13 @@
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.errors import UserError
+from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def standardize(embedding: Tensor) -> Tensor:
     """Each column of (B, D) less its mean over the batch, over its deviation (biased) + 1e-5."""
-    embedding = full_precision(embedding)
+    embedding = embedding
     centred = embedding - embedding.mean(dim=0)
     deviation = centred.square().mean(dim=0).clamp_min(1e-30).sqrt()  # clamped: the root has no finite slope at 0
     return centred / (deviation + 1e-5)
@@ -46,35 +45,21 @@ class RSD(Distiller):
     fidelity = Fidelity.EXACT
     needs = Needs(features=False)
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        rsd: float = 0.1,
-        kappa: float = 0.01,
-        expansion: int = 2,
-    ):
-        super().__init__()
-        if expansion < 1:
-            raise UserError(f"expansion {expansion}: expected a whole number from 1; 2 is the authors'")
-        self.ce, self.rsd, self.kappa = ce, rsd, kappa
-        if rsd:
-            inputs, outputs = student.embedding.shape[1], teacher.embedding.shape[1]
-            self.projector = nn.Sequential(
-                nn.Linear(inputs, expansion * inputs, bias=False),
-                nn.BatchNorm1d(expansion * inputs),
-                nn.GELU(),
-                nn.Linear(expansion * inputs, outputs, bias=False),
-            )
+    def __init__(self, *, ce: float = 1.0, rsd: float = 0.1, kappa: float = 0.01, expansion: int = 2):
+        super().__init__(ce=ce, rsd=rsd)
+        self.kappa, self.expansion = kappa, at_least(1, expansion=expansion)
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        inputs, outputs = student.embedding.shape[1], teacher.embedding.shape[1]
+        self.projector = nn.Sequential(
+            nn.Linear(inputs, self.expansion * inputs, bias=False),
+            nn.BatchNorm1d(self.expansion * inputs),
+            nn.GELU(),
+            nn.Linear(self.expansion * inputs, outputs, bias=False),
+        )
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.rsd:
-            projected = self.projector(student.embedding)
-            terms["rsd"] = self.rsd * redundancy_loss(projected, teacher.embedding.detach(), self.kappa)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            rsd=lambda: redundancy_loss(self.projector(student.embedding), teacher.embedding, self.kappa),
+        )

@@ -3,15 +3,14 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
 from kdzoo.connectors import check_stages
 from kdzoo.losses import cross_entropy
-from kdzoo.tensors import full_precision
 
 
 def similarities(features: Tensor) -> Tensor:
     """The rows of F F', each of length 1, where F (B, D) holds the flattened ``features`` (B, ...): (B, B)."""
-    rows = full_precision(features).flatten(1)
+    rows = features.flatten(1)
     return F.normalize(rows @ rows.mT, eps=1e-6)
 
 
@@ -40,28 +39,15 @@ class SP(Distiller):
     paper = "arXiv:1907.09682"
     fidelity = Fidelity.EXACT
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        sp: float = 3000.0,
-        stage: int = 3,
-    ):
-        super().__init__()
-        self.ce, self.sp = ce, sp
-        if not sp:
-            self.needs = Needs(features=False)
-            return
-        (self.stage,) = check_stages((stage,), student, teacher)
+    def __init__(self, *, ce: float = 1.0, sp: float = 3000.0, stage: int = 3):
+        super().__init__(ce=ce, sp=sp)
+        self.stage = stage
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
+        check_stages((self.stage,), student, teacher)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * cross_entropy(student.logits, batch.targets)
-        if self.sp:
-            f_s, f_t = student.features[self.stage], teacher.features[self.stage].detach()
-            terms["sp"] = self.sp * similarity_loss(f_s, f_t)
-        return terms
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            sp=lambda: similarity_loss(student.features[self.stage], teacher.features[self.stage]),
+        )

@@ -71,7 +71,7 @@ def test_gradients_are_those_of_the_formula():
 
 def method(**keywords):
     shape = Output(torch.empty(1, 7), torch.empty(1, 3), ())
-    return DIST(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)), **keywords)
+    return DIST(**keywords).assemble(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
 
 
 def test_the_term_is_twice_the_loss_at_temperature_4_unless_told_otherwise():
@@ -83,5 +83,5 @@ def test_the_term_is_twice_the_loss_at_temperature_4_unless_told_otherwise():
 
 
 def test_a_temperature_of_0_is_refused():
-    with pytest.raises(UserError, match="temperature 0"):
+    with pytest.raises(UserError, match="temperature=0"):
         method(temperature=0.0)

@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_formula():
 def method(**keywords):
     shape = Output(torch.empty(1, 7), torch.empty(1, 3), ())
     data = DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7))
-    return DKD(shape, shape, data, **keywords)
+    return DKD(**keywords).assemble(shape, shape, data)
 
 
 def terms(progress, **keywords) -> dict[str, Tensor]:

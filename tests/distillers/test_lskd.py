@@ -32,7 +32,7 @@ def test_rows_are_z_scores_with_the_unbiased_deviation(classes):
 
 def method(**keywords):
     shape = Output(torch.empty(1, 7), torch.empty(1, 3), ())
-    return LSKD(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)), **keywords)
+    return LSKD(**keywords).assemble(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
 
 
 def terms(student, teacher, **keywords):
@@ -72,5 +72,5 @@ def test_gradients_are_those_of_the_formula():
 
 
 def test_a_temperature_of_0_is_refused():
-    with pytest.raises(UserError, match="temperature 0"):
+    with pytest.raises(UserError, match="temperature=0"):
         method(temperature=0.0)

@@ -124,7 +124,7 @@ class Linear(nn.Module):
 
 def method(**keywords):
     shape = Output(torch.empty(1, 7), torch.empty(1, 3), ())
-    return MLLD(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)), **keywords)
+    return MLLD(**keywords).assemble(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
 
 
 def batch():

@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_formula():
 
 def method(**keywords):
     shape = Output(torch.empty(1, 7), torch.empty(1, 3), ())
-    return NKD(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)), **keywords)
+    return NKD(**keywords).assemble(shape, shape, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
 
 
 def test_gamma_weighs_the_second_part_and_the_true_class_is_that_of_the_targets():
@@ -82,5 +82,5 @@ def test_gamma_weighs_the_second_part_and_the_true_class_is_that_of_the_targets(
 
 
 def test_a_temperature_of_0_is_refused():
-    with pytest.raises(UserError, match="temperature 0"):
+    with pytest.raises(UserError, match="temperature=0"):
         method(temperature=0.0)

@@ -24,7 +24,7 @@ def test_the_loss_is_the_mean_over_b_squared_of_the_divergence(waves):
 
 def test_the_term_carries_its_weight(student, teacher, data, batch):
     p_s, p_t = (probabilities(o.embedding.detach().double().numpy()) for o in (student, teacher))
-    term = PKT(student, teacher, data(), pkt=10.0).loss(student, teacher, batch())["pkt"]
+    term = PKT(pkt=10.0).assemble(student, teacher, data()).loss(student, teacher, batch())["pkt"]
     assert term.item() == pytest.approx(10 * rel_entr(p_t, p_s).mean(), rel=1e-3)
 
 
@@ -55,17 +55,11 @@ def test_opposite_embeddings_are_finite_however_their_cosine_is_rounded(waves, p
 @pytest.mark.parametrize("constant", [0.0, 1.0])
 def test_gradients_are_finite_for_constant_embeddings(output, teacher, data, batch, constant):
     student = output(constant=constant)
-    PKT(student, teacher, data()).loss(student, teacher, batch())["pkt"].backward()
+    PKT().assemble(student, teacher, data()).loss(student, teacher, batch())["pkt"].backward()
     assert student.embedding.grad.isfinite().all()
 
 
-def test_the_teacher_gets_no_gradient(student, teacher, data, batch):
-    PKT(student, teacher, data()).loss(student, teacher, batch())["pkt"].backward()
-    assert teacher.embedding.grad is None
-    assert student.embedding.grad.abs().sum() > 0
-
-
 def test_a_weight_of_zero_leaves_its_term_out(student, teacher, data, batch):
-    assert PKT(student, teacher, data(), pkt=0).loss(student, teacher, batch()).keys() == {"ce"}
-    assert PKT(student, teacher, data(), ce=0).loss(student, teacher, batch()).keys() == {"pkt"}
+    assert PKT(pkt=0).assemble(student, teacher, data()).loss(student, teacher, batch()).keys() == {"ce"}
+    assert PKT(ce=0).assemble(student, teacher, data()).loss(student, teacher, batch()).keys() == {"pkt"}
     assert not PKT.needs.features

@@ -31,7 +31,7 @@ def test_distances_and_angles_are_compared_by_smooth_l1(waves):
 def test_the_term_weighs_both(student, teacher, data, batch):
     (d_s, a_s), (d_t, a_t) = (relations(o.embedding.detach().double().numpy()) for o in (student, teacher))
     expected = 25 * smooth_l1(d_s - d_t).mean() + 50 * smooth_l1(a_s - a_t).mean()
-    term = RKD(student, teacher, data(), rkd=0.5).loss(student, teacher, batch())["rkd"]
+    term = RKD(rkd=0.5).assemble(student, teacher, data()).loss(student, teacher, batch())["rkd"]
     assert term.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_images_that_fall_together_get_a_sane_gradient(waves, loss):
 @pytest.mark.parametrize("constant", [0.0, 1.0])
 def test_embeddings_that_are_all_the_same_get_no_gradient(output, teacher, data, batch, constant):
     student = output(constant=constant)
-    RKD(student, teacher, data()).loss(student, teacher, batch())["rkd"].backward()
+    RKD().assemble(student, teacher, data()).loss(student, teacher, batch())["rkd"].backward()
     assert torch.equal(student.embedding.grad, torch.zeros_like(student.embedding))
 
 
@@ -72,15 +72,9 @@ def test_the_gradient_is_that_of_the_loss(waves):
 
 def test_a_weight_of_zero_leaves_its_part_out(student, teacher, data, batch):
     def term(**weights):
-        return RKD(student, teacher, data(), **weights).loss(student, teacher, batch())["rkd"]
+        return RKD(**weights).assemble(student, teacher, data()).loss(student, teacher, batch())["rkd"]
 
     torch.testing.assert_close(term(angle=0) + term(distance=0), term())
-    assert RKD(student, teacher, data(), rkd=0).loss(student, teacher, batch()).keys() == {"ce"}
-    assert RKD(student, teacher, data(), distance=0, angle=0).loss(student, teacher, batch()).keys() == {"ce"}
+    assert RKD(rkd=0).assemble(student, teacher, data()).loss(student, teacher, batch()).keys() == {"ce"}
+    assert RKD(distance=0, angle=0).assemble(student, teacher, data()).loss(student, teacher, batch()).keys() == {"ce"}
     assert not RKD.needs.features
-
-
-def test_the_teacher_gets_no_gradient(student, teacher, data, batch):
-    RKD(student, teacher, data()).loss(student, teacher, batch())["rkd"].backward()
-    assert teacher.embedding.grad is None
-    assert student.embedding.grad.abs().sum() > 0

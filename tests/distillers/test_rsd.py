@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_formula():
 
 def method(**keywords):
     student, teacher = (Output(torch.empty(1, 7), torch.empty(1, width), ()) for width in (5, 8))
-    return RSD(student, teacher, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)), **keywords)
+    return RSD(**keywords).assemble(student, teacher, DataSpec("toy", 7, tuple("abcdefg"), 8, torch.arange(7)))
 
 
 def test_the_student_is_projected_to_the_teachers_width_by_weights_without_biases():
@@ -92,7 +92,7 @@ def test_the_term_is_a_tenth_of_the_loss_of_the_projected_embedding():
 
 
 def test_a_projector_without_width_is_refused():
-    with pytest.raises(UserError, match="expansion 0: expected"):
+    with pytest.raises(UserError, match="expansion=0: expected"):
         method(expansion=0)
 
 
