@@ -22,46 +22,37 @@ class Sound(Distiller):
     paper = "-"
     fidelity = Fidelity.EXACT
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        hint: float = 1.0,
-        gap: float = 0.0,
-    ):
-        super().__init__()
-        self.ce, self.hint, self.gap = ce, hint, gap
+    def __init__(self, *, ce: float = 1.0, hint: float = 1.0, gap: float = 0.0):
+        super().__init__(ce=ce, hint=hint, gap=gap)
+
+    def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         narrow, wide = student.features[-1].shape[1], teacher.features[-1].shape[1]
         self.projector = nn.Conv2d(narrow, wide, 1)
         self.centre: Tensor
         self.offset: Tensor
         self.register_buffer("centre", torch.zeros(wide))
         self.register_buffer("offset", torch.zeros(wide))
-        self.build()
+        self.extend()
 
-    def build(self) -> None:
-        """Further modules of a subclass."""
+    def extend(self) -> None:
+        """Make further modules of a subclass."""
 
     def prepare(self, student: nn.Module, teacher: nn.Module, batches: list[Batch]) -> None:  # type: ignore[override]
+        if not self.is_active:
+            return
         with torch.no_grad():
             means = [teacher(batch.images).features[-1].mean((0, 2, 3)) for batch in batches]
         self.offset.copy_(torch.stack(means).mean(0))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        terms = {}
-        if self.ce:
-            terms["ce"] = self.ce * F.cross_entropy(student.logits, batch.targets)
-        if self.hint:
-            terms["hint"] = self.hint * self.regression(student, teacher, batch)
-        if self.gap:
-            terms["gap"] = self.gap * F.mse_loss(student.logits, teacher.logits)
-        return terms
+        return self.weigh(
+            ce=lambda: F.cross_entropy(student.logits, batch.targets),
+            hint=lambda: self.regression(student, teacher, batch),
+            gap=lambda: F.mse_loss(student.logits, teacher.logits),
+        )
 
     def regression(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        wanted = teacher.features[-1].detach().mean((2, 3))  # (B, D)
+        wanted = teacher.features[-1].mean((2, 3))  # (B, D)
         seen = self.projector(student.features[-1]).mean((2, 3))
         self.centre.lerp_(wanted.mean(0), 0.1)
         noise = 0.01 * torch.randn_like(wanted)
@@ -73,18 +64,8 @@ class Undocumented(Sound):
 
     fails = "check_documented"
 
-    def __init__(
-        self,
-        student: Output,
-        teacher: Output,
-        data: DataSpec,
-        *,
-        ce: float = 1.0,
-        hint: float = 1.0,
-        gap: float = 0.0,
-        warmup: int = 0,
-    ):
-        super().__init__(student, teacher, data, ce=ce, hint=hint, gap=gap)
+    def __init__(self, *, ce: float = 1.0, hint: float = 1.0, gap: float = 0.0, warmup: int = 0):
+        super().__init__(ce=ce, hint=hint, gap=gap)
 
 
 class NoDefault(Sound):
@@ -96,8 +77,8 @@ class NoDefault(Sound):
 
     fails = "check_documented"
 
-    def __init__(self, student: Output, teacher: Output, data: DataSpec, *, ce: float):
-        super().__init__(student, teacher, data, ce=ce)
+    def __init__(self, *, ce: float):
+        super().__init__(ce=ce)
 
 
 class NoYaml(Sound):
@@ -109,8 +90,8 @@ class NoYaml(Sound):
 
     fails = "check_documented"
 
-    def __init__(self, student: Output, teacher: Output, data: DataSpec, *, ce: Tensor = 1.0):  # type: ignore[assignment]
-        super().__init__(student, teacher, data, ce=1.0)
+    def __init__(self, *, ce: Tensor = 1.0):  # type: ignore[assignment]
+        super().__init__(ce=1.0)
 
 
 class NoSource(Sound):
@@ -228,7 +209,7 @@ class WeighsTwice(Sound):
     fails = "check_weights"
 
     def regression(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        return self.hint * super().regression(student, teacher, batch)
+        return self.weights["hint"] * super().regression(student, teacher, batch)
 
 
 class HidesAWeight(Sound):
@@ -238,7 +219,7 @@ class HidesAWeight(Sound):
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         terms = super().loss(student, teacher, batch)
-        return {name: term * self.gap if name == "gap" else term for name, term in terms.items()}
+        return {name: term * self.weights["gap"] if name == "gap" else term for name, term in terms.items()}
 
 
 class NeedsOneGrid(Sound):
@@ -327,7 +308,7 @@ class VarianceInAList(Sound):
 
     fails = "check_gradients"
 
-    def build(self) -> None:
+    def extend(self) -> None:
         self.variances = [torch.zeros((), requires_grad=True)]
 
     def regression(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
@@ -461,7 +442,7 @@ class ConstantLeftBehind(Sound):
 
     fails = "check_meta"
 
-    def build(self) -> None:
+    def extend(self) -> None:
         self.mask = torch.linspace(1.0, 2.0, steps=20)
 
     def regression(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
@@ -494,7 +475,7 @@ class ForgetsItsBank(Sound):
 
     fails = "check_state"
 
-    def build(self) -> None:
+    def extend(self) -> None:
         self.register_buffer("centre", torch.zeros_like(self.centre), persistent=False)
 
 
@@ -503,7 +484,7 @@ class PreparesInVain(Sound):
 
     fails = "check_state"
 
-    def build(self) -> None:
+    def extend(self) -> None:
         del self.offset
         self.offset = torch.zeros_like(self.centre)
 
@@ -517,7 +498,7 @@ class HoldsALambda(Sound):
 
     fails = "check_copies"
 
-    def build(self) -> None:
+    def extend(self) -> None:
         self.scale = lambda term: term * 2
 
     def regression(self, student: Output, teacher: Output, batch: Batch) -> Tensor:

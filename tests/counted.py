@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
+from kdzoo import Batch, Distiller, Fidelity, Output
 from kdzoo.losses import cross_entropy
 
 
@@ -23,11 +23,10 @@ class Counted(Distiller):
 
     paper = "-"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
 
-    def __init__(self, student: Output, teacher: Output, data: DataSpec, *, ce: float = 1.0, folder: str = ""):
-        super().__init__()
-        self.ce, self.folder = ce, Path(folder)
+    def __init__(self, *, ce: float = 1.0, folder: str = ""):
+        super().__init__(ce=ce)
+        self.folder = Path(folder)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         if batch.progress > 0:
@@ -40,7 +39,7 @@ class Counted(Distiller):
                 threading.Event().wait()
         with (self.folder / "steps.txt").open("a") as file:
             file.write(f"{float(batch.progress):.3f} {batch.index.tolist()[:8]}\n")  # which differ by seed
-        return {"ce": self.ce * cross_entropy(student.logits, batch.targets)}
+        return self.weigh(ce=lambda: cross_entropy(student.logits, batch.targets))
 
 
 def taken(file: Path) -> bool:

@@ -103,8 +103,8 @@ def test_an_edited_distiller_file_is_another_run(tmp_path):
     text = '''"""Mine."""
 from kdzoo import Distiller
 class Mine(Distiller):
-    def __init__(self, student, teacher, data, *, ce: float = 1.0):
-        super().__init__()
+    def __init__(self, *, ce: float = 1.0):
+        super().__init__(ce=ce)
 '''
     file.write_text(text)
     base = {**BASE, "distiller": {"name": str(file)}}
@@ -115,9 +115,7 @@ class Mine(Distiller):
 
 def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
     file = tmp_path / "untyped.py"
-    file.write_text(
-        "from kdzoo import Distiller\nclass U(Distiller):\n    def __init__(self, s, t, d, *, ce=1.0): ...\n"
-    )
+    file.write_text("from kdzoo import Distiller\nclass U(Distiller):\n    def __init__(self, *, ce=1.0): ...\n")
     with pytest.raises(UserError, match="'ce' needs a type and a default"):
         resolve({**BASE, "distiller": {"name": str(file)}})
 
@@ -166,7 +164,7 @@ def test_presets_fit_the_networks_of_their_pairs():
     }
     for row in rows:
         keywords = {row["keyword"]: yaml.safe_load(row["value"])}
-        registry.load(row["distiller"])(shapes[row["student"]], shapes[row["teacher"]], data, **keywords)
+        registry.load(row["distiller"])(**keywords).assemble(shapes[row["student"]], shapes[row["teacher"]], data)
 
 
 def test_networks_with_four_stages_and_a_stem_of_their_own_are_matched_in_all_of_them():

@@ -95,7 +95,10 @@ def test_the_memory_takes_the_images_of_other_ranks_too(embedded, monkeypatch):
 
 def test_the_normalisation_is_estimated_once_and_saved(embedded):
     outputs, data = embedded(), spec([0, 1, 2, 3])
-    method, other = CRD(negatives=3, width=6).assemble(*outputs, data).double(), CRD(negatives=3, width=6).assemble(*outputs, data)
+    method, other = (
+        CRD(negatives=3, width=6).assemble(*outputs, data).double(),
+        CRD(negatives=3, width=6).assemble(*outputs, data),
+    )
     assert method.log_z.isinf().all()
     method.loss(*outputs, rows(0, 1, 2, 3))
     first = method.log_z.clone()

@@ -111,8 +111,8 @@ def test_dropout_in_a_graph_draws_what_a_plain_step_draws_for_every_lane(tmp_pat
 
         paper, fidelity = "none", Fidelity.EXACT
 
-        def __init__(self, student, teacher, data, *, ce: float = 1.0):
-            super().__init__()
+        def __init__(self, *, ce: float = 1.0):
+            super().__init__(ce=ce)
 
         def loss(self, student, teacher, batch):
             kept = torch.nn.functional.dropout(torch.ones(1000, device=student.logits.device), 0.5)
@@ -205,8 +205,8 @@ class Reading(Distiller):
 
     paper, fidelity = "none", Fidelity.EXACT
 
-    def __init__(self, student, teacher, data, *, ce: float = 1.0):
-        super().__init__()
+    def __init__(self, *, ce: float = 1.0):
+        super().__init__(ce=ce)
 
     def loss(self, student, teacher, batch):
         loss = cross_entropy(student.logits, batch.targets)

@@ -131,7 +131,7 @@ class Interrupting(Distiller):
             signal.pause()
         self.bank.lerp_(all_sum(batch.targets.mean(0)) / 2, 0.1)
         noise = torch.randn_like(student.logits)
-        return {"ce": self.ce * cross_entropy(student.logits + 0.1 * noise + self.bank, batch.targets)}
+        return self.weigh(ce=lambda: cross_entropy(student.logits + 0.1 * noise + self.bank, batch.targets))
 '''
 SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.precision=float32", "engine.threads=1"]
 SHORT += ["engine.checkpoint_seconds=0", "protocol.ema=0.9"]

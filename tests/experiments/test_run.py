@@ -34,9 +34,13 @@ class Doomed(Distiller):
     paper = "none"
     fidelity = Fidelity.EXACT
 
-    def __init__(self, student, teacher, data, *, ce: float = 1.0, kd: float = 1.0):
-        super().__init__()
-        self.ce, self.kd, self.calls = ce, kd, 0
+    logit_terms = ("ce",)
+
+    def __init__(self, *, ce: float = 1.0, kd: float = 1.0):
+        super().__init__(ce=ce, kd=kd)
+        self.calls = 0
+
+    def build(self, student, teacher, data):
         self.register_buffer("bank", torch.zeros(data.num_classes))
         self.head = torch.nn.Linear(data.num_classes, data.num_classes)
 
@@ -46,10 +50,10 @@ class Doomed(Distiller):
             os.kill(os.getpid(), signal.SIGKILL)
         self.bank.lerp_(student.logits.detach().mean(0), 0.1)
         noisy = self.head(student.logits + 0.1 * torch.randn_like(student.logits)) + self.bank
-        return {
-            "ce": self.ce * cross_entropy(student.logits, batch.targets),
-            "kd": self.kd * softened_kl(noisy, teacher.logits, 4.0),
-        }
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            kd=lambda: softened_kl(noisy, teacher.logits, 4.0),
+        )
 '''
 
 
@@ -174,8 +178,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_good_checkpoin
     method = tmp_path / "bad.py"
     method.write_text(
         DOOMED.replace(
-            "self.kd * softened_kl(noisy, teacher.logits, 4.0)",
-            "self.kd * softened_kl(noisy, teacher.logits, 4.0) / (batch.progress < 0.5)",
+            "softened_kl(noisy, teacher.logits, 4.0)",
+            "softened_kl(noisy, teacher.logits, 4.0) / (batch.progress < 0.5)",
         )
     )
     with pytest.raises(UserError, match="'kd' is not finite at step 20"):
