@@ -91,7 +91,7 @@ def main() -> None:
     )
     plain = [models.create(name, dataset.spec).body for name in (given.teacher, given.student)]
     usual = train(plain[0], plain[1], pictures, group.batch_size)
-    bare = bare_steps(group.settings[0], dataset, group.teacher.network)
+    bare = bare_steps(group.settings[0], dataset, group.teacher.fast)
     loops = {"usual": lambda: next(usual), "bare": lambda: next(bare), "engine": group.step}
     wait = waiting(device)
     take_turns(loops, 5, wait)  # warm-up

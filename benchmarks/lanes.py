@@ -39,7 +39,7 @@ def measure(pair: str, methods: list[str], steps: int, rounds: int, engine: Engi
         for _ in range(steps):
             batch = lanes.batch()
             with torch.no_grad(), autocast(device.type, PRECISIONS[engine.precision]):
-                lanes.teacher.network(batch.images, lanes.teacher.show)
+                lanes.teacher.fast(batch.images, lanes.teacher.show)
 
     works = {"group": group, "one_by_one": one_by_one, "teacher_and_batch": teacher_alone}
     for work in works.values():

@@ -188,7 +188,7 @@ class Group:
 
 def parts_of(group: Group) -> list[Mark]:
     """Where the parts of a group's steps are done."""
-    marks: list[Mark] = [("data", group, "batch"), ("teacher", group.teacher.network, "forward")]
+    marks: list[Mark] = [("data", group, "batch"), ("teacher", group.teacher.fast, "forward")]
     for lane in group.lanes:
         marks += [("student", lane.distillation.student, "forward"), ("loss", lane.distillation.distiller, "forward")]
         marks.append(("optimiser", lane.optimizer, "step"))

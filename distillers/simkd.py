@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output, Show
 from kdzoo.connectors import CommonGrid, Pool, check_stages
+from kdzoo.distiller import LOGITS
 from kdzoo.errors import UserError
 
 
@@ -51,7 +52,7 @@ class WithTeachersHead(nn.Module):
         self.student, self.projector, self.head = student, projector, head
         self.training = student.training
 
-    def forward(self, images: Tensor, show: Show = Show(features=False)) -> Output:
+    def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         maps = self.student(images, Show(features=True)).features
         embedding = self.projector(maps[-1]).mean(dim=(2, 3))
         return Output(self.head(embedding), embedding, maps).only(show).float()

@@ -19,8 +19,8 @@ class Distillation(nn.Module):
     in evaluation mode, also under ``train()``.
 
     Args:
-        student: a network of ``kdzoo.models``, or any module from images (B, 3, H, W) to logits (B, K), which is wrapped
-            by ``kdzoo.models.wrap``. It is trained in place.
+        student: a network of ``kdzoo.models``, or any module from images (B, 3, H, W) to logits (B, K), which
+            ``kdzoo.models.wrap`` then wraps. It is trained in place.
         teacher: the same; None for a distiller that needs no teacher.
         distiller: the method, such as ``LFCC(contrast=3.0)``. Its modules are made here, from the networks' shapes.
         num_classes: K; needed where a network has to be wrapped.
@@ -149,8 +149,8 @@ def distill(
     """Make one module of student, teacher and a method, to train the student in any loop.
 
     Args:
-        student: any module from images (B, 3, H, W) in [0, 1] to logits (B, K). It is trained in place. Where it expects
-            normalised images, pass ``kdzoo.models.wrap(student, mean=..., std=...)``.
+        student: any module from images (B, 3, H, W) in [0, 1] to logits (B, K). It is trained in place. Where it
+            expects normalised images, pass ``kdzoo.models.wrap(student, mean=..., std=...)``.
         teacher: the same, trained before; None for a method that needs none.
         method: a method's name (``kdzoo list distillers`` shows all), or the path of a file that holds one.
         num_classes: K.

@@ -30,17 +30,26 @@ def test_the_example_of_a_method_keeps_every_promise(tmp_path):
 def test_the_example_of_ones_own_loop_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    network = nn.Sequential(
-        *[nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for i in range(4)],
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 10),
+    student, teacher = (
+        nn.Sequential(
+            *[nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for i in range(4)],
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 10),
+        )
+        for _ in range(2)
     )
-    before = [p.clone() for p in network.parameters()]
+    before = [[p.clone() for p in network.parameters()] for network in (student, teacher)]
     images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    exec(EXAMPLES[1], {"my_trained_network": network, "my_loader": [(images, labels)] * 2})
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    assert Path("student.pt").is_file()
+    names = {"my_network": student, "my_trained_network": teacher, "my_loader": [(images, labels)] * 2}
+    exec(EXAMPLES[1], names)
+    changed = [
+        [not torch.equal(a, b) for a, b in zip(earlier, network.parameters(), strict=True)]
+        for earlier, network in zip(before, (student, teacher), strict=True)
+    ]
+    assert all(changed[0])
+    assert not any(changed[1])
+    assert torch.load("student.pt").keys() == student.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["uhkd", "figkd", "lfcc"])

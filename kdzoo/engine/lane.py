@@ -33,22 +33,21 @@ class TeacherPasses:
     Args:
         network: the teacher.
         show: what a pass shows. Each lane adds what it needs before the first pass, and is given that alone.
+        fast: a network of the same outputs that makes the passes; None for the teacher itself.
     """
 
-    def __init__(self, network: Network, show: Show = LOGITS):
-        self.network, self.show = network, show
-        self.made: dict[tuple[Any, ...], tuple[Tensor, Output]] = {}  # images and output, by the memory of the images
+    def __init__(self, network: Network, show: Show = LOGITS, fast: Network | None = None):
+        self.network, self.show, self.fast = network, show, fast or network
+        # Images and output, by the memory of the images, which are kept so that it is not used again.
+        self.made: dict[tuple[Any, ...], tuple[Tensor, Output]] = {}
 
     def __call__(self, images: Tensor, show: Show) -> Output:
         """Return ``network(images, show)``, remembered until ``forget``; a pass that keeps a graph is not shared."""
         if torch.is_grad_enabled():
-            return self.network(images, show)
+            return self.fast(images, show)
         key = images.data_ptr(), images.shape, images.stride(), images.dtype  # the same slice, whoever cut it
         if key not in self.made:
-            self.made[key] = (
-                images,
-                self.network(images, self.show),
-            )  # keeping the images, so their memory is not reused
+            self.made[key] = images, self.fast(images, self.show)
         return self.made[key][1].only(show)
 
     def forget(self) -> None:

@@ -100,13 +100,12 @@ def common_loader(settings: Settings, built: Iterable[Distillation], dataset: Da
 
 
 def shared_passes(network: models.Network, engine: EngineSettings) -> TeacherPasses:
-    """The passes of a frozen network, its weights cast and compiled once."""
+    """The passes of a frozen network, made by one whose weights are cast once, and which is compiled if asked for."""
     dtype = PRECISIONS[engine.precision].dtype
-    if dtype is not None:
-        network = models.cast_weights(network, dtype)
+    fast = network if dtype is None else models.cast_weights(network, dtype)
     if engine.compile:
-        network.compile()
-    return TeacherPasses(network)
+        fast.compile()
+    return TeacherPasses(network, fast=fast)
 
 
 def train_lanes(

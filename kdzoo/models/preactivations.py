@@ -67,7 +67,7 @@ class Preactivations:
                 slot[0].is_open = True
 
     def take(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return those of the last pass, which gave these ``features``, in the same shapes; none where one is unknown."""
+        """Return those of the last pass, which gave these ``features``; none where one is unknown."""
         if not self.known:
             return ()
         pairs = zip(features, self._slots, strict=True)

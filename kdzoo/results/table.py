@@ -44,7 +44,7 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
         ...     _ = kdzoo.run(name, "resnet8", "resnet14", overrides=quick, out="compared", quiet=True)
         >>> found = kdzoo.table("compared", baseline="none")
         >>> sorted(zip(found["method"], found["verdict"]))
-        [('kd', 'one seed'), ('none', 'baseline')]
+        [('kd', 'no test (n = 1)'), ('none', 'baseline')]
     """
     paths = [folders] if isinstance(folders, str | Path) else list(folders)
     runs = rows(find_runs([Path(path) for path in paths]))

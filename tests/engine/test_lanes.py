@@ -91,7 +91,7 @@ def test_the_teacher_sees_each_batch_once_whatever_the_number_of_lanes(tmp_path,
 
 
 def test_a_lane_that_fails_stops_alone(tmp_path, dataset, teacher):
-    runs = [settings(tmp_path, "kd"), settings(tmp_path, "kd", "distiller.kd=.inf"), settings(tmp_path, "none")]
+    runs = [settings(tmp_path, "kd"), settings(tmp_path, "kd", "distiller.kd=1.0e+39"), settings(tmp_path, "none")]
     good, bad, other = train_lanes(runs, dataset, teacher, Progress(quiet=True))
     assert isinstance(bad, UserError)
     assert "'kd' is not finite at step 0" in str(bad)

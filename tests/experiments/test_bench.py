@@ -109,7 +109,7 @@ def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is
 
 def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
     file = tmp_path / "bad.yaml"
-    file.write_text(SUITE.replace("temperature: 1", "kd: .inf").replace("seeds: [0, 1]", "seeds: [0]"))
+    file.write_text(SUITE.replace("temperature: 1", "kd: 1.0e+39").replace("seeds: [0, 1]", "seeds: [0]"))
     suite = suites.load(str(file), overrides=QUICK)
     report = bench(suite, tmp_path / "runs", quiet=True)
     assert (len(report.finished), len(report.failed)) == (4, 2)

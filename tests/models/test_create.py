@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from kdzoo import DataSpec
+from kdzoo import DataSpec, Show
 from kdzoo.errors import UserError
 from kdzoo.models import Network, create, describe, short_names
 
@@ -115,7 +115,7 @@ def test_token_networks_tap_blocks_1_3_9_and_11():
     seen = []
     for index in (1, 3, 9, 11):
         network.body.blocks[index].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    for tap, block in zip(network(images).features, seen, strict=True):
+    for tap, block in zip(network(images, Show()).features, seen, strict=True):
         torch.testing.assert_close(tap.flatten(2).transpose(1, 2), block[:, 1:])
 
 
@@ -141,7 +141,7 @@ def test_options_reach_the_constructor_and_win():
 def test_torchvision_networks_are_read_too(name):
     network = create(f"torchvision:{name}", data()).eval()
     images = torch.rand(2, 3, 32, 32)
-    output = network(images)
+    output = network(images, Show())
     assert len(output.features) == 4
     assert output.logits.shape == (2, 100)
     torch.testing.assert_close(network.body((images - network.mean) / network.std), output.logits)

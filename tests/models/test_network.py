@@ -159,11 +159,11 @@ def test_only_the_body_has_a_state():
 def test_a_copy_reads_its_own_body(body):
     network = wrap(body(), image_size=32, num_classes=10).eval()
     double = copy.deepcopy(network)
-    torch.testing.assert_close(double(IMAGES), network(IMAGES))
+    torch.testing.assert_close(double(IMAGES, EVERYTHING), network(IMAGES, EVERYTHING))
     for parameter in double.parameters():
         nn.init.zeros_(parameter)
-    assert all((f == 0).all() for f in double(IMAGES).features)
-    assert any((f != 0).any() for f in network(IMAGES).features)
+    assert all((f == 0).all() for f in double(IMAGES, EVERYTHING).features)
+    assert any((f != 0).any() for f in network(IMAGES, EVERYTHING).features)
 
 
 def test_tokens_become_maps_without_their_prefix():
@@ -171,14 +171,14 @@ def test_tokens_become_maps_without_their_prefix():
     network = wrap(body, image_size=32, num_classes=10)
     kept = []
     body.blocks[-1].register_forward_hook(lambda module, inputs, output: kept.append(output))
-    output = network(IMAGES)
+    output = network(IMAGES, EVERYTHING)
     assert [tuple(f.shape) for f in output.features] == [(2, 8, 4, 4)] * 4
     torch.testing.assert_close(output.features[-1].flatten(2).transpose(1, 2), kept[0][:, 1:])
     torch.testing.assert_close(body.head(output.embedding), output.logits)
 
 
 def test_maps_with_channels_last_become_channels_first():
-    output = wrap(ChannelsLast(), image_size=32, num_classes=10)(IMAGES)
+    output = wrap(ChannelsLast(), image_size=32, num_classes=10)(IMAGES, EVERYTHING)
     assert [tuple(f.shape[1:]) for f in output.features] == [(6, 16, 16), (12, 8, 8), (24, 4, 4), (48, 2, 2)]
     torch.testing.assert_close(output.features[-1].mean((2, 3)), output.embedding)
 
@@ -186,7 +186,7 @@ def test_maps_with_channels_last_become_channels_first():
 def test_taps_may_be_named():
     body = Tokens()
     network = wrap(body, image_size=32, num_classes=10, taps=["patch", "blocks.0", "blocks.1", "blocks.2"])
-    torch.testing.assert_close(network(IMAGES).features[0], body.patch(IMAGES))
+    torch.testing.assert_close(network(IMAGES, EVERYTHING).features[0], body.patch(IMAGES))
 
 
 def test_a_timm_network_is_wrapped_by_timms_own_interface():
