@@ -12,7 +12,7 @@ from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Output
 from kdzoo.engine.average import Average
-from kdzoo.engine.device import arithmetic, autocast
+from kdzoo.engine.device import DTYPES, arithmetic, autocast
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.engine.parallel import ALONE, Ranks
@@ -116,7 +116,8 @@ class Lane:
         self.trained = Trained(self.distillation.student, self.distillation.distiller)
         self.whole = self.ranks.copy(self.trained)
         self.forward = self.ranks.wrap(self.distillation)
-        self.optimizer = Optimizer(self.distillation, protocol)
+        dtype = DTYPES[self.settings.engine.precision]
+        self.optimizer = Optimizer(self.distillation, protocol, dtype or torch.float32)
         self.meter = Meter(self.device)
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on this run so far, over all its starts
