@@ -29,13 +29,13 @@ def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: i
     return base
 
 
-def block_matrices(module: nn.Module) -> set[nn.Parameter]:
+def block_matrices(module: nn.Module) -> set[Tensor]:
     """Find the weights of linear layers and attention inside repeated blocks.
 
     A block is a child of a ``Sequential`` or ``ModuleList`` that has layers inside and a sibling of its class.
     Embeddings, tables of positions, convolutions and classifiers are not among them.
     """
-    found: set[nn.Parameter] = set()
+    found: set[Tensor] = set()
     for container in module.modules():
         if not isinstance(container, (nn.Sequential, nn.ModuleList)):
             continue
@@ -58,7 +58,7 @@ def parameter_groups(module: nn.Module, protocol: Protocol) -> dict[str, list[nn
     the protocol says so. ``rest``: all others.
     """
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "plain": []}
-    matrices = block_matrices(module) if protocol.optimizer == "muon" else set()
+    matrices = block_matrices(module) if protocol.optimizer == "muon" else set[Tensor]()
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue

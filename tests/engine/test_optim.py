@@ -162,27 +162,27 @@ def test_a_step_uses_the_rate_it_is_given_and_clips():
     assert network.weight.grad is None
 
 
-def test_restored_moments_go_on_with_the_same_bits():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_restored_moments_go_on_with_the_same_bits(optimizer):
     def steps(optimizer, network, count):
         for _ in range(count):
-            network(torch.ones(1, 3, 2, 2)).square().sum().backward()
+            for block in network.blocks:
+                block.hidden(torch.ones(1, 4)).square().sum().backward()
             optimizer.step(0.1)
 
-    class Net(nn.Sequential):
-        pass
-
-    protocol = Protocol(optimizer="adamw")
+    protocol = Protocol(optimizer=optimizer)
     torch.manual_seed(0)
-    one = Net(nn.Conv2d(3, 4, 1))
-    first = Optimizer(one, protocol)
+    one, other, forgetful = Block(), Block(), Block()
+    first, second, third = (Optimizer(network, protocol) for network in (one, other, forgetful))
     steps(first, one, 2)
-    other = Net(nn.Conv2d(3, 4, 1))
-    other.load_state_dict(one.state_dict())
-    second = Optimizer(other, protocol)
+    for network in (other, forgetful):
+        network.load_state_dict(one.state_dict())
     second.load_state_dict(deepcopy(first.state_dict()))
     steps(first, one, 2)
     steps(second, other, 2)
-    assert torch.equal(one[0].weight, other[0].weight)
+    steps(third, forgetful, 2)
+    assert torch.equal(one.blocks[0].hidden.weight, other.blocks[0].hidden.weight)
+    assert not torch.equal(one.blocks[0].hidden.weight, forgetful.blocks[0].hidden.weight)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
