@@ -1,12 +1,18 @@
 """Optimisers and schedules as protocols describe them."""
 
 import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.optim.muon import zeropower_via_newtonschulz
 from torch import Tensor, nn
 
 from kdzoo.recipe import Protocol
+
+NEWTON_SCHULZ_STEPS = 5
+COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # of every step
 
 
 def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:
@@ -23,35 +29,101 @@ def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: i
     return base
 
 
-def parameter_groups(module: nn.Module, protocol: Protocol) -> dict[str, list[nn.Parameter]]:
-    """Every trainable parameter, once, by how it is treated.
+def block_matrices(module: nn.Module) -> set[Tensor]:
+    """Find the weights of linear layers and attention inside repeated blocks.
 
-    ``matrices``: 2-D weights inside a network's repeated blocks, which Muon takes. ``plain``: norms and
-    biases, which are not decayed where the protocol says so. ``rest``: all others.
+    A block is a child of a ``Sequential`` or ``ModuleList`` that has layers inside and a sibling of its class.
+    Embeddings, tables of positions, convolutions and classifiers are not among them.
+    """
+    found: set[Tensor] = set()
+    for container in module.modules():
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)):
+            continue
+        siblings = Counter(map(type, container))
+        for block in container:
+            if siblings[type(block)] == 1 or isinstance(block, nn.Sequential) or not any(block.children()):
+                continue
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear):
+                    found.add(layer.weight)
+                elif isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+                    found.add(layer.in_proj_weight)
+    return found
+
+
+def parameter_groups(module: nn.Module, protocol: Protocol) -> dict[str, list[nn.Parameter]]:
+    """Sort every trainable parameter, once, into the group that the protocol treats alike.
+
+    ``matrices``: ``block_matrices``, which Muon takes. ``plain``: norms and biases, which are not decayed where
+    the protocol says so. ``rest``: all others.
     """
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "plain": []}
-    seen: set[nn.Parameter] = set()
-    for path, owner in module.named_modules():
-        for parameter in owner.parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
-                continue
-            seen.add(parameter)
-            if not protocol.decay_norms and parameter.ndim < 2:
-                groups["plain"].append(parameter)
-            elif protocol.optimizer == "muon" and _in_block(path) and parameter.ndim == 2:
-                groups["matrices"].append(parameter)
-            else:
-                groups["rest"].append(parameter)
+    matrices = block_matrices(module) if protocol.optimizer == "muon" else set[Tensor]()
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        if not protocol.decay_norms and parameter.ndim < 2:
+            groups["plain"].append(parameter)
+        else:
+            groups["matrices" if parameter in matrices else "rest"].append(parameter)
     return groups
+
+
+class Muon(torch.optim.Optimizer):
+    """Step along each matrix's momentum, made orthogonal in a precision of choice, as torch's and timm's own cannot.
+
+    Args:
+        matrices: parameters (out, in).
+        lr: learning rate; steps are as long as AdamW's at the same one.
+        weight_decay: share of the weights, times the learning rate, that each step takes away.
+        dtype: what the Newton-Schulz iteration computes in; bf16 is slow where the hardware lacks it.
+        momentum: of the gradients, Nesterov's.
+
+    Source: https://kellerjordan.github.io/posts/muon/; length of the steps: arXiv:2502.16982, eq. 4.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
+        momentum: float = 0.95,
+    ):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step; ``closure`` is not used."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                momentum = state["momentum_buffer"]
+                momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                ahead = matrix.grad.lerp(momentum, group["momentum"])
+                direction = zeropower_via_newtonschulz(ahead, NEWTON_SCHULZ_STEPS, COEFFICIENTS, dtype=self.dtype)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(direction.to(matrix.dtype), alpha=group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
 
 class Optimizer:
     """One or two torch optimisers that step together; norms and biases are undecayed where asked.
 
     Fused ones read their learning rate from a tensor, so that a step which is captured once follows the schedule.
+
+    Args:
+        module: what is trained.
+        protocol: the recipe.
+        orthogonal_dtype: what Muon's iteration computes in: the run's precision, so that it is part of what a run is.
     """
 
-    def __init__(self, module: nn.Module, protocol: Protocol):
+    def __init__(self, module: nn.Module, protocol: Protocol, orthogonal_dtype: torch.dtype = torch.float32):
         groups = parameter_groups(module, protocol)
         self.parameters = [p for group in groups.values() for p in group]
         self.clip = protocol.clip
@@ -69,13 +141,7 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = []
         if groups["matrices"]:
             self.parts.append(
-                torch.optim.Muon(
-                    groups["matrices"],
-                    lr=protocol.lr,
-                    weight_decay=protocol.weight_decay,
-                    momentum=0.95,
-                    adjust_lr_fn="match_rms_adamw",
-                )
+                Muon(groups["matrices"], lr=protocol.lr, weight_decay=protocol.weight_decay, dtype=orthogonal_dtype)
             )
         if decayed and protocol.optimizer == "sgd":
             self.parts.append(torch.optim.SGD(decayed, lr=rate, momentum=protocol.momentum, fused=fused))
@@ -124,7 +190,3 @@ class Optimizer:
             for group in part.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"] = self._rate  # not the copy that torch has made of it
-
-
-def _in_block(path: str) -> bool:
-    return any(part in ("blocks", "layers", "stages", "transformer", "encoder") for part in path.split("."))

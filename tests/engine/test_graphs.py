@@ -135,7 +135,7 @@ def test_a_lane_that_fails_in_a_captured_step_stops_alone(tmp_path, dataset, tea
 
 
 def test_muon_is_not_captured(tmp_path, dataset, teacher, captured):
-    run = settings(tmp_path, "kd", "protocol.optimizer=muon", "protocol.lr=0.001", student="vit_tiny_patch16_224")
+    run = settings(tmp_path, "kd", "protocol.optimizer=muon", "protocol.lr=0.001", student="vit_pico")
     train_lanes([run], dataset, teacher, Progress(quiet=True))
     assert captured.said[0].endswith("Muon takes its learning rate from the host")
 

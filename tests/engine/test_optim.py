@@ -3,11 +3,14 @@
 from copy import deepcopy
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
-from kdzoo.engine.optim import Optimizer, learning_rate, parameter_groups
+from kdzoo.engine.optim import Muon, Optimizer, learning_rate, parameter_groups
 from kdzoo.recipe import Protocol
 
 
@@ -29,10 +32,17 @@ def test_a_cosine_ends_at_its_minimum_after_a_linear_warm_up():
     assert rates[100] == pytest.approx(0.01)
 
 
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
+        self.blocks = nn.ModuleList([Mlp(), Mlp()])
         self.stem = nn.Conv2d(3, 4, 1)
         self.head = nn.Linear(4, 2)
         self.tied = self.head
@@ -56,10 +66,90 @@ def test_norms_and_biases_are_undecayed_where_the_recipe_says_so():
     assert not parameter_groups(network, Protocol(decay_norms=True))["plain"]
 
 
+def matrices_of(network):
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {names[id(matrix)] for matrix in parameter_groups(network, Protocol(optimizer="muon"))["matrices"]}
+
+
 def test_muon_takes_the_blocks_matrices_and_nothing_else():
-    network = Block()
-    groups = parameter_groups(network, Protocol(optimizer="muon"))
-    assert [id(p) for p in groups["matrices"]] == [id(network.blocks[0].weight)]
+    assert matrices_of(Block()) == {"blocks.0.hidden.weight", "blocks.1.hidden.weight"}
+
+
+class Plain(nn.Module):
+    """Layers in a row, the last of which is the classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def tokens_only():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    return nn.Sequential(nn.Embedding(5, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "per_block", "blocks"),
+    [
+        pytest.param(lambda: timm.create_model("vit_tiny_patch16_224"), 4, 12, id="timm ViT"),
+        pytest.param(lambda: timm.create_model("deit_tiny_distilled_patch16_224"), 4, 12, id="two classifiers"),
+        pytest.param(lambda: timm.create_model("mixer_s32_224"), 4, 8, id="timm Mixer"),
+        pytest.param(lambda: torchvision.models.vit_b_32(), 4, 12, id="torchvision ViT"),
+        pytest.param(tokens_only, 4, 2, id="torch's own layers"),
+        pytest.param(lambda: timm.create_model("resnet18"), 0, 0, id="convolutions"),
+        pytest.param(Plain, 0, 0, id="layers in a row"),
+    ],
+)
+def test_muon_takes_the_same_matrices_of_every_block_and_no_classifier(make, per_block, blocks):
+    with torch.device("meta"):
+        found = matrices_of(make())
+    assert len(found) == per_block * blocks
+    assert not [name for name in found if "head" in name or "embed" in name or name.endswith("bias")]
+
+
+@pytest.mark.parametrize("make", [lambda: timm.create_model("swin_tiny_patch4_window7_224"), torchvision.models.swin_t])
+def test_muon_takes_a_swins_matrices_however_it_spells_its_paths_but_no_table_of_positions(make):
+    with torch.device("meta"):
+        network = make()
+    found = matrices_of(network)
+    assert len(found) == 12 * 4 + 3  # the three merge patches between two stages
+    tables = [name for name, parameter in network.named_parameters() if "table" in name and parameter.ndim == 2]
+    assert tables
+    assert not found & set(tables)
+
+
+def orthogonalised(matrix):
+    """Newton-Schulz's five steps in float64, by numpy."""
+    x = matrix.double().numpy() if matrix.shape[0] <= matrix.shape[1] else matrix.double().numpy().T
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return torch.from_numpy(x if matrix.shape[0] <= matrix.shape[1] else x.T)
+
+
+@pytest.mark.parametrize("shape", [(6, 24), (24, 6), (8, 8)])
+@pytest.mark.parametrize(("dtype", "as_close"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_muon_computes_in_the_precision_that_it_is_told(shape, dtype, as_close):
+    torch.manual_seed(0)
+    before, gradients = torch.randn(shape), torch.randn(2, *shape)
+    matrix = nn.Parameter(before.clone())
+    muon = Muon([matrix], lr=0.1, weight_decay=0.5, dtype=dtype)
+    expected, momentum = before.double(), torch.zeros(shape).double()
+    for gradient in gradients:
+        matrix.grad = gradient
+        muon.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        direction = orthogonalised(0.05 * gradient + 0.95 * momentum)
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * 0.2 * max(shape) ** 0.5 * direction
+    assert torch.allclose(matrix.detach().double(), expected, atol=1e-5, rtol=0) == as_close
+    assert torch.allclose(matrix.detach().double(), expected, atol=1e-2, rtol=0)
+
+
+def test_a_matrix_without_a_gradient_stays():
+    matrix = nn.Parameter(torch.ones(4, 4))
+    Muon([matrix], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(matrix, torch.ones(4, 4))
 
 
 def test_a_step_uses_the_rate_it_is_given_and_clips():
@@ -72,27 +162,27 @@ def test_a_step_uses_the_rate_it_is_given_and_clips():
     assert network.weight.grad is None
 
 
-def test_restored_moments_go_on_with_the_same_bits():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_restored_moments_go_on_with_the_same_bits(optimizer):
     def steps(optimizer, network, count):
         for _ in range(count):
-            network(torch.ones(1, 3, 2, 2)).square().sum().backward()
+            for block in network.blocks:
+                block.hidden(torch.ones(1, 4)).square().sum().backward()
             optimizer.step(0.1)
 
-    class Net(nn.Sequential):
-        pass
-
-    protocol = Protocol(optimizer="adamw")
+    protocol = Protocol(optimizer=optimizer)
     torch.manual_seed(0)
-    one = Net(nn.Conv2d(3, 4, 1))
-    first = Optimizer(one, protocol)
+    one, other, forgetful = Block(), Block(), Block()
+    first, second, third = (Optimizer(network, protocol) for network in (one, other, forgetful))
     steps(first, one, 2)
-    other = Net(nn.Conv2d(3, 4, 1))
-    other.load_state_dict(one.state_dict())
-    second = Optimizer(other, protocol)
+    for network in (other, forgetful):
+        network.load_state_dict(one.state_dict())
     second.load_state_dict(deepcopy(first.state_dict()))
     steps(first, one, 2)
     steps(second, other, 2)
-    assert torch.equal(one[0].weight, other[0].weight)
+    steps(third, forgetful, 2)
+    assert torch.equal(one.blocks[0].hidden.weight, other.blocks[0].hidden.weight)
+    assert not torch.equal(one.blocks[0].hidden.weight, forgetful.blocks[0].hidden.weight)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
