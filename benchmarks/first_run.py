@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import yaml
-from kdzoo.results.folder import RunFolder
 from measuring import arguments_of, file_of, publish
 
-from kdzoo import config
 from kdzoo.engine.device import settle
+from kdzoo.settings import EngineSettings
+from kdzoo.store.folder import RunFolder
 
 INSTRUCTIONS = {
     "all": {},
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["uhkd", "kd"])
     parser.add_argument("--overrides", nargs="*", default=[], help="further settings, such as protocol.epochs=1")
     given = parser.parse_args()
-    engine = config.EngineSettings()
+    engine = EngineSettings()
     settle(engine)
     rows = [row for kind in given.instructions for row in measure(kind, given.methods, given.overrides)]
     publish(pd.DataFrame(rows), file_of(given.results, "first-run-vit_s-resnet18-digits", engine))
