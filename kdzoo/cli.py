@@ -10,7 +10,7 @@ import click
 from kdzoo import __version__
 from kdzoo.errors import UserError
 
-DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -22,49 +22,49 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kdzoo")
 def cli() -> None:
-    """Knowledge distillation: any teacher, any student, any method, compared fairly."""
+    """Distil any teacher into any student with any method, and compare methods fairly."""
 
 
 @cli.command()
-@flag("--distiller", "distiller.name", required=True, help="A method's name, or the path of a file with one.")
+@flag("--distiller", "distiller.name", required=True, help="Method: a name of 'kdzoo list distillers', or the path of a Python file that holds one.")
 @flag(
     "--student",
     "student.name",
     required=True,
-    help="timm's names, short names, torchvision:NAME, module:factory.",
+    help="Network to train: a short name, any name of timm, torchvision:NAME, or your own package.module:factory.",
 )
-@flag("--teacher", "teacher.name", help="The same; not needed by --distiller none.")
-@flag("--data", "data.name", help="digits (default), cifar10, cifar100, bands, folder:PATH.")
+@flag("--teacher", "teacher.name", help="Network to learn from, named in the same way (not needed by --distiller none).")
+@flag("--data", "data.name", help="Data set: digits, cifar10, cifar100, bands or folder:PATH (default: digits).")
 @flag(
     "--protocol",
     "protocol.name",
-    help="A training recipe: quick (default), crd, ofa-cnn ..., or a YAML file.",
+    help="Training recipe: a name of 'kdzoo list protocols', or the path of a YAML file (default: quick).",
 )
 @flag(
     "--epochs",
     "protocol.epochs",
     type=int,
-    help="Instead of the recipe's; milestones and warm-up scale along.",
+    help="Number of epochs; milestones and warm-up are scaled with it (default: the protocol's).",
 )
-@flag("--batch-size", "protocol.batch_size", type=int, help="Images of a step on all devices, not the recipe's.")
-@flag("--seed", "seed", type=int, help="Decides initial weights, order and augmentation of the batches.")
-@flag("--device", "engine.device", help="cpu, cuda, cuda:1, mps; found by itself.")
+@flag("--batch-size", "protocol.batch_size", type=int, help="Total batch size over all devices (default: the protocol's).")
+@flag("--seed", "seed", type=int, help="Seed of the initial weights, and of the order and augmentation of the batches (default: 0).")
+@flag("--device", "engine.device", help="Device to train on: cpu, cuda, cuda:1 or mps (default: the first GPU, else the CPU).")
 @flag(
     "--precision",
     "engine.precision",
     help="Precision of the networks: float32, tf32 (CUDA only) or bf16 (default: bf16 where the hardware has it).",
 )
-@flag("--devices", "engine.devices", type=int, help="How many share every batch, a process each (default: 1).")
-@flag("--out", "output.root", help="The folder of runs (default: runs).")
-@flag("--teacher-weights", "teacher.weights", help="A safetensors or .pt file, instead of training the teacher.")
+@flag("--devices", "engine.devices", type=int, help="Number of devices for one run, one process each (default: 1).")
+@flag("--out", "output.root", help="Folder that holds the runs (default: runs).")
+@flag("--teacher-weights", "teacher.weights", help="Weights of the teacher, a safetensors or .pt file (default: the teacher is trained once and kept).")
 @flag(
     "--allow-weak-teacher",
     "teacher.allow_weak",
     is_flag=True,
     default=None,
-    help="Distil from one near chance.",
+    help="Accept a teacher whose accuracy is close to chance.",
 )
-@click.option("--resume/--fresh", default=True, help="Go on with a run that was interrupted (default), or start anew.")
+@click.option("--resume/--fresh", default=True, help="Continue an interrupted run, or start again from nothing (default: continue).")
 @DEBUG
 @OVERRIDES
 def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
@@ -97,25 +97,25 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 
 @cli.command()
 @click.argument("suite")
-@click.option("--seeds", type=click.IntRange(min=1), help="This many seeds, from 0, instead of the suite's.")
-@click.option("--out", type=click.Path(path_type=Path), help="The folder of its runs (default: runs/SUITE).")
-@click.option("--retry", is_flag=True, help="Try again what failed before.")
-@click.option("--dry-run", is_flag=True, help="List the groups and estimate their time and memory; train nothing.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Number of seeds, counted from 0 (default: the suite's own seeds).")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite's runs (default: runs/SUITE).")
+@click.option("--retry", is_flag=True, help="Train runs again that failed before.")
+@click.option("--dry-run", is_flag=True, help="List the groups of runs and estimate their time and memory, without training.")
 @click.option(
     "--on",
     type=click.Choice(["local", "ray"]),
     default="local",
-    help="This machine (default), or a Ray cluster: RAY_ADDRESS's, this machine's, or one started for it.",
+    help="Train on this machine, or on a Ray cluster: the one at RAY_ADDRESS, else this machine's, else a new one.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    help="Groups at a time on this machine, each in its own process (default: one for each GPU).",
+    help="Number of groups trained at the same time, one process each (default: one for each GPU).",
 )
 @click.option(
     "--gpus-per-group",
     type=click.FloatRange(min=0),
-    help="On Ray: what a group takes, such as 0.5 (default: 1, where the cluster has GPUs).",
+    help="GPUs for each group on Ray, such as 0.5 (default: 1 where the cluster has GPUs, else 0).",
 )
 @DEBUG
 @OVERRIDES
@@ -130,10 +130,10 @@ def bench(
     gpus_per_group: float | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Run a suite: every method, pair and seed of it, then the table.
+    """Train every method, pair and seed of a suite, then print the table.
 
-    Started again by the same command it goes on where it was stopped; several processes may work on one suite.
-    Settings may follow as KEY=VALUE and hold for every run.
+    The same command continues a suite that was stopped, and several processes may work on one suite. Settings may
+    follow as KEY=VALUE; they apply to every run.
     """
     from kdzoo.engine.progress import Progress
 
@@ -162,7 +162,7 @@ def bench(
         click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
     if report.stopped:
         lines = "; ".join(f"{title}: {reason}" for title, reason in report.stopped.items())
-        raise UserError(f"{len(report.stopped)} groups stopped ({lines}); the same command goes on with them")
+        raise UserError(f"{len(report.stopped)} groups stopped ({lines}); the same command continues with them")
     if report.failed:
         alike: dict[str, list[str]] = {}
         for path, reason in report.failed.items():
@@ -175,7 +175,7 @@ def bench(
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @DEBUG
 def evaluate(folder: Path) -> None:
-    """Measure a finished run's student again."""
+    """Measure the student of a finished run again."""
     from kdzoo.experiments.run import evaluate_run
 
     top1, top5 = evaluate_run(folder)
@@ -185,17 +185,17 @@ def evaluate(folder: Path) -> None:
 @cli.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
 @click.option("--format", "style", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown")
-@click.option("--baseline", metavar="METHOD", help="The method that the others are compared with (default: kd).")
-@click.option("--pivot", is_flag=True, help="Methods x pairs, compared over all pairs.")
+@click.option("--baseline", metavar="METHOD", help="Method that the others are compared with (default: kd).")
+@click.option("--pivot", is_flag=True, help="Show one row for each method and one column for each pair, compared over all pairs.")
 @click.option(
     "--ranks",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.png",
-    help="Also draw which average ranks over pairs differ.",
+    help="Also draw a diagram of average ranks over pairs into this file.",
 )
 @DEBUG
 def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bool, ranks: Path | None) -> None:
-    """Tabulate finished runs: means over seeds, tested differences, published numbers."""
+    """Print a table of finished runs: means over seeds, tested differences, published numbers."""
     from kdzoo.results import layout, table
     from kdzoo.results.ranks import draw
     from kdzoo.store.folder import find_runs
@@ -212,19 +212,19 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
 
 @cli.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
-@click.option("--teacher", help="Instead of runs: a network before training, beside --student.")
-@click.option("--student", help="The other one.")
-@click.option("--data", default="digits", help="What untrained networks are shown.")
-@click.option("--batches", type=click.IntRange(min=0), default=8, help="At most this many of 128 images; 0: all.")
-@click.option("--out", type=click.Path(path_type=Path), default="spectrum", help="Writes OUT.csv and OUT.png.")
+@click.option("--teacher", help="Compare this untrained network with --student, instead of finished runs.")
+@click.option("--student", help="Untrained student to compare with --teacher.")
+@click.option("--data", default="digits", help="Data set that untrained networks read (default: digits).")
+@click.option("--batches", type=click.IntRange(min=0), default=8, help="Number of batches of 128 images to read; 0 reads all (default: 8).")
+@click.option("--out", type=click.Path(path_type=Path), default="spectrum", help="Path of the files to write, OUT.csv and OUT.png (default: spectrum).")
 @DEBUG
 def spectrum(
     folders: tuple[Path, ...], teacher: str | None, student: str | None, data: str, batches: int, out: Path
 ) -> None:
-    """Show what teacher and students hold in each frequency band, and where they agree.
+    """Show the energy of teacher and students in each frequency band, and where they agree.
 
-    Of finished runs that share a teacher, or of two networks before any training. A run of --distiller none
-    among them shows what the student does alone.
+    Give finished runs that share a teacher, or two networks before training. Add a run of --distiller none to see the
+    student without a teacher.
     """
     from kdzoo.experiments import spectrum
     from kdzoo.results import spectrum_plot
@@ -245,7 +245,7 @@ def spectrum(
 @click.option("--format", "style", type=click.Choice(["text", "markdown"]), default="text")
 @DEBUG
 def list_names(kind: str, style: str) -> None:
-    """List what can be named."""
+    """List the names of methods, models, data sets, protocols or suites."""
     from kdzoo.results.show import listing
 
     click.echo(listing(kind, style))
@@ -253,7 +253,7 @@ def list_names(kind: str, style: str) -> None:
 
 @cli.command()
 @click.argument("name")
-@click.option("--data", default="cifar100", help="The data set whose size and classes a network is made for.")
+@click.option("--data", default="cifar100", help="Data set whose image size and classes the network is made for (default: cifar100).")
 @DEBUG
 def show(name: str, data: str) -> None:
     """Explain a method (uhkd, ./mine.py) or a network (swin_t)."""
@@ -296,7 +296,7 @@ def main() -> None:
         click.echo(f"error: {' '.join(message.split())}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command goes on where it stopped", err=True)
+        click.echo("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
 
 
