@@ -4,7 +4,7 @@
 
 The three take turns in one process; the table shows medians and ratios, and goes to ``benchmarks/results/``. After
 that the usual loop and then the engine run once more, for the milliseconds of each part of a step; the usual loop
-computes its loss in no part of its own, and its loader's workers take their time beside all parts.
+computes its loss in no separate part, and its loader's workers take their time beside all parts.
 """
 
 from collections.abc import Iterator

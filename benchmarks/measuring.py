@@ -56,7 +56,7 @@ def timed(work: Work, wait: Callable[[], None], repeats: int = 1) -> float:
 def take_turns(
     works: Mapping[str, Work], rounds: int, wait: Callable[[], None], repeats: Mapping[str, int] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each work in each round, so that whatever slows the machine slows all of them."""
+    """Seconds of one call of each work in each round, so that a slow moment of the machine slows all of them."""
     measured: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

@@ -3,7 +3,7 @@
     python benchmarks/peers.py --mdistiller DIR --repdistiller DIR --torchdistill DIR --data folder:data/cifar100
 
 The folders are checkouts of megvii-research/mdistiller, HobbitLong/RepDistiller and yoshitomo-matsubara/torchdistill;
-nothing is written into them but Python's caches. Each library runs in a process of its own and trains without end; its
+nothing is written into them but Python's caches. Each library runs in a separate process and trains without end; its
 loader hands out batches only while it is that library's turn, so turns alternate and each is timed by what the trainer
 itself does. Weights are random: speed does not depend on them. What is not as its authors wrote it:
 
@@ -76,7 +76,7 @@ def serve(library: str, given: Namespace, folder: Path, log: Path, connection: C
         torch.Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
     accept(given.work / LAYOUT)
     wait = waiting(find_device("auto"))
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    with contextlib.suppress(EOFError):  # the other end has closed
         LIBRARIES[library](given, folder, lambda loader: Paced(loader, connection, wait))
 
 

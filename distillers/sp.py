@@ -25,7 +25,7 @@ class SP(Distiller):
     .. math:: L = w_{ce} H(y, p_s) + \frac{w_{sp}}{B^2} \|\tilde G_s - \tilde G_t\|_F^2,
         \quad \tilde G_{i:} = G_{i:} / \|G_{i:}\|_2, \quad G = F F^T
 
-    F holds one flattened map of each image. G is B x B whatever the shapes, so nothing is resized.
+    F holds one flattened map of each image. G is B x B for all shapes, so nothing is resized.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.

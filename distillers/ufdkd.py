@@ -97,7 +97,7 @@ class UFDKD(Distiller):
 
     Source: ufd.py, attention.py and kd.py (which halves the cross-entropy too) in mmcls/models/dis_losses of the
     authors' repository, lusilili/UFD-KD; weights of its
-    configs/distillers/swin/fmdv2_swin-t_distill_mobilenetv2_cifar100.py. Their paper was not at hand.
+    configs/distillers/swin/fmdv2_swin-t_distill_mobilenetv2_cifar100.py. Their paper was not available.
     """
 
     paper = "github:lusilili/UFD-KD"

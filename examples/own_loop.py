@@ -43,7 +43,7 @@ def main(epochs: int = 3) -> float:
             optimizer.zero_grad()
     print(f"teacher: {top1(teacher, images[:300], labels[:300]):.1f} %")
 
-    # The student is trained in place; the method brings modules of its own where it needs some.
+    # The student is trained in place; the method adds its own modules where it needs some.
     student = network(width=8)
     distillation = kdzoo.distill(student, teacher, "lfcc", num_classes=10, image_size=8, contrast=3.0)
     optimizer = torch.optim.AdamW([p for p in distillation.parameters() if p.requires_grad], lr=3e-3)

@@ -115,7 +115,7 @@ def _result(name: str, check: Check, distiller: type[Distiller], reason: str | N
 
 @contextmanager
 def _promising(promise: str) -> Iterator[None]:
-    """Turns whatever goes wrong into an AssertionError of one line."""
+    """Turn every error into an AssertionError of one line."""
     try:
         yield
     except AssertionError as error:
@@ -132,7 +132,7 @@ _declared: list[Check] = []
 
 
 def _check(check: Check) -> Check:
-    """Adds a check to the suite, with a random state of its own and failures of one line."""
+    """Add a check to the suite, with its own random state and failures of one line."""
 
     @wraps(check)
     def run(distiller: type[Distiller]) -> None:
@@ -217,9 +217,9 @@ def check_needs(distiller: type[Distiller]) -> None:
     together = Distillation(student, teacher if method.needs.teacher else toys.Absent(), method, data=toys.data())
     batch, needs = toys.batch_of(), method.needs
     strange = set(needs.views) - batch.views.keys()
-    _expect(not strange, f"views among {', '.join(batch.views)}", strange, "mend needs.views")
+    _expect(not strange, f"views among {', '.join(batch.views)}", strange, "correct needs.views")
     strange = set(needs.preactivations) - {"student", "teacher"}
-    _expect(not strange, "preactivations of student or teacher", strange, "mend needs.preactivations")
+    _expect(not strange, "preactivations of student or teacher", strange, "correct needs.preactivations")
     batch = batch._replace(views={name: batch.views[name] for name in needs.views})
     together.train().prepare([batch])
     _expect_finite(together, batch, f"no more than {needs}")
@@ -448,7 +448,7 @@ def check_compiles(distiller: type[Distiller]) -> None:
 
 @_check
 def check_state(distiller: type[Distiller]) -> None:
-    """A fresh instance that loads a saved state goes on where the saved one stopped."""
+    """A fresh instance that loads a saved state continues where the saved one stopped."""
     saved, fresh = toys.distillation(distiller), toys.distillation(distiller, seed=9, prepared=False)
     toys.train(saved, steps=2)
     file = io.BytesIO()
@@ -482,7 +482,7 @@ def check_learns(distiller: type[Distiller]) -> None:
     def standing() -> tuple[float, float]:
         now = copy.deepcopy(together)
         shipped = copy.deepcopy(now.deploy()).eval()(test.images)
-        _expect(isinstance(shipped, Output), "deploy to ship images -> Output", type(shipped), "mend deploy")
+        _expect(isinstance(shipped, Output), "deploy to ship images -> Output", type(shipped), "correct deploy")
         agreement = (shipped.logits.argmax(1) == answers).float().mean(1).max().item()
         return toys.total(toys.seeded(now, 5, size=32)).item(), agreement
 

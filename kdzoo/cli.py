@@ -26,14 +26,21 @@ def cli() -> None:
 
 
 @cli.command()
-@flag("--distiller", "distiller.name", required=True, help="Method: a name of 'kdzoo list distillers', or the path of a Python file that holds one.")
+@flag(
+    "--distiller",
+    "distiller.name",
+    required=True,
+    help="Method: a name of 'kdzoo list distillers', or the path of a Python file that holds one.",
+)
 @flag(
     "--student",
     "student.name",
     required=True,
     help="Network to train: a short name, any name of timm, torchvision:NAME, or your own package.module:factory.",
 )
-@flag("--teacher", "teacher.name", help="Network to learn from, named in the same way (not needed by --distiller none).")
+@flag(
+    "--teacher", "teacher.name", help="Network to learn from, named in the same way (not needed by --distiller none)."
+)
 @flag("--data", "data.name", help="Data set: digits, cifar10, cifar100, bands or folder:PATH (default: digits).")
 @flag(
     "--protocol",
@@ -46,9 +53,20 @@ def cli() -> None:
     type=int,
     help="Number of epochs; milestones and warm-up are scaled with it (default: the protocol's).",
 )
-@flag("--batch-size", "protocol.batch_size", type=int, help="Total batch size over all devices (default: the protocol's).")
-@flag("--seed", "seed", type=int, help="Seed of the initial weights, and of the order and augmentation of the batches (default: 0).")
-@flag("--device", "engine.device", help="Device to train on: cpu, cuda, cuda:1 or mps (default: the first GPU, else the CPU).")
+@flag(
+    "--batch-size", "protocol.batch_size", type=int, help="Total batch size over all devices (default: the protocol's)."
+)
+@flag(
+    "--seed",
+    "seed",
+    type=int,
+    help="Seed of the initial weights, and of the order and augmentation of the batches (default: 0).",
+)
+@flag(
+    "--device",
+    "engine.device",
+    help="Device to train on: cpu, cuda, cuda:1 or mps (default: the first GPU, else the CPU).",
+)
 @flag(
     "--precision",
     "engine.precision",
@@ -56,7 +74,11 @@ def cli() -> None:
 )
 @flag("--devices", "engine.devices", type=int, help="Number of devices for one run, one process each (default: 1).")
 @flag("--out", "output.root", help="Folder that holds the runs (default: runs).")
-@flag("--teacher-weights", "teacher.weights", help="Weights of the teacher, a safetensors or .pt file (default: the teacher is trained once and kept).")
+@flag(
+    "--teacher-weights",
+    "teacher.weights",
+    help="File with the teacher's weights, .safetensors or .pt (default: train the teacher once).",
+)
 @flag(
     "--allow-weak-teacher",
     "teacher.allow_weak",
@@ -64,7 +86,11 @@ def cli() -> None:
     default=None,
     help="Accept a teacher whose accuracy is close to chance.",
 )
-@click.option("--resume/--fresh", default=True, help="Continue an interrupted run, or start again from nothing (default: continue).")
+@click.option(
+    "--resume/--fresh",
+    default=True,
+    help="Continue an interrupted run, or start again from nothing (default: continue).",
+)
 @DEBUG
 @OVERRIDES
 def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
@@ -97,10 +123,14 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 
 @cli.command()
 @click.argument("suite")
-@click.option("--seeds", type=click.IntRange(min=1), help="Number of seeds, counted from 0 (default: the suite's own seeds).")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), help="Number of seeds, counted from 0 (default: the suite's own seeds)."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite's runs (default: runs/SUITE).")
 @click.option("--retry", is_flag=True, help="Train runs again that failed before.")
-@click.option("--dry-run", is_flag=True, help="List the groups of runs and estimate their time and memory, without training.")
+@click.option(
+    "--dry-run", is_flag=True, help="List the groups of runs and estimate their time and memory, without training."
+)
 @click.option(
     "--on",
     type=click.Choice(["local", "ray"]),
@@ -186,7 +216,9 @@ def evaluate(folder: Path) -> None:
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
 @click.option("--format", "style", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown")
 @click.option("--baseline", metavar="METHOD", help="Method that the others are compared with (default: kd).")
-@click.option("--pivot", is_flag=True, help="Show one row for each method and one column for each pair, compared over all pairs.")
+@click.option(
+    "--pivot", is_flag=True, help="Show one row for each method and one column for each pair, compared over all pairs."
+)
 @click.option(
     "--ranks",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -215,8 +247,18 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
 @click.option("--teacher", help="Compare this untrained network with --student, instead of finished runs.")
 @click.option("--student", help="Untrained student to compare with --teacher.")
 @click.option("--data", default="digits", help="Data set that untrained networks read (default: digits).")
-@click.option("--batches", type=click.IntRange(min=0), default=8, help="Number of batches of 128 images to read; 0 reads all (default: 8).")
-@click.option("--out", type=click.Path(path_type=Path), default="spectrum", help="Path of the files to write, OUT.csv and OUT.png (default: spectrum).")
+@click.option(
+    "--batches",
+    type=click.IntRange(min=0),
+    default=8,
+    help="Number of batches of 128 images to read; 0 reads all (default: 8).",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="spectrum",
+    help="Path of the files to write, OUT.csv and OUT.png (default: spectrum).",
+)
 @DEBUG
 def spectrum(
     folders: tuple[Path, ...], teacher: str | None, student: str | None, data: str, batches: int, out: Path
@@ -253,7 +295,11 @@ def list_names(kind: str, style: str) -> None:
 
 @cli.command()
 @click.argument("name")
-@click.option("--data", default="cifar100", help="Data set whose image size and classes the network is made for (default: cifar100).")
+@click.option(
+    "--data",
+    default="cifar100",
+    help="Data set whose image size and classes the network is made for (default: cifar100).",
+)
 @DEBUG
 def show(name: str, data: str) -> None:
     """Explain a method (uhkd, ./mine.py) or a network (swin_t)."""

@@ -1,4 +1,4 @@
-"""Losses that several methods share: pure functions of tensors, in float32 or better whatever comes in."""
+"""Losses that several methods share: pure functions of tensors, computed in float32 or better."""
 
 import torch
 from torch import Tensor
@@ -46,13 +46,13 @@ def warm_up(progress: Tensor, share: float) -> Tensor:
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
-    """Contrastive loss: query i shall resemble key i and no other key.
+    """Pull query i towards key i and push it away from all other keys.
 
     Args:
         queries: (B, D), normalised by the caller.
         keys: (N, D) with N >= B, of which row i belongs to query i and the rest only repel.
         temperature: divides the similarities.
-        mask: (B, N) bool, true for pairs that shall not repel; what it says of a positive is ignored.
+        mask: (B, N) bool, true for pairs that do not repel; its diagonal is ignored.
 
     Source: van den Oord, Li and Vinyals 2018, eq. 4.
     """

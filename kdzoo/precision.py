@@ -32,7 +32,7 @@ _CONV: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # it is th
 
 @contextmanager
 def autocast(device: str, precision: Precision) -> Iterator[None]:
-    """Compute in this precision inside the context, whatever holds outside.
+    """Compute in this precision inside the context, also where another one holds outside.
 
     Args:
         device: the type of device: cpu, cuda or mps. One that knows no autocast is left alone.
@@ -84,7 +84,7 @@ def _multiplying(wanted: MatmulPrecision) -> Iterator[None]:
 
 
 def _set(wanted: MatmulPrecision) -> None:
-    # Torch has an older and a newer set of switches, and whatever reads the older ones (its compiler does) fails
+    # Torch has an older and a newer set of switches, and code that reads the older ones (its compiler does) fails
     # where the two disagree; so the older are set first, and then the newer, which know more values.
     torch.set_float32_matmul_precision("high" if wanted.matmul == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = wanted.conv == "tf32"

@@ -52,7 +52,7 @@ class Method:
         try:
             return ast.parse(self.file.read_text(encoding="utf-8"))
         except SyntaxError as error:
-            raise UserError(f"{self.file}, line {error.lineno}: {error.msg}; mend the file") from error
+            raise UserError(f"{self.file}, line {error.lineno}: {error.msg}; correct the file") from error
 
     def _class_value(self, name: str) -> str:
         for node in self._tree().body:

@@ -117,7 +117,8 @@ class Settings:
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
     """Settings from nested ``values`` (flags, a file) and ``key=value`` strings, the latter winning.
 
-    A method's keywords that nobody gave are those that the field uses for this pair, else the method's defaults.
+    Keywords that are not given come from the published preset for this pair, if there is one, else from the method's
+    defaults.
 
     A protocol is given by ``protocol.name``; its file is read first and its keys may be overridden. Where
     ``protocol.epochs`` is overridden alone, milestones and warm-up shrink or grow with it.

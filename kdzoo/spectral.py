@@ -71,7 +71,7 @@ def radius(height: int, width: int) -> Tensor:
 
 def disk(height: int, width: int, cutoff: float) -> Tensor:
     """True where the relative radius is at most ``cutoff``, and always at DC: (H, W) bool."""
-    return radius(height, width) <= max(cutoff, 0.0) + 1e-9  # rounding shall not decide about the rim
+    return radius(height, width) <= max(cutoff, 0.0) + 1e-9  # rounding must not decide about the rim
 
 
 def fourier_filter(maps: Tensor, mask: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def fourier_filter(maps: Tensor, mask: Tensor) -> Tensor:
 
 
 def cycles(height: int, width: int) -> Tensor:
-    """The radius of each frequency of fft2 in cycles per image, unshifted: 0 at DC, whatever the grid; (H, W)."""
+    """Compute the radius of each frequency of fft2 in cycles per image, unshifted and 0 at DC on every grid: (H, W)."""
     vertical, horizontal = (torch.fft.fftfreq(n, d=1 / n, dtype=torch.float64) for n in (height, width))
     return torch.hypot(*torch.meshgrid(vertical, horizontal, indexing="ij"))
 
@@ -92,7 +92,7 @@ def low_pass(height: int, width: int, cutoff: float) -> Tensor:
 
     As the unit is the image, 7x7 and 56x56 maps of one image lose the same waves of it.
     """
-    return cycles(height, width) <= max(cutoff, 0.0) + 1e-9  # rounding shall not decide about the rim
+    return cycles(height, width) <= max(cutoff, 0.0) + 1e-9  # rounding must not decide about the rim
 
 
 def high_pass(height: int, width: int, cutoff: float) -> Tensor:

@@ -82,7 +82,7 @@ class Toy(ToyNetwork):
 
 
 class Replay(ToyNetwork):
-    """A network that shows the same rows whatever the images, and collects the gradients on them."""
+    """A network that shows the same rows for all images, and collects the gradients on them."""
 
     def __init__(self, shape: Shape, make: Callable[..., Tensor], scale: float):
         super().__init__()

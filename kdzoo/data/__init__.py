@@ -45,7 +45,7 @@ def open_dataset(
         device: where batches lie.
         cache: folder of decoded images; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
         report: is called again and again with what is being done, while images are decoded.
-        stream: True decodes at every use, False keeps the set on the device; None: whatever fits is kept.
+        stream: True decodes at every use, False keeps the set on the device; None: sets that fit are kept.
         options: keywords of what makes the set, where it has any: ``kdzoo.data.bands.bands`` lists its own.
         workers: processes that decode what is streamed; 0: none but this one.
 

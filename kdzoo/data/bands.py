@@ -139,7 +139,7 @@ def _drifted(random: Generator, spectra: Spectrum) -> Spectrum:
 
 
 def _rephased(random: Generator, spectra: Spectrum) -> Spectrum:
-    """Patterns (N, size, size // 2 + 1), every wave of each moved by a draw of its own."""
+    """Return patterns (N, size, size // 2 + 1), with every wave of each moved by another draw."""
     return spectra * np.exp(2j * np.pi * random.random(spectra.shape))
 
 

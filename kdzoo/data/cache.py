@@ -71,7 +71,7 @@ def _mapped(path: Path, digest: str, shape: tuple[int, ...]) -> NDArray[np.uint8
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(_HEADER))
-        # Copy on write, as torch warns of memory that it must not write to; nobody writes.
+        # Copy on write, as torch warns of memory that it must not write to; no code writes.
         pixels = np.memmap(path, np.uint8, "c", offset=_HEADER, shape=tuple(header["shape"]))
         recorded, checksum = header["digest"], header["crc32"]
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -20,7 +20,7 @@ class Dataset:
         spec: its labels say on which device batches lie.
         train: the training pictures.
         test: the test pictures.
-        fits: whether both are arrays of square pictures that shall live on the device, as ``train_pixels`` and
+        fits: whether both are arrays of square pictures that are kept on the device, as ``train_pixels`` and
             ``test_pixels`` (N, S, S, 3) uint8; these are None where pictures are streamed.
         workers: processes that decode what is streamed; 0: none but this one.
     """

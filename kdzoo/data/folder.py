@@ -18,7 +18,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures of any size, each in a file of its own, decoded when asked for."""
+    """Pictures of any size, one file each, decoded when asked for."""
 
     root: Path
     names: NDArray[np.bytes_]  # (N,) paths below root; one array, as worker processes share it without copies

@@ -65,7 +65,7 @@ class Source:
 def stratified(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     """``limit`` sorted rows out of labels (N,), each class with its share; the same rows at every call."""
     shuffled = np.random.default_rng(0).permutation(len(labels))
-    share = np.empty(len(labels))  # of its own class that lies before a row: classes advance together
+    share = np.empty(len(labels))  # of the row's class that lies before it: classes advance together
     for label in np.unique(labels):
         rows = shuffled[labels[shuffled] == label]
         share[rows] = (np.arange(len(rows)) + 0.5) / len(rows)

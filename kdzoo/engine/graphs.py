@@ -17,7 +17,7 @@ from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.settings import EngineSettings
 
-WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and whatever else is made when first used
+WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and all else that is made when first used
 
 Work = Callable[[], None]
 Record = Callable[[Work, Any], Work]  # (work, stream) -> what does the work again
@@ -46,8 +46,8 @@ class Plain:
 class Graphed(Plain):
     """Steps are captured once, after some plain ones, and replayed.
 
-    The teacher's passes are one graph, and each lane's step is another on a stream of its own, so that small
-    networks overlap. A lane that fails is replayed no more and touches no other; one that cannot be captured goes on
+    The teacher's passes are one graph, and each lane's step is another on a separate stream, so that small
+    networks overlap. A lane that fails is replayed no more and touches no other; one that cannot be captured continues
     plainly, beside the others, saying why. Graphs read batch, learning rate and step from tensors that stay in place,
     and the generator's seed and offset when they are replayed, so the seed that the host sets before each makes a
     graph draw what the plain step draws.
@@ -150,7 +150,7 @@ class Graphed(Plain):
             with self.aside(id(lane)) as stream:
                 self.replays[id(lane)] = self.record(partial(lane.advance, batch), stream)
         except Exception as error:
-            lane.optimizer.forget()  # gradients that nobody computed
+            lane.optimizer.forget()  # gradients that were never computed
             if self.teacher is not None:
                 self.teacher.made = dict(self.passes)
             self.give_up(lane, first_line(error))
@@ -164,7 +164,7 @@ class Graphed(Plain):
 
     @contextmanager
     def aside(self, key: Any) -> Iterator[Any]:
-        """A stream of its own for a lane, after all that the main stream was given so far."""
+        """Run on a lane's own stream, after all work of the main stream so far."""
         if key not in self.streams:
             self.streams[key] = self.runtime.Stream()
         stream = self.streams[key]

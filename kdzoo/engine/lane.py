@@ -178,7 +178,7 @@ class Lane:
         return trained.distiller.deploy(trained.student)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on with the same bits."""
+        """Return everything that a resumed run needs to continue with the same bits."""
         return {
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),

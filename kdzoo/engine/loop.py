@@ -26,7 +26,7 @@ def train(
     """Trains every lane from its newest common checkpoint to the end of the protocol.
 
     All lanes share data, protocol, seed and engine settings. A lane that fails stops alone, with its reason in
-    ``lane.failure``; the others go on.
+    ``lane.failure``; the others continue.
 
     Raises:
         UserError: batches cannot be cut as ``engine.accumulate`` asks.
@@ -94,7 +94,7 @@ def describe(lanes: Sequence[Lane]) -> str:
 
 
 def attempt(lane: Lane, work: Callable[..., object], *arguments: object) -> None:
-    """Does one lane's ``work``; what goes wrong is the lane's failure and nobody else's, save a full disk."""
+    """Do one lane's ``work``. An error is this lane's failure alone, except a full disk, which stops all."""
     if lane.failure is not None:
         return
     try:

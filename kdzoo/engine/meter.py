@@ -13,7 +13,7 @@ _NEVER = 2**62
 class Meter:
     """Means of the loss terms over an epoch, summed on the device and read only when asked.
 
-    What is summed stays where it is in memory, so that a captured step goes on to write there.
+    What is summed stays where it is in memory, so that a captured step keeps writing there.
     """
 
     def __init__(self, device: torch.device):

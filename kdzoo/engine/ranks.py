@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def names(self) -> tuple[int, ...]:
-        """What this process adds to the name of a random draw that shall differ between processes."""
+        """Names that make a random draw differ between processes; empty where there is one process."""
         return (self.rank,) if self.world > 1 else ()
 
     def once(self, work: Callable[..., object], *arguments: object) -> None:
@@ -133,7 +133,7 @@ def check(settings: Settings) -> None:
 
 
 def to_start(settings: Settings) -> bool:
-    """Whether this process shall start those that train, and is none of them."""
+    """Tell whether this process only starts the processes that train."""
     return settings.engine.devices > 1 and not _is_rank()
 
 
@@ -177,7 +177,7 @@ def joined(settings: Settings) -> Iterator[Ranks]:
 
 
 def start(work: Callable[..., object], settings: Settings, *arguments: object) -> None:
-    """Does ``work(settings, *arguments)`` in as many processes on this machine as there shall be devices.
+    """Run ``work(settings, *arguments)`` in one process for each device, on this machine.
 
     As soon as one fails, all are ended.
 
@@ -215,7 +215,7 @@ def start(work: Callable[..., object], settings: Settings, *arguments: object) -
             if code < 0 and code != -signal.SIGTERM:  # which is what the others are ended by
                 raise UserError(
                     f"process {index} of {settings.engine.devices} was ended by {signal.Signals(-code).name}; "
-                    "the same command goes on from the last checkpoint"
+                    "the same command continues from the last checkpoint"
                 ) from error
         raise
     finally:

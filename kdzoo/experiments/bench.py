@@ -1,7 +1,7 @@
 """Runs a whole suite: groups of runs that share teacher, data, recipe and seed train as lanes side by side.
 
-Any number of processes may work on one suite in one folder; each run has one owner at a time. Whatever is finished
-stays finished, and what was interrupted goes on.
+Any number of processes may work on one suite in one folder; each run has one owner at a time. What is finished
+stays finished, and what was interrupted continues.
 """
 
 import json

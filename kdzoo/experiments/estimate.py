@@ -141,7 +141,7 @@ def measure(group: Sequence[Settings], progress: Progress) -> tuple[GroupCost, S
     """What a group takes, its teacher's own training where that is still to be done, and the seconds of it.
 
     Raises:
-        UserError: the data or the teacher are not to be had.
+        UserError: the data or the teacher cannot be opened.
     """
     first = group[0]
     dataset = open_data(first, torch.device(first.engine.device), progress)

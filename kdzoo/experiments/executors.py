@@ -88,7 +88,7 @@ def slots(device: str, gpus: int, jobs: int | None) -> list[str]:
 def side_by_side(
     groups: Sequence[Group], devices: Sequence[str], work: Work, progress: Progress, quiet: bool
 ) -> dict[str, str]:
-    """Trains a group on each of the ``devices`` at a time, each in a process of its own; they share the cores."""
+    """Train a group on each of the ``devices`` at a time, one process each; they share the cores."""
     spawn = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // len(devices))
     waiting, free = [group for group in groups if group.runs], list(devices)

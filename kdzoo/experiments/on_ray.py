@@ -161,7 +161,7 @@ class Place(NamedTuple):
 
 
 def on_node(place: Place, work: Callable[[], object]) -> tuple[object, str | None]:
-    """A task: what ``work`` gives, and None or why it is the user's to mend."""
+    """Run a task: return what ``work`` gives and None, or None and the user's error."""
     try:
         place.enter()
         return work(), None

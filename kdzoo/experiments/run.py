@@ -52,7 +52,7 @@ def run(
         seed: decides initial weights, order and augmentation of the batches.
         out: the folder of runs.
         overrides: further settings as ``key=value``, such as ``distiller.size=5`` or ``protocol.epochs=30``.
-        fresh: start anew, whatever lies there.
+        fresh: start again from nothing, also where the run is finished.
         quiet: show nothing.
 
     Raises:
@@ -141,7 +141,7 @@ def evaluate_run(path: Path) -> tuple[float, float]:
     folder = RunFolder(path)
     settings = folder.settings()
     if folder.read_result() is None:
-        raise UserError(f"{path} is not finished; run its command again and it goes on")
+        raise UserError(f"{path} is not finished; run its command again, and it continues")
     with torch.random.fork_rng(), Progress() as progress:
         dataset = open_data(settings, settle(settings.engine), progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):

@@ -160,7 +160,7 @@ def compare(
     """Spectra of networks over test images, and the agreement of each with the first, the teacher.
 
     Args:
-        networks: by the name they shall have; each gives four feature maps.
+        networks: by their names in the result; each gives four feature maps.
         dataset: whose test images are shown.
         batches: at most this many batches of 128 images; 0: all.
         precision: of the networks; the rest is float32.

@@ -4,7 +4,7 @@ A suite is a mapping::
 
     data: digits                  # or {name: cifar100, limit: 2000}, or a list of such
     protocol: quick               # or {name: crd, epochs: 30}
-    pairs:                        # teacher, student; a pair may have a recipe of its own
+    pairs:                        # teacher, student; a pair may have its own recipe
       - [vit_s, resnet18]
       - {teacher: swin_t, student: deit_t, protocol: ofa-vit}
     distillers:                   # names, or names with keywords

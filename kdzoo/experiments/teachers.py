@@ -22,7 +22,7 @@ def obtain(settings: Settings, dataset: Dataset, progress: Progress) -> Teacher:
     """The teacher of a run, on its device and measured.
 
     Raises:
-        UserError: its weights do not fit or are not to be had, or it is hardly better than chance.
+        UserError: its weights are missing or do not fit, or it is hardly better than chance.
     """
     wanted, spec = settings.teacher, dataset.spec
     assert wanted.name is not None
@@ -105,7 +105,7 @@ def trained(settings: Settings, dataset: Dataset, progress: Progress) -> RunFold
 
 
 def lacking(settings: Settings, dataset: Dataset) -> Settings | None:
-    """The training that a run's teacher still needs; None where its weights are at hand, or timm's."""
+    """Return the training that a run's teacher still needs; None where its weights are there, or timm's."""
     if settings.teacher.weights or is_published(settings, dataset):
         return None
     own = recipe(settings, dataset)

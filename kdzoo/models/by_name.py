@@ -210,7 +210,7 @@ def _pretrained(name: str, entry: str, keywords: dict[str, Any]) -> nn.Module:
 
 
 def _told(name: str, call: Callable[[], Any]) -> Any:
-    """The call's result; whatever a constructor raises is the user's to mend."""
+    """Return the call's result; any error of a constructor becomes a UserError."""
     try:
         return call()
     except UserError:

@@ -35,7 +35,7 @@ def find_taps(calls: Sequence[Passed]) -> list[Passed]:
     largest = 0
     # Of modules that are called again and again, hooks keep the last output.
     last = {call.name: call for call in calls}
-    # Backwards, because whatever is followed by a larger map (a gate of squeeze-and-excitation) is no stage.
+    # Backwards, because a map that is followed by a larger one (a gate of squeeze-and-excitation) is no stage.
     for call in reversed(calls):
         if call is not last[call.name]:
             continue

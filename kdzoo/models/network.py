@@ -24,7 +24,7 @@ class Network(nn.Module):
     """A classifier with its input normalisation and its input size inside.
 
     ``body`` is the bare network, and the only part with a state: its ``state_dict`` is what is saved.
-    The outputs are float32 whatever the precision inside.
+    The outputs are float32 in every precision.
 
     Args:
         body: normalised images (B, 3, H, W) -> logits (B, K).
@@ -123,7 +123,7 @@ class Network(nn.Module):
         return (images - self.mean) / self.std
 
     def _probe(self) -> Tensor:
-        # Numbers of its own, lest the global generator move; not zeros, lest two ways of reading agree by chance.
+        # A generator apart, so that the global one stays still; not zeros, with which two ways of reading could agree.
         side, generator = self.image_size, torch.Generator().manual_seed(0)
         images = torch.rand(PROBE_BATCH, 3, side, side, generator=generator, device="cpu")
         weight = next((p for p in self.body.parameters() if p.is_floating_point()), self.mean)

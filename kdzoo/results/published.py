@@ -34,7 +34,7 @@ class Published(NamedTuple):
 
 @cache
 def everything() -> pd.DataFrame:
-    """All rows of the file, those that nobody verified among them, under the names of our protocols."""
+    """Read all rows of the file, unverified ones among them, under the names of our protocols."""
     with (shipped_folder() / "published.csv").open(encoding="utf-8") as file:
         table = pd.read_csv(file)
     named = zip(table["dataset"], table["protocol"], table["student"], strict=True)
@@ -43,7 +43,7 @@ def everything() -> pd.DataFrame:
 
 
 def find(data: str, protocol: str, teacher: str, student: str, method: str, epoch: str) -> Published | None:
-    """The published number of exactly this setting, or None. A row marked ``unverified`` is nobody's number.
+    """Find the published number of exactly this setting, or None. Rows marked ``unverified`` do not count.
 
     Args:
         teacher: a name, which settings such as its weights may follow in brackets; ``-`` for a student trained

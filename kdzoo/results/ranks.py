@@ -29,7 +29,7 @@ def draw(runs: pd.DataFrame, file: Path) -> None:
         file: its ending decides the format: png, pdf or svg.
 
     Raises:
-        UserError: no section has enough, matplotlib is not installed, or the format is none of its own.
+        UserError: no section has enough, matplotlib is not installed, or it does not know the format.
 
     Source: Demsar 2006, Statistical Comparisons of Classifiers over Multiple Data Sets, figure 1.
     """

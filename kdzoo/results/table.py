@@ -57,7 +57,7 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
 def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
     """A row for each finished run: what it was, what it found, and the device and precision it ran in.
 
-    Whatever in its settings is not the default stands in the name of the method, protocol, teacher, student or
+    Settings that are not the default stand in the name of the method, protocol, teacher, student or
     data that it belongs to, so rows of equal names are comparable. A method's defaults on a pair for which there
     is a preset are those of the preset.
     """
@@ -249,7 +249,7 @@ def _doubt(fidelity: str) -> int:
 
 
 def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
-    """The name, and whatever differs from its defaults; the name alone where those are not to be had any more."""
+    """Name a part of the settings, with what differs from its defaults, where these are still known."""
     try:
         defaults = json.loads(json.dumps(defaults_of(settings["name"])))
     except UserError:
@@ -259,7 +259,7 @@ def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, A
 
 
 def _changes(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """``key=value`` of whatever differs, where there are settings within settings by their own keys."""
+    """Give ``key=value`` of each difference; nested settings have dotted keys."""
     for key, value in settings.items():
         usual = defaults.get(key)
         if isinstance(value, Mapping) and isinstance(usual, Mapping):
