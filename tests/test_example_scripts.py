@@ -9,8 +9,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """Imports an example by its name, in an empty working folder."""
+    """Imports an example by its name, in an empty working folder with a cache of its teachers."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(EXAMPLES)
     return lambda name: __import__(name)
 
