@@ -4,8 +4,14 @@
 command line start at once.
 """
 
+from pathlib import Path
+
 import lazy_loader
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+_checkout = Path(__file__).parents[1]
+if (_checkout / "distillers" / "kd.py").is_file():  # there kdzoo.distillers lies beside this folder, not in it
+    __path__.append(str(_checkout))
