@@ -9,7 +9,6 @@ from kdzoo.losses import cross_entropy, softened_kl
 
 def standardize(logits: Tensor) -> Tensor:
     """Each row of (B, K) less its mean, over its deviation (unbiased) + 1e-7; a constant row becomes 0."""
-    logits = logits
     centred = logits - logits.mean(dim=1, keepdim=True)
     variance = centred.square().sum(dim=1, keepdim=True) / (logits.shape[1] - 1)
     return centred / (variance.clamp_min(1e-30).sqrt() + 1e-7)  # clamped: the root has no finite slope at 0

@@ -13,8 +13,7 @@ NEAR = 1e-6  # rows no further apart count as one: they have distance 0, no angl
 
 def distances(embeddings: Tensor) -> Tensor:
     """Euclidean distances of rows (B, D), with a gradient of 0 where they are 0: (B, B)."""
-    rows = embeddings
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def relative_distances(embeddings: Tensor) -> Tensor:

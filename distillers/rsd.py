@@ -9,7 +9,6 @@ from kdzoo.losses import cross_entropy
 
 def standardize(embedding: Tensor) -> Tensor:
     """Each column of (B, D) less its mean over the batch, over its deviation (biased) + 1e-5."""
-    embedding = embedding
     centred = embedding - embedding.mean(dim=0)
     deviation = centred.square().mean(dim=0).clamp_min(1e-30).sqrt()  # clamped: the root has no finite slope at 0
     return centred / (deviation + 1e-5)
