@@ -1,4 +1,4 @@
-"""Finds distillation methods: plug-in folders and classes by entry point, one's own by path to a file.
+"""Find distillation methods: plug-in folders and classes by entry point, one's own by path to a file.
 
 An entry point of group ``kdzoo.distillers`` names a package, each of whose modules is a method, or one class.
 Finding and describing methods reads files and imports none of them, so listing them is quick.

@@ -1,1 +1,1 @@
-"""The training engine: one loop for every method, from where teachers come from to what is left on disk."""
+"""Train lanes: one loop for every method, on one teacher pass and one batch a step."""

@@ -1,4 +1,4 @@
-"""Trains runs side by side and writes their folders, given the data and, where a method has one, the teacher."""
+"""Train runs side by side and write their folders, given the data and, where a method has one, the teacher."""
 
 import resource
 import sys

@@ -1,4 +1,4 @@
-"""Runs a whole suite: groups of runs that share teacher, data, recipe and seed train as lanes side by side.
+"""Run a whole suite: groups of runs that share teacher, data, recipe and seed train as lanes side by side.
 
 Any number of processes may work on one suite in one folder; each run has one owner at a time. What is finished
 stays finished, and what was interrupted continues.

@@ -1,4 +1,4 @@
-"""Trains a bench's groups on a Ray cluster: one task a group, tried again elsewhere when its node is lost.
+"""Train a bench's groups on a Ray cluster: one task a group, tried again elsewhere when its node is lost.
 
 The working folder, the folder of runs and the cache must be shared by all nodes.
 """

@@ -1,1 +1,1 @@
-"""What runs leave behind, and what is made of it: folders, statistics, tables."""
+"""Read finished runs: tables, statistics, published numbers, plots."""

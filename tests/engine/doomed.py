@@ -19,4 +19,4 @@ def fail(_: object, pipe: str, how: str) -> None:
     with open(pipe, "w"):  # waits for the reader
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise UserError("this is not to be had; ask for that")
+        raise UserError("this is missing; ask for that")

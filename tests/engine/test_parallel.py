@@ -181,7 +181,7 @@ def test_a_run_whose_processes_were_killed_ends_with_the_bits_of_one_that_torchr
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("error", "this is not to be had; ask for that"),
+        ("error", "this is missing; ask for that"),
         ("kill", "process 0 of 2 was ended by SIGKILL; the same command"),
     ],
 )
