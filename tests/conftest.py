@@ -4,7 +4,9 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, one core each
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,23 @@ def dataset() -> Dataset:
 def teacher(dataset) -> Teacher:
     torch.manual_seed(0)
     return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+
+
+@pytest.fixture
+def never_waits() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which it is an error that the host waits for the GPU."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture

@@ -234,17 +234,14 @@ def test_memory_does_not_grow_with_steps(digits: Dataset) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recipe", ["nothing", "crop", "resized", "mixed"])
-def test_a_step_on_the_gpu_never_waits_and_repeats_itself(recipe: str) -> None:
+def test_a_step_on_the_gpu_never_waits_and_repeats_itself(recipe: str, never_waits) -> None:
     data = open_dataset("digits", limit=100, device="cuda", image_size=12 if recipe == "resized" else None)
     views = ("weak", "rotations")
     loader = data.loader(protocol(recipe, label_smoothing=0.1), seed=0, views=views)
     batches = loader.batches()
     next(batches)  # the first step may build kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waits():
         rest = list(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(same(a, b) for a, b in zip(rest, loader.batches(1), strict=True))
     assert rest[0].images.is_cuda
 

@@ -75,6 +75,12 @@ def distance(one, other):
     return max((one[key].double() - other[key].double()).abs().max().item() for key in one)
 
 
+def spread(one, other):
+    """The root mean square of all differences; Adam may move a single weight, whose gradient is nearly 0, either way."""
+    squares = torch.cat([(one[key].double() - other[key].double()).flatten().square() for key in one])
+    return squares.mean().sqrt().item()
+
+
 def captured(monkeypatch):
     """Counts captures."""
     counted, record = [], graphs.cuda_graph
@@ -102,7 +108,7 @@ def test_graphs_and_plain_steps_agree_within_the_spread_of_plain_ones(
     second, _, _ = train(tmp_path / "second", names, dataset, teacher, *more, "engine.graph=off")
     assert len(counted) == 3
     for name in names:
-        assert distance(one[name], first[name]) <= 10 * distance(first[name], second[name]) + 1e-3
+        assert spread(one[name], first[name]) <= 10 * spread(first[name], second[name]) + 1e-3
 
 
 def test_dropout_in_a_graph_draws_what_a_plain_step_draws_for_every_lane(tmp_path, dataset, teacher, monkeypatch):
@@ -133,7 +139,7 @@ def test_dropout_in_a_graph_draws_what_a_plain_step_draws_for_every_lane(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["kd", "uhkd", "crd", "lfcc", "ofa"])
-def test_a_step_waits_for_nothing(tmp_path, dataset, teacher, name):
+def test_a_step_waits_for_nothing(tmp_path, dataset, teacher, name, never_waits):
     run = settings(tmp_path, name, "protocol.clip=1", "protocol.ema=0.9")
     shared = TeacherPasses(teacher.network)
     lane = Lane(run, build(run, dataset, shared).train(), RunFolder(tmp_path), torch.device("cuda"), 10)
@@ -141,28 +147,22 @@ def test_a_step_waits_for_nothing(tmp_path, dataset, teacher, name):
     for step in range(3):
         shared.forget()
         lane.step(next(batches), step)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waits():
         for step in range(3, 6):
             batch = next(batches)  # within one epoch, so that no new order is fetched
             shared.forget()
             lane.step(batch, step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert lane.meter.read()
 
 
-def test_batches_come_without_waiting(dataset):
+def test_batches_come_without_waiting(dataset, never_waits):
     augmentation = {"crop": 1, "flip": True, "jitter": 0.2, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
     more = [f"protocol.augmentation.{key}={value}" for key, value in augmentation.items()]
     run = settings("unused", "kd", *more)
     batches = dataset.loader(run.protocol, seed=0, views=("weak", "rotations")).batches()
     next(batches)  # fetches the order of the epoch
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waits():
         drawn = [next(batches) for _ in range(5)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(batch.images.is_cuda for batch in drawn)
 
 
@@ -210,7 +210,7 @@ class Reading(Distiller):
 
     def loss(self, student, teacher, batch):
         loss = cross_entropy(student.logits, batch.targets)
-        return {"ce": loss * (1.0 if float(loss) > 0 else 2.0)}
+        return {"ce": loss * (1.0 if loss.item() > 0 else 2.0)}
 
 
 class Drawing(Reading):
@@ -250,7 +250,7 @@ def test_a_capture_that_breaks_leaves_a_run_that_works(tmp_path, dataset, teache
     monkeypatch.setattr(graphs, "cuda_graph", breaking)
     _, losses, said = train(tmp_path, ["kd", "uhkd"], dataset, teacher)
     assert len(said) == 1
-    assert said[0].startswith("kd ")
+    assert said[0].startswith("kd: ")
     assert losses["kd"][-1] < losses["kd"][0]
 
 
@@ -269,6 +269,7 @@ def test_switches_go_together_with_graphs(tmp_path, dataset, teacher):
         assert losses[method][-1] < losses[method][0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11, when its compiler is imported
 def test_a_compiled_run_agrees_with_a_plain_one(tmp_path, dataset, teacher):
     more = ["engine.precision=float32", "protocol.lr=0.005"]
     _, compiled, _ = train(tmp_path / "compiled", ["kd"], dataset, teacher, *more, "engine.compile=true")
