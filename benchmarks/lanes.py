@@ -3,8 +3,8 @@
     python benchmarks/lanes.py [--pairs resnet32x4:resnet8x4 vit_s:resnet18@16] [--rounds 3] [--steps 5]
 
 The group shares one teacher pass and one batch; single runs pay for both each time. Both take turns in one process.
-The bound is what sharing could save at best: one teacher pass and one batch for all, and each lane's own work. On a GPU
-there is none, since the teacher's pass alone is launched kernel by kernel and would be compared with steps that are graphs.
+The bound is what sharing could save at best: one teacher pass and one batch for all, and each lane's own work. It is
+left out on a GPU, where the teacher alone is launched kernel by kernel and steps are graphs.
 Networks have random weights; images are random, of the size after ``@`` (else 32 pixels), of 100 classes.
 """
 

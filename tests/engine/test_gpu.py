@@ -76,7 +76,7 @@ def distance(one, other):
 
 
 def spread(one, other):
-    """The root mean square of all differences; Adam may move a single weight, whose gradient is nearly 0, either way."""
+    """The root mean square of all differences; Adam moves weights whose gradient is nearly 0 either way."""
     squares = torch.cat([(one[key].double() - other[key].double()).flatten().square() for key in one])
     return squares.mean().sqrt().item()
 
