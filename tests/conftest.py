@@ -19,6 +19,13 @@ from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("slow"):
+            if not mark.kwargs.get("reason"):
+                raise pytest.UsageError(f"{item.nodeid} is marked slow without a reason")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
@@ -65,7 +72,8 @@ def counted(tmp_path) -> Callable[[int], Suite]:
     """Makes the suite, for so many seeds, each a group of two runs; none steps just to be weighed."""
     file = tmp_path / "counted.yaml"
     file.write_text(
-        "{data: {name: digits, limit: 256}, protocol: {name: quick, epochs: 1}, pairs: [[resnet14, resnet8]], "
+        "{data: {name: digits, limit: 256}, protocol: {name: quick, epochs: 1, batch_size: 64}, "
+        "pairs: [[resnet14, resnet8]], "
         f"distillers: [kd, {{name: {COUNTED}, folder: {tmp_path}}}], teacher: {{epochs: 1, allow_weak: true}}}}"
     )
     overrides = ["engine.precision=float32", "engine.device=cpu", "engine.checkpoint_seconds=0", "engine.lanes=2"]

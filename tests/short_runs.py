@@ -1,8 +1,12 @@
-"""Settings of runs that take seconds: digits on a CPU in float32, resnet14 teaching resnet8 unless told otherwise."""
+"""Settings of runs that take seconds: digits on a CPU in float32, resnet14 teaching resnet8 unless told otherwise.
+
+Epochs and batches are their own, whatever the quick protocol has.
+"""
 
 from kdzoo.settings import resolve
 
-SHORT = ["protocol.epochs=2", "data.limit=320", "engine.device=cpu", "engine.precision=float32"]
+SHORT = ["protocol.epochs=2", "protocol.batch_size=64", "data.limit=320"]
+SHORT += ["engine.device=cpu", "engine.precision=float32"]
 
 
 def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):

@@ -109,8 +109,7 @@ class Lane:
         self.base_rate = protocol.lr_of.get(self.settings.student.name, protocol.lr)
         self.trained = Trained(self.distillation.student, self.distillation.distiller)
         self.forward = self.ranks.wrap(self.distillation)
-        dtype = PRECISIONS[self.settings.engine.precision].dtype
-        self.optimizer = Optimizer(self.distillation, protocol, dtype or torch.float32)
+        self.optimizer = Optimizer(self.distillation, protocol)
         self.meter = Meter(self.device)
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on this run so far, over all its starts

@@ -6,13 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.optim.muon import zeropower_via_newtonschulz
 from torch import Tensor, nn
 
 from kdzoo.recipe import Protocol
 
-NEWTON_SCHULZ_STEPS = 5
-COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # of every step
+# Polynomials a x + b x^3 + c x^5 that, one after another, bring singular values from a hundredth upwards to between 0.1
+# and 2: the first three of Polar Express, arXiv:2505.16932.
+POLYNOMIALS = (
+    (8.237312490495555, -23.157747414558198, 16.680568411445915),
+    (4.082441999064835, -2.893047735332586, 0.5252849256975648),
+    (3.9263479922546582, -2.8547468034765298, 0.5318022422894988),
+)
 
 
 def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:
@@ -69,30 +73,49 @@ def parameter_groups(module: nn.Module, protocol: Protocol) -> dict[str, list[nn
     return groups
 
 
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Bring a matrix's singular values near 1, and keep its directions.
+
+    An odd polynomial of X is X times a polynomial of X^T X, so all products but the first and the last are of matrices
+    as small as X's shorter side. For a layer four times as wide as long that is two fifths less work than the usual
+    iteration on X itself.
+
+    Args:
+        matrix: (out, in), of float32, since half precision loses the small singular values of X^T X.
+    """
+    wide = matrix.shape[0] < matrix.shape[1]
+    x = matrix / matrix.norm().clamp_min(1e-7)
+    gram = x @ x.T if wide else x.T @ x
+    product = factor = _factor(gram, POLYNOMIALS[0])
+    for coefficients in POLYNOMIALS[1:]:
+        gram = factor @ gram @ factor
+        factor = _factor(gram, coefficients)
+        product = product @ factor
+    return product @ x if wide else x @ product
+
+
+def _factor(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """What a polynomial multiplies X with: a + b G + c G^2."""
+    a, b, c = coefficients
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor
+
+
 class Muon(torch.optim.Optimizer):
-    """Step along each matrix's momentum, made orthogonal in a precision of choice, as torch's and timm's own cannot.
+    """Step along each matrix's momentum, made orthogonal in float32; torch's and timm's Muon use bf16 on any machine.
 
     Args:
         matrices: parameters (out, in).
         lr: learning rate; steps are as long as AdamW's at the same one.
         weight_decay: share of the weights, times the learning rate, that each step takes away.
-        dtype: what the Newton-Schulz iteration computes in; bf16 is slow where the hardware lacks it.
         momentum: of the gradients, Nesterov's.
 
     Source: https://kellerjordan.github.io/posts/muon/; length of the steps: arXiv:2502.16982, eq. 4.
     """
 
-    def __init__(
-        self,
-        matrices: Sequence[nn.Parameter],
-        *,
-        lr: float,
-        weight_decay: float,
-        dtype: torch.dtype = torch.float32,
-        momentum: float = 0.95,
-    ):
+    def __init__(self, matrices: Sequence[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -106,10 +129,9 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 momentum = state["momentum_buffer"]
                 momentum.lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = matrix.grad.lerp(momentum, group["momentum"])
-                direction = zeropower_via_newtonschulz(ahead, NEWTON_SCHULZ_STEPS, COEFFICIENTS, dtype=self.dtype)
+                direction = orthogonal(matrix.grad.lerp(momentum, group["momentum"]).float())
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(direction.to(matrix.dtype), alpha=group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+                matrix.sub_(direction, alpha=group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
 
 class Optimizer:
@@ -120,10 +142,9 @@ class Optimizer:
     Args:
         module: what is trained.
         protocol: the recipe.
-        orthogonal_dtype: what Muon's iteration computes in: the run's precision, so that it is part of what a run is.
     """
 
-    def __init__(self, module: nn.Module, protocol: Protocol, orthogonal_dtype: torch.dtype = torch.float32):
+    def __init__(self, module: nn.Module, protocol: Protocol):
         groups = parameter_groups(module, protocol)
         self.parameters = [p for group in groups.values() for p in group]
         self.clip = protocol.clip
@@ -140,9 +161,8 @@ class Optimizer:
         decayed = [group for group in decayed if group["params"]]
         self.parts: list[torch.optim.Optimizer] = []
         if groups["matrices"]:
-            self.parts.append(
-                Muon(groups["matrices"], lr=protocol.lr, weight_decay=protocol.weight_decay, dtype=orthogonal_dtype)
-            )
+            given = {"lr": protocol.lr, "weight_decay": protocol.weight_decay, "momentum": protocol.momentum}
+            self.parts.append(Muon(groups["matrices"], **given))
         if decayed and protocol.optimizer == "sgd":
             self.parts.append(torch.optim.SGD(decayed, lr=rate, momentum=protocol.momentum, fused=fused))
         elif decayed:

@@ -15,7 +15,7 @@ from kdzoo.engine.lane import Epochs, Meter, TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
-from kdzoo.settings import read_protocol
+from kdzoo.recipe import Protocol
 from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
@@ -73,7 +73,7 @@ def test_a_training_says_what_it_is_and_each_of_its_slow_steps_has_a_line(
 
 
 def test_a_phase_before_training_keeps_no_more_than_one_batch_of_the_teachers_outputs(dataset, teacher):
-    shared, loader = TeacherPasses(teacher.network), dataset.loader(read_protocol("quick"), seed=0)
+    shared, loader = TeacherPasses(teacher.network), dataset.loader(Protocol(batch_size=64), seed=0)
     kept = []
     with torch.no_grad():
         for batch in Epochs(loader, shared):

@@ -185,6 +185,7 @@ def test_a_student_that_does_not_even_fit_in_memory_is_out_of_memory(tmp_path, d
 
 def test_a_full_memory_is_told_from_a_bug():
     run = settings("runs", "kd")
-    assert "batches of 64 on cpu" in str(memory.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), run))
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    assert "batches of 64 on cpu" in str(memory.out_of_memory(full, run))
     assert memory.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"), run)
     assert memory.out_of_memory(RuntimeError("a bug"), run) is None

@@ -19,6 +19,7 @@ from kdzoo.experiments.bench import bench
 from kdzoo.settings import resolve
 from kdzoo.store.folder import RunFolder
 
+pytestmark = pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 PROGRAM = str(Path(__file__).with_name("two_ranks.py"))
 # crd draws each of the 112 images of other classes once, so that no draw is left to chance.
 ALIKE = ["none", "kd", "ctkd", "lfcc", "figkd:class_order=confusion", "crd:negatives=112,width=16"]
@@ -199,7 +200,10 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["engine.devices=3"], "batch of 64 images cannot be shared evenly by 3 devices; set protocol.batch_size"),
+        (
+            ["engine.devices=3", "protocol.batch_size=64"],
+            "batch of 64 images cannot be shared evenly by 3 devices; set protocol.batch_size",
+        ),
         (["engine.devices=0"], "--devices 0: expected a number from 1"),
         (["engine.devices=2", "engine.device=cuda"], "no cuda device"),
     ],

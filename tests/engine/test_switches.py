@@ -14,7 +14,6 @@ from kdzoo.distiller import Batch
 from kdzoo.engine.average import Average
 from kdzoo.engine.device import keep_freed_memory, settle
 from kdzoo.engine.lane import Lane, TeacherPasses
-from kdzoo.engine.optim import Muon
 from kdzoo.engine.parts import micro_batches
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_lanes
@@ -195,6 +194,7 @@ def test_a_methods_weights_of_five_dimensions_are_no_hindrance(tmp_path, dataset
     assert weights.isfinite().all()
 
 
+@pytest.mark.slow(reason="torch.compile takes seconds for each")
 def test_a_compiled_run_ends_where_a_plain_one_does(tmp_path, dataset, teacher, monkeypatch):
     compiled = []
 
@@ -212,10 +212,3 @@ def test_a_compiled_run_ends_where_a_plain_one_does(tmp_path, dataset, teacher, 
     assert one.keys() == other.keys()
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
-def test_muon_computes_in_the_precision_of_the_run(tmp_path, dataset, teacher, precision, dtype):
-    given = ["protocol.optimizer=muon", f"engine.precision={precision}"]
-    lane = lane_of(settings(tmp_path, "kd", *given, student="vit_pico"), dataset, teacher, tmp_path)
-    assert [part.dtype for part in lane.optimizer.parts if isinstance(part, Muon)] == [dtype]

@@ -18,7 +18,7 @@ from kdzoo.files import cache_folder
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import RunFolder
 
-QUICK = ["teacher.epochs=2", "protocol.epochs=2", "protocol.augmentation.flip=true"]
+QUICK = ["protocol.batch_size=64", "teacher.epochs=2", "protocol.epochs=2", "protocol.augmentation.flip=true"]
 
 # A method that kills its own process, as a power cut would, where an environment variable says so.
 DOOMED = '''"""Dies when told to."""
@@ -99,6 +99,7 @@ def test_what_ships_is_the_student_alone_and_measures_the_same(finished):
     assert evaluate_run(finished.folder) == (finished.top1, finished.top5)
 
 
+@pytest.mark.slow(reason="trains and reads three networks of timm's")
 def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_made(tmp_path, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
@@ -139,6 +140,7 @@ def test_a_run_leaves_global_randomness_alone(tmp_path):
 
 
 @pytest.mark.parametrize("die_at", [1, 9, 30])
+@pytest.mark.slow(reason="trains again and again, killed at many moments")
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, die_at):
     method = tmp_path / "doomed.py"
     method.write_text(DOOMED)
@@ -157,6 +159,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, die_at):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow(reason="trains again and again, killed at many moments")
 def test_a_damaged_newest_checkpoint_does_not_change_the_end(tmp_path):
     method = tmp_path / "doomed.py"
     method.write_text(DOOMED)
