@@ -26,6 +26,10 @@ class Shape(NamedTuple):
 
 STUDENT, TEACHER = Shape((6, 8, 8, 12)), Shape((8, 12, 16, 20))
 FINE, ODD, DOTS, PLAIN = ((16, 16), (8, 8), (4, 4), (2, 2)), ((7, 5),) * 4, ((1, 1),) * 4, ((4, 4),) * 4
+RATE = 0.02  # of learning, at first
+COLOURS = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).flip(1)[
+    :, :, None, None
+]  # black, red, green, yellow ...
 PAIRS = {
     "the same shapes": (STUDENT, STUDENT),
     "other widths": (STUDENT, TEACHER),
@@ -135,8 +139,7 @@ def batch_of(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0
     labels = data(classes).labels
     index = torch.randperm(len(labels), generator=random)[:size]
     labels = labels[index]
-    colours = torch.rand(classes, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    images = 0.7 * colours[labels] + 0.3 * torch.rand(size, 3, 8, 8, generator=random)
+    images = 0.7 * COLOURS[labels % len(COLOURS)] + 0.3 * torch.rand(size, 3, 8, 8, generator=random)
     targets, partner = F.one_hot(labels, classes).float(), None
     if mixed:
         partner = torch.arange(size).flip(0)
@@ -175,11 +178,13 @@ def gradients(together: nn.Module) -> list[Tensor]:
     return [p.grad for p in together.parameters() if p.grad is not None]
 
 
-def train(together: Distillation, steps: int, size: int = 4) -> None:
-    optimizer = torch.optim.Adam(trained(together), lr=0.01)
+def train(together: Distillation, steps: int, size: int = 4, seed: int = 0) -> None:
+    """Train with Adam, at a rate that falls to 0, so that what is reached does not hang on the last steps."""
+    optimizer = torch.optim.Adam(trained(together), lr=RATE)
     for step in range(steps):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
         optimizer.zero_grad()
-        total(together(batch_of(seed=step, size=size, progress=step / steps))).backward()
+        total(together(batch_of(seed=seed + step, size=size, progress=step / steps))).backward()
         optimizer.step()
 
 

@@ -16,8 +16,11 @@ from . import broken
 BY_NAME = {check.__name__: check for check in CHECKS}
 BROKEN = [value for value in vars(broken).values() if isinstance(value, type) and getattr(value, "fails", "")]
 
+COMPILING = pytest.mark.slow(reason="torch.compile takes seconds for each method")
+MARKED = [pytest.param(check, marks=[COMPILING] * (name == "check_compiles")) for name, check in BY_NAME.items()]
 
-@pytest.mark.parametrize("check", CHECKS, ids=BY_NAME)
+
+@pytest.mark.parametrize("check", MARKED, ids=BY_NAME)
 @pytest.mark.parametrize("name", names())
 def test_every_installed_distiller_conforms(name, check):
     distiller = load(name)
