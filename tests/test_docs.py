@@ -55,6 +55,7 @@ def test_every_frequency_method_is_explained_and_reconstructions_are_called_so()
 
 
 @pytest.mark.parametrize("name", ["bands", "controls"])
+@pytest.mark.slow(reason="builds every network of every shipped suite")
 def test_the_suites_on_frequency_ask_only_for_what_there_is(name):
     runs = suites.load(name).runs
     assert runs

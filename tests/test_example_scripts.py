@@ -20,10 +20,12 @@ def test_a_loop_of_ones_own_trains_a_student(example):
     assert example("own_loop").main(epochs=4) > 30  # of ten classes; chance is 10
 
 
+@pytest.mark.slow(reason="trains several students, as users would")
 def test_a_method_of_ones_own_keeps_every_promise_and_trains(example):
     assert len(example("own_method").main(epochs=1)) == 2
 
 
+@pytest.mark.slow(reason="trains several students, as users would")
 def test_three_methods_are_compared_with_a_verdict_each(example):
     table = example("compare").main(epochs=1)
     assert set(table["method"]) == {"none", "kd", "dist"}

@@ -68,6 +68,7 @@ def test_groups_of_less_than_nothing_are_refused(suite, tmp_path):
         suites.load(str(tmp_path / "mine.yaml"), overrides=["engine.lanes=-1"])
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
     whole = bench(suite, tmp_path / "whole", quiet=True)
     assert len(whole.finished) == 12
@@ -191,6 +192,7 @@ def test_checkpoints_that_are_all_damaged_are_known_before_anything_is_trained(s
 
 
 @pytest.mark.parametrize("kind", ["checkpoints", "student.safetensors", "metrics.jsonl", "result.json"])
+@pytest.mark.slow(reason="trains again and again, killed at many moments")
 def test_a_disk_that_fills_stops_the_bench_and_no_run_has_failed(suite, tmp_path, monkeypatch, kind):
     runs = suite.runs[:3]
     few = suites.Suite("mine", runs)
@@ -312,6 +314,7 @@ load = functools.cache(suites.load)
 
 
 @pytest.mark.parametrize("name", suites.shipped())
+@pytest.mark.slow(reason="builds every network of every shipped suite")
 def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
     runs = load(name).runs
     assert runs

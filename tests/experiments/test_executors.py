@@ -13,6 +13,7 @@ from kdzoo.experiments.executors import Local, find, slots
 from kdzoo.store.folder import RunFolder
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 def test_groups_in_two_processes_do_every_step_once(counted, tmp_path, no_step_is_missing_or_done_twice, capfd):
     report = bench(counted(3), tmp_path / "runs", executor=Local(jobs=2))
     assert (len(report.finished), report.stopped, report.elsewhere) == (6, {}, [])
@@ -24,6 +25,7 @@ def test_groups_in_two_processes_do_every_step_once(counted, tmp_path, no_step_i
     assert all("memory: 0.5" in text for text in written)
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 def test_a_process_that_is_killed_stops_its_group_alone_and_the_same_command_goes_on(
     counted, tmp_path, no_step_is_missing_or_done_twice
 ):
@@ -36,6 +38,7 @@ def test_a_process_that_is_killed_stops_its_group_alone_and_the_same_command_goe
     assert no_step_is_missing_or_done_twice(3)
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 def test_a_mistake_in_one_process_comes_back_as_one_line(counted, tmp_path):
     suite = counted(2)
     for run in suite.runs:
@@ -48,6 +51,7 @@ def test_a_mistake_in_one_process_comes_back_as_one_line(counted, tmp_path):
     assert len(report.finished) == 2
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 def test_processes_end_with_a_bench_that_is_killed_and_the_same_command_goes_on(
     counted, tmp_path, no_step_is_missing_or_done_twice
 ):

@@ -14,6 +14,7 @@ from kdzoo.experiments.executors import find
 from kdzoo.experiments.on_ray import Place, on_node
 from kdzoo.store.folder import RunFolder
 
+pytestmark = pytest.mark.slow(reason="starts the nodes of a Ray cluster")
 TOKEN = secrets.token_hex(32)  # one for all tests, since Ray reads it once in the life of a process
 SMALL = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
 

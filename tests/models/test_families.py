@@ -75,6 +75,7 @@ def seeded():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow(reason="trains a network of each of timm's families")
 def test_a_timm_network_teaches_and_learns_at_32_pixels(name):
     network = create(name, DATA)
     images = torch.rand(2, 3, 32, 32)

@@ -81,6 +81,7 @@ def seeded():
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+@pytest.mark.slow(reason="torch.compile takes seconds for each")
 def test_the_whole_pass_compiles_as_one_graph(name):
     network = create(name, DATA).eval()
     torch.compiler.reset()
