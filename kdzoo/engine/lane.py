@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import LOGITS, Batch, Distiller, Output, Show
-from kdzoo.engine.average import Average
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.engine.parts import micro_batches
@@ -116,7 +116,7 @@ class Lane:
         self.failure: UserError | None = None
         curves = self.settings.output.tensorboard and self.ranks.first
         self.curves = Curves(self.folder.path) if curves else None
-        self.average = Average(self.trained, protocol.ema) if protocol.ema else None
+        self.average = ModelEmaV3(self.trained, decay=protocol.ema) if protocol.ema else None
         # What the host writes at the begin of a step and the device reads in it.
         self.number = torch.zeros((), device=self.device, dtype=torch.int64)
         self.share = torch.full((), 1 / self.settings.engine.accumulate, device=self.device)

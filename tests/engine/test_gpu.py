@@ -269,7 +269,6 @@ def test_switches_go_together_with_graphs(tmp_path, dataset, teacher):
         assert losses[method][-1] < losses[method][0]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11, when its compiler is imported
 def test_a_compiled_run_agrees_with_a_plain_one(tmp_path, dataset, teacher):
     more = ["engine.precision=float32", "protocol.lr=0.005"]
     _, compiled, _ = train(tmp_path / "compiled", ["kd"], dataset, teacher, *more, "engine.compile=true")

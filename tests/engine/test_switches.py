@@ -7,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdzoo import models, precision
 from kdzoo.distiller import Batch
-from kdzoo.engine.average import Average
 from kdzoo.engine.device import keep_freed_memory, settle
 from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.engine.parts import micro_batches
@@ -167,25 +165,24 @@ def test_float32_inside_autocast_is_float32_and_the_surrounding_code_is_read():
     assert precision.ambient("cpu") == precision.Precision(None, None)
 
 
-def test_the_average_is_that_of_torch():
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    ours = Average(module, 0.9)
-    theirs = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    for _ in range(4):
-        module(torch.rand(2, 3, 8, 8))
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter += torch.randn_like(parameter)
-        ours.update(module)
-        theirs.update_parameters(module)
-        for (name, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-            assert torch.equal(one, other), name
-    restored = Average(module, 0.9)
-    restored.load_state_dict(ours.state_dict())
-    restored.update(module)
-    ours.update(module)
-    assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), ours.parameters(), strict=True))
+def test_the_moving_average_is_what_ships_and_counts_its_batches(tmp_path, dataset, teacher):
+    run = settings(tmp_path, "kd", "protocol.ema=0.5")
+    lane = lane_of(run, dataset, teacher, tmp_path)
+    expected = [parameter.detach().clone() for parameter in lane.trained.student.parameters()]
+    for step, batch in zip(range(3), dataset.loader(run.protocol, seed=0).batches(), strict=False):
+        lane.step(batch, step)
+        expected = [0.5 * old + 0.5 * new for old, new in zip(expected, lane.trained.student.parameters(), strict=True)]
+    shipped = lane.deployed()
+    for own, wanted in zip(shipped.parameters(), expected, strict=True):
+        torch.testing.assert_close(own, wanted)
+    counters = [value for name, value in shipped.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert counters == [3] * len(counters) != []
+    saved = lane.state_dict()
+    again = lane_of(run, dataset, teacher, tmp_path)
+    again.load_state_dict(saved)
+    assert all(
+        torch.equal(one, two) for one, two in zip(again.deployed().parameters(), shipped.parameters(), strict=True)
+    )
 
 
 def test_a_methods_weights_of_five_dimensions_are_no_hindrance(tmp_path, dataset, teacher):
