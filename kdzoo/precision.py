@@ -38,8 +38,8 @@ def autocast(device: str, precision: Precision) -> Iterator[None]:
         device: the type of device: cpu, cuda or mps. One that knows no autocast is left alone.
         precision: float32 switches autocast off.
     """
-    known = torch.amp.is_autocast_available(device)
-    cast = torch.autocast(device, precision.dtype, enabled=precision.dtype is not None) if known else nullcontext()
+    casting = _castable(device)
+    cast = torch.autocast(device, precision.dtype, enabled=precision.dtype is not None) if casting else nullcontext()
     with cast, matmul_precision(device, precision):
         yield
 
@@ -56,13 +56,18 @@ def matmul_precision(device: str, precision: Precision) -> AbstractContextManage
 
 def ambient(device: str) -> Precision:
     """Return the precision that the surrounding code has set, by ``torch.autocast`` and torch's CUDA switches."""
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    cast = _castable(device) and torch.is_autocast_enabled(device)
     return Precision(torch.get_autocast_dtype(device) if cast else None, current() if _switchable(device) else None)
 
 
 def current() -> MatmulPrecision:
     """Return how float32 numbers are multiplied on CUDA now."""
     return MatmulPrecision(torch.backends.cuda.matmul.fp32_precision, _CONV.fp32_precision)
+
+
+def _castable(device: str) -> bool:
+    """Whether autocast knows the device; torch's own answer is one that the compiler of torch 2.11 cannot follow."""
+    return device != "meta"
 
 
 def _switchable(device: str) -> bool:
