@@ -80,7 +80,7 @@ def rows_of(method: str, values: Found) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, found in values.items():
         threshold = {"agreement": checks.LEAST_AGREEMENT, "fall of the loss": checks.LEAST_FALL}.get(name, 1.0)
-        mean, spread = statistics.fmean(found), statistics.stdev(found)
+        mean, spread = statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else float("nan")
         gaps = {abs(value - threshold): value for value in found}
         rows.append(
             {
@@ -121,16 +121,16 @@ def main() -> None:
         return
     together: dict[str, Found] = {name: {} for name in given.methods}
     run = partial(elsewhere, given.methods, given.seeds, given.compiled)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        everywhere = pool.map(run, *zip(*product(given.threads, given.instructions), strict=True))
-    for found in everywhere:
-        for name, by_threshold in found.items():
-            for threshold, numbers in by_threshold.items():
-                together[name].setdefault(threshold, []).extend(numbers)
-    table = pd.DataFrame([row for name, found in together.items() for row in rows_of(name, found)])
     engine = EngineSettings()
     settle(engine)
-    publish(table.sort_values("spreads_away"), file_of(given.results, "margins", engine))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(run, *zip(*product(given.threads, given.instructions), strict=True)):
+            for name, by_threshold in found.items():
+                for threshold, numbers in by_threshold.items():
+                    together[name].setdefault(threshold, []).extend(numbers)
+            # Written after each part, so that a measurement which is stopped leaves what it has; "runs" tells how much.
+            table = pd.DataFrame([row for name, values in together.items() for row in rows_of(name, values)])
+            publish(table.sort_values("spreads_away"), file_of(given.results, "margins", engine))
 
 
 if __name__ == "__main__":
