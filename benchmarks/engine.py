@@ -22,6 +22,7 @@ from measuring import (
     parts_of,
     publish,
     take_turns,
+    this_machine,
     waiting,
 )
 from torch.nn import functional as F
@@ -30,9 +31,8 @@ from usual_loop import Pictures, train
 
 from kdzoo import models
 from kdzoo.data import Dataset, open_dataset
-from kdzoo.engine.device import settle
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.settings import EngineSettings, Settings
+from kdzoo.settings import Settings
 
 
 def bare_steps(settings: Settings, dataset: Dataset, teacher: models.Network) -> Iterator[None]:
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--teacher", default="resnet32x4")
     parser.add_argument("--student", default="resnet8x4")
     given = parser.parse_args()
-    engine = EngineSettings()
-    device = settle(engine)
+    machine = this_machine()
+    device = machine.device
     dataset = open_dataset(given.data, device=device)
-    group = Group(given.teacher, given.student, ["kd"], dataset, engine)
+    group = Group(given.teacher, given.student, ["kd"], dataset, machine)
     assert dataset.train_pixels is not None
     pictures = Pictures(
         dataset.train_pixels.cpu().numpy(),
@@ -91,7 +91,7 @@ def main() -> None:
     )
     plain = [models.create(name, dataset.spec).body for name in (given.teacher, given.student)]
     usual = train(plain[0], plain[1], pictures, group.batch_size)
-    bare = bare_steps(group.settings[0], dataset, group.teacher.fast)
+    bare = bare_steps(group.runs[0].settings, dataset, group.teacher.fast)
     loops = {"usual": lambda: next(usual), "bare": lambda: next(bare), "engine": group.step}
     wait = waiting(device)
     take_turns(loops, 5, wait)  # warm-up
@@ -122,7 +122,7 @@ def main() -> None:
             for name, seconds in measured.items()
         ]
     )
-    publish(table, file_of(given.results, f"engine-kd-{given.teacher}-{given.student}-b{group.batch_size}", engine))
+    publish(table, file_of(given.results, f"engine-kd-{given.teacher}-{given.student}-b{group.batch_size}", machine))
 
 
 if __name__ == "__main__":

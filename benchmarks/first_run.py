@@ -17,10 +17,8 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import yaml
-from measuring import arguments_of, file_of, publish
+from measuring import arguments_of, file_of, publish, this_machine
 
-from kdzoo.engine.device import settle
-from kdzoo.settings import EngineSettings
 from kdzoo.store.folder import RunFolder
 
 INSTRUCTIONS = {
@@ -90,10 +88,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["uhkd", "kd"])
     parser.add_argument("--overrides", nargs="*", default=[], help="further settings, such as protocol.epochs=1")
     given = parser.parse_args()
-    engine = EngineSettings()
-    settle(engine)
+    machine = this_machine()
     rows = [row for kind in given.instructions for row in measure(kind, given.methods, given.overrides)]
-    publish(pd.DataFrame(rows), file_of(given.results, "first-run-vit_s-resnet18-digits", engine))
+    publish(pd.DataFrame(rows), file_of(given.results, "first-run-vit_s-resnet18-digits", machine))
 
 
 if __name__ == "__main__":

@@ -10,22 +10,31 @@ Networks have random weights; images are random, of the size after ``@`` (else 3
 
 import pandas as pd
 import torch
-from measuring import Group, arguments_of, file_of, medians, publish, random_set, take_turns, waiting
+from measuring import (
+    Group,
+    Machine,
+    arguments_of,
+    file_of,
+    medians,
+    publish,
+    random_set,
+    take_turns,
+    this_machine,
+    waiting,
+)
 
-from kdzoo.engine.device import settle
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.settings import EngineSettings
 
 METHODS = ("kd", "logitmse", "figkd", "dkd", "dist", "lskd", "nkd", "rsd")
 PAIRS = ("resnet32x4:resnet8x4", "vit_s:resnet18@16")
 
 
-def measure(pair: str, methods: list[str], steps: int, rounds: int, engine: EngineSettings) -> dict[str, object]:
+def measure(pair: str, methods: list[str], steps: int, rounds: int, machine: Machine) -> dict[str, object]:
     """One row of the table."""
     names, _, size = pair.partition("@")
     teacher, student = names.split(":")
-    device = torch.device(engine.device)
-    lanes = Group(teacher, student, methods, random_set(int(size or 32), device), engine)
+    device = machine.device
+    lanes = Group(teacher, student, methods, random_set(int(size or 32), device), machine)
 
     def group() -> None:
         for _ in range(steps):
@@ -39,7 +48,7 @@ def measure(pair: str, methods: list[str], steps: int, rounds: int, engine: Engi
     def teacher_alone() -> None:
         for _ in range(steps):
             batch = lanes.batch()
-            with torch.no_grad(), autocast(device.type, PRECISIONS[engine.precision]):
+            with torch.no_grad(), autocast(device.type, PRECISIONS[machine.precision]):
                 lanes.teacher.fast(batch.images, lanes.teacher.show)
 
     works = {"group": group, "one_by_one": one_by_one}
@@ -72,10 +81,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    engine = EngineSettings()
-    settle(engine)
-    rows = [measure(pair, list(given.methods), given.steps, given.rounds, engine) for pair in given.pairs]
-    publish(pd.DataFrame(rows), file_of(given.results, "lanes-b64", engine))
+    machine = this_machine()
+    rows = [measure(pair, list(given.methods), given.steps, given.rounds, machine) for pair in given.pairs]
+    publish(pd.DataFrame(rows), file_of(given.results, "lanes-b64", machine))
 
 
 if __name__ == "__main__":

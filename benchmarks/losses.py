@@ -8,16 +8,27 @@ the ``kd`` step take turns; the table shows medians in milliseconds, and goes to
 
 import pandas as pd
 import torch
-from measuring import CLASSES, Work, arguments_of, file_of, medians, network, publish, take_turns, waiting
+from measuring import (
+    CLASSES,
+    Machine,
+    Work,
+    arguments_of,
+    file_of,
+    medians,
+    network,
+    publish,
+    take_turns,
+    this_machine,
+    waiting,
+)
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distillation, Output, Show, models, registry
 from kdzoo.distiller import EVERYTHING, LOGITS
-from kdzoo.engine.device import settle
 from kdzoo.engine.optim import Optimizer
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.settings import EngineSettings, read_protocol
+from kdzoo.settings import read_protocol
 
 PAIRS = ("vit_s:resnet18", "resnet32x4:resnet8x4")
 SIZE = 32
@@ -54,39 +65,38 @@ def batch_of(size: int, device: torch.device) -> Batch:
     return batch._replace(views={"weak": images, "strong": images, "rotations": turned})
 
 
-def distillation(
-    name: str, student: nn.Module, teacher: nn.Module, data: DataSpec, engine: EngineSettings
-) -> Distillation:
+def distillation(name: str, student: nn.Module, teacher: nn.Module, data: DataSpec, machine: Machine) -> Distillation:
     """Both networks under the method with its defaults, on the data's device."""
-    precision = PRECISIONS[engine.precision]
+    precision = PRECISIONS[machine.precision]
     together = Distillation(student, teacher, registry.load(name)(), data=data, precision=precision)
     return together.to(data.labels.device).train()
 
 
-def measure(pair: str, methods: list[str], size: int, rounds: int, engine: EngineSettings) -> list[dict[str, object]]:
+def measure(pair: str, methods: list[str], size: int, rounds: int, machine: Machine) -> list[dict[str, object]]:
     """Rows of the table for one pair."""
-    device = settle(engine)
+    device = machine.device
     labels = torch.randint(CLASSES, (50_000,), device=device)
     data = DataSpec("random", CLASSES, tuple(map(str, range(CLASSES))), SIZE, labels)
     torch.manual_seed(0)
     teacher, student = (network(name, data) for name in pair.split(":"))
     batch = batch_of(size, device)
 
-    step_of_kd = distillation("kd", student, teacher, data, engine)
+    step_of_kd = distillation("kd", student, teacher, data, machine)
     optimizer = Optimizer(step_of_kd, read_protocol("crd"))
 
     def step() -> None:
         terms = step_of_kd(batch)
         torch.stack(list(terms.values())).sum().backward()
-        optimizer.step(0.01)
+        optimizer.set_rate(0.01)
+        optimizer.step()
 
     works: dict[str, Work] = {"kd step": step}
-    with torch.no_grad(), autocast(device.type, PRECISIONS[engine.precision]):
+    with torch.no_grad(), autocast(device.type, PRECISIONS[machine.precision]):
         seen, reference = student(batch.images, EVERYTHING), teacher(batch.images, EVERYTHING)
     for name in methods:
         shown = Shown(student, leaves(seen)), Shown(teacher, reference)
         try:
-            together = distillation(name, *shown, data, engine)
+            together = distillation(name, *shown, data, machine)
             together.prepare([batch])
         except UserError as error:
             print(f"{name} is left out for {pair}: {error}")
@@ -119,9 +129,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    engine = EngineSettings()
-    rows = [row for pair in given.pairs for row in measure(pair, given.methods, given.batch_size, given.rounds, engine)]
-    publish(pd.DataFrame(rows), file_of(given.results, f"losses-b{given.batch_size}", engine))
+    machine = this_machine()
+    rows = [
+        row for pair in given.pairs for row in measure(pair, given.methods, given.batch_size, given.rounds, machine)
+    ]
+    publish(pd.DataFrame(rows), file_of(given.results, f"losses-b{given.batch_size}", machine))
 
 
 if __name__ == "__main__":

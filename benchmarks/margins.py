@@ -23,11 +23,9 @@ from unittest.mock import patch
 
 import pandas as pd
 from first_run import INSTRUCTIONS
-from measuring import arguments_of, file_of, publish
+from measuring import arguments_of, file_of, publish, this_machine
 
 from kdzoo import checks, registry, toys
-from kdzoo.engine.device import settle
-from kdzoo.settings import EngineSettings
 
 Found = dict[str, list[float]]  # values by threshold
 
@@ -121,8 +119,7 @@ def main() -> None:
         return
     together: dict[str, Found] = {name: {} for name in given.methods}
     run = partial(elsewhere, given.methods, given.seeds, given.compiled)
-    engine = EngineSettings()
-    settle(engine)
+    machine = this_machine()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(run, *zip(*product(given.threads, given.instructions), strict=True)):
             for name, by_threshold in found.items():
@@ -130,7 +127,7 @@ def main() -> None:
                     together[name].setdefault(threshold, []).extend(numbers)
             # Written after each part, so that a measurement which is stopped leaves what it has; "runs" tells how much.
             table = pd.DataFrame([row for name, values in together.items() for row in rows_of(name, values)])
-            publish(table.sort_values("spreads_away"), file_of(given.results, "margins", engine))
+            publish(table.sort_values("spreads_away"), file_of(given.results, "margins", machine))
 
 
 if __name__ == "__main__":

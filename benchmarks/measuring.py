@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -19,10 +19,11 @@ from kdzoo.data import Dataset
 from kdzoo.data.sources import Pixels
 from kdzoo.distiller import Batch
 from kdzoo.engine import graphs
+from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.training import build, common_loader, shared_passes
 from kdzoo.files import slug, write_text
-from kdzoo.settings import EngineSettings, Settings, resolve
+from kdzoo.settings import Place, Run, Settings, resolve
 from kdzoo.store.folder import RunFolder
 
 CLASSES = 100
@@ -121,6 +122,19 @@ def random_set(size: int, device: torch.device) -> Dataset:
     return Dataset(spec, pixels, pixels, fits=True)
 
 
+class Machine(NamedTuple):
+    """Where a benchmark computes, and in which precision: what ``auto`` means here."""
+
+    device: torch.device
+    precision: str
+
+
+def this_machine() -> Machine:
+    """Set this process up as a run does, and return what it computes on."""
+    run = resolve_auto(Run(Settings(), Place()))
+    return Machine(use(run.place), run.settings.engine.precision)
+
+
 class Group:
     """Lanes with one teacher and one loader, whose steps are those of the training loop.
 
@@ -129,7 +143,7 @@ class Group:
         student: the student's name.
         methods: one lane for each.
         dataset: what is trained on.
-        engine: settled settings.
+        machine: where they compute.
         batch_size: None: the protocol's.
     """
 
@@ -139,23 +153,23 @@ class Group:
         student: str,
         methods: Sequence[str],
         dataset: Dataset,
-        engine: EngineSettings,
+        machine: Machine,
         batch_size: int | None = None,
     ):
         self.device = dataset.spec.labels.device
-        self.teacher = shared_passes(network(teacher, dataset.spec).eval().requires_grad_(False), engine)
-        self.settings = [self._settings(teacher, student, method, engine, batch_size) for method in methods]
-        distillations = [build(settings, dataset, self.teacher).train() for settings in self.settings]
-        loader = common_loader(self.settings[0], distillations, dataset)
+        self.runs = [self._run(teacher, student, method, machine, batch_size) for method in methods]
+        self.teacher = shared_passes(network(teacher, dataset.spec).eval().requires_grad_(False), self.runs[0])
+        distillations = [build(run, dataset, self.teacher).train() for run in self.runs]
+        loader = common_loader(self.runs[0].settings, distillations, dataset)
         self.batch_size, self.done = loader.batch_size, 0
         self.plain = graphs.Plain(self.teacher)
-        self.steps = graphs.steps(self.device, engine, self.teacher, print)
         self._batches = self._for_ever(loader.batches)
         nowhere = RunFolder(Path("nowhere"))  # nothing is written before an epoch's end
         self.lanes = [
-            Lane(settings, distillation, nowhere, self.device, loader.steps_per_epoch)
-            for settings, distillation in zip(self.settings, distillations, strict=True)
+            Lane(run, distillation, nowhere, self.device, loader.steps_per_epoch)
+            for run, distillation in zip(self.runs, distillations, strict=True)
         ]
+        self.steps = graphs.steps(self.lanes[0], self.teacher, print)
         for distillation in distillations:
             distillation.prepare([self.batch()])
 
@@ -173,12 +187,11 @@ class Group:
         self.done += 1
 
     @staticmethod
-    def _settings(teacher: str, student: str, method: str, engine: EngineSettings, batch_size: int | None) -> Settings:
+    def _run(teacher: str, student: str, method: str, machine: Machine, batch_size: int | None) -> Run:
         protocol = {"name": "crd"} | ({"batch_size": batch_size} if batch_size else {})
         names = {"distiller": method, "student": student, "teacher": teacher}
-        settings = resolve({key: {"name": name} for key, name in names.items()} | {"protocol": protocol})
-        settings.engine = engine
-        return settings
+        engine = {"device": str(machine.device), "precision": machine.precision}
+        return resolve({**{key: {"name": name} for key, name in names.items()}, "protocol": protocol, "engine": engine})
 
     @staticmethod
     def _for_ever(batches: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
@@ -195,11 +208,11 @@ def parts_of(group: Group) -> list[Mark]:
     return [*marks, ("backward", torch.Tensor, "backward")]
 
 
-def file_of(results: Path, what: str, engine: EngineSettings) -> Path:
+def file_of(results: Path, what: str, machine: Machine) -> Path:
     """The table's file, whose name holds what was measured, on which device, in which precision and when."""
     threads = f"cpu-{torch.get_num_threads()}threads"
-    machine = slug(torch.cuda.get_device_name(engine.device)) if engine.device.startswith("cuda") else threads
-    title = f"{what}-{machine}-{engine.precision}-torch{torch.__version__}-{date.today()}"
+    device = slug(torch.cuda.get_device_name(machine.device)) if machine.device.type == "cuda" else threads
+    title = f"{what}-{device}-{machine.precision}-torch{torch.__version__}-{date.today()}"
     return results / f"{title.replace('+', '_')}.csv"
 
 

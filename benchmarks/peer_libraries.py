@@ -17,14 +17,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from measuring import Group
+from measuring import Group, this_machine
 from torch import nn
 from torchvision import datasets, transforms
 
 from kdzoo import DataSpec, models
 from kdzoo.data import Dataset, open_dataset
-from kdzoo.engine.device import find_device, settle
-from kdzoo.settings import EngineSettings
+from kdzoo.engine.device import find_device
 
 THEIR_NAMES = {
     "vgg8": "vgg8",
@@ -40,9 +39,9 @@ Pace = Callable[[Any], Any]
 
 def kdzoo(given: Namespace, folder: Path, pace: Pace) -> None:
     """This library: one lane."""
-    engine = EngineSettings()
-    dataset = open_dataset(given.data, device=settle(engine))
-    group = Group(given.teacher, given.student, [given.method], dataset, engine, given.batch_size)
+    machine = this_machine()
+    dataset = open_dataset(given.data, device=machine.device)
+    group = Group(given.teacher, given.student, [given.method], dataset, machine, given.batch_size)
     for _ in pace(itertools.repeat(None)):
         group.step()
 

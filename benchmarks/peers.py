@@ -28,13 +28,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from measuring import arguments_of, file_of, publish, waiting
+from measuring import arguments_of, file_of, publish, this_machine, waiting
 from peer_libraries import LAYOUT, LIBRARIES, accept, write_cifar
 from torch import nn
 
 from kdzoo.data import open_dataset
-from kdzoo.engine.device import find_device, settle
-from kdzoo.settings import EngineSettings
+from kdzoo.engine.device import find_device
 
 
 class Paced:
@@ -146,9 +145,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--work", type=Path, help="a folder for CIFAR-100 in torchvision's layout and for logs")
     given = parser.parse_args()
-    engine = EngineSettings()
-    device = settle(engine)
-    given.precision, given.steps = engine.precision, given.steps or (30 if device.type == "cpu" else 300)
+    machine = this_machine()
+    device = machine.device
+    given.precision, given.steps = machine.precision, given.steps or (30 if device.type == "cpu" else 300)
     folders = {name: path for name in LIBRARIES if (path := getattr(given, name, None))}
     with tempfile.TemporaryDirectory() as temporary:
         given.work = (given.work or Path(temporary)).resolve()
@@ -156,7 +155,7 @@ def main() -> None:
             write_cifar(open_dataset(given.data), given.work / LAYOUT)
         table = compare(given, {"kdzoo": Path(), **folders})
     title = f"peers-{given.method}-{given.teacher}-{given.student}-b{given.batch_size}"
-    publish(table, file_of(given.results, title, engine))
+    publish(table, file_of(given.results, title, machine))
 
 
 if __name__ == "__main__":

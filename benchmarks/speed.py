@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from measuring import (
     Group,
+    Machine,
     arguments_of,
     by_part,
     file_of,
@@ -32,6 +33,7 @@ from measuring import (
     publish,
     random_set,
     take_turns,
+    this_machine,
     timed,
     waiting,
 )
@@ -39,10 +41,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdzoo.engine import graphs
-from kdzoo.engine.device import settle
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, matmul_precision
-from kdzoo.settings import EngineSettings
 
 PAIRS = (
     "resnet32x4:resnet8x4",
@@ -76,7 +76,7 @@ def shares(group: Group, steps: int) -> dict[str, float]:
 
 def bare_step(group: Group) -> Callable[[], None]:
     """A step on one batch that stays, with nothing around the tensor operations."""
-    batch, precision = group.batch(), PRECISIONS[group.settings[0].engine.precision]
+    batch, precision = group.batch(), PRECISIONS[group.runs[0].settings.engine.precision]
     distillations = [lane.distillation for lane in group.lanes]
     optimizers = [
         torch.optim.SGD(trainable(each), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True) for each in distillations
@@ -126,13 +126,13 @@ def matrix_rate(device: torch.device, precision: str) -> float:
         return 2 * side**3 / min(timed(lambda: one @ other, wait) for _ in range(20))
 
 
-def measure(row: Row, engine: EngineSettings, size: int, seconds: float) -> dict[str, object]:
+def measure(row: Row, machine: Machine, size: int, seconds: float) -> dict[str, object]:
     """A row of the table, in about that many seconds."""
     names, _, own_size = row.pair.partition("@")
     teacher, student = names.split(":")
-    device = torch.device(engine.device)
+    device = machine.device
     dataset = images_of(int(own_size or size), device)
-    group = Group(teacher, student, [row.method] * row.lanes, dataset, engine, row.batch)
+    group = Group(teacher, student, [row.method] * row.lanes, dataset, machine, row.batch)
     wait = waiting(device)
     works = {"engine": group.step, "bare": bare_step(group)}
     for work in works.values():
@@ -151,8 +151,8 @@ def measure(row: Row, engine: EngineSettings, size: int, seconds: float) -> dict
         "over_bare": round(median["bare"] / median["engine"], 3),
         "gflop": round(counted / 1e9, 2),
         "tflop_per_second": round(counted / median["engine"] / 1e12, 3),
-        "matrix_tflop_per_second": round(matrix_rate(device, engine.precision) / 1e12, 3),
-        "mfu": round(counted / median["engine"] / matrix_rate(device, engine.precision), 3),
+        "matrix_tflop_per_second": round(matrix_rate(device, machine.precision) / 1e12, 3),
+        "mfu": round(counted / median["engine"] / matrix_rate(device, machine.precision), 3),
         **{name: round(share, 3) for name, share in shares(group, max(2, min(10, steps))).items()},
     }
 
@@ -180,8 +180,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the table, to go on with one of another day")
     given = parser.parse_args()
-    engine = EngineSettings()
-    on_gpu = settle(engine).type != "cpu"
+    machine = this_machine()
+    on_gpu = machine.device.type != "cpu"
     batches, lanes = given.batches or ([64, 512] if on_gpu else [64]), given.lanes or ([1, 8] if on_gpu else [1])
     seconds = given.seconds or (2.0 if on_gpu else 20.0)
     wanted = [
@@ -190,14 +190,14 @@ def main() -> None:
     ]
     if on_gpu and not given.pairs:
         wanted.insert(0, GOAL)
-    file = given.out or file_of(given.results, "speed", engine)
+    file = given.out or file_of(given.results, "speed", machine)
     rows = measured_before(file)
     done = {tuple(row[key] for key in Row._fields) for row in rows}
     for row in wanted:
         if row in done:
             continue
         try:
-            rows.append(measure(row, engine, given.image_size, seconds))
+            rows.append(measure(row, machine, given.image_size, seconds))
         except (UserError, torch.OutOfMemoryError) as error:
             print(f"left out: {' '.join(map(str, row))}: {str(error).splitlines()[0]}")
             continue

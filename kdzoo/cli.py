@@ -114,8 +114,8 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
         from kdzoo.results.show import next_steps, result_table
         from kdzoo.settings import resolve
 
-        settings = resolve(values, overrides)
-    result = execute(settings, fresh=not resume)
+        made = resolve(values, overrides)
+    result = execute(made, fresh=not resume)
     if is_first():
         _print(result_table(result))
         click.echo(next_steps(result))
@@ -147,6 +147,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     type=click.FloatRange(min=0),
     help="GPUs for each group on Ray, such as 0.5 (default: 1 where the cluster has GPUs, else 0).",
 )
+@click.option("--worker", is_flag=True, hidden=True, help="Be one of several: end with the process that started this.")
 @DEBUG
 @OVERRIDES
 def bench(
@@ -158,6 +159,7 @@ def bench(
     on: str,
     jobs: int | None,
     gpus_per_group: float | None,
+    worker: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Train every method, pair and seed of a suite, then print the table.
@@ -169,20 +171,25 @@ def bench(
 
     with Progress() as progress, progress.doing("loading torch"):
         from kdzoo.experiments import bench as engine
-        from kdzoo.experiments import executors, suites
+        from kdzoo.experiments import suites, workers
         from kdzoo.experiments.estimate import estimate
+        from kdzoo.experiments.work import grouped
         from kdzoo.results import layout, table
-        from kdzoo.results.show import plan
+        from kdzoo.results.show import by_reason, plan
         from kdzoo.store.folder import find_runs
 
-        executor = executors.find(on, jobs, gpus_per_group)
-        found = suites.load(suite, range(seeds or 0), overrides)
+        executor = workers.find(on, jobs, gpus_per_group)
+        found = suites.load(suite, seeds or 0, overrides)
     folder = out or Path("runs") / found.name
     if dry_run:
-        groups = engine.laid_out(found, folder)
         with Progress() as progress:
+            groups = grouped(engine.placed(found, folder, executor, progress))
             estimates = estimate(groups, retry, progress)
         click.echo(plan(found.name, groups, estimates))
+        return
+    if worker:
+        workers.end_with_starter()
+        engine.bench(found, folder, executor=executor)
         return
     report = engine.bench(found, folder, retry, executor=executor)
     runs = table.rows(find_runs([folder]))
@@ -191,14 +198,10 @@ def bench(
     if report.elsewhere:
         click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
     if report.stopped:
-        lines = "; ".join(f"{title}: {reason}" for title, reason in report.stopped.items())
-        raise UserError(f"{len(report.stopped)} groups stopped ({lines}); the same command continues with them")
+        lines = by_reason(report.stopped)
+        raise UserError(f"{len(report.stopped)} runs stopped ({lines}); the same command continues with them")
     if report.failed:
-        alike: dict[str, list[str]] = {}
-        for path, reason in report.failed.items():
-            alike.setdefault(reason, []).append(path.name)
-        lines = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
-        raise UserError(f"{len(report.failed)} runs failed ({lines}); --retry tries them again")
+        raise UserError(f"{len(report.failed)} runs failed ({by_reason(report.failed)}); --retry tries them again")
 
 
 @cli.command("eval")

@@ -41,13 +41,19 @@ def keyword_settings(
     return asdict(typed(make_dataclass("Keywords", columns), given, prefix))
 
 
-def typed(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
+def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | None = None) -> Any:
     """Make an instance of the dataclass ``schema``, with ``values`` checked against its types.
 
+    Args:
+        schema: the dataclass, whose fields may be dataclasses again.
+        values: by the fields' names.
+        prefix: how errors begin each key's name.
+        also: a dataclass whose keys errors may suggest beside those of ``schema``.
+
     Raises:
-        UserError: an unknown key, with the nearest, or a value of another type; ``prefix`` begins each key's name.
+        UserError: an unknown key, with the nearest, or a value of another type.
     """
-    with explained(prefix, list(_keys(schema))):
+    with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values))))
 
 

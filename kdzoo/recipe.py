@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-@dataclass
+@dataclass(frozen=True)
 class Augmentation:
     """What happens to training images; everything off by default."""
 
@@ -18,7 +18,7 @@ class Augmentation:
     cutmix: float = 0.0  # alpha of cutmix's beta distribution
 
 
-@dataclass
+@dataclass(frozen=True)
 class Protocol:
     """A training recipe. Epochs count passes over the training set; rates are per optimiser step."""
 

@@ -4,10 +4,11 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
@@ -19,7 +20,15 @@ from kdzoo.keywords import explained, keyword_settings, read_yaml, typed
 from kdzoo.recipe import Protocol
 
 
-@dataclass
+@dataclass(frozen=True)
+class DistillerSettings:
+    """The method, and its keywords: all of them, in the order of its constructor."""
+
+    name: str = ""
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StudentSettings:
     """The network that learns."""
 
@@ -27,9 +36,9 @@ class StudentSettings:
     pretrained: bool = False  # start from timm's pretrained weights
 
 
-@dataclass
+@dataclass(frozen=True)
 class TeacherSettings:
-    """The network that is learnt from. It is trained once and kept: its recipe is its own, not the student's."""
+    """The network that is learnt from. It is trained once and kept, by a recipe that may differ from the student's."""
 
     name: str | None = None
     weights: str | None = None  # a file of weights instead of training
@@ -37,40 +46,81 @@ class TeacherSettings:
     protocol: str | None = None  # the recipe it is trained by; None: the run's, as it stands in its file
     epochs: int | None = None  # None: the recipe's
     seed: int = 0
-    allow_weak: bool = False  # distil from a teacher near chance all the same
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataSettings:
-    """What the networks see."""
+    """What the networks see; the size of the images is the protocol's."""
 
     name: str = "digits"
-    root: str = "data"  # where torchvision's sets lie
     limit: int | None = None  # this many training images at most
-    image_size: int | None = None  # the side images are shown at; None: the protocol's, else the set's own
     options: dict[str, Any] = field(default_factory=dict)  # keywords of what makes the set, where it has any
-    workers: int = 2  # decoding processes of sets too large for memory
 
 
-@dataclass
+@dataclass(frozen=True)
 class EngineSettings:
-    """Where and how it computes."""
+    """How a run computes, as far as that changes its result."""
+
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of the networks; auto: bf16 where fast
+    accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses
+    devices: int = 1  # that share every batch of one run; protocol.batch_size counts the images of all
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is: everything that decides its result, and nothing else."""
+
+    distiller: DistillerSettings = field(default_factory=DistillerSettings)
+    student: StudentSettings = field(default_factory=StudentSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    protocol: Protocol = field(default_factory=Protocol)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    seed: int = 0
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of the user's that the others name
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain dictionaries, lists and scalars; the keywords stand beside the method's name."""
+        plain = asdict(self)
+        plain["distiller"] = {"name": self.distiller.name, **self.distiller.keywords}
+        return json.loads(json.dumps(plain))
+
+    def identity(self) -> str:
+        """A hash of the settings; files count by their content, so an edited distiller makes another run."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class EnginePlace:
+    """The device, and how it is used."""
 
     device: str = "auto"
-    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of the networks; auto: bf16 where fast
     graph: bool = True  # the step as CUDA graphs, where it can be
     compile: bool = False  # the networks by torch.compile
-    accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses
     checkpoint_activations: bool = False  # the student's maps are computed again for the backward pass, not kept
-    devices: int = 1  # that share every batch of one run; protocol.batch_size counts the images of all
     threads: int = 0  # 0: as many as there are cores
     lanes: int = 0  # at most so many runs of a suite make a group; 0: all that can, side by side as memory holds
-    memory: float = 1.0  # the share of the device's memory that they may take; executors lower it where groups share
+    memory: float = 1.0  # the share of the device's memory that they may take; lowered where groups share it
     checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
 
 
-@dataclass
-class OutputSettings:
+@dataclass(frozen=True)
+class DataPlace:
+    """Where data lie, and who decodes them."""
+
+    root: str = "data"  # where torchvision's sets lie
+    workers: int = 2  # decoding processes of sets too large for memory
+
+
+@dataclass(frozen=True)
+class TeacherPlace:
+    """What is asked of a teacher before anything is distilled."""
+
+    allow_weak: bool = False  # distil from a teacher near chance all the same
+
+
+@dataclass(frozen=True)
+class OutputPlace:
     """Where results go."""
 
     root: str = "runs"
@@ -78,44 +128,59 @@ class OutputSettings:
     measure_every: int = 1  # epochs between measurements of the student; the last is always measured
 
 
-@dataclass
-class Settings:
-    """Everything that a run is made of."""
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens: nothing here changes its result beyond rounding, and all of it may differ at every start."""
 
-    distiller: dict[str, Any] = field(default_factory=dict)  # name, and the method's keywords
-    student: StudentSettings = field(default_factory=StudentSettings)
-    teacher: TeacherSettings = field(default_factory=TeacherSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    protocol: Protocol = field(default_factory=Protocol)
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    output: OutputSettings = field(default_factory=OutputSettings)
-    seed: int = 0
+    engine: EnginePlace = field(default_factory=EnginePlace)
+    data: DataPlace = field(default_factory=DataPlace)
+    teacher: TeacherPlace = field(default_factory=TeacherPlace)
+    output: OutputPlace = field(default_factory=OutputPlace)
+
+    def within(self, **changes: dict[str, Any]) -> "Place":
+        """The same place with keys of its sections changed, such as ``place.within(engine={"threads": 1})``."""
+        return replace(self, **{name: replace(getattr(self, name), **keys) for name, keys in changes.items()})
+
+
+class Run(NamedTuple):
+    """What a run is, and where it happens."""
+
+    settings: Settings
+    place: Place
+
+    def within(self, **changes: dict[str, Any]) -> "Run":
+        """The same run at a place whose sections' keys are changed."""
+        return self._replace(place=self.place.within(**changes))
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain dictionaries, lists and scalars."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def identity(self) -> str:
-        """A hash of all that can change the result: not where it lies, nor how many threads it ran on.
-
-        Files count by their content, so an edited distiller or another teacher's weights make another run.
-        """
-        what = self.plain()
-        del what["output"], what["data"]["root"], what["data"]["workers"], what["teacher"]["allow_weak"]
-        parts = self.engine.accumulate
-        what["engine"] = self.engine.precision + (f" in {parts} parts" if parts > 1 else "")
-        if self.engine.devices > 1:  # batch norms and losses that compare images see what one device has of a batch
-            what["devices"] = self.engine.devices
-        what["files"] = [
-            hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
-            for name in (self.distiller["name"], self.teacher.weights)
-            if name and Path(name).suffix and Path(name).expanduser().is_file()
-        ]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        """Both in one mapping, by the keys that a user gives."""
+        plain = self.settings.plain()
+        for section, keys in asdict(self.place).items():
+            plain[section] = {**plain.get(section, {}), **keys}
+        return plain
 
 
-def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Settings:
-    """Settings from nested ``values`` (flags, a file) and ``key=value`` strings, the latter winning.
+# The keys of the settings, in the sections that have keys of the place too.
+DECISIVE = {
+    section.name: {key.name for key in fields(getattr(Settings(), section.name))}
+    for section in fields(Place)
+    if section.name in {one.name for one in fields(Settings)}
+}
+
+
+def apart(plain: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a run's mapping into the keys of what it is and those of where it happens, with all that is unknown."""
+    what, where = dict(plain), {}
+    for section in (one.name for one in fields(Place)):
+        given, decisive = what.pop(section, {}), DECISIVE.get(section, set())
+        where[section] = {key: value for key, value in given.items() if key not in decisive}
+        if decisive:
+            what[section] = {key: value for key, value in given.items() if key in decisive}
+    return what, where
+
+
+def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+    """A run from nested ``values`` (flags, a suite) and ``key=value`` strings, the latter winning.
 
     Keywords that are not given come from the published preset for this pair, if there is one, else from the method's
     defaults.
@@ -138,31 +203,76 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setting
     if not isinstance(keywords, dict) or not keywords.get("name"):
         raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
     recipe = given.pop("protocol", {})
-    settings: Settings = typed(Settings, given, "")
-    settings.protocol = _protocol(recipe)
-    settings.data.options = option_settings(settings.data.name, settings.data.options)
-    settings.distiller = distiller_settings({**preset(settings, keywords["name"]), **keywords})
-    if settings.output.measure_every < 1:
-        raise UserError(f"output.measure_every={settings.output.measure_every}: expected a number of epochs from 1")
-    if settings.engine.lanes < 0:
-        raise UserError(f"engine.lanes={settings.engine.lanes}: expected a number of runs, or 0 for all")
+    if "files" in given:
+        raise UserError("files is no setting; the files that a run names are found by themselves")
+    run = _typed(given)
+    settings = replace(run.settings, protocol=_protocol(recipe))
+    names = settings.data.name, settings.protocol.name, settings.teacher.name, settings.student.name
+    usual = preset(str(keywords["name"]), *names)
+    settings = replace(
+        settings,
+        data=replace(settings.data, options=option_settings(settings.data.name, settings.data.options)),
+        distiller=distiller_settings({**usual, **keywords}),
+    )
     if not settings.student.name:
         raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
-    return settings
+    return Run(replace(settings, files=_files_of(settings)), run.place)
 
 
-def preset(settings: Settings, distiller: str) -> dict[str, Any]:
+def stored(plain: Mapping[str, Any]) -> Run:
+    """The run that ``Run.plain`` wrote down: complete, so no preset, recipe or default of today takes part.
+
+    Raises:
+        UserError: a key or keyword that is not known any more.
+    """
+    given = dict(plain)
+    distiller = distiller_settings(given.pop("distiller"))
+    settings, place = _typed(given)
+    return Run(replace(settings, distiller=distiller), place)
+
+
+def _typed(given: Mapping[str, Any]) -> Run:
+    """Check the keys and values of a run's mapping, the distiller's and a recipe's file left aside."""
+    for section in (*DECISIVE, "student", "output"):
+        if not isinstance(given.get(section, {}), Mapping):
+            raise UserError(f"{section}={given[section]}: expected {section}.KEY=value")
+    what, where = apart(given)
+    place: Place = typed(Place, where, "", also=Settings)
+    if place.output.measure_every < 1:
+        raise UserError(f"output.measure_every={place.output.measure_every}: expected a number of epochs from 1")
+    if place.engine.lanes < 0:
+        raise UserError(f"engine.lanes={place.engine.lanes}: expected a number of runs, or 0 for all")
+    if not 0 < place.engine.memory <= 1:
+        raise UserError(f"engine.memory={place.engine.memory:g}: expected a share of memory, above 0 and up to 1")
+    settings: Settings = typed(Settings, what, "", also=Place)
+    if settings.engine.accumulate < 1:
+        raise UserError(f"engine.accumulate={settings.engine.accumulate}: expected how many parts a batch has, from 1")
+    return Run(settings, place)
+
+
+def _files_of(settings: Settings) -> dict[str, str]:
+    """The SHA-256 of each file that the settings name: a method, weights, a data set of the user's."""
+    found = {}
+    for name in (settings.distiller.name, settings.teacher.weights, settings.data.name):
+        path = Path(name or "").expanduser()
+        if name and path.suffix and path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def preset(distiller: str, data: str, protocol: str, teacher: str | None, student: str) -> dict[str, Any]:
     """The keywords that the field uses for this method on this pair, data and recipe (``configs/presets.csv``)."""
-    run = {
-        "distiller": distiller,
-        "data": settings.data.name,
-        "protocol": settings.protocol.name,
-        "teacher": settings.teacher.name,
-        "student": settings.student.name,
-    }
-    lines = (shipped_folder() / "presets.csv").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in csv.DictReader(lines) if all(row[key] == value for key, value in run.items())]
-    return {row["keyword"]: yaml.safe_load(row["value"]) for row in rows}
+    return dict(_presets().get((distiller, data, protocol, teacher or "", student), {}))
+
+
+@cache
+def _presets() -> dict[tuple[str, ...], dict[str, Any]]:
+    """All presets, by method, data, protocol, teacher and student."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in csv.DictReader((shipped_folder() / "presets.csv").read_text(encoding="utf-8").splitlines()):
+        key = tuple(row[part] for part in ("distiller", "data", "protocol", "teacher", "student"))
+        found.setdefault(key, {})[row["keyword"]] = yaml.safe_load(row["value"])
+    return found
 
 
 def read_protocol(name: str, epochs: int | None = None) -> Protocol:
@@ -175,11 +285,11 @@ def protocol_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _protocol_files())
 
 
-def distiller_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks a method's keywords against its constructor and fills in the defaults."""
-    name = str(keywords["name"])
-    given = {key: value for key, value in keywords.items() if key != "name"}
-    return {"name": name, **keyword_settings(registry.load(name), given)}
+def distiller_settings(given: Mapping[str, Any]) -> DistillerSettings:
+    """Check a method's keywords, given beside its ``name``, against its constructor, and fill in the defaults."""
+    keywords = dict(given)
+    name = str(keywords.pop("name"))
+    return DistillerSettings(name, keyword_settings(registry.load(name), keywords))
 
 
 def _protocol(given: Mapping[str, Any]) -> Protocol:

@@ -77,7 +77,7 @@ def counted(tmp_path) -> Callable[[int], Suite]:
         f"distillers: [kd, {{name: {COUNTED}, folder: {tmp_path}}}], teacher: {{epochs: 1, allow_weak: true}}}}"
     )
     overrides = ["engine.precision=float32", "engine.device=cpu", "engine.checkpoint_seconds=0", "engine.lanes=2"]
-    return lambda seeds: suites.load(str(file), seeds=range(seeds), overrides=overrides)
+    return lambda seeds: suites.load(str(file), seeds=seeds, overrides=overrides)
 
 
 @pytest.fixture

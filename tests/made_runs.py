@@ -9,12 +9,12 @@ from kdzoo.store.folder import Result, RunFolder, find_runs
 
 def write(root, top1, seed, *overrides, distiller="kd", **found):
     """A finished run of the digits, as an engine would leave it."""
-    settings = resolve(
+    run = resolve(
         {"distiller": {"name": distiller}, "student": {"name": "resnet_8"}, "output": {"root": str(root)}},
         ["teacher.name=vit_s", f"seed={seed}", "engine.device=cpu", "engine.precision=float32", *overrides],
     )
-    folder = RunFolder.of(settings)
-    folder.open(settings)
+    folder = RunFolder.of(run)
+    folder.open(run)
     values = {
         "data": "digits",
         "protocol": "quick",

@@ -59,6 +59,6 @@ def test_every_frequency_method_is_explained_and_reconstructions_are_called_so()
 def test_the_suites_on_frequency_ask_only_for_what_there_is(name):
     runs = suites.load(name).runs
     assert runs
-    options = {str(run.data.options): run.data for run in runs if run.data.name == "bands"}
+    options = {str(data.options): data for data in (run.settings.data for run in runs) if data.name == "bands"}
     for data in options.values():
         assert open_dataset(data.name, options={**data.options, "train": 1, "test": 1}).spec.num_classes == 8

@@ -13,33 +13,33 @@ import kdzoo
 from kdzoo import DataSpec, models, registry
 from kdzoo.errors import UserError
 from kdzoo.files import shipped_folder
-from kdzoo.settings import protocol_names, read_protocol, resolve
+from kdzoo.settings import DistillerSettings, protocol_names, read_protocol, resolve
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}}
 
 
 def test_defaults_are_the_quick_protocol_on_digits():
-    settings = resolve(BASE)
+    settings = resolve(BASE).settings
     assert (settings.data.name, settings.protocol.name, settings.seed) == ("digits", "quick", 0)
 
 
 def test_a_methods_keywords_are_its_settings():
-    settings = resolve(BASE, ["distiller.temperature=2", "distiller.ce=0.5"])
-    assert settings.distiller == {"name": "kd", "ce": 0.5, "kd": 0.9, "temperature": 2.0}
+    method = resolve(BASE, ["distiller.temperature=2", "distiller.ce=0.5"]).settings.distiller
+    assert method == DistillerSettings("kd", {"ce": 0.5, "kd": 0.9, "temperature": 2.0})
 
 
 def test_overrides_win_over_the_protocols_file():
-    settings = resolve({**BASE, "protocol": {"name": "crd"}}, ["protocol.lr=0.1"])
+    settings = resolve({**BASE, "protocol": {"name": "crd"}}, ["protocol.lr=0.1"]).settings
     assert settings.protocol.lr == 0.1
     assert settings.protocol.augmentation.flip
 
 
 def test_milestones_and_warm_up_shrink_with_the_epochs():
     crd = {**BASE, "protocol": {"name": "crd"}}
-    assert resolve(crd).protocol.milestones == (150, 180, 210)
-    assert resolve(crd, ["protocol.epochs=24"]).protocol.milestones == (15, 18, 21)
+    assert resolve(crd).settings.protocol.milestones == (150, 180, 210)
+    assert resolve(crd, ["protocol.epochs=24"]).settings.protocol.milestones == (15, 18, 21)
     own = resolve(crd, ["protocol.epochs=24", "protocol.milestones=[20]"])
-    assert own.protocol.milestones == (20,)
+    assert own.settings.protocol.milestones == (20,)
 
 
 @pytest.mark.parametrize("name", protocol_names())
@@ -76,7 +76,7 @@ def test_a_wrong_setting_is_one_line_that_helps(override, said):
 def test_a_protocol_file_of_ones_own(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 3\noptimizer: adamw\nlr: 0.001\n")
-    assert resolve({**BASE, "protocol": {"name": str(file)}}).protocol.epochs == 3
+    assert resolve({**BASE, "protocol": {"name": str(file)}}).settings.protocol.epochs == 3
     file.write_text("epochs: [3\n")
     with pytest.raises(UserError, match="no valid YAML"):
         read_protocol(str(file))
@@ -92,10 +92,10 @@ def test_yaml_cannot_build_objects(tmp_path):
 
 
 def test_identity_tells_runs_apart_by_what_changes_the_result():
-    identity = resolve(BASE).identity()
-    assert resolve(BASE, ["output.root=elsewhere", "engine.threads=1"]).identity() == identity
+    identity = resolve(BASE).settings.identity()
+    assert resolve(BASE, ["output.root=elsewhere", "engine.threads=1"]).settings.identity() == identity
     for override in ("seed=1", "distiller.kd=1", "protocol.lr=0.1", "data.limit=9", "student.name=resnet14"):
-        assert resolve(BASE, [override]).identity() != identity
+        assert resolve(BASE, [override]).settings.identity() != identity
 
 
 def test_an_edited_distiller_file_is_another_run(tmp_path):
@@ -108,9 +108,9 @@ class Mine(Distiller):
 '''
     file.write_text(text)
     base = {**BASE, "distiller": {"name": str(file)}}
-    before = resolve(base).identity()
+    before = resolve(base).settings.identity()
     file.write_text(text + "# another\n")
-    assert resolve(base).identity() != before
+    assert resolve(base).settings.identity() != before
 
 
 def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
@@ -128,9 +128,9 @@ def test_the_fields_own_weights_for_a_pair_are_the_defaults_there():
         "data": {"name": "cifar100"},
         "protocol": {"name": "crd"},
     }
-    assert resolve(pair).distiller["beta"] == 2.0
-    assert resolve(pair, ["distiller.beta=3"]).distiller["beta"] == 3.0
-    assert resolve(pair, ["data.name=digits"]).distiller["beta"] == 8.0
+    assert resolve(pair).settings.distiller.keywords["beta"] == 2.0
+    assert resolve(pair, ["distiller.beta=3"]).settings.distiller.keywords["beta"] == 3.0
+    assert resolve(pair, ["data.name=digits"]).settings.distiller.keywords["beta"] == 8.0
 
 
 def test_every_preset_resolves_to_its_value():
@@ -145,7 +145,7 @@ def test_every_preset_resolves_to_its_value():
             "data": {"name": row["data"]},
             "protocol": {"name": row["protocol"]},
         }
-        value, shown = yaml.safe_load(row["value"]), resolve(pair).distiller[row["keyword"]]
+        value, shown = yaml.safe_load(row["value"]), resolve(pair).settings.distiller.keywords[row["keyword"]]
         assert (list(shown) if isinstance(value, list) else shown) == value
 
 
@@ -173,7 +173,7 @@ def test_networks_with_four_stages_and_a_stem_of_their_own_are_matched_in_all_of
         for teacher, student, stages in (("vgg13", "vgg8", [0, 1, 2, 3]), ("resnet56", "resnet20", [1, 2, 3])):
             pair = {"teacher": {"name": teacher}, "student": {"name": student}}
             where = {"data": {"name": "cifar100"}, "protocol": {"name": "crd"}, "distiller": {"name": distiller}}
-            assert list(resolve({**pair, **where}).distiller["stages"]) == stages
+            assert list(resolve({**pair, **where}).settings.distiller.keywords["stages"]) == stages
 
 
 def test_a_checkout_that_is_installed_elsewhere_too_finds_its_own_recipes(tmp_path):

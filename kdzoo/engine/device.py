@@ -5,11 +5,12 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
 from kdzoo.errors import UserError
-from kdzoo.settings import EngineSettings
+from kdzoo.settings import Place, Run
 
 # Variables that limit the instructions of a CPU library, with the values that leave it those for bf16.
 _ONEDNN = r"default|all|avx512_core_(bf16|fp16|amx.*)|avx10_.*"
@@ -73,7 +74,7 @@ def bf16_is_fast(
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep the memory of tensors that are gone, for those that follow; whether it can, as glibc can.
+    """Tell glibc to keep freed memory for the tensors to come. Returns False where that is not possible.
 
     It would give large ones back to the system at once, and a step would begin by asking for the same pages again.
     """
@@ -85,21 +86,30 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, at_most))
 
 
-def settle(engine: EngineSettings) -> torch.device:
-    """Replaces every ``auto`` by what it means on this machine, sets the threads, and gives the device."""
-    device = find_device(engine.device)
-    engine.device = str(device)
-    engine.precision = find_precision(engine.precision, device)  # type: ignore[assignment]
-    if engine.precision == "tf32" and device.type != "cuda":
+def resolve_auto(run: Run) -> Run:
+    """Replace every ``auto`` of a run by what it means on this machine.
+
+    Raises:
+        UserError: the device is not there, or it has no such precision.
+    """
+    engine = run.settings.engine
+    device = find_device(run.place.engine.device)
+    precision = find_precision(engine.precision, device)
+    if precision == "tf32" and device.type != "cuda":
         raise UserError(f"precision tf32 is for CUDA devices, and this is {device}; expected float32 or bf16")
-    if engine.accumulate < 1:
-        raise UserError(f"engine.accumulate={engine.accumulate}: expected how many parts a batch has, from 1")
-    if not 0 < engine.memory <= 1:
-        raise UserError(f"engine.memory={engine.memory:g}: expected a share of memory, above 0 and up to 1")
+    settings = replace(run.settings, engine=replace(engine, precision=precision))  # type: ignore[arg-type]
+    return Run(settings, run.place).within(engine={"device": str(device)})
+
+
+def use(place: Place) -> torch.device:
+    """Set this process's threads and memory as a place asks for, and return the place's device."""
+    device = find_device(place.engine.device)
     if device.type == "cpu":
         keep_freed_memory()
-    if engine.threads:
-        torch.set_num_threads(engine.threads)
+    if place.engine.threads:
+        torch.set_num_threads(place.engine.threads)
+    if device.index is not None and device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     return device
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kdzoo.distiller import Batch
 from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.settings import EngineSettings
 
 WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and all else that is made when first used
 
@@ -84,7 +84,7 @@ class Graphed(Plain):
         if self.plainly:
             return super().begin(batch)
         if self.batch is None:
-            self.batch = of_tensors(batch, Tensor.clone)
+            self.batch = tree_map_only(Tensor, Tensor.clone, batch)
         else:
             for still, new in zip(tensors(self.batch), tensors(batch), strict=True):
                 still.copy_(new, non_blocking=True)
@@ -177,13 +177,12 @@ class Graphed(Plain):
             self.runtime.current_stream().wait_stream(stream)
 
 
-def steps(
-    device: torch.device, engine: EngineSettings, teacher: TeacherPasses | None, say: Callable[[str], None]
-) -> Plain:
-    """How to take the steps of a training."""
+def steps(lane: Lane, teacher: TeacherPasses | None, say: Callable[[str], None]) -> Plain:
+    """Choose how to take the steps of a training, of which ``lane`` is one."""
+    settings, place = lane.run
     alone = not (distributed.is_available() and distributed.is_initialized())
-    if device.type == "cuda" and engine.graph and alone:
-        return Graphed(teacher, device, engine.precision, say, cuda_graph)
+    if lane.device.type == "cuda" and place.engine.graph and alone:
+        return Graphed(teacher, lane.device, settings.engine.precision, say, cuda_graph)
     return Plain(teacher)
 
 
@@ -252,23 +251,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def tensors(batch: Batch | None) -> list[Tensor]:
     """All tensors of a batch, in one order."""
-    if batch is None:
-        return []
-    plain = (batch.images, batch.labels, batch.targets, batch.index, batch.progress, batch.partner)
-    return [*(tensor for tensor in plain if tensor is not None), *batch.views.values()]
-
-
-def of_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with each tensor changed."""
-    return Batch(
-        change(batch.images),
-        change(batch.labels),
-        change(batch.targets),
-        change(batch.index),
-        change(batch.progress),
-        {name: change(view) for name, view in batch.views.items()},
-        None if batch.partner is None else change(batch.partner),
-    )
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def first_line(error: BaseException) -> str:

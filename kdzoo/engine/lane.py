@@ -1,6 +1,7 @@
 """A lane: one student trained by one method, beside others that share its teacher and its batches."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import LOGITS, Batch, Distiller, Output, Show
+from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.meter import Meter
+from kdzoo.engine.micro_batches import micro_batches
 from kdzoo.engine.optim import Optimizer, learning_rate
-from kdzoo.engine.parts import micro_batches
 from kdzoo.engine.ranks import ALONE, Ranks
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.models import Network
 from kdzoo.precision import PRECISIONS, matmul_precision
 from kdzoo.randomness import seed_of
-from kdzoo.settings import Settings
+from kdzoo.settings import Run
 from kdzoo.store.curves import Curves
 from kdzoo.store.folder import RunFolder
 
@@ -73,14 +75,16 @@ class Epochs:
             yield batch
 
 
-def titles(runs: Sequence[Settings]) -> list[str]:
+def titles(runs: Sequence[Run]) -> list[str]:
     """Names that tell lanes apart: the method, the student where there are several, and keywords that differ."""
-    several = len({run.student.name for run in runs}) > 1
+    everything = [run.settings for run in runs]
+    several = len({settings.student.name for settings in everything}) > 1
     names = []
-    for run in runs:
-        alike = [other.distiller for other in runs if other.distiller["name"] == run.distiller["name"]]
-        own = [f"{key}={value}" for key, value in run.distiller.items() if any(a[key] != value for a in alike)]
-        names.append(" ".join([*([run.student.name] if several else []), run.distiller["name"], *own]))
+    for settings in everything:
+        method = settings.distiller
+        alike = [other.distiller.keywords for other in everything if other.distiller.name == method.name]
+        own = [f"{key}={value}" for key, value in method.keywords.items() if any(a[key] != value for a in alike)]
+        names.append(" ".join([*([settings.student.name] if several else []), method.name, *own]))
     return names
 
 
@@ -96,7 +100,7 @@ class Trained(nn.Module):
 class Lane:
     """All the state of one run in training. Every step is a function of that state, the seed and the step."""
 
-    settings: Settings
+    run: Run
     distillation: Distillation
     folder: RunFolder
     device: torch.device
@@ -105,8 +109,9 @@ class Lane:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        protocol = self.settings.protocol
-        self.base_rate = protocol.lr_of.get(self.settings.student.name, protocol.lr)
+        settings, place = self.run
+        protocol = settings.protocol
+        self.base_rate = protocol.lr_of.get(settings.student.name, protocol.lr)
         self.trained = Trained(self.distillation.student, self.distillation.distiller)
         self.forward = self.ranks.wrap(self.distillation)
         self.optimizer = Optimizer(self.distillation, protocol)
@@ -114,20 +119,20 @@ class Lane:
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on this run so far, over all its starts
         self.failure: UserError | None = None
-        curves = self.settings.output.tensorboard and self.ranks.first
+        curves = place.output.tensorboard and self.ranks.first
         self.curves = Curves(self.folder.path) if curves else None
         self.average = ModelEmaV3(self.trained, decay=protocol.ema) if protocol.ema else None
         # What the host writes at the begin of a step and the device reads in it.
         self.number = torch.zeros((), device=self.device, dtype=torch.int64)
-        self.share = torch.full((), 1 / self.settings.engine.accumulate, device=self.device)
+        self.share = torch.full((), 1 / settings.engine.accumulate, device=self.device)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
-        return learning_rate(self.settings.protocol, self.base_rate, step, self.steps_per_epoch)
+        return learning_rate(self.run.settings.protocol, self.base_rate, step, self.steps_per_epoch)
 
     def prepare(self, loader: Loader, teacher: TeacherPasses | None) -> None:
         """The method's phase before training."""
-        torch.manual_seed(seed_of(self.settings.seed, "prepare"))
+        torch.manual_seed(seed_of(self.run.settings.seed, "prepare"))
         self.distillation.prepare(Epochs(loader, teacher))
         self.ranks.align(self.trained)
 
@@ -138,18 +143,18 @@ class Lane:
 
     def begin(self, step: int) -> None:
         """The host's part of a step: its seed, its learning rate, its number."""
-        torch.manual_seed(seed_of(self.settings.seed, "step", step, *self.ranks.names))
+        torch.manual_seed(seed_of(self.run.settings.seed, "step", step, *self.ranks.names))
         self.optimizer.set_rate(self.rate(step))
         self.number.fill_(step)
 
     def advance(self, batch: Batch) -> None:
         """The device's part: a function of tensors that asks for no number, so that it can be a CUDA graph."""
-        engine = self.settings.engine
-        for part in micro_batches(batch, engine.accumulate):
-            terms = self.forward(part)
+        settings = self.run.settings
+        for rows in micro_batches(batch, settings.engine.accumulate):
+            terms = self.forward(rows)
             if not terms:
-                raise UserError(f"distiller '{self.settings.distiller['name']}' has no loss term: all weights are 0")
-            with matmul_precision(self.device.type, PRECISIONS[engine.precision]):
+                raise UserError(f"distiller '{settings.distiller.name}' has no loss term: all weights are 0")
+            with matmul_precision(self.device.type, PRECISIONS[settings.engine.precision]):
                 torch.stack(list(terms.values())).sum().backward(self.share)
             self.meter.add(self.ranks.mean(terms), self.number)
         self.optimizer.step()
@@ -159,9 +164,23 @@ class Lane:
     @property
     def host_bound(self) -> str | None:
         """Why ``advance`` cannot be a CUDA graph, where that is known beforehand."""
-        if self.settings.engine.checkpoint_activations:
+        if self.run.place.engine.checkpoint_activations:
             return "activation checkpointing keeps the generator's state on the host"
         return self.optimizer.host_bound
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """Take an error inside as this lane's failure and continue after it; a full disk stops all lanes."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except UserError as error:
+            self.failure = error
+        except RuntimeError as error:
+            self.failure = out_of_memory(error, self.run)
+            if self.failure is None:
+                raise
 
     def record(self, found: dict[str, Any]) -> None:
         """Writes an epoch down."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kdzoo.distiller import Batch
 from kdzoo.errors import OutOfMemory
-from kdzoo.settings import Settings
+from kdzoo.settings import Run
 
 if TYPE_CHECKING:
     from kdzoo.engine.lane import Lane
@@ -98,25 +99,21 @@ def together(costs: Iterable[Cost]) -> int:
 
 def packed(costs: Sequence[Cost], room: float) -> list[list[int]]:
     """The lanes' numbers in their order, as many together as ``room`` bytes hold, and at least one."""
-    parts: list[list[int]] = []
+    packs: list[list[int]] = []
     for i in range(len(costs)):
-        if parts and together(costs[j] for j in (*parts[-1], i)) <= room:
-            parts[-1].append(i)
+        if packs and together(costs[j] for j in (*packs[-1], i)) <= room:
+            packs[-1].append(i)
         else:
-            parts.append([i])
-    return parts
+            packs.append([i])
+    return packs
 
 
 def bytes_of(state: Any) -> int:
-    """The bytes of all tensors in nested dictionaries and lists."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    if isinstance(state, dict):
-        return sum(bytes_of(value) for value in state.values())
-    return sum(bytes_of(value) for value in state) if isinstance(state, list | tuple) else 0
+    """Count the bytes of all tensors in nested dictionaries and lists."""
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
 
 
-def out_of_memory(error: BaseException, settings: Settings) -> OutOfMemory | None:
+def out_of_memory(error: BaseException, run: Run) -> OutOfMemory | None:
     """The error in a user's words where it says that memory is full; None for any other.
 
     It does not chain to ``error``, whose traceback would keep alive what did not fit.
@@ -124,6 +121,6 @@ def out_of_memory(error: BaseException, settings: Settings) -> OutOfMemory | Non
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return None
     return OutOfMemory(
-        f"out of memory with batches of {settings.protocol.batch_size} on {settings.engine.device}; "
-        "lower --batch-size or data.image_size"
+        f"out of memory with batches of {run.settings.protocol.batch_size} on {run.place.engine.device}; "
+        "lower --batch-size or protocol.image_size"
     )

@@ -159,54 +159,52 @@ class Optimizer:
             {"params": groups["plain"], "weight_decay": 0.0},
         ]
         decayed = [group for group in decayed if group["params"]]
-        self.parts: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if groups["matrices"]:
             given = {"lr": protocol.lr, "weight_decay": protocol.weight_decay, "momentum": protocol.momentum}
-            self.parts.append(Muon(groups["matrices"], **given))
+            self.optimizers.append(Muon(groups["matrices"], **given))
         if decayed and protocol.optimizer == "sgd":
-            self.parts.append(torch.optim.SGD(decayed, lr=rate, momentum=protocol.momentum, fused=fused))
+            self.optimizers.append(torch.optim.SGD(decayed, lr=rate, momentum=protocol.momentum, fused=fused))
         elif decayed:
             capturable = device.type == "cuda"
-            self.parts.append(torch.optim.AdamW(decayed, lr=rate, fused=fused, capturable=capturable))
+            self.optimizers.append(torch.optim.AdamW(decayed, lr=rate, fused=fused, capturable=capturable))
 
     @property
     def host_bound(self) -> str | None:
-        """Why a step cannot be captured; None where it can."""
-        kinds = [type(part).__name__ for part in self.parts if not isinstance(part.param_groups[0]["lr"], Tensor)]
-        return f"{kinds[0]} takes its learning rate from the host" if kinds else None
+        """Say why a step cannot be captured; None where it can."""
+        bound = [one for one in self.optimizers if not isinstance(one.param_groups[0]["lr"], Tensor)]
+        return f"{type(bound[0]).__name__} takes its learning rate from the host" if bound else None
 
     def set_rate(self, rate: float) -> None:
-        """Sets the learning rate of the steps to come, without waiting for the device."""
+        """Set the learning rate of the steps to come, without waiting for the device."""
         if self._rate is not None:
             self._rate.fill_(rate)
-        for part in self.parts:
-            for group in part.param_groups:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
                 if not isinstance(group["lr"], Tensor):
                     group["lr"] = rate
 
-    def step(self, rate: float | None = None) -> None:
-        """Clips, steps, at the learning rate that was set before where none is given, and forgets the gradients."""
-        if rate is not None:
-            self.set_rate(rate)
+    def step(self) -> None:
+        """Clip the gradients, take a step at the learning rate that was set before, and drop the gradients."""
         if self.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        for part in self.parts:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.forget()
 
     def forget(self) -> None:
-        """Drops the gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What ``load_state_dict`` takes."""
-        return [part.state_dict() for part in self.parts]
+        """Return what ``load_state_dict`` takes."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Restores moments and counters; what the protocol and the device say stays."""
-        for part, saved in zip(self.parts, state, strict=True):
-            part.load_state_dict({**saved, "param_groups": part.state_dict()["param_groups"]})
-            for group in part.param_groups:
+        """Restore moments and counters; what the protocol and the device say stays."""
+        for optimizer, saved in zip(self.optimizers, state, strict=True):
+            optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+            for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"] = self._rate  # not the copy that torch has made of it

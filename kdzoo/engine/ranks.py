@@ -1,6 +1,6 @@
 """Several processes train one run, each on its share of every batch; Lightning Fabric stays behind this file.
 
-The processes are started here (``--devices``) or by torchrun, and find each other through torchrun's variables.
+torchrun starts the processes, or its launcher does for ``--devices``; they find each other through its variables.
 """
 
 import logging
@@ -9,17 +9,19 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
-from multiprocessing.queues import SimpleQueue
 from typing import Any, cast
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import ProcessException, start_processes
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdzoo.errors import UserError
-from kdzoo.settings import Settings
+from kdzoo.settings import Run
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -63,6 +65,10 @@ class Ranks:
         """The first process's decision."""
         return decision
 
+    def device(self, device: torch.device) -> torch.device:
+        """This process's device, where the run names ``device``."""
+        return device
+
 
 ALONE = Ranks()
 
@@ -97,44 +103,48 @@ class DataParallel(Ranks):
         distributed.broadcast(decided, src=0, group=cast(distributed.ProcessGroup, self._host))
         return bool(decided)
 
+    def device(self, device: torch.device) -> torch.device:
+        return cast(torch.device, self.fabric.device) if device.type == "cuda" else device
 
-def check(settings: Settings) -> None:
-    """Takes the number of processes from torchrun where it started this one, and refuses what cannot be run.
+
+def check(run: Run) -> Run:
+    """Take the number of processes from torchrun where it started this one, and refuse what cannot be trained.
 
     Raises:
         UserError: too few devices, no Fabric, or a batch that cannot be shared evenly.
     """
-    engine, here, world = settings.engine, 1, _number("WORLD_SIZE")
+    devices, world = run.settings.engine.devices, _number("WORLD_SIZE")
+    here = devices
     if _is_rank():
         here = _number("LOCAL_WORLD_SIZE")
-        if engine.devices not in (1, world):
-            raise UserError(f"--devices {engine.devices} in one of {world} processes; leave it to what started them")
-        engine.devices = world
-    elif engine.devices != 1:
-        here = engine.devices
-    if engine.devices < 1:
-        raise UserError(f"--devices {engine.devices}: expected a number from 1")
-    if engine.devices == 1:
-        return
+        if devices not in (1, world):
+            raise UserError(f"--devices {devices} in one of {world} processes; leave it to what started them")
+        devices = world
+    if devices < 1:
+        raise UserError(f"--devices {devices}: expected a number from 1")
+    if devices == 1:
+        return run
     if find_spec("lightning_fabric") is None:
         raise UserError("several devices need lightning-fabric: pip install 'kdzoo[parallel]'")
-    device = torch.device(engine.device)
+    device = torch.device(run.place.engine.device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"several devices are cpu or cuda, not {device.type}; leave --devices out")
     if device.type == "cuda" and device.index is not None:
-        raise UserError(f"{device} is one device and --devices asks for {engine.devices}; say --device cuda")
+        raise UserError(f"{device} is one device and --devices asks for {devices}; say --device cuda")
     if device.type == "cuda" and here > torch.cuda.device_count():
         raise UserError(f"this machine has {torch.cuda.device_count()} cuda devices, not {here}; lower --devices")
-    if settings.protocol.batch_size % engine.devices:
+    batch_size = run.settings.protocol.batch_size
+    if batch_size % devices:
         raise UserError(
-            f"a batch of {settings.protocol.batch_size} images cannot be shared evenly by {engine.devices} devices; "
-            f"set protocol.batch_size, which counts all devices' images, to a multiple of {engine.devices}"
+            f"a batch of {batch_size} images cannot be shared evenly by {devices} devices; set protocol.batch_size, "
+            f"which counts all devices' images, to a multiple of {devices}"
         )
+    return run._replace(settings=replace(run.settings, engine=replace(run.settings.engine, devices=devices)))
 
 
-def to_start(settings: Settings) -> bool:
+def to_start(run: Run) -> bool:
     """Tell whether this process only starts the processes that train."""
-    return settings.engine.devices > 1 and not _is_rank()
+    return run.settings.engine.devices > 1 and not _is_rank()
 
 
 def is_first() -> bool:
@@ -143,24 +153,21 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(settings: Settings) -> Iterator[Ranks]:
-    """The processes of this run once all are there; at the end they part. ``ALONE`` for a run of one process.
-
-    The device in ``settings`` becomes this process's own.
-    """
-    engine = settings.engine
-    if engine.devices == 1:
+def joined(run: Run) -> Iterator[Ranks]:
+    """The processes of this run once all are there; at the end they part. ``ALONE`` for a run of one process."""
+    devices, place = run.settings.engine.devices, run.place.engine
+    if devices == 1:
         yield ALONE
         return
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    kind, here = torch.device(engine.device).type, _number("LOCAL_WORLD_SIZE")
+    here = _number("LOCAL_WORLD_SIZE")
     fabric = Fabric(
-        accelerator=kind,
+        accelerator=torch.device(place.device).type,
         devices=here,
-        num_nodes=engine.devices // here,
+        num_nodes=devices // here,
         # A method may leave parameters unused; its buffers it keeps in step itself.
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
         plugins=[TorchElasticEnvironment()],
@@ -168,72 +175,54 @@ def joined(settings: Settings) -> Iterator[Ranks]:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it says at info level is no news
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is too new
     fabric.launch()
-    if engine.threads:
-        torch.set_num_threads(engine.threads)  # Fabric has shared out the cores
-    if kind == "cuda":
-        engine.device = str(fabric.device)
+    if place.threads:
+        torch.set_num_threads(place.threads)  # Fabric has shared out the cores
     yield DataParallel(fabric)
     distributed.destroy_process_group()  # not after an error, when others may never come to it
 
 
-def start(work: Callable[..., object], settings: Settings, *arguments: object) -> None:
-    """Run ``work(settings, *arguments)`` in one process for each device, on this machine.
+def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
+    """Let torchrun's launcher run ``work(run, *arguments)`` in one process for each device, on this machine.
 
     As soon as one fails, all are ended.
 
     Raises:
         UserError: one raised it, or was killed.
     """
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    variables = {
-        "WORLD_SIZE": str(settings.engine.devices),
-        "LOCAL_WORLD_SIZE": str(settings.engine.devices),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already, so no port can be lost to others
-    }
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else DDP warns of methods that leave no parameter unused
-    errors: SimpleQueue[str] = get_context("spawn").SimpleQueue()
-    started = start_processes(
-        _work_as_rank,
-        (variables, errors, work, settings, *arguments),
-        nprocs=settings.engine.devices,
-        join=False,
-        start_method="spawn",
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
+    devices = run.settings.engine.devices
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
     )
-    assert started is not None
-    logging.getLogger(start_processes.__module__).setLevel(logging.ERROR)  # that others are ended is what we ask for
     try:
-        while not started.join():
-            pass
-    except ProcessException as error:  # of the first that was seen to end, which may be a victim of another's end
-        if not errors.empty():
-            raise UserError(errors.get()) from error
-        for index, process in enumerate(started.processes):
-            code = process.exitcode or 0
-            if code < 0 and code != -signal.SIGTERM:  # which is what the others are ended by
-                raise UserError(
-                    f"process {index} of {settings.engine.devices} was ended by {signal.Signals(-code).name}; "
-                    "the same command continues from the last checkpoint"
-                ) from error
+        elastic_launch(config, _work_as_rank)(work, run, *arguments)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
         raise
-    finally:
-        for process in started.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise UserError(
+                f"process {rank} of {devices} was ended by {failure.signal_name()}; the same command continues from "
+                "the last checkpoint"
+            ) from error
+        said = str(failure.error_file_data["message"]["message"])
+        if said.startswith("UserError: "):
+            raise UserError(said.removeprefix("UserError: ")) from error
+        raise
 
 
-def _work_as_rank(
-    rank: int, variables: dict[str, str], errors: "SimpleQueue[str]", work: Callable[..., object], *arguments: object
-) -> None:
-    os.environ |= {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    try:
-        work(*arguments)
-    except UserError as error:
-        errors.put(str(error))
-        os._exit(2)  # at once: the others wait in vain, and so would this one's way out
+@record
+def _work_as_rank(work: Callable[..., object], *arguments: object) -> None:
+    work(*arguments)
 
 
 def _is_rank() -> bool:

@@ -22,7 +22,7 @@ from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
-from kdzoo.settings import EngineSettings, Settings
+from kdzoo.settings import Run, Settings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 
@@ -35,8 +35,8 @@ class Teacher:
     top1: float  # in percent, on the test set
 
 
-def build(settings: Settings, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool = True) -> Distillation:
-    """Student and distiller of these settings on the data's device; the seed alone decides their weights.
+def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool = True) -> Distillation:
+    """Make student and distiller of a run on the data's device; the seed alone decides their weights.
 
     The passes of ``teacher`` then show what the method needs, beside what they showed before. Without ``fetch`` a
     pretrained student is only made to fit its weights, as in ``models.create``.
@@ -44,24 +44,23 @@ def build(settings: Settings, dataset: Dataset, teacher: TeacherPasses | None, f
     Raises:
         UserError: teacher and student differ in their number of classes, or the method does not fit the pair.
     """
-    spec, engine = dataset.spec, settings.engine
+    spec, (settings, place) = dataset.spec, run
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
     if spec.labels.device.type == "cpu":
         models.unfuse_attention(student)
-    keywords = {key: value for key, value in settings.distiller.items() if key != "name"}
     torch.manual_seed(seed_of(settings.seed, "distiller"))
-    distiller = registry.load(settings.distiller["name"])(**keywords)
+    distiller = registry.load(settings.distiller.name)(**settings.distiller.keywords)
     if teacher is None and distiller.needs.teacher:
-        raise UserError(f"distiller '{settings.distiller['name']}' needs a teacher; pass --teacher NAME")
+        raise UserError(f"distiller '{settings.distiller.name}' needs a teacher; pass --teacher NAME")
     network = None if teacher is None else teacher.network
-    precision = PRECISIONS[engine.precision]
+    precision = PRECISIONS[settings.engine.precision]
     distillation = Distillation(student, network, distiller, data=spec, precision=precision, passes=teacher)
     if teacher is not None and distiller.needs.teacher:
         teacher.show |= distiller.needs.show("teacher")
-    if engine.checkpoint_activations:
+    if place.engine.checkpoint_activations:
         student.checkpoint_activations()
-    if engine.compile:
+    if place.engine.compile:
         student.compile()
     return channels_last(distillation.to(spec.labels.device))
 
@@ -75,18 +74,18 @@ def channels_last(distillation: Distillation) -> Distillation:
 
 
 def build_all(
-    runs: Sequence[Settings], dataset: Dataset, teacher: TeacherPasses | None
+    runs: Sequence[Run], dataset: Dataset, teacher: TeacherPasses | None
 ) -> tuple[dict[int, Distillation], dict[int, UserError]]:
     """``build`` for each run, by its number; those that cannot be built, with the reason."""
     built: dict[int, Distillation] = {}
     failed: dict[int, UserError] = {}
-    for i, settings in enumerate(runs):
+    for i, run in enumerate(runs):
         try:
-            built[i] = build(settings, dataset, teacher).train()
+            built[i] = build(run, dataset, teacher).train()
         except UserError as error:
             failed[i] = error
         except RuntimeError as error:
-            full = out_of_memory(error, settings)
+            full = out_of_memory(error, run)
             if full is None:
                 raise
             failed[i] = full
@@ -99,17 +98,17 @@ def common_loader(settings: Settings, built: Iterable[Distillation], dataset: Da
     return dataset.loader(settings.protocol, seed=settings.seed, views=tuple(views), part=ranks.rank, parts=ranks.world)
 
 
-def shared_passes(network: models.Network, engine: EngineSettings) -> TeacherPasses:
+def shared_passes(network: models.Network, run: Run) -> TeacherPasses:
     """The passes of a frozen network, made by one whose weights are cast once, and which is compiled if asked for."""
-    dtype = PRECISIONS[engine.precision].dtype
+    dtype = PRECISIONS[run.settings.engine.precision].dtype
     fast = network if dtype is None else models.cast_weights(network, dtype)
-    if engine.compile:
+    if run.place.engine.compile:
         fast.compile()
     return TeacherPasses(network, fast=fast)
 
 
 def train_lanes(
-    runs: Sequence[Settings],
+    runs: Sequence[Run],
     dataset: Dataset,
     teacher: Teacher | None,
     progress: Progress,
@@ -122,17 +121,18 @@ def train_lanes(
     Returns:
         For each run its result, or why it failed; no lane's failure stops another.
     """
-    shared = None if teacher is None else shared_passes(teacher.network, runs[0].engine)
-    weights = " with pretrained weights" if any(run.student.pretrained for run in runs) else ""
-    with progress.doing(f"building {', '.join(sorted({run.student.name for run in runs}))}{weights}"):
+    shared = None if teacher is None else shared_passes(teacher.network, runs[0])
+    students = [run.settings.student for run in runs]
+    weights = " with pretrained weights" if any(student.pretrained for student in students) else ""
+    with progress.doing(f"building {', '.join(sorted({student.name for student in students}))}{weights}"):
         built, failed = build_all(runs, dataset, shared)
     outcomes: dict[int, Result | UserError] = {**failed}
     if built:
-        loader = common_loader(runs[0], built.values(), dataset, ranks)
+        loader = common_loader(runs[0].settings, built.values(), dataset, ranks)
         device, per_epoch, names = dataset.spec.labels.device, loader.steps_per_epoch, titles(runs)
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks) for i in built}
         for lane in lanes.values():
-            ranks.once(lane.folder.open, lane.settings)
+            ranks.once(lane.folder.open, lane.run)
         with current(device):
             loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
@@ -141,15 +141,13 @@ def train_lanes(
     return [outcomes[i] for i in range(len(runs))]
 
 
-def train_one(
-    settings: Settings, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE
-) -> Result:
+def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE) -> Result:
     """Trains a run from where its folder stands to its end; each of ``ranks`` calls it alike.
 
     Raises:
         UserError: it failed.
     """
-    [outcome] = train_lanes([settings], dataset, teacher, progress, ranks)
+    [outcome] = train_lanes([run], dataset, teacher, progress, ranks)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -157,7 +155,7 @@ def train_one(
 
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
     """Writes the student that ships, then the result."""
-    settings, history, shipped = lane.settings, lane.history, lane.deployed()
+    settings, history, shipped = lane.run.settings, lane.history, lane.deployed()
     best = max((record for record in history if record["top1"] is not None), key=lambda record: record["top1"])
     result = Result(
         folder=lane.folder.path,
@@ -165,7 +163,7 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         protocol=settings.protocol.name,
         teacher=settings.teacher.name,
         student=settings.student.name,
-        distiller=settings.distiller["name"],
+        distiller=settings.distiller.name,
         fidelity=str(lane.distillation.distiller.fidelity),
         seed=settings.seed,
         teacher_top1=None if teacher is None else teacher.top1,

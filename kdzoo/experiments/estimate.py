@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from kdzoo import models
 from kdzoo.data import Dataset, Loader
 from kdzoo.distiller import Batch
 from kdzoo.engine import memory
+from kdzoo.engine.device import use
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.loop import attempt
 from kdzoo.engine.memory import Cost
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, build_all, common_loader, shared_passes
@@ -26,7 +26,7 @@ from kdzoo.errors import OutOfMemory, UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.run import open_data
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.settings import Settings
+from kdzoo.settings import Run, Settings
 from kdzoo.store.folder import RunFolder
 
 CALLS, ENOUGH = 3, 1.0  # a time is the median of so many calls, or of fewer that took so many seconds
@@ -56,23 +56,23 @@ class GroupCost:
     base: int  # bytes of process, data and teacher
     room: float  # bytes that the lanes may take
 
-    def parts(self, chosen: Sequence[int]) -> list[list[LaneCost]]:
+    def packs(self, chosen: Sequence[int]) -> list[list[LaneCost]]:
         """Those of the chosen runs that can be trained, as many side by side as memory holds."""
         lanes = [self.lanes[i] for i in chosen if i in self.lanes]
         packed = memory.packed([lane.memory for lane in lanes], self.room)
-        return [[lanes[i] for i in part] for part in packed]
+        return [[lanes[i] for i in pack] for pack in packed]
 
     def seconds(self, chosen: Sequence[int]) -> float:
-        """The time of these runs. Each part of the group makes its batches and asks the teacher anew."""
-        parts = self.parts(chosen)
-        step = sum(self.shared + sum(lane.step for lane in part) for part in parts)
-        test = sum(lane.test for part in parts for lane in part)
-        return self.epochs * self.steps * step + self.measured * test + (self.once if parts else 0.0)
+        """The time of these runs. Each pack makes its batches and asks the teacher anew."""
+        packs = self.packs(chosen)
+        step = sum(self.shared + sum(lane.step for lane in pack) for pack in packs)
+        test = sum(lane.test for pack in packs for lane in pack)
+        return self.epochs * self.steps * step + self.measured * test + (self.once if packs else 0.0)
 
     def bytes(self, chosen: Sequence[int]) -> int:
-        """The memory of the largest part, with process, data and teacher."""
-        parts = self.parts(chosen)
-        return self.base + max((memory.together(lane.memory for lane in part) for part in parts), default=0)
+        """The memory of the largest pack, with process, data and teacher."""
+        packs = self.packs(chosen)
+        return self.base + max((memory.together(lane.memory for lane in pack) for pack in packs), default=0)
 
 
 @dataclass(frozen=True)
@@ -84,30 +84,31 @@ class Estimate:
     left: float = 0.0  # of those that are still to do
     teaching: float = 0.0  # of its teacher's own training, unless an earlier group pays for that
     memory: int = 0  # bytes, with the process and the data
-    parts: int = 1  # that memory divides it into
+    packs: int = 1  # that memory divides it into
     failed: Mapping[int, UserError] = field(default_factory=dict)  # runs that cannot be trained, by their numbers
     missing: str = ""  # why nothing could be measured
 
 
-def estimate(groups: Sequence[Sequence[Settings]], retry: bool, progress: Progress) -> list[Estimate]:
+def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -> list[Estimate]:
     """What each group of a suite will take. Nothing is trained: networks have random weights.
 
     Groups that differ by their seed only are measured once. Phases before training, and the teacher's passes
     over further views, are not counted.
     """
-    known: dict[str, tuple[GroupCost, Settings | None, float] | UserError] = {}
+    known: dict[str, tuple[GroupCost, Run | None, float] | UserError] = {}
     paid: set[str] = set()
     found = []
     for group in groups:
         key = json.dumps([{**run.plain(), "seed": 0} for run in group], sort_keys=True)
         if key not in known:
-            progress.say(f"measuring {group[0].teacher.name} on {group[0].data.name}: {len(group)} runs")
+            first = group[0].settings
+            progress.say(f"measuring {first.teacher.name} on {first.data.name}: {len(group)} runs")
             try:
                 with progress.doing(f"timing a few steps of {len(group)} runs"):
                     known[key] = measure(group, progress)
             except UserError as error:
                 known[key] = error
-        left = [i for i, run in enumerate(group) if not is_done(run, retry)]
+        left = [i for i, run in enumerate(group) if not RunFolder.of(run).is_done(retry)]
         finished = len(group) - len(left)
         measured = known[key]
         if isinstance(measured, UserError):
@@ -115,7 +116,7 @@ def estimate(groups: Sequence[Sequence[Settings]], retry: bool, progress: Progre
             continue
         cost, lacking, teaching = measured
         everything = range(len(group))
-        teacher = lacking.identity() if lacking is not None and left else ""
+        teacher = lacking.settings.identity() if lacking is not None and left else ""
         found.append(
             Estimate(
                 finished,
@@ -123,7 +124,7 @@ def estimate(groups: Sequence[Sequence[Settings]], retry: bool, progress: Progre
                 cost.seconds(left),
                 0.0 if teacher in paid or not teacher else teaching,
                 cost.bytes(everything),
-                max(1, len(cost.parts(everything))),
+                max(1, len(cost.packs(everything))),
                 cost.failed,
             )
         )
@@ -131,21 +132,15 @@ def estimate(groups: Sequence[Sequence[Settings]], retry: bool, progress: Progre
     return found
 
 
-def is_done(run: Settings, retry: bool) -> bool:
-    """Whether a bench would leave the run as it is."""
-    folder = RunFolder.of(run)
-    return folder.read_result() is not None or (folder.failure.is_file() and not retry)
-
-
-def measure(group: Sequence[Settings], progress: Progress) -> tuple[GroupCost, Settings | None, float]:
+def measure(group: Sequence[Run], progress: Progress) -> tuple[GroupCost, Run | None, float]:
     """What a group takes, its teacher's own training where that is still to be done, and the seconds of it.
 
     Raises:
         UserError: the data or the teacher cannot be opened.
     """
     first = group[0]
-    dataset = open_data(first, torch.device(first.engine.device), progress)
-    if first.teacher.name is None:
+    dataset = open_data(first, use(first.place), progress)
+    if first.settings.teacher.name is None:
         return cost_of(group, dataset, None), None, 0.0
     lacking = teachers.lacking(first, dataset)
     teaching = 0.0 if lacking is None else cost_of([lacking], dataset, None).seconds([0])
@@ -154,11 +149,11 @@ def measure(group: Sequence[Settings], progress: Progress) -> tuple[GroupCost, S
     return cost_of(group, dataset, network), lacking, teaching
 
 
-def cost_of(runs: Sequence[Settings], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
+def cost_of(runs: Sequence[Run], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
     """What these runs take beside this teacher."""
-    first, device = runs[0], dataset.spec.labels.device
+    (first, place), device = runs[0], dataset.spec.labels.device
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    room = memory.ROOM * memory.free(device, first.engine.memory)
+    room = memory.ROOM * memory.free(device, place.engine.memory)
     lanes: dict[int, LaneCost] = {}
     failed: dict[int, UserError] = {}
     for i, lane, batch in stepped(runs, dataset, teacher, failed):
@@ -177,21 +172,20 @@ def cost_of(runs: Sequence[Settings], dataset: Dataset, teacher: models.Network 
         once=once,
         steps=loader.steps_per_epoch,
         epochs=first.protocol.epochs,
-        measured=math.ceil(first.protocol.epochs / first.output.measure_every),
+        measured=math.ceil(first.protocol.epochs / place.output.measure_every),
         lanes=lanes,
         failed=failed,
         base=base,
-        room=math.inf if first.engine.lanes else room,
+        room=math.inf if place.engine.lanes else room,
     )
 
 
-def parts(
-    runs: Sequence[Settings], dataset: Dataset, teacher: Teacher | None, progress: Progress
-) -> list[list[Settings]]:
+def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> list[list[Run]]:
     """A group's runs, as many side by side as memory holds beside data and teacher; all, if ``engine.lanes`` is set."""
-    if runs[0].engine.lanes or len(runs) == 1:
+    place = runs[0].place.engine
+    if place.lanes or len(runs) == 1:
         return [list(runs)]
-    room = memory.ROOM * memory.free(dataset.spec.labels.device, runs[0].engine.memory)
+    room = memory.ROOM * memory.free(dataset.spec.labels.device, place.memory)
     failed: dict[int, UserError] = {}
     lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
     with progress.doing(f"measuring the memory of {len(runs)} runs"):
@@ -201,11 +195,11 @@ def parts(
     found = memory.packed(costs, room)
     if len(found) > 1:
         progress.say(f"memory does not hold all {len(runs)} runs side by side: {len(found)} parts, one after the other")
-    return [[runs[i] for i in part] for part in found]
+    return [[runs[i] for i in pack] for pack in found]
 
 
 def stepped(
-    runs: Sequence[Settings],
+    runs: Sequence[Run],
     dataset: Dataset,
     teacher: models.Network | None,
     failed: dict[int, UserError],
@@ -214,18 +208,19 @@ def stepped(
 
     Runs that cannot be built or make no step are put into ``failed``, with the reason.
     """
-    shared = None if teacher is None else shared_passes(teacher, runs[0].engine)
+    shared = None if teacher is None else shared_passes(teacher, runs[0])
     built, reasons = build_all(runs, dataset, shared)
     failed |= reasons
     if not built:
         return
-    loader = common_loader(runs[0], built.values(), dataset)
+    loader = common_loader(runs[0].settings, built.values(), dataset)
     batch = next(loader.batches())
     for i in list(built):
-        settings = replace(runs[i], output=replace(runs[i].output, tensorboard=False))  # nothing is written
-        lane = Lane(settings, built.pop(i), RunFolder.of(settings), batch.images.device, loader.steps_per_epoch)
-        for step in range(2):  # optimisers take their memory at the end of the first
-            attempt(lane, lane.step, batch, step)
+        run = runs[i].within(output={"tensorboard": False})  # nothing is written
+        lane = Lane(run, built.pop(i), RunFolder.of(run), batch.images.device, loader.steps_per_epoch)
+        with lane.failing_alone():
+            for step in range(2):  # optimisers take their memory at the end of the first
+                lane.step(batch, step)
         if lane.failure is None:
             yield i, lane, batch
         else:

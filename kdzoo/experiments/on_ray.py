@@ -1,4 +1,4 @@
-"""Train a bench's groups on a Ray cluster: one task a group, tried again elsewhere when its node is lost.
+"""Workers of a bench on a Ray cluster: each is a task, tried again elsewhere when its node is lost.
 
 The working folder, the folder of runs and the cache must be shared by all nodes.
 """
@@ -6,30 +6,31 @@ The working folder, the folder of runs and the cache must be shared by all nodes
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kdzoo.engine.device import settle
+from kdzoo.engine.device import resolve_auto
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
-from kdzoo.experiments.groups import Group, Work, begin
+from kdzoo.experiments.suites import Suite
+from kdzoo.experiments.work import is_done, work_through
 from kdzoo.files import cache_folder
-from kdzoo.settings import EngineSettings, Settings
+from kdzoo.settings import Place, Run
 
-RETRIES = 3  # of a group whose node or worker was lost
+RETRIES = 3  # of a worker whose node or process was lost, and of all workers where runs were left
 PATIENCE = 10.0  # seconds for a cluster to take a connection; Ray would try for minutes and then end the process
 
 
 @dataclass(frozen=True)
 class OnRay:
-    """One task a group, on the cluster that ``connect`` finds. A group takes ``engine.threads`` cores, or one.
+    """A worker for each group, on the cluster that ``connect`` finds. It takes ``engine.threads`` cores, or one.
 
     Args:
-        gpus: that a group takes, such as 0.5; None: one where the cluster has any, unless the device is the CPU.
+        gpus: that a worker takes, such as 0.5; None: one where the cluster has any, unless the device is the CPU.
 
     Raises:
         UserError: a share of more than one GPU.
@@ -41,42 +42,49 @@ class OnRay:
         if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
             raise UserError(f"--gpus-per-group {self.gpus}: expected a share of one GPU, such as 0.5, or whole ones")
 
-    def settle(self, runs: Sequence[Settings], quiet: bool) -> None:
-        """Asks a node, since the machine that starts a bench may lack what the nodes have."""
-        ray = connect(quiet)
-        task = self.task(ray, runs[0].engine, "settle")
-        place = Place.of(runs)
-        for _, (engines, reason) in answers(ray, {task.remote(place, partial(settled, [r.engine for r in runs])): ""}):
-            if reason is not None:
-                raise UserError(reason)
-            for run, engine in zip(runs, engines, strict=True):
-                run.engine.device, run.engine.precision = engine.device, engine.precision
+    def resolve_auto(self, runs: Sequence[Run], progress: Progress) -> list[Run]:
+        """Ask a node, since the machine that starts a bench may lack what the nodes have."""
+        ray = connect(progress.quiet)
+        task = self.task(ray, runs[0].place, "device and precision")
+        Path(runs[0].place.output.root).expanduser().mkdir(parents=True, exist_ok=True)
+        asked = task.remote(Origin.here(runs[0].place), partial(resolved, runs))
+        [(_, found, reason)] = answers(ray, {asked: ""})
+        if reason:
+            raise UserError(reason)
+        return list(found)
 
-    def train(self, groups: Sequence[Group], work: Work, progress: Progress, quiet: bool) -> dict[str, str]:
-        ray = connect(quiet)
-        tasks: dict[Any, str] = {}
-        for group in groups:
-            progress.say(f"group {group.title}: {group.text}")
-            if group.runs:
-                share = self.share(ray, group.runs[0].engine)
-                for engine in (run.engine for run in group.runs):
-                    engine.threads, engine.memory = engine.threads or 1, engine.memory * share
-                task = self.task(ray, group.runs[0].engine, f"group {group.title}")
-                tasks[task.remote(Place.of(group.runs), partial(train_there, group, work, quiet))] = group.title
-        stopped: dict[str, str] = {}
-        for title, (_, reason) in answers(ray, tasks):
-            if reason is not None:
-                stopped[title] = reason
-                progress.say(f"group {title} stopped: {reason}")
-        return stopped
+    def is_here(self, runs: Sequence[Run]) -> bool:
+        return False
 
-    def task(self, ray: ModuleType, engine: EngineSettings, name: str) -> Any:
-        """A task of a group's size.
+    def start(self, suite: Suite, groups: Sequence[Sequence[Run]], progress: Progress) -> list[str]:
+        ray = connect(progress.quiet)
+        place = groups[0][0].place
+        keys = {"threads": place.engine.threads or 1, "memory": place.engine.memory * self.share(ray, place)}
+        placed = [[run.within(engine=keys) for run in group] for group in groups]
+        reasons: list[str] = []
+        for turn in range(RETRIES + 1):
+            left = sum(not all(map(is_done, group)) for group in groups)
+            if not left or reasons:
+                break
+            # Runs that are held in the end, such as by a lost node's process, are waited for in a second turn.
+            work = partial(work_there, placed, progress.quiet, turn > 0)
+            tasks: dict[Any, str] = {}
+            for number in range(1, left + 1):
+                name = f"worker {number}"
+                tasks[self.task(ray, place, name).remote(Origin.here(place), work)] = name
+            for name, _, reason in answers(ray, tasks):
+                if reason:
+                    reasons.append(reason)
+                    progress.say(f"{name} stopped: {reason}")
+        return list(dict.fromkeys(reasons))
+
+    def task(self, ray: ModuleType, place: Place, name: str) -> Any:
+        """Make a task of a worker's size.
 
         Raises:
             UserError: no node could ever run it.
         """
-        nodes, cores, gpus = self.resources(ray, engine)
+        nodes, cores, gpus = self.resources(ray, place)
         if not any(node.get("CPU", 0) >= cores and node.get("GPU", 0) >= gpus for node in nodes):
             raise UserError(
                 f"no node of the cluster has {cores} cores and {gpus:g} GPUs, which a group takes; lower "
@@ -84,18 +92,18 @@ class OnRay:
             )
         return ray.remote(on_node).options(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES, name=name)
 
-    def share(self, ray: ModuleType, engine: EngineSettings) -> float:
-        """Of the memory of a GPU or, on CPUs, of the largest node: what falls to a group."""
-        nodes, cores, gpus = self.resources(ray, engine)
+    def share(self, ray: ModuleType, place: Place) -> float:
+        """The share of a worker in the memory of a GPU or, on CPUs, of the largest node."""
+        nodes, cores, gpus = self.resources(ray, place)
         return min(1.0, gpus or cores / max(node.get("CPU", cores) for node in nodes))
 
-    def resources(self, ray: ModuleType, engine: EngineSettings) -> tuple[list[dict[str, float]], int, float]:
-        """What each node has, and the cores and GPUs that a group takes."""
+    def resources(self, ray: ModuleType, place: Place) -> tuple[list[dict[str, float]], int, float]:
+        """What each node has, and the cores and GPUs that a worker takes."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = self.gpus
         if gpus is None:
-            gpus = float(engine.device != "cpu" and any(node.get("GPU", 0) for node in nodes))
-        return nodes, engine.threads or 1, gpus
+            gpus = float(place.engine.device != "cpu" and any(node.get("GPU", 0) for node in nodes))
+        return nodes, place.engine.threads or 1, gpus
 
 
 def connect(quiet: bool) -> ModuleType:
@@ -129,27 +137,27 @@ def connect(quiet: bool) -> ModuleType:
     return ray
 
 
-class Place(NamedTuple):
-    """Where and as what the bench was started; its tasks must find the same."""
+class Origin(NamedTuple):
+    """Where and as what the bench was started; its workers must find the same."""
 
     folder: str  # settings name files relative to it
-    outputs: tuple[str, ...]
+    out: str
     cache: str  # a teacher that one node trains is the teacher of all
     command: tuple[str, ...]
 
     @classmethod
-    def of(cls, runs: Iterable[Settings]) -> "Place":
-        """This process's, for these runs."""
-        outputs = tuple({str(Path(run.output.root).absolute()): None for run in runs})
-        return cls(os.getcwd(), outputs, str(cache_folder().absolute()), tuple(sys.argv))
+    def here(cls, place: Place) -> "Origin":
+        """This process's, for runs at this place."""
+        out = Path(place.output.root).expanduser().absolute()
+        return cls(os.getcwd(), str(out), str(cache_folder().absolute()), tuple(sys.argv))
 
     def enter(self) -> None:
-        """Makes this process as the one that started the bench.
+        """Make this process as the one that started the bench.
 
         Raises:
             UserError: a folder is not there.
         """
-        for folder in (self.folder, *self.outputs):
+        for folder in (self.folder, self.out):
             if not Path(folder).is_dir():
                 raise UserError(
                     f"node {socket.gethostname()} has no folder {folder}; start the bench in a folder that all nodes "
@@ -160,35 +168,33 @@ class Place(NamedTuple):
         sys.argv[:] = self.command
 
 
-def on_node(place: Place, work: Callable[[], object]) -> tuple[object, str | None]:
-    """Run a task: return what ``work`` gives and None, or None and the user's error."""
+def on_node(origin: Origin, work: Callable[[], object]) -> tuple[object, str]:
+    """Run a task: return what ``work`` gives and nothing, or None and the user's error."""
     try:
-        place.enter()
-        return work(), None
+        origin.enter()
+        return work(), ""
     except UserError as error:
         return None, str(error)
 
 
-def settled(engines: Sequence[EngineSettings]) -> Sequence[EngineSettings]:
-    """The engines without any ``auto``, by what this node has."""
-    for engine in engines:
-        settle(engine)
-    return engines
+def resolved(runs: Sequence[Run]) -> list[Run]:
+    """The runs without any ``auto``, by what this node has."""
+    return [resolve_auto(run) for run in runs]
 
 
-def train_there(group: Group, work: Work, quiet: bool) -> None:
-    """Trains a group on this node. Runs still held, such as by a lost node's process, are waited for."""
+def work_there(groups: Sequence[Sequence[Run]], quiet: bool, wait: bool) -> None:
+    """Be a worker on this node."""
     with Progress(quiet) as progress:
-        begin(group, work, progress, wait=True)
+        work_through(groups, progress, wait)
 
 
-def answers(ray: ModuleType, tasks: Mapping[Any, str]) -> Iterator[tuple[str, tuple[Any, str | None]]]:
-    """For each task, as it ends, its title with what ``on_node`` gave, or with why it gave nothing."""
+def answers(ray: ModuleType, tasks: Mapping[Any, str]) -> Iterator[tuple[str, Any, str]]:
+    """For each task, as it ends: its name, and what ``on_node`` gave, or None and why it gave nothing."""
     waiting = list(tasks)
     while waiting:
         [ended], waiting = ray.wait(waiting)
         try:
-            yield tasks[ended], ray.get(ended)
+            yield tasks[ended], *ray.get(ended)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            yield tasks[ended], (None, f"{type(cause).__name__}: {' '.join(str(cause).split())}")
+            yield tasks[ended], None, f"{type(cause).__name__}: {' '.join(str(cause).split())}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ from torch import nn
 
 from kdzoo import data, models, registry
 from kdzoo.distiller import Distiller
-from kdzoo.engine import loop
 from kdzoo.engine import ranks as processes
-from kdzoo.engine.device import settle
+from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.lane import TeacherPasses
+from kdzoo.engine.measure import evaluate
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_one
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
-from kdzoo.settings import Settings, resolve
+from kdzoo.settings import EnginePlace, Run, resolve
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock
@@ -76,21 +77,21 @@ def run(
     return execute(resolve(values, overrides), fresh=fresh, quiet=quiet)
 
 
-def execute(settings: Settings, fresh: bool = False, quiet: bool = False) -> Result:
-    """Runs ``settings``, or shows the run that is already finished. Global random state is left as it was.
+def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
+    """Train a run, or show the one that is already finished. Global random state is left as it was.
 
     With several devices this starts a process for each, which comes here again; those of torchrun come by themselves.
     """
-    settle(settings.engine)
-    processes.check(settings)
-    folder = RunFolder.of(settings)
-    if processes.to_start(settings):
-        processes.start(execute, settings, fresh, quiet)
+    run = processes.check(resolve_auto(run))
+    folder = RunFolder.of(run)
+    if processes.to_start(run):
+        processes.start(execute, run, fresh, quiet)
         result = folder.read_result()
         assert result is not None, "processes that end well leave a result"
         return result
-    with processes.joined(settings) as ranks, Progress(quiet or not ranks.first) as progress:
-        device = torch.device(settings.engine.device)
+    device = use(run.place)
+    with processes.joined(run) as ranks, Progress(quiet or not ranks.first) as progress:
+        device = ranks.device(device)
         with (
             RunLock(folder.path) if ranks.first else nullcontext(),
             torch.random.fork_rng(
@@ -106,54 +107,63 @@ def execute(settings: Settings, fresh: bool = False, quiet: bool = False) -> Res
                 if finished is not None:
                     progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
                     return finished
-                ranks.once(folder.open, settings)
-                dataset = open_data(settings, device, progress)
-                if settings.teacher.name and teachers.lacking(settings, dataset) is not None:
+                ranks.once(folder.open, run)
+                dataset = open_data(run, device, progress)
+                has_teacher = run.settings.teacher.name is not None
+                if has_teacher and teachers.lacking(run, dataset) is not None:
                     # A method that does not fit the pair says so before hours are spent on its teacher.
-                    with progress.doing(f"checking that {settings.distiller['name']} fits the pair"):
-                        build(settings, dataset, TeacherPasses(teachers.untrained(settings, dataset)), fetch=False)
-                teacher = teachers.obtain(settings, dataset, progress) if settings.teacher.name else None
-            return train_one(settings, dataset, teacher, progress, ranks)
+                    with progress.doing(f"checking that {run.settings.distiller.name} fits the pair"):
+                        build(run, dataset, TeacherPasses(teachers.untrained(run, dataset)), fetch=False)
+                teacher = teachers.obtain(run, dataset, progress) if has_teacher else None
+            return train_one(run, dataset, teacher, progress, ranks)
 
 
-def open_data(settings: Settings, device: torch.device, progress: Progress) -> data.Dataset:
-    """The data set of a run, at the size that its settings or its protocol ask for."""
-    wanted = settings.data
+def open_data(run: Run, device: torch.device, progress: Progress) -> data.Dataset:
+    """Open the data set of a run, at the size that its protocol asks for."""
+    wanted = run.settings.data
     with progress.doing(f"opening {wanted.name}") as report:
         return data.open_dataset(
             wanted.name,
-            root=wanted.root,
-            image_size=wanted.image_size or settings.protocol.image_size,
+            root=run.place.data.root,
+            image_size=run.settings.protocol.image_size,
             limit=wanted.limit,
             device=device,
             report=report,
             options=wanted.options,
-            workers=wanted.workers,
+            workers=run.place.data.workers,
         )
 
 
 def evaluate_run(path: Path) -> tuple[float, float]:
-    """Measures a finished run's shipped student again: top-1 and top-5 in percent.
+    """Measure a finished run's shipped student again, on this machine: top-1 and top-5 in percent.
 
     Raises:
         UserError: there is no finished run at ``path``.
     """
     folder = RunFolder(path)
-    settings = folder.settings()
+    made = folder.run()
     if folder.read_result() is None:
         raise UserError(f"{path} is not finished; run its command again, and it continues")
     with torch.random.fork_rng(), Progress() as progress:
-        dataset = open_data(settings, settle(settings.engine), progress)
+        run = resolve_auto(elsewhere(made))
+        settings = run.settings
+        dataset = open_data(run, use(run.place), progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
-            deployed = shape_of_shipped(settings, dataset)
+            deployed = shape_of_shipped(run, dataset)
             models.load_weights(deployed, folder.student)
             deployed.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
-            return loop.evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
+            return evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
 
 
-def shape_of_shipped(settings: Settings, dataset: data.Dataset) -> nn.Module:
-    """The module that a run ships, its weights yet to be loaded; the teacher is fetched only where it ships too."""
-    if registry.load(settings.distiller["name"]).deploy is Distiller.deploy:
+def elsewhere(run: Run) -> Run:
+    """The same run on whatever device this machine has, which need not be the one that trained it."""
+    return run._replace(place=replace(run.place, engine=EnginePlace()))
+
+
+def shape_of_shipped(run: Run, dataset: data.Dataset) -> nn.Module:
+    """Make the module that a run ships, its weights yet to be loaded; a teacher is fetched only where it ships too."""
+    settings = run.settings
+    if registry.load(settings.distiller.name).deploy is Distiller.deploy:
         return models.create(settings.student.name, dataset.spec, pretrained=settings.student.pretrained, fetch=False)
-    teacher = teachers.obtain(settings, dataset, Progress(quiet=True))
-    return build(settings, dataset, TeacherPasses(teacher.network), fetch=False).deploy()
+    teacher = teachers.obtain(run, dataset, Progress(quiet=True))
+    return build(run, dataset, TeacherPasses(teacher.network), fetch=False).deploy()

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from kdzoo import models
 from kdzoo.data import Dataset
 from kdzoo.distiller import Output, Show
-from kdzoo.engine.device import settle
+from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
-from kdzoo.experiments.run import open_data, shape_of_shipped
+from kdzoo.experiments.run import elsewhere, open_data, shape_of_shipped
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
-from kdzoo.settings import Settings, resolve
+from kdzoo.settings import Run, Settings, resolve
 from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
 from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.tensors import full_precision
@@ -209,22 +209,24 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
     Raises:
         UserError: an unknown name.
     """
-    settings = resolve(
-        {
-            "distiller": {"name": "none"},
-            "teacher": {"name": teacher},
-            "student": {"name": student},
-            "data": {"name": data},
-        }
+    run = resolve_auto(
+        resolve(
+            {
+                "distiller": {"name": "none"},
+                "teacher": {"name": teacher},
+                "student": {"name": student},
+                "data": {"name": data},
+            }
+        )
     )
     networks: dict[str, nn.Module] = {}
     with torch.random.fork_rng(), Progress() as progress:
-        dataset = open_data(settings, settle(settings.engine), progress)
+        dataset = open_data(run, use(run.place), progress)
         for role, name in (("teacher", teacher), ("student", student)):
-            torch.manual_seed(seed_of(settings.seed, role))
+            torch.manual_seed(seed_of(run.settings.seed, role))
             networks[f"{role} {name}, untrained"] = models.create(name, dataset.spec)
         with progress.doing("comparing the networks"):
-            return compare(networks, dataset, batches, settings.engine.precision)
+            return compare(networks, dataset, batches, run.settings.engine.precision)
 
 
 def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
@@ -236,39 +238,40 @@ def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
     folders = find_runs(list(paths))
     if not folders:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
-    runs = sorted(((folder, folder.settings()) for folder in folders), key=lambda run: _distilled(run[1]))
-    first = next((settings for _, settings in runs if settings.teacher.name), None)
+    runs = [(folder, resolve_auto(elsewhere(folder.run()))) for folder in folders]
+    runs = sorted(runs, key=lambda run: _distilled(run[1].settings))
+    first = next((run for _, run in runs if run.settings.teacher.name), None)
     if first is None:
         raise UserError("none of these runs has a teacher; add one that was distilled, or pass --teacher and --student")
-    for folder, settings in runs:
-        if _images(settings) != _images(first):
-            raise UserError(f"{folder.path.name} has other data than {first.data.name} here; give runs that share it")
-        if settings.teacher.name and _teacher(settings) != _teacher(first):
+    shared = first.settings
+    for folder, run in runs:
+        settings = run.settings
+        if _images(settings) != _images(shared):
+            raise UserError(f"{folder.path.name} has other data than {shared.data.name} here; give runs that share it")
+        if settings.teacher.name and _teacher(settings) != _teacher(shared):
             raise UserError(f"{folder.path.name} has another teacher than the rest; give runs that share one")
-        settings.engine.device = "auto"  # it need not be the machine that trained them
-        device = settle(settings.engine)
     with torch.random.fork_rng(), Progress() as progress:
-        dataset = open_data(first, device, progress)
+        dataset = open_data(first, use(first.place), progress)
         taught = teachers.obtain(first, dataset, progress)
-        networks: dict[str, nn.Module] = {f"teacher {first.teacher.name}": taught.network}
-        for name, (folder, settings) in zip(_names(runs), runs, strict=True):
-            networks[name] = shape_of_shipped(settings, dataset)
+        networks: dict[str, nn.Module] = {f"teacher {shared.teacher.name}": taught.network}
+        for name, (folder, run) in zip(_names(runs), runs, strict=True):
+            networks[name] = shape_of_shipped(run, dataset)
             models.load_weights(networks[name], folder.student)
         with progress.doing("comparing the networks"):
-            table = compare(networks, dataset, batches, first.engine.precision, first.protocol.test_crop)
-    if options := first.data.options:
+            table = compare(networks, dataset, batches, shared.engine.precision, shared.protocol.test_crop)
+    if options := shared.data.options:
         table.attrs["data"] += f" ({', '.join(f'{key}={value}' for key, value in options.items())})"
     return table
 
 
 def _distilled(settings: Settings) -> bool:
-    return bool(settings.distiller["name"] != "none")
+    return settings.distiller.name != "none"
 
 
 def _images(settings: Settings) -> tuple[Any, ...]:
     """What decides the test images."""
     data, protocol = settings.data, settings.protocol
-    return data.name, data.options, data.image_size or protocol.image_size, protocol.test_crop
+    return data.name, data.options, protocol.image_size, protocol.test_crop
 
 
 def _teacher(settings: Settings) -> tuple[Any, ...]:
@@ -278,8 +281,9 @@ def _teacher(settings: Settings) -> tuple[Any, ...]:
     return wanted.name, wanted.weights, wanted.pretrained, recipe, wanted.epochs, wanted.seed, settings.data.limit
 
 
-def _names(runs: Sequence[tuple[RunFolder, Settings]]) -> list[str]:
+def _names(runs: Sequence[tuple[RunFolder, Run]]) -> list[str]:
     """What students are called: by their method, and by seed or folder where that does not tell them apart."""
-    short = [f"{s.student.name} " + (f"by {s.distiller['name']}" if _distilled(s) else "alone") for _, s in runs]
-    seeds = [f"{name}, seed {s.seed}" for name, (_, s) in zip(short, runs, strict=True)]
+    made = [run.settings for _, run in runs]
+    short = [f"{s.student.name} " + (f"by {s.distiller.name}" if _distilled(s) else "alone") for s in made]
+    seeds = [f"{name}, seed {s.seed}" for name, s in zip(short, made, strict=True)]
     return next((names for names in (short, seeds) if len(set(names)) == len(runs)), [f.path.name for f, _ in runs])

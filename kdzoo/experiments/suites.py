@@ -23,7 +23,7 @@ from typing import Any
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import shipped_folder
 from kdzoo.keywords import read_yaml
-from kdzoo.settings import Settings, resolve
+from kdzoo.settings import Run, resolve
 
 LISTS = {"pairs": "[[vit_s, resnet18]]", "distillers": "[none, kd]", "seeds": "[0, 1, 2]"}
 DEFAULTS: dict[str, Any] = {
@@ -42,7 +42,20 @@ class Suite:
     """A name and its runs, in the order of the file: data, pair, seed, method."""
 
     name: str
-    runs: tuple[Settings, ...]
+    runs: tuple[Run, ...]
+    file: str = ""  # what ``load`` read it from: a name or a path
+    seeds: int = 0  # and was given beside it
+    overrides: tuple[str, ...] = ()
+
+    def arguments(self) -> list[str]:
+        """Return what ``kdzoo bench`` is given to load it again.
+
+        Raises:
+            UserError: it was made in Python.
+        """
+        if not self.file:
+            raise UserError(f"suite {self.name} was made in Python; several workers need a suite's name or YAML file")
+        return [self.file, *(["--seeds", str(self.seeds)] if self.seeds else []), *self.overrides]
 
 
 def shipped() -> list[str]:
@@ -50,12 +63,12 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _files())
 
 
-def load(name: str, seeds: Sequence[int] = (), overrides: Sequence[str] = ()) -> Suite:
-    """A suite of ``configs/suites``, or of a YAML file by its path, as checked settings.
+def load(name: str, seeds: int = 0, overrides: Sequence[str] = ()) -> Suite:
+    """Load a suite of ``configs/suites``, or of a YAML file by its path, as checked settings.
 
     Args:
         name: the suite.
-        seeds: instead of the file's.
+        seeds: this many, from 0, instead of the file's.
         overrides: ``key=value`` settings for every run, such as ``protocol.epochs=30``.
 
     Raises:
@@ -77,17 +90,18 @@ def load(name: str, seeds: Sequence[int] = (), overrides: Sequence[str] = ()) ->
             raise unknown(f"key in suite {name}", key, KEYS)
         if key in LISTS and (not isinstance(value, list) or not value):
             raise UserError(f"suite {name} has no list of {key}; expected one, such as {key}: {LISTS[key]}")
-    return Suite(title, tuple(_runs(title, content, seeds, overrides)))
+    runs = _runs(title, content, range(seeds), overrides)
+    return Suite(title, tuple(runs), name, seeds, tuple(overrides))
 
 
-def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], overrides: Sequence[str]) -> list[Settings]:
+def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], overrides: Sequence[str]) -> list[Run]:
     from kdzoo import models  # which imports torch and timm
 
     if not isinstance(content["teacher"], Mapping) or "name" in content["teacher"]:
         raise UserError(
             f"suite {title}: teacher is {content['teacher']}; expected settings of it, such as {{epochs: 30}}"
         )
-    runs: list[Settings] = []
+    runs: list[Run] = []
     seen: set[str] = set()
     for data in _list(content["data"]):
         for pair in content["pairs"]:
@@ -97,7 +111,7 @@ def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], override
                     models.check(network)
             for seed in seeds or content["seeds"]:
                 for distiller in content["distillers"]:
-                    settings = resolve(
+                    run = resolve(
                         {
                             "data": _named(title, "data", data),
                             "protocol": _named(title, "protocol", protocol),
@@ -108,13 +122,13 @@ def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], override
                         },
                         overrides,
                     )
-                    if settings.identity() in seen:
+                    if run.settings.identity() in seen:
                         raise UserError(
                             f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}; "
                             "remove one of them"
                         )
-                    seen.add(settings.identity())
-                    runs.append(settings)
+                    seen.add(run.settings.identity())
+                    runs.append(run)
     return runs
 
 

@@ -18,7 +18,7 @@ from kdzoo.words import duration, size
 
 if TYPE_CHECKING:
     from kdzoo.experiments.estimate import Estimate
-    from kdzoo.settings import Settings
+    from kdzoo.settings import Run
     from kdzoo.store.folder import Result
 
 # What is known of data sets without opening them: classes, side in pixels.
@@ -106,11 +106,11 @@ def from_here(path: Path) -> Path:
 
 def _same_student(folder: Path) -> dict[str, Any]:
     """What a run's student was trained on and how, beside the method and the teacher."""
+    from kdzoo.settings import apart
     from kdzoo.store.folder import RunFolder
 
-    settings = RunFolder(folder).read_config()
-    data = {key: value for key, value in settings["data"].items() if key not in ("root", "workers")}
-    return {**{key: settings[key] for key in ("student", "protocol")}, "data": data}
+    settings, _ = apart(RunFolder(folder).read_config())
+    return {key: settings[key] for key in ("student", "protocol", "data")}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -202,17 +202,25 @@ def listing(kind: str, style: str) -> str:
     return "\n".join(protocol_names() if kind == "protocols" else suites.shipped())
 
 
-def plan(name: str, groups: list[list["Settings"]], estimates: list["Estimate"]) -> str:
+def by_reason(reasons: Mapping[Path, str]) -> str:
+    """Name the runs that share a reason together, each reason once."""
+    alike: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        alike.setdefault(reason, []).append(path.name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
+
+
+def plan(name: str, groups: list[list["Run"]], estimates: list["Estimate"]) -> str:
     """A suite's runs by the groups that train side by side, with what each group is expected to take."""
     lines = [f"{name}: {sum(map(len, groups))} runs in {len(groups)} groups that each share a teacher and its batches"]
     for group, found in zip(groups, estimates, strict=True):
-        first = group[0]
+        first = group[0].settings
         title = f"{first.teacher.name} on {first.data.name}, {first.protocol.name}"
         lines.append(f"- {title}, {first.protocol.epochs} epochs, seed {first.seed}: {_expected(found, len(group))}")
-        for i, run in enumerate(group):
-            keywords = " ".join(f"{key}={value}" for key, value in run.distiller.items() if key != "name")
+        for i, run in enumerate(run.settings for run in group):
+            keywords = " ".join(f"{key}={value}" for key, value in run.distiller.keywords.items())
             failed = f"  cannot be trained: {found.failed[i]}" if i in found.failed else ""
-            lines.append(f"    {run.student.name}  {run.distiller['name']}  {keywords}{failed}")
+            lines.append(f"    {run.student.name}  {run.distiller.name}  {keywords}{failed}")
     return "\n".join([*lines, *_total(groups, estimates)])
 
 
@@ -221,12 +229,12 @@ def _expected(found: "Estimate", runs: int) -> str:
     if found.missing:
         return f"no estimate: {found.missing}"
     said = f"about {duration(found.seconds)}, {size(found.memory)}"
-    said += f", in {found.parts} parts" if found.parts > 1 else ""
+    said += f", in {found.packs} parts" if found.packs > 1 else ""
     said += f", after {duration(found.teaching)} for the teacher's own training" if found.teaching else ""
     return said + (f"; {found.finished} of {runs} runs are done" if found.finished else "")
 
 
-def _total(groups: list[list["Settings"]], estimates: list["Estimate"]) -> list[str]:
+def _total(groups: list[list["Run"]], estimates: list["Estimate"]) -> list[str]:
     """What the whole suite is expected to take, and how far that is to be trusted."""
     known = [found for found in estimates if not found.missing]
     if not known:
@@ -234,10 +242,11 @@ def _total(groups: list[list["Settings"]], estimates: list["Estimate"]) -> list[
     of = f" of the {len(known)} groups that could be measured" if len(known) < len(groups) else ""
     runs, left, taught = (sum(getattr(found, part) for found in known) for part in ("seconds", "left", "teaching"))
     teachers = f", and {duration(taught)} for teachers that are not trained yet" if taught else ""
-    engine = groups[0][0].engine
-    memory = "the device's peak" if engine.device.startswith("cuda") else "counted, with half as much again for kernels"
+    settings, place = groups[0][0]
+    device = place.engine.device
+    memory = "the device's peak" if device.startswith("cuda") else "counted, with half as much again for kernels"
     return [
         f"Estimate{of}: {duration(runs)} for all runs, of which {duration(left)} are left{teachers}.",
-        f"It is no more than an estimate: a few steps of each run on {engine.device} in {engine.precision}, one group "
-        f"after the other, untrained networks, phases before training not counted. Memory is {memory}.",
+        f"It is no more than an estimate: a few steps of each run on {device} in {settings.engine.precision}, one "
+        f"group after the other, untrained networks, phases before training not counted. Memory is {memory}.",
     ]

@@ -12,7 +12,7 @@ import pandas as pd
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError, unknown
 from kdzoo.results import published, statistics
-from kdzoo.settings import Settings, StudentSettings, TeacherSettings, distiller_settings, preset, read_protocol
+from kdzoo.settings import StudentSettings, TeacherSettings, apart, distiller_settings, preset, read_protocol
 from kdzoo.store.folder import RunFolder, find_runs
 
 BASELINE = "kd"
@@ -66,7 +66,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
         result = folder.read_result()
         if result is None:
             continue
-        settings = folder.read_config()
+        settings, _ = apart(folder.read_config())
         machine = json.loads(folder.environment.read_text(encoding="utf-8")) if folder.environment.is_file() else {}
         protocol = settings["protocol"]
         method, preset = _method(settings)
@@ -270,18 +270,15 @@ def _changes(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: s
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, bool]:
     """A run's method with what sets it apart, and whether it has the keywords that the field uses for the pair."""
-    known = Settings()
-    for part in ("data", "protocol", "teacher", "student"):
-        getattr(known, part).name = settings[part]["name"]
     keywords = settings["distiller"]
-    usual = preset(known, keywords["name"])
-    name = _named(keywords, lambda name: distiller_settings({"name": name, **usual}))
+    usual = preset(*(settings[part]["name"] for part in ("distiller", "data", "protocol", "teacher", "student")))
+    name = _named(keywords, lambda name: {"name": name, **distiller_settings({"name": name, **usual}).keywords})
     return name, bool(usual) and all(keywords.get(key) == value for key, value in usual.items())
 
 
 def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
     """The teacher's name with what sets it apart: its recipe where it is not the student's, its weights' file."""
-    kept = {key: value for key, value in settings.items() if key != "allow_weak"}
+    kept = dict(settings)
     if kept.get("protocol") == protocol:
         kept["protocol"] = None
     if kept.get("weights"):
@@ -299,8 +296,9 @@ def _protocol(settings: Mapping[str, Any]) -> str:
 
 
 def _data(settings: Mapping[str, Any]) -> str:
-    size, limit, given = settings.get("image_size"), settings.get("limit"), settings.get("options", {})
+    """A data set's name with what sets it apart: options and a limit."""
+    limit, given = settings["limit"], settings["options"]
     usual = option_settings(settings["name"], {}) if given else {}
     changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
-    changed += [*([f"{limit} images"] if limit else []), *([f"{size} px"] if size else [])]
+    changed += [f"{limit} images"] if limit else []
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

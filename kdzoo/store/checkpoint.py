@@ -26,24 +26,24 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
         file.unlink(missing_ok=True)
 
 
-def survey(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    """The whole checkpoints in ``folder`` by their step, and a line for each damaged one.
+def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
+    """Find the whole checkpoints in ``folder`` by their step, and give a line for each damaged one.
 
     Raises:
         UserError: there are checkpoints and every one is damaged.
     """
-    whole: dict[int, Path] = {}
+    found: dict[int, Path] = {}
     damaged: list[str] = []
     for file in _files(folder):
         match = _NAME.fullmatch(file.name)
         assert match is not None
         if _digest(file.read_bytes()) == match[2]:
-            whole[int(match[1])] = file
+            found[int(match[1])] = file
         else:
             damaged.append(f"checkpoint {file} is damaged (its checksum differs); using the one before it")
-    if damaged and not whole:
+    if damaged and not found:
         raise UserError(f"every checkpoint in {folder} is damaged; remove that folder and run the same command again")
-    return whole, damaged
+    return found, damaged
 
 
 def load(file: Path) -> dict[str, Any]:

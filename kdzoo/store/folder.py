@@ -13,7 +13,7 @@ import yaml
 
 from kdzoo.errors import UserError
 from kdzoo.files import slug, write_text
-from kdzoo.settings import Settings, resolve
+from kdzoo.settings import Run, stored
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Result:
         return values
 
 
+FORMAT = 2  # of config.yaml; another version's folders are refused
+
+
 class RunFolder:
     """The files of one run; the folder's name holds the hash of its settings."""
 
@@ -67,29 +70,44 @@ class RunFolder:
         self.failure = path / "failed.txt"
 
     @classmethod
-    def of(cls, settings: Settings) -> "RunFolder":
-        """Where a run of these settings lies."""
-        parts = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller["name"])
-        title = "-".join(slug(part.removesuffix(".py")) for part in parts if part)
-        return cls(Path(settings.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
+    def of(cls, run: Run) -> "RunFolder":
+        """Name the folder of a run."""
+        settings, place = run
+        names = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller.name)
+        title = "-".join(slug(name.removesuffix(".py")) for name in names if name)
+        return cls(Path(place.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
 
-    def open(self, settings: Settings) -> None:
-        """Makes the folder and writes what is known before the first step."""
-        write_text(self.config, yaml.safe_dump(settings.plain(), sort_keys=False))
-        write_text(self.environment, json.dumps(environment(settings), indent=2) + "\n")
+    def open(self, run: Run) -> None:
+        """Make the folder and write what is known before the first step."""
+        write_text(self.config, yaml.safe_dump({"format": FORMAT, **run.plain()}, sort_keys=False))
+        write_text(self.environment, json.dumps(environment(run), indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
-        """The settings that the run was made with, as they stand in the file."""
+        """Read what the run was made with, as it stands in the file.
+
+        Raises:
+            UserError: there is no such file, it is damaged, or another version of kdzoo wrote it.
+        """
         if not self.config.is_file():
             raise UserError(f"{self.path} is no run; expected a folder with a config.yaml that kdzoo wrote")
         try:
-            return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+            config = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise UserError(f"{self.config} is damaged; remove the folder and run the same command again") from error
+        if config.pop("format", None) != FORMAT:
+            raise UserError(
+                f"{self.path} was made by another version of kdzoo, whose settings this one cannot read; remove the "
+                "folder and run the same command again, or read it with the version that its environment.json names"
+            )
+        return config
 
-    def settings(self) -> Settings:
-        """The same, checked against what is installed now."""
-        return resolve(self.read_config())
+    def run(self) -> Run:
+        """Read what the run was made with, checked against what is installed now."""
+        return stored(self.read_config())
+
+    def is_done(self, retry: bool = False) -> bool:
+        """Tell whether a bench leaves the run as it is: it is finished, or it failed and is not to be retried."""
+        return self.read_result() is not None or (self.failure.is_file() and not retry)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """One line an epoch."""
@@ -124,18 +142,18 @@ class RunFolder:
             file.unlink()
 
 
-def environment(settings: Settings) -> dict[str, Any]:
+def environment(run: Run) -> dict[str, Any]:
     """Versions, device and code revision: what one needs to trust a number later."""
     import torch
 
-    device = torch.device(settings.engine.device)
+    device = torch.device(run.place.engine.device)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in ("kdzoo", "torch", "torchvision", "timm", "PyWavelets", "numpy")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
         "device_type": device.type,
-        "precision": settings.engine.precision,
+        "precision": run.settings.engine.precision,
         "threads": torch.get_num_threads(),
         "revision": _revision(),
         "command": sys.argv,

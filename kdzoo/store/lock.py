@@ -62,6 +62,16 @@ class RunLock:
             self.owner.unlink(missing_ok=True)
             self._lock.release()
 
+    def is_held(self) -> bool:
+        """Tell whether another process holds it."""
+        try:
+            free = self.acquire()
+        except StorageError:
+            return False
+        if free:
+            self.release()
+        return not free
+
     def __enter__(self) -> "RunLock":
         if not self.acquire():
             raise UserError(

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from kdzoo import Distiller, Fidelity, models, precision, registry
 from kdzoo.data import open_dataset
 from kdzoo.engine import graphs
-from kdzoo.engine.device import settle
+from kdzoo.engine.device import resolve_auto
 from kdzoo.engine.lane import Lane, TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, build, train_lanes
@@ -28,9 +28,7 @@ ON_GPU = ["protocol.epochs=3", "data.limit=640", "engine.device=cuda", "engine.p
 
 
 def settings(out, distiller, *more, **networks):
-    run = short_runs.settings(out, distiller, *ON_GPU, "protocol.augmentation.crop=1", *more, **networks)
-    settle(run.engine)
-    return run
+    return resolve_auto(short_runs.settings(out, distiller, *ON_GPU, "protocol.augmentation.crop=1", *more, **networks))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +141,7 @@ def test_a_step_waits_for_nothing(tmp_path, dataset, teacher, name, never_waits)
     run = settings(tmp_path, name, "protocol.clip=1", "protocol.ema=0.9")
     shared = TeacherPasses(teacher.network)
     lane = Lane(run, build(run, dataset, shared).train(), RunFolder(tmp_path), torch.device("cuda"), 10)
-    batches = dataset.loader(run.protocol, seed=0).batches()
+    batches = dataset.loader(run.settings.protocol, seed=0).batches()
     for step in range(3):
         shared.forget()
         lane.step(next(batches), step)
@@ -159,7 +157,7 @@ def test_batches_come_without_waiting(dataset, never_waits):
     augmentation = {"crop": 1, "flip": True, "jitter": 0.2, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
     more = [f"protocol.augmentation.{key}={value}" for key, value in augmentation.items()]
     run = settings("unused", "kd", *more)
-    batches = dataset.loader(run.protocol, seed=0, views=("weak", "rotations")).batches()
+    batches = dataset.loader(run.settings.protocol, seed=0, views=("weak", "rotations")).batches()
     next(batches)  # fetches the order of the epoch
     with never_waits():
         drawn = [next(batches) for _ in range(5)]

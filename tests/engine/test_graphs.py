@@ -34,8 +34,9 @@ def captured(monkeypatch):
     path = Path()
     path.said = []
 
-    def steps(device, engine, shared, say):
-        return Graphed(shared, device, engine.precision, path.said.append, lambda *work: path.record(*work))
+    def steps(lane, shared, say):
+        precision = lane.run.settings.engine.precision
+        return Graphed(shared, lane.device, precision, path.said.append, lambda *work: path.record(*work))
 
     monkeypatch.setattr(graphs, "steps", steps)
     return path
@@ -206,7 +207,7 @@ def test_the_devices_part_of_a_step_asks_for_no_number(tmp_path, dataset, teache
     run = settings(tmp_path, name, "protocol.clip=1")
     shared = TeacherPasses(teacher.network)
     lane = lane_of(run, dataset, shared, tmp_path)
-    batches = common_loader(run, [lane.distillation], dataset).batches()
+    batches = common_loader(run.settings, [lane.distillation], dataset).batches()
     for step in range(2):
         shared.forget()
         lane.step(next(batches), step)

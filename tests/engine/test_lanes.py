@@ -10,8 +10,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from kdzoo.distiller import LOGITS, Output, Show
-from kdzoo.engine import loop
 from kdzoo.engine.lane import Epochs, Meter, TeacherPasses
+from kdzoo.engine.measure import evaluate
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
@@ -185,7 +185,7 @@ def test_measuring_counts_the_whole_test_set(dataset):
 
     oracle = Oracle()
     oracle.seen, oracle.labels = 0, torch.cat([labels for _, labels in dataset.test_batches(256)])
-    top1, top5 = loop.evaluate(oracle, dataset, "float32", batch_size=100)
+    top1, top5 = evaluate(oracle, dataset, "float32", batch_size=100)
     assert top1 == top5 == pytest.approx(75.0)
 
 

@@ -1,5 +1,6 @@
 """Groups are as large as memory holds: what lanes take is counted, and what does not fit waits or is tried again."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,9 @@ from kdzoo.engine.memory import Cost, packed, together
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import OutOfMemory
-from kdzoo.experiments import bench as engine
-from kdzoo.experiments import estimate, suites
-from kdzoo.experiments.estimate import parts, stepped
+from kdzoo.experiments import estimate, suites, work
+from kdzoo.experiments.bench import bench
+from kdzoo.experiments.estimate import packs, stepped
 
 from ..short_runs import settings
 
@@ -94,22 +95,22 @@ def test_tensors_are_counted_wherever_they_lie():
 
 def test_a_group_is_split_by_what_is_free_and_says_so(tmp_path, dataset, teacher, monkeypatch, capsys):
     runs = [settings(tmp_path, name) for name in ("none", "kd", "logitmse")]
-    assert parts(runs, dataset, teacher, Progress()) == [runs]
+    assert packs(runs, dataset, teacher, Progress()) == [runs]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(memory, "free", lambda device, share: 0)
-    assert parts(runs, dataset, teacher, Progress()) == [[run] for run in runs]
+    assert packs(runs, dataset, teacher, Progress()) == [[run] for run in runs]
     assert "memory does not hold all 3 runs side by side: 3 parts" in capsys.readouterr().err
 
 
 def test_where_a_number_of_lanes_is_asked_for_nothing_is_weighed(tmp_path, dataset, teacher, monkeypatch):
     monkeypatch.setattr(memory, "weigh", None)
     runs = [settings(tmp_path, name, "engine.lanes=3") for name in ("none", "kd", "logitmse")]
-    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs]
+    assert packs(runs, dataset, teacher, Progress(quiet=True)) == [runs]
 
 
 def test_a_run_that_cannot_be_built_is_left_for_training_to_report(tmp_path, dataset, teacher):
     runs = [settings(tmp_path, "lfcc", "distiller.stages=[7]"), settings(tmp_path, "kd")]
-    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs]
+    assert packs(runs, dataset, teacher, Progress(quiet=True)) == [runs]
 
 
 def test_a_run_that_is_too_large_by_itself_stands_alone(tmp_path, dataset, teacher, monkeypatch):
@@ -117,21 +118,20 @@ def test_a_run_that_is_too_large_by_itself_stands_alone(tmp_path, dataset, teach
     step = estimate.Lane.step
 
     def full(lane, batch, number):
-        if lane.settings.distiller["name"] == "kd":
+        if lane.run.settings.distiller.name == "kd":
             raise torch.OutOfMemoryError("CUDA out of memory")
         step(lane, batch, number)
 
     monkeypatch.setattr(estimate.Lane, "step", full)
-    assert parts(runs, dataset, teacher, Progress(quiet=True)) == [runs[:1], runs[1:2], runs[2:]]
+    assert packs(runs, dataset, teacher, Progress(quiet=True)) == [runs[:1], runs[1:2], runs[2:]]
 
 
 def test_the_division_does_not_change_any_result(tmp_path):
     whole, split = tmp_path / "whole", tmp_path / "split"
-    engine.bench(suite(tmp_path), whole, quiet=True)
+    bench(suite(tmp_path), whole, quiet=True)
     divided = suite(tmp_path)
-    for run in divided.runs:
-        run.engine.lanes = 2
-    engine.bench(divided, split, quiet=True)
+    divided = replace(divided, runs=tuple(run.within(engine={"lanes": 2}) for run in divided.runs))
+    bench(divided, split, quiet=True)
     results = [
         sorted((f.parent.name, f.read_bytes()) for f in out.glob("*/student.safetensors")) for out in (whole, split)
     ]
@@ -143,12 +143,12 @@ def test_runs_that_memory_did_not_hold_are_tried_again_half_as_many_at_a_time(tm
     tried = []
 
     def train(runs, *rest):
-        tried.append([run.distiller["name"] for run in runs])
+        tried.append([run.settings.distiller.name for run in runs])
         fitting = train_lanes(runs[:2], *rest)
         return [*fitting, *(OutOfMemory("out of memory") for _ in runs[2:])]
 
-    monkeypatch.setattr(engine, "train_lanes", train)
-    report = engine.bench(suite(tmp_path), tmp_path / "runs", quiet=True)
+    monkeypatch.setattr(work, "train_lanes", train)
+    report = bench(suite(tmp_path), tmp_path / "runs", quiet=True)
     assert len(report.finished) == 5
     assert [len(names) for names in tried] == [5, 2, 1]
     assert not report.failed
@@ -156,14 +156,14 @@ def test_runs_that_memory_did_not_hold_are_tried_again_half_as_many_at_a_time(tm
 
 def test_a_run_that_does_not_fit_alone_has_failed(tmp_path, monkeypatch):
     def train(runs, *rest):
-        full = [run.distiller["name"] == "dist" for run in runs]
+        full = [run.settings.distiller.name == "dist" for run in runs]
         return [
             OutOfMemory("out of memory") if bad else train_lanes([r], *rest)[0]
             for r, bad in zip(runs, full, strict=True)
         ]
 
-    monkeypatch.setattr(engine, "train_lanes", train)
-    report = engine.bench(suite(tmp_path), tmp_path / "runs", quiet=True)
+    monkeypatch.setattr(work, "train_lanes", train)
+    report = bench(suite(tmp_path), tmp_path / "runs", quiet=True)
     assert len(report.finished) == 4
     assert list(report.failed.values()) == ["out of memory"]
 

@@ -54,7 +54,7 @@ class Block(nn.Module):
 def test_no_trainable_parameter_is_left_out_or_taken_twice(optimizer, decay_norms):
     network = Block()
     built = Optimizer(network, Protocol(optimizer=optimizer, decay_norms=decay_norms))
-    taken = [p for part in built.parts for group in part.param_groups for p in group["params"]]
+    taken = [p for part in built.optimizers for group in part.param_groups for p in group["params"]]
     trainable = [p for p in network.parameters() if p.requires_grad]
     assert sorted(map(id, taken)) == sorted(map(id, trainable))
 
@@ -164,7 +164,8 @@ def test_a_step_uses_the_rate_it_is_given_and_clips():
     before = network.weight.detach().clone()
     built = Optimizer(network, Protocol(optimizer="sgd", momentum=0, weight_decay=0, clip=1.0))
     (network(torch.tensor([[300.0, 400.0]])) * 1.0).sum().backward()
-    built.step(rate=0.5)
+    built.set_rate(0.5)
+    built.step()
     assert torch.allclose(before - network.weight, torch.tensor([[0.3, 0.4]]), atol=1e-5)
     assert network.weight.grad is None
 
@@ -175,7 +176,8 @@ def test_restored_moments_go_on_with_the_same_bits(optimizer):
         for _ in range(count):
             for block in network.blocks:
                 block.hidden(torch.ones(1, 4)).square().sum().backward()
-            optimizer.step(0.1)
+            optimizer.set_rate(0.1)
+            optimizer.step()
 
     protocol = Protocol(optimizer=optimizer)
     torch.manual_seed(0)
@@ -220,7 +222,8 @@ def test_the_rate_follows_the_schedule_after_a_restore_too():
     built.load_state_dict(deepcopy(built.state_dict()))
     before = network.weight.detach().clone()
     network(torch.tensor([[1.0, 2.0]])).sum().backward()
-    built.step(rate=0.5)
+    built.set_rate(0.5)
+    built.step()
     assert torch.allclose(before - network.weight, torch.tensor([[0.5, 1.0]]))
 
 

@@ -223,7 +223,7 @@ def test_a_suite_shares_no_batch_among_devices(tmp_path):
 
 def test_the_number_of_devices_is_part_of_a_run():
     def identity(*overrides: str) -> str:
-        return resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, overrides).identity()
+        return resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, overrides).settings.identity()
 
     assert identity("engine.devices=1") == identity() != identity("engine.devices=2") != identity("engine.devices=4")
 

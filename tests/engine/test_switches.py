@@ -10,13 +10,12 @@ from torch import nn
 
 from kdzoo import models, precision
 from kdzoo.distiller import Batch
-from kdzoo.engine.device import keep_freed_memory, settle
+from kdzoo.engine.device import keep_freed_memory, resolve_auto
 from kdzoo.engine.lane import Lane, TeacherPasses
-from kdzoo.engine.parts import micro_batches
+from kdzoo.engine.micro_batches import micro_batches
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_lanes
 from kdzoo.errors import UserError
-from kdzoo.settings import EngineSettings
 from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
@@ -29,7 +28,7 @@ def lane_of(run, dataset, teacher, folder):
 
 def after_a_step(run, dataset, teacher, folder):
     lane = lane_of(run, dataset, teacher, folder)
-    batch = next(dataset.loader(run.protocol, seed=0).batches())
+    batch = next(dataset.loader(run.settings.protocol, seed=0).batches())
     lane.step(batch, 0)
     return lane, torch.cat([p.detach().flatten() for p in lane.trained.parameters()])
 
@@ -63,9 +62,12 @@ def test_shown_terms_are_means_over_the_parts(tmp_path, dataset, teacher):
 
 
 def test_accumulation_makes_another_run_and_other_switches_do_not(tmp_path):
-    plain = settings(tmp_path, "kd").identity()
-    assert settings(tmp_path, "kd", "engine.accumulate=2").identity() != plain
-    assert settings(tmp_path, "kd", "engine.accumulate=1", "engine.graph=off", "engine.compile=on").identity() == plain
+    plain = settings(tmp_path, "kd").settings.identity()
+    assert settings(tmp_path, "kd", "engine.accumulate=2").settings.identity() != plain
+    assert (
+        settings(tmp_path, "kd", "engine.accumulate=1", "engine.graph=off", "engine.compile=on").settings.identity()
+        == plain
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_what_cannot_be_cut_is_said(tmp_path, dataset, teacher, more, said):
 
 def test_a_batch_has_one_part_at_least():
     with pytest.raises(UserError, match="from 1"):
-        settle(EngineSettings(device="cpu", accumulate=0))
+        settings("runs", "kd", "engine.accumulate=0")
 
 
 def kept_bytes(lane, batch):
@@ -106,7 +108,7 @@ def test_recomputed_activations_give_the_same_bits_and_keep_less(tmp_path, datas
     _, again = after_a_step(switched, dataset, teacher, tmp_path)
     _, kept = after_a_step(settings(tmp_path, "uhkd", student=name), dataset, teacher, tmp_path)
     assert torch.equal(again, kept)
-    batch = next(dataset.loader(switched.protocol, seed=0).batches())
+    batch = next(dataset.loader(switched.settings.protocol, seed=0).batches())
     less = kept_bytes(lane_of(switched, dataset, teacher, tmp_path), batch)
     more = kept_bytes(lane_of(settings(tmp_path, "uhkd", student=name), dataset, teacher, tmp_path), batch)
     assert less < 0.8 * more
@@ -130,13 +132,13 @@ def test_memory_that_was_freed_is_there_for_the_next_tensor():
 
 def test_tf32_is_for_cuda():
     with pytest.raises(UserError, match="precision tf32 is for CUDA"):
-        settle(EngineSettings(device="cpu", precision="tf32"))
+        resolve_auto(settings("runs", "kd", "engine.precision=tf32"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("accumulate", 0), ("memory", 0.0), ("memory", 1.5)])
 def test_a_number_that_means_nothing_is_one_line(name, value):
     with pytest.raises(UserError, match=f"engine.{name}={value:g}: expected"):
-        settle(EngineSettings(device="cpu", **{name: value}))
+        settings("runs", "kd", f"engine.{name}={value}")
 
 
 def test_the_precision_of_products_is_as_asked_inside_and_as_before_outside():
@@ -169,7 +171,7 @@ def test_the_moving_average_is_what_ships_and_counts_its_batches(tmp_path, datas
     run = settings(tmp_path, "kd", "protocol.ema=0.5")
     lane = lane_of(run, dataset, teacher, tmp_path)
     expected = [parameter.detach().clone() for parameter in lane.trained.student.parameters()]
-    for step, batch in zip(range(3), dataset.loader(run.protocol, seed=0).batches(), strict=False):
+    for step, batch in zip(range(3), dataset.loader(run.settings.protocol, seed=0).batches(), strict=False):
         lane.step(batch, step)
         expected = [0.5 * old + 0.5 * new for old, new in zip(expected, lane.trained.student.parameters(), strict=True)]
     shipped = lane.deployed()

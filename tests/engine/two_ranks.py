@@ -11,12 +11,12 @@ from torch import nn
 
 from kdzoo.engine import ranks as processes
 from kdzoo.engine import training
-from kdzoo.engine.device import settle
+from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.teachers import obtain
-from kdzoo.settings import Settings, resolve
+from kdzoo.settings import Run, resolve
 
 SETTINGS = [
     "data.name=bands",
@@ -51,18 +51,18 @@ def small(num_classes: int) -> nn.Module:
     return Small(num_classes)
 
 
-def settings(out: Path, method: str, devices: int = 1, *more: str) -> Settings:
+def settings(out: Path, method: str, devices: int = 1, *more: str) -> Run:
     """The method may bring its keywords: ``crd:negatives=4,width=8``."""
     name, _, keywords = method.partition(":")
     given = [f"distiller.name={name}", *(f"distiller.{keyword}" for keyword in keywords.split(",") if keyword)]
     return resolve({"output": {"root": str(out)}}, [*SETTINGS, *given, f"engine.devices={devices}", *more])
 
 
-def train(first: Settings, methods: list[str], out: Path, more: list[str]) -> None:
+def train(first: Run, methods: list[str], out: Path, more: list[str]) -> None:
     """Trains all methods as lanes of one group, on this process's share of each batch."""
     with processes.joined(first) as ranks:
-        device = settle(first.engine)
-        runs = [settings(out, method, first.engine.devices, *more) for method in methods]
+        device = ranks.device(use(first.place))
+        runs = [settings(out, method, first.settings.engine.devices, *more) for method in methods]
         with ranks.in_turn():
             dataset = open_data(first, device, Progress(quiet=True))
             teacher = obtain(first, dataset, Progress(quiet=True))
@@ -71,7 +71,7 @@ def train(first: Settings, methods: list[str], out: Path, more: list[str]) -> No
             found, finish = {}, training.finish
 
             def finish_and_tell(lane, *given):
-                found[lane.settings.distiller["name"]] = lane.trained.state_dict()
+                found[lane.run.settings.distiller.name] = lane.trained.state_dict()
                 return finish(lane, *given)
 
             training.finish = finish_and_tell
@@ -91,8 +91,7 @@ if __name__ == "__main__":
     more = [method for method in methods if method.startswith("engine.")]
     methods = [method for method in methods if method not in more]
     first = settings(Path(out), methods[0], int(devices), *more)
-    settle(first.engine)
-    processes.check(first)
+    first = processes.check(resolve_auto(first))
     if processes.to_start(first):
         processes.start(train, first, methods, Path(out), more)
     else:

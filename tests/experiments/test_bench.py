@@ -16,7 +16,8 @@ from kdzoo import files, models
 from kdzoo.cli import main
 from kdzoo.errors import UserError
 from kdzoo.experiments import suites
-from kdzoo.experiments.bench import alike, bench, grouped
+from kdzoo.experiments.bench import bench
+from kdzoo.experiments.work import by_checkpoint, grouped
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
@@ -29,6 +30,11 @@ seeds: [0, 1]
 teacher: {epochs: 4}
 """
 QUICK = ["engine.precision=float32", "engine.device=cpu"]
+
+
+def placed(suite, out):
+    """The suite's runs, in the folder that a bench gives them."""
+    return [run.within(output={"root": str(out)}) for run in suite.runs]
 
 
 @pytest.fixture
@@ -49,18 +55,16 @@ def same(one, other):
 def test_a_group_shares_teacher_data_recipe_and_seed(suite):
     groups = grouped(suite.runs)
     assert [len(group) for group in groups] == [6, 6]
-    assert {run.seed for run in groups[0]} == {0}
-    assert {run.student.name for run in groups[0]} == {"resnet8", "resnet14"}
+    assert {run.settings.seed for run in groups[0]} == {0}
+    assert {run.settings.student.name for run in groups[0]} == {"resnet8", "resnet14"}
 
 
 @pytest.mark.parametrize(("lanes", "sizes"), [(1, [1] * 6), (4, [3, 3]), (5, [3, 3]), (6, [6]), (9, [6])])
 def test_groups_are_no_larger_than_asked_for_and_about_equal(suite, lanes, sizes):
     whole = grouped(suite.runs)
-    for run in suite.runs:
-        run.engine.lanes = lanes
-    groups = grouped(suite.runs)
+    groups = grouped(run.within(engine={"lanes": lanes}) for run in suite.runs)
     assert [len(group) for group in groups] == 2 * sizes
-    assert list(chain(*groups)) == list(chain(*whole))
+    assert [run.settings for run in chain(*groups)] == [run.settings for run in chain(*whole)]
 
 
 def test_groups_of_less_than_nothing_are_refused(suite, tmp_path):
@@ -97,7 +101,7 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
 def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is_new(suite, tmp_path, monkeypatch):
     bench(suite, tmp_path / "runs", quiet=True)
     trained = []
-    import kdzoo.experiments.bench as engine
+    import kdzoo.experiments.work as engine
 
     train_lanes = engine.train_lanes
     monkeypatch.setattr(engine, "train_lanes", lambda runs, *rest: trained.extend(runs) or train_lanes(runs, *rest))
@@ -105,7 +109,7 @@ def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is
     assert not trained
     (tmp_path / "mine.yaml").write_text(SUITE.replace("temperature: 1", "temperature: 2"))
     bench(suites.load(str(tmp_path / "mine.yaml"), overrides=QUICK), tmp_path / "runs", quiet=True)
-    assert [run.distiller["temperature"] for run in trained] == [2.0] * 4
+    assert [run.settings.distiller.keywords["temperature"] for run in trained] == [2.0] * 4
 
 
 def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
@@ -124,11 +128,10 @@ def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
 
 
 def test_what_another_process_works_on_is_left_to_it(suite, tmp_path):
-    for run in suite.runs:
-        run.output.root = str(tmp_path / "runs")
-    with RunLock(RunFolder.of(suite.runs[0]).path):
+    held = RunFolder.of(placed(suite, tmp_path / "runs")[0]).path
+    with RunLock(held):
         report = bench(suite, tmp_path / "runs", quiet=True)
-    assert report.elsewhere == [RunFolder.of(suite.runs[0]).path]
+    assert report.elsewhere == [held]
     assert len(report.finished) == 11
 
 
@@ -172,7 +175,7 @@ def test_harm_of_any_kind_is_one_line_before_anything_is_trained(tmp_path, monke
     report = bench(suite, tmp_path / "runs", quiet=True)
     harm(RunFolder(report.finished[1]))
     RunFolder(report.finished[0]).result.unlink()  # so that there is something to do
-    monkeypatch.setattr("kdzoo.experiments.bench.train_lanes", None)
+    monkeypatch.setattr("kdzoo.experiments.work.train_lanes", None)
     with pytest.raises(UserError) as caught:
         bench(suite, tmp_path / "runs", quiet=True)
     assert said in str(caught.value)
@@ -181,9 +184,7 @@ def test_harm_of_any_kind_is_one_line_before_anything_is_trained(tmp_path, monke
 
 
 def test_checkpoints_that_are_all_damaged_are_known_before_anything_is_trained(suite, tmp_path):
-    for run in suite.runs:
-        run.output.root = str(tmp_path / "runs")
-    last = RunFolder.of(suite.runs[-1]).checkpoints
+    last = RunFolder.of(placed(suite, tmp_path / "runs")[-1]).checkpoints
     last.mkdir(parents=True)
     (last / "step-000000005-0123456789abcdef.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; remove that folder"):
@@ -194,10 +195,7 @@ def test_checkpoints_that_are_all_damaged_are_known_before_anything_is_trained(s
 @pytest.mark.parametrize("kind", ["checkpoints", "student.safetensors", "metrics.jsonl", "result.json"])
 @pytest.mark.slow(reason="trains again and again, killed at many moments")
 def test_a_disk_that_fills_stops_the_bench_and_no_run_has_failed(suite, tmp_path, monkeypatch, kind):
-    runs = suite.runs[:3]
-    few = suites.Suite("mine", runs)
-    for run in runs:
-        run.engine.checkpoint_seconds = 0.0
+    few = suites.Suite("mine", tuple(run.within(engine={"checkpoint_seconds": 0.0}) for run in suite.runs[:3]))
     whole = bench(few, tmp_path / "whole", quiet=True)
     write, left = files.write_atomically, 2
 
@@ -223,7 +221,7 @@ def test_what_one_group_lacks_does_not_stop_the_others(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(SUITE.replace("data: {name: digits, limit: 320}", "data: ['folder:/nowhere', digits]"))
     more = [*QUICK, "data.limit=320", "protocol.epochs=1"]
-    suite = suites.load(str(file), seeds=[0], overrides=more)
+    suite = suites.load(str(file), seeds=1, overrides=more)
     report = bench(suite, tmp_path / "runs", quiet=True)
     assert (len(report.finished), len(report.failed)) == (6, 6)
     assert all("no folder '/nowhere'" in reason for reason in report.failed.values())
@@ -244,13 +242,11 @@ def test_a_failure_that_many_runs_share_is_told_once(tmp_path, monkeypatch, caps
 def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
     from kdzoo.store import checkpoint
 
-    runs = suite.runs[:4]
-    for run in runs:
-        run.output.root = str(tmp_path)
+    runs = placed(suite, tmp_path)[:4]
     for run, steps in zip(runs, [(4, 6), (6,), (), (4,)], strict=True):
         for step in steps:
             checkpoint.save(RunFolder.of(run).checkpoints, step, {})
-    assert [len(together) for together in alike(runs)] == [2, 1, 1]
+    assert [len(together) for together in by_checkpoint(runs)] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +314,7 @@ load = functools.cache(suites.load)
 def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
     runs = load(name).runs
     assert runs
-    for network in {run.student.name for run in runs} | {run.teacher.name for run in runs} - {None}:
+    for network in {run.settings.student.name for run in runs} | {run.settings.teacher.name for run in runs} - {None}:
         with torch.device("meta"):
             assert timm.create_model(models.short_names().get(network, network), num_classes=7)
 
@@ -328,18 +324,19 @@ def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
 )
 def test_the_suites_of_the_tables_stand_on_baselines_pairs_and_seeds(name):
     runs = load(name).runs
-    assert {"none", "kd", "logitmse", "uhkd", "figkd", "lfcc"} <= {run.distiller["name"] for run in runs}
-    assert len({(run.teacher.name, run.student.name) for run in runs}) >= 2
-    assert {run.seed for run in runs} == {0, 1, 2}
+    assert {"none", "kd", "logitmse", "uhkd", "figkd", "lfcc"} <= {run.settings.distiller.name for run in runs}
+    assert len({(run.settings.teacher.name, run.settings.student.name) for run in runs}) >= 2
+    assert {run.settings.seed for run in runs} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", ["cifar100-hetero", "imagenet-hetero"])
 def test_teachers_of_the_heterogeneous_suites_have_published_weights(name):
-    classes = {run.teacher.name: models.pretrained_classes(run.teacher.name) for run in load(name).runs}
+    names = {run.settings.teacher.name for run in load(name).runs}
+    classes = {name: models.pretrained_classes(name) for name in names}
     assert all(classes.values())
     if name == "imagenet-hetero":
         assert set(classes.values()) == {1000}
 
 
 def test_seeds_of_the_command_replace_the_files(tmp_path, suite):
-    assert {run.seed for run in suites.load(str(tmp_path / "mine.yaml"), seeds=range(3)).runs} == {0, 1, 2}
+    assert {run.settings.seed for run in suites.load(str(tmp_path / "mine.yaml"), seeds=3).runs} == {0, 1, 2}

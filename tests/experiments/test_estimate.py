@@ -10,8 +10,10 @@ from kdzoo.engine.memory import Cost
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import suites
-from kdzoo.experiments.bench import bench, laid_out
+from kdzoo.experiments.bench import bench, placed
 from kdzoo.experiments.estimate import GroupCost, LaneCost, estimate
+from kdzoo.experiments.work import grouped
+from kdzoo.experiments.workers import Local
 from kdzoo.store.folder import RunFolder
 
 SUITE = """
@@ -37,7 +39,8 @@ def suite(folder, text=SUITE):
 
 
 def expected(found, out, retry=False):
-    return estimate(laid_out(found, out), retry, Progress(quiet=True))
+    progress = Progress(quiet=True)
+    return estimate(grouped(placed(found, out, Local(), progress)), retry, progress)
 
 
 def group(**changed):
@@ -63,7 +66,7 @@ def test_time_is_epochs_of_steps_and_tests_with_batch_and_teacher_paid_once_for_
 
 def test_a_group_that_memory_divides_pays_for_batch_and_teacher_in_each_part():
     divided = group(room=115)
-    assert [len(part) for part in divided.parts(range(4))] == [2, 1]
+    assert [len(pack) for pack in divided.packs(range(4))] == [2, 1]
     assert divided.seconds(range(4)) - group().seconds(range(4)) == 3 * 100 * 4
 
 
@@ -73,7 +76,8 @@ def test_memory_is_that_of_the_largest_part_beside_data_and_teacher():
 
 
 def test_groups_that_differ_by_seed_are_measured_once_and_a_teacher_is_trained_once(tmp_path, capsys):
-    found = estimate(laid_out(suite(tmp_path), tmp_path / "runs"), False, Progress())
+    groups = grouped(placed(suite(tmp_path), tmp_path / "runs", Local(), Progress()))
+    found = estimate(groups, False, Progress())
     assert capsys.readouterr().err.count("measuring resnet14 on digits") == 1
     first, second = found
     assert first.seconds == second.seconds > 0
@@ -101,8 +105,7 @@ def test_what_is_finished_is_no_longer_left(tmp_path):
 
 def test_a_failed_run_is_left_only_where_it_is_to_be_tried_again(tmp_path):
     found = suite(tmp_path)
-    laid_out(found, tmp_path / "runs")
-    folder = RunFolder.of(found.runs[0])
+    folder = RunFolder.of(placed(found, tmp_path / "runs", Local(), Progress(quiet=True))[0])
     folder.path.mkdir(parents=True)
     folder.failure.write_text("out of memory")
     once, again = (expected(found, tmp_path / "runs", retry)[0] for retry in (False, True))

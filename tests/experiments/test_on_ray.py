@@ -10,8 +10,8 @@ import pytest
 
 from kdzoo.errors import UserError
 from kdzoo.experiments.bench import bench
-from kdzoo.experiments.executors import find
-from kdzoo.experiments.on_ray import Place, on_node
+from kdzoo.experiments.on_ray import Origin, on_node
+from kdzoo.experiments.workers import find
 from kdzoo.store.folder import RunFolder
 
 pytestmark = pytest.mark.slow(reason="starts the nodes of a Ray cluster")
@@ -72,12 +72,12 @@ def test_where_there_is_no_cluster_one_is_started_and_mistakes_there_come_back_a
     with pytest.raises(UserError, match="no node of the cluster has 1 cores and 64 GPUs"):
         bench(counted(1), tmp_path / "runs", quiet=True, executor=find("ray", gpus=64))
     suite = counted(2)
-    for run in suite.runs:
-        run.output.root = str(tmp_path / "runs")
-    RunFolder.of(suite.runs[0]).path.touch()  # where a folder should be
+    folder = RunFolder.of(suite.runs[0].within(output={"root": str(tmp_path / "runs")})).path
+    folder.parent.mkdir(exist_ok=True)
+    folder.touch()  # where a folder should be
     report = bench(suite, tmp_path / "runs", quiet=True, executor=find("ray", gpus=0))
-    assert report.stopped.keys() == {"1/2"}
-    assert "cannot be written" in report.stopped["1/2"]
+    assert folder in report.stopped
+    assert all("cannot be written" in reason for reason in report.stopped.values())
     assert len(report.finished) == 2
 
 
@@ -98,10 +98,7 @@ def test_ray_that_is_not_installed_is_one_line(counted, tmp_path, monkeypatch):
 
 
 def test_a_node_that_does_not_share_the_folder_says_so(counted, tmp_path):
-    suite = counted(1)
-    for run in suite.runs:
-        run.output.root = str(tmp_path / "not-there")
-    value, reason = on_node(Place.of(suite.runs), list)
+    place = counted(1).runs[0].within(output={"root": str(tmp_path / "not-there")}).place
+    value, reason = on_node(Origin.here(place), list)
     assert value is None
-    assert reason is not None
     assert f"has no folder {tmp_path / 'not-there'}; start the bench in a folder that all nodes share" in reason

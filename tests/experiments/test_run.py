@@ -15,6 +15,7 @@ from kdzoo.errors import UserError
 from kdzoo.experiments.run import evaluate_run
 from kdzoo.experiments.teachers import near_chance
 from kdzoo.files import cache_folder
+from kdzoo.settings import DistillerSettings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import RunFolder
 
@@ -69,7 +70,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_everything_that_its_number_stands_on(finished):
     folder = RunFolder(finished.folder)
     assert json.loads(folder.result.read_text())["top1"] == finished.top1
-    assert folder.settings().distiller == {"name": "kd", "ce": 0.1, "kd": 0.9, "temperature": 4.0}
+    assert folder.run().settings.distiller == DistillerSettings("kd", {"ce": 0.1, "kd": 0.9, "temperature": 4.0})
     history = folder.read_history()
     assert [record["epoch"] for record in history] == [1, 2]
     assert set(history[0]["loss"]) == {"ce", "kd"}
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_good_checkpoin
     with pytest.raises(UserError, match="'kd' is not finite at step 20"):
         distil(tmp_path, "engine.checkpoint_seconds=0", "data.limit=1280", distiller=str(method))
     folder = next(tmp_path.glob("*/checkpoints"))
-    whole, _ = checkpoint.survey(folder)
+    whole, _ = checkpoint.whole(folder)
     assert max(whole) == 20
     assert all(value.isfinite().all() for value in checkpoint.load(whole[20])["trained"].values())
 

@@ -259,7 +259,7 @@ def test_finished_runs_become_a_table_and_a_picture(runs, tmp_path):
     measured = table[table.measure == "top1"].set_index("network").value
     for folder in runs.iterdir():
         found = kdzoo.store.folder.RunFolder(folder)
-        name = "resnet8 " + ("alone" if "none" in folder.name else "by kd") + f", seed {found.settings().seed}"
+        name = "resnet8 " + ("alone" if "none" in folder.name else "by kd") + f", seed {found.run().settings.seed}"
         assert measured[name] == pytest.approx(found.read_result().top1, abs=1e-3)
     assert (tmp_path / "new" / "seen.png").read_bytes().startswith(b"\x89PNG")
 
@@ -281,7 +281,7 @@ def test_what_cannot_be_compared_is_one_line(runs, tmp_path):
         "none",
         "resnet8",
         out=tmp_path,
-        overrides=["protocol.epochs=1", "data.limit=64", "data.image_size=12"],
+        overrides=["protocol.epochs=1", "data.limit=64", "protocol.image_size=12"],
         quiet=True,
     )
     for arguments, said in (

@@ -109,18 +109,18 @@ def test_the_command_without_a_teacher_is_the_same_training(tmp_path, monkeypatc
     [command] = [line for line in next_steps(folder.read_result()).splitlines() if "--distiller none" in line]
     seen = []
 
-    def execute(settings, fresh):
-        seen.append(settings)
+    def execute(run, fresh):
+        seen.append(run)
         raise UserError("far enough")
 
     monkeypatch.setattr("kdzoo.experiments.run.execute", execute)
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     with pytest.raises(SystemExit):
         main()
-    [settings] = seen
-    assert (settings.distiller["name"], settings.teacher.name) == ("none", None)
-    assert settings.output.root == str(tmp_path / "runs")
-    plain, wanted = settings.plain(), folder.settings().plain()
+    [(settings, place)] = seen
+    assert (settings.distiller.name, settings.teacher.name) == ("none", None)
+    assert place.output.root == str(tmp_path / "runs")
+    plain, wanted = settings.plain(), folder.run().settings.plain()
     assert [plain[part] for part in ("student", "data", "protocol", "seed")] == [
         wanted[part] for part in ("student", "data", "protocol", "seed")
     ]

@@ -57,7 +57,7 @@ def test_what_differs_is_another_row_and_says_how(found):
         ("teacher.allow_weak=true", "teacher", "vit_s"),
         ("student.pretrained=true", "student", "resnet_8 (pretrained=True)"),
         ("data.limit=50", "data", "digits (50 images)"),
-        ("data.image_size=32", "data", "digits (32 px)"),
+        ("protocol.image_size=32", "protocol", "quick (image_size=32)"),
     ],
 )
 def test_settings_of_teacher_student_and_data_tell_rows_apart(tmp_path, override, column, name):

@@ -13,7 +13,7 @@ from kdzoo.store import checkpoint
 def test_the_newest_comes_back_and_two_are_kept(tmp_path):
     for step in (10, 20, 30):
         checkpoint.save(tmp_path, step, {"weight": torch.full((3,), float(step)), "history": [{"top1": 1.5}]})
-    whole, damaged = checkpoint.survey(tmp_path)
+    whole, damaged = checkpoint.whole(tmp_path)
     assert (sorted(whole), damaged) == ([20, 30], [])
     state = checkpoint.load(whole[30])
     assert torch.equal(state["weight"], torch.full((3,), 30.0))
@@ -22,7 +22,7 @@ def test_the_newest_comes_back_and_two_are_kept(tmp_path):
 
 
 def test_no_checkpoint_is_none_to_load(tmp_path):
-    assert checkpoint.survey(tmp_path / "nothing") == ({}, [])
+    assert checkpoint.whole(tmp_path / "nothing") == ({}, [])
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip"])
@@ -33,7 +33,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, harm)
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 255
     newest.write_bytes(content[: len(content) // 2] if harm == "truncate" else content)
-    whole, damaged = checkpoint.survey(tmp_path)
+    whole, damaged = checkpoint.whole(tmp_path)
     assert {step: checkpoint.load(file) for step, file in whole.items()} == {1: {"step": 1}}
     assert len(damaged) == 1
     assert newest.name in damaged[0]
@@ -44,12 +44,12 @@ def test_all_damaged_is_an_error(tmp_path):
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="remove that folder and run the same command again"):
-        checkpoint.survey(tmp_path)
+        checkpoint.whole(tmp_path)
 
 
 def test_what_a_kill_left_half_written_is_ignored_and_cleaned(tmp_path):
     (tmp_path / ".step-000000009-0123456789abcdef.pt.99.part").write_bytes(b"half")
-    assert checkpoint.survey(tmp_path) == ({}, [])
+    assert checkpoint.whole(tmp_path) == ({}, [])
     checkpoint.save(tmp_path, 1, {})
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -60,7 +60,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
             return (print, ("never",))
 
     checkpoint.save(tmp_path, 1, {"evil": Evil()})
-    whole, _ = checkpoint.survey(tmp_path)
+    whole, _ = checkpoint.whole(tmp_path)
     with pytest.raises(Exception, match="weights_only"):
         checkpoint.load(whole[1])
 

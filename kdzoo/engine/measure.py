@@ -1,0 +1,45 @@
+"""Accuracy of a network on the test images."""
+
+import torch
+from torch import nn
+
+from kdzoo.data import Dataset
+from kdzoo.distiller import DataSpec
+from kdzoo.precision import PRECISIONS, autocast
+
+
+def evaluate(
+    network: nn.Module, dataset: Dataset, precision: str, test_crop: float = 1.0, batch_size: int | None = None
+) -> tuple[float, float]:
+    """Measure top-1 and top-5 accuracy on the test set, in percent; top-5 is top-K where there are fewer classes.
+
+    The device is waited for once, at the end.
+
+    Args:
+        network: shows an ``Output`` of the images (B, 3, H, W).
+        dataset: whose test images are shown.
+        precision: of the network, by its name.
+        test_crop: share of the resized side that the test crop keeps.
+        batch_size: images of a pass; None: ``test_rows``.
+    """
+    training = network.training
+    network.eval()
+    best = min(5, dataset.spec.num_classes)
+    hits = torch.zeros(2, device=dataset.spec.labels.device, dtype=torch.int64)
+    count = 0
+    with torch.inference_mode():
+        for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
+            with autocast(images.device.type, PRECISIONS[precision]):
+                logits = network(images).logits
+            found = logits.topk(best).indices == labels[:, None]
+            hits += torch.stack([found[:, 0].sum(), found.sum()])
+            count += len(labels)
+    network.train(training)
+    top1, top5 = (100 * hits.double() / count).tolist()
+    return top1, top5
+
+
+def test_rows(spec: DataSpec) -> int:
+    """Choose how many images are measured at once: more of small ones where there is a GPU to keep busy."""
+    rows = 256 * 224**2 // spec.image_size**2
+    return min(max(rows, 256), 2048) if spec.labels.device.type == "cuda" else 256

@@ -1,0 +1,150 @@
+"""The work on a suite: groups of runs that share teacher, data, recipe and seed train as lanes side by side.
+
+Any number of processes may work on one suite in one folder; each run has one owner at a time. What is finished
+stays finished, and what was interrupted continues.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from kdzoo.data import Dataset
+from kdzoo.engine.device import use
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import Teacher, train_lanes
+from kdzoo.errors import OutOfMemory, StorageError, UserError
+from kdzoo.experiments import teachers
+from kdzoo.experiments.estimate import packs
+from kdzoo.experiments.run import open_data
+from kdzoo.files import write_text
+from kdzoo.settings import Run
+from kdzoo.store import checkpoint
+from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.lock import RunLock
+
+
+def grouped(runs: Iterable[Run]) -> list[list[Run]]:
+    """Group the runs that share a teacher pass and a batch, in even shares where ``engine.lanes`` bounds them."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        plain = run.plain()
+        key = json.dumps([plain[part] for part in ("teacher", "data", "protocol", "engine", "seed")], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    found = []
+    for group in groups.values():
+        shares = math.ceil(len(group) / (group[0].place.engine.lanes or len(group)))
+        found += [group[len(group) * i // shares : len(group) * (i + 1) // shares] for i in range(shares)]
+    return found
+
+
+def work_through(groups: Sequence[Sequence[Run]], progress: Progress, wait: bool = False) -> None:
+    """Train whatever no other process is at work on, group by group, until none of that is left.
+
+    The groups are gone through again as long as something was trained, since another process may have been lost
+    meanwhile. With ``wait``, runs that other processes hold are waited for in the end.
+
+    Raises:
+        UserError: a group's folder cannot be written; the other groups are trained first.
+    """
+    progress.suite([sum(run.settings.protocol.epochs for run in group if not is_done(run)) for group in groups])
+    broken: dict[int, UserError] = {}
+
+    def turn(wait: bool = False) -> int:
+        trained = 0
+        for number in range(len(groups)):
+            try:
+                trained += 0 if number in broken else work_on(groups, number, progress, wait)
+            except UserError as error:
+                broken[number] = error
+        return trained
+
+    while turn():
+        pass
+    if wait:
+        turn(wait=True)
+    for error in broken.values():
+        raise error
+
+
+def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wait: bool) -> int:
+    """Train those runs of a group that no other process is at work on, as many side by side as memory holds.
+
+    What a group cannot do without, its data or its teacher, is missed by all of its runs and by no others.
+
+    Returns:
+        how many runs that were.
+    """
+    group = groups[number]
+    locks = {i: RunLock(RunFolder.of(run).path) for i, run in enumerate(group) if not is_done(run)}
+    try:
+        mine = [group[i] for i, lock in locks.items() if lock.acquire(wait)]
+        mine = [run for run in mine if not is_done(run)]  # while we waited, another may have been there
+        if not mine:
+            return 0
+        progress.group(number, f"{title(group)}: {len(mine)} of {len(group)} runs to do")
+        device = use(mine[0].place)
+        with torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
+            try:
+                dataset = open_data(mine[0], device, progress)
+                teacher = teachers.obtain(mine[0], dataset, progress) if mine[0].settings.teacher.name else None
+            except StorageError:
+                raise
+            except UserError as error:
+                for run in mine:
+                    record(run, error, progress)
+                return len(mine)
+            for pack in packs(mine, dataset, teacher, progress):
+                train_together(pack, dataset, teacher, progress)
+        return len(mine)
+    finally:
+        for lock in locks.values():
+            lock.release()
+
+
+def is_done(run: Run) -> bool:
+    """Tell whether nothing is left to do for a run: it is finished, or it failed."""
+    return RunFolder.of(run).is_done()
+
+
+def title(group: Sequence[Run]) -> str:
+    """Say what a group of runs shares."""
+    first = group[0].settings
+    return f"{first.teacher.name} on {first.data.name}, {first.protocol.name}, seed {first.seed}"
+
+
+def train_together(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> None:
+    """Train runs side by side; those that memory did not hold are tried again, half as many at a time."""
+    for lanes in by_checkpoint(runs):
+        progress.worth(sum(run.settings.protocol.epochs for run in lanes))
+        outcomes = dict(enumerate(train_lanes(lanes, dataset, teacher, progress)))
+        full = [i for i, outcome in outcomes.items() if isinstance(outcome, OutOfMemory) and len(lanes) > 1]
+        for i in outcomes.keys() - set(full):
+            record(lanes[i], outcomes[i], progress)
+        if full:
+            fewer = len(lanes) // 2
+            progress.say(f"memory did not hold {len(full)} of {len(lanes)} runs: trying them {fewer} at a time")
+            for start in range(0, len(full), fewer):
+                train_together([lanes[i] for i in full[start : start + fewer]], dataset, teacher, progress)
+
+
+def record(run: Run, outcome: Result | UserError, progress: Progress) -> None:
+    """Write a failure down; results are written already."""
+    if isinstance(outcome, UserError):
+        write_text(RunFolder.of(run).failure, str(outcome) + "\n")
+        progress.say(f"{run.settings.distiller.name} failed: {outcome}")
+
+
+def by_checkpoint(runs: Sequence[Run]) -> list[list[Run]]:
+    """Part runs by where they can start together: at a step of which all have a checkpoint, or from nothing."""
+    together: list[tuple[set[int], list[Run]]] = []
+    for run in runs:
+        steps = set(checkpoint.whole(RunFolder.of(run).checkpoints)[0])
+        for i, (common, others) in enumerate(together):
+            if (common & steps) or (not common and not steps):
+                together[i] = common & steps, [*others, run]
+                break
+        else:
+            together.append((steps, [run]))
+    return [others for _, others in together]
