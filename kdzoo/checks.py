@@ -515,7 +515,7 @@ def learning(distiller: type[Distiller], seed: int = 0) -> Learning:
         return toys.total(toys.seeded(now, 5, size=32)).item(), agreement
 
     loss_before, agreement_before = standing()
-    toys.train(together, steps=60, size=16, seed=1000 * seed)
+    toys.train(together, steps=120, size=16, seed=1000 * seed)
     loss, agreement = standing()
     return Learning((loss_before - loss) / abs(loss_before), agreement_before, agreement)
 

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 STUDENT, TEACHER = Shape((6, 8, 8, 12)), Shape((8, 12, 16, 20))
 FINE, ODD, DOTS, PLAIN = ((16, 16), (8, 8), (4, 4), (2, 2)), ((7, 5),) * 4, ((1, 1),) * 4, ((4, 4),) * 4
-RATE = 0.02  # of learning, at first
+RATE = 0.03  # of learning, at first
 COLOURS = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).flip(1)[
     :, :, None, None
 ]  # black, red, green, yellow ...

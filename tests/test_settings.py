@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import kdzoo
 from kdzoo import DataSpec, models, registry
 from kdzoo.errors import UserError
 from kdzoo.files import shipped_folder
-from kdzoo.settings import DistillerSettings, protocol_names, read_protocol, resolve
+from kdzoo.settings import DistillerSettings, Place, protocol_names, read_protocol, resolve, stored
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}}
 
@@ -96,6 +97,48 @@ def test_identity_tells_runs_apart_by_what_changes_the_result():
     assert resolve(BASE, ["output.root=elsewhere", "engine.threads=1"]).settings.identity() == identity
     for override in ("seed=1", "distiller.kd=1", "protocol.lr=0.1", "data.limit=9", "student.name=resnet14"):
         assert resolve(BASE, [override]).settings.identity() != identity
+
+
+@pytest.mark.parametrize(
+    "key", [f"{part.name}.{key.name}" for part in fields(Place) for key in fields(getattr(Place(), part.name))]
+)
+def test_no_key_of_the_place_is_part_of_what_a_run_is(key):
+    usual = resolve(BASE)
+    section, name = key.split(".")
+    value = getattr(getattr(usual.place, section), name)
+    other = not value if isinstance(value, bool) else {str: "cuda", int: 3, float: 0.5}[type(value)]
+    changed = resolve(BASE, [f"{key}={other}"])
+    assert changed.settings == usual.settings
+    assert changed.place != usual.place
+
+
+def test_settings_and_place_cannot_be_written():
+    settings, place = resolve(BASE)
+    for part in (settings, place):
+        for one in [part, *(getattr(part, column.name) for column in fields(part))]:
+            if is_dataclass(one):
+                with pytest.raises(FrozenInstanceError):
+                    setattr(one, fields(one)[0].name, None)
+
+
+def test_what_is_written_down_is_read_again_as_it_was(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("{epochs: 3, lr_of: {resnet8: 0.5}, augmentation: {resized_crop: [0.5, 1]}}")
+    more = [
+        "distiller.name=reviewkd",
+        "distiller.stages=[1, 2]",
+        "data.name=bands",
+        "data.options.low=2",
+        "engine.threads=3",
+    ]
+    run = resolve({**BASE, "protocol": {"name": str(recipe)}}, more)
+    recipe.unlink()  # what was written is complete
+    assert stored(run.plain()) == run
+
+
+def test_a_section_that_is_no_mapping_is_one_line():
+    with pytest.raises(UserError, match=r"engine=4: expected engine\.KEY=value"):
+        resolve(BASE, ["engine=4"])
 
 
 def test_an_edited_distiller_file_is_another_run(tmp_path):

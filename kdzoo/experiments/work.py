@@ -40,7 +40,7 @@ def grouped(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def work_through(groups: Sequence[Sequence[Run]], progress: Progress, wait: bool = False) -> None:
-    """Train whatever no other process is at work on, group by group, until none of that is left.
+    """Train the runs that no other process is at work on, group by group, until none of them is left.
 
     The groups are gone through again as long as something was trained, since another process may have been lost
     meanwhile. With ``wait``, runs that other processes hold are waited for in the end.

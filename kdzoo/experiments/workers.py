@@ -1,6 +1,6 @@
 """Where a bench trains: in this process, or by workers, each of which is one process of ``kdzoo bench``.
 
-A worker takes whatever group of the suite no other process is at work on. ``on_ray`` starts them on a cluster.
+A worker takes any group of the suite that no other process is at work on. ``on_ray`` starts them on a cluster.
 """
 
 import os

@@ -170,7 +170,7 @@ def test_sets_without_options_refuse_them(name: str) -> None:
 
 def test_options_come_from_the_command_line_and_make_another_run() -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}, "data": {"name": "bands"}}
-    plain, low = resolve(base), resolve(base, ["data.options.low=0.5", "data.options.size=48"])
+    plain, low = resolve(base).settings, resolve(base, ["data.options.low=0.5", "data.options.size=48"]).settings
     assert (low.data.options["low"], low.data.options["size"], low.data.options["high"]) == (0.5, 48, 1.0)
     assert plain.identity() != low.identity()
     with pytest.raises(UserError, match=r"data.options"):
@@ -180,4 +180,4 @@ def test_options_come_from_the_command_line_and_make_another_run() -> None:
 def test_a_number_is_the_same_option_however_it_is_written() -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}, "data": {"name": "bands"}}
     runs = [resolve(base, more) for more in ([], ["data.options.low=1"], ["data.options.low=1.0"])]
-    assert len({run.identity() for run in runs}) == 1
+    assert len({run.settings.identity() for run in runs}) == 1

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -101,6 +103,21 @@ def test_what_ships_is_the_student_alone_and_measures_the_same(finished):
 
 
 @pytest.mark.slow(reason="trains and reads three networks of timm's")
+def test_a_run_of_another_machine_is_measured_on_what_this_one_has(finished, tmp_path):
+    moved = RunFolder(Path(shutil.copytree(finished.folder, tmp_path / "moved")))
+    moved.config.write_text(moved.config.read_text().replace("device: cpu", "device: cuda:7"))
+    assert evaluate_run(moved.path) == (finished.top1, finished.top5)
+
+
+def test_a_folder_of_another_version_is_refused_in_one_line(finished, tmp_path):
+    moved = RunFolder(Path(shutil.copytree(finished.folder, tmp_path / "moved")))
+    moved.config.write_text(moved.config.read_text().replace("format: 2\n", ""))
+    for read in (evaluate_run, kdzoo.table):
+        with pytest.raises(UserError, match=r"was made by another version of kdzoo.*environment\.json") as caught:
+            read(moved.path)
+        assert "\n" not in str(caught.value)
+
+
 def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_made(tmp_path, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
