@@ -111,7 +111,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     with Progress() as progress, progress.doing("loading torch"):
         from kdzoo.engine.ranks import is_first
         from kdzoo.experiments.run import execute
-        from kdzoo.results.show import next_steps, result_table
+        from kdzoo.results.last_screen import next_steps, result_table
         from kdzoo.settings import resolve
 
         settings = resolve(values, overrides)
@@ -172,7 +172,7 @@ def bench(
         from kdzoo.experiments import executors, suites
         from kdzoo.experiments.estimate import estimate
         from kdzoo.results import layout, table
-        from kdzoo.results.show import plan
+        from kdzoo.results.plan import plan
         from kdzoo.store.folder import find_runs
 
         executor = executors.find(on, jobs, gpus_per_group)
@@ -288,7 +288,7 @@ def spectrum(
 @DEBUG
 def list_names(kind: str, style: str) -> None:
     """List the names of methods, models, data sets, protocols or suites."""
-    from kdzoo.results.show import listing
+    from kdzoo.results.catalogue import listing
 
     click.echo(listing(kind, style))
 
@@ -303,7 +303,7 @@ def list_names(kind: str, style: str) -> None:
 @DEBUG
 def show(name: str, data: str) -> None:
     """Explain a method (uhkd, ./mine.py) or a network (swin_t)."""
-    from kdzoo.results.show import distiller_page, is_distiller, model_page
+    from kdzoo.results.catalogue import distiller_page, is_distiller, model_page
 
     _print(distiller_page(name) if is_distiller(name) else model_page(name, data))
 

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
 
 GROUP = "kdzoo.distillers"
+# What a method's fidelity says, from the surest to the least sure.
+FIDELITIES = {
+    "exact": "formulas read in the authors' code or paper",
+    "adapted": "carried over from another task or architecture",
+    "reconstructed": "the full text was not available; our reading of abstract and relatives",
+}
 
 
 @dataclass(frozen=True)

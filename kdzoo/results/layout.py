@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from kdzoo import registry
 from kdzoo.results import published, statistics
 from kdzoo.results.render import Cell, Grid, Section, latex, markdown, page
-from kdzoo.results.show import FIDELITIES
 from kdzoo.results.table import (
     BASELINE,
     PAIR,
@@ -20,7 +20,6 @@ from kdzoo.results.table import (
     summary,
 )
 
-STYLES = ("markdown", "csv", "latex", "html")
 MARKS = {"reconstructed": "†", "adapted": "‡"}
 
 
@@ -188,7 +187,7 @@ def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, fam
         notes.append(f"No run of the baseline {baseline}: no differences are tested.")
     for fidelity, mark in MARKS.items():
         if fidelity in set(rows["fidelity"]):
-            notes.append(f"{mark} {fidelity}: {FIDELITIES[fidelity]}.")
+            notes.append(f"{mark} {fidelity}: {registry.FIDELITIES[fidelity]}.")
     if preset := sorted(set(runs.loc[runs["preset"], "method"])):
         notes.append(f"With the keywords that the field uses for each pair (presets): {', '.join(preset)}.")
     if count := repeated(runs):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from kdzoo import registry
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError, unknown
 from kdzoo.results import published, statistics
@@ -20,7 +21,6 @@ SECTION = ["data", "protocol"]  # what is compared with each other agrees in the
 PAIR = ["teacher", "student"]
 ALONE = "-"  # the teacher of a student that has none
 MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
-FIDELITIES = ("exact", "adapted", "reconstructed")  # from the surest to the least sure
 NUMBERS = ("teacher_top1", *MEASURES, "seconds", "images_per_second")
 COUNTS = ("parameters", "extra_parameters", "peak_memory")
 
@@ -245,7 +245,8 @@ def _beside(number: published.Published | None, ours: float, epoch: str) -> dict
 
 def _doubt(fidelity: str) -> int:
     """The place of a fidelity in the order of doubt; one that is not known is the least sure."""
-    return FIDELITIES.index(fidelity) if fidelity in FIDELITIES else len(FIDELITIES)
+    known = list(registry.FIDELITIES)
+    return known.index(fidelity) if fidelity in known else len(known)
 
 
 def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
