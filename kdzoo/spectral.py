@@ -231,9 +231,9 @@ def wavelet_basis(n: int, wavelet: str, level: int, padding: str) -> tuple[Tenso
 def dwt_basis(n: int, wavelet: str, level: int, padding: str) -> list[Tensor]:
     """PyWavelets' discrete wavelet transform of n samples: a matrix (2 M, n') for each level, fine to coarse.
 
-    Each takes the n' samples, or the content of the level before, to M numbers of content and M of detail. For
-    ``dwt``, and one for each axis for ``dwt2``. As matrices they know every wavelet and every padding, also where
-    a map is shorter than the filter, and trace into one graph; ptwt knows five of nine paddings and breaks it.
+    Each takes the n' samples, or the content of the level before, to M numbers of content and M of detail;
+    ``dwt2`` takes one basis for each axis. As matrices they know every wavelet and every padding, also where a map
+    is shorter than the filter, and trace into one graph; ptwt knows five of nine paddings and breaks it.
 
     Args:
         n: how many samples.
@@ -261,23 +261,6 @@ def idwt_basis(n: int, wavelet: str, level: int, padding: str) -> list[Tensor]:
         whole = pywt.idwt(content, detail, wavelet, padding, axis=0)
         basis.append(torch.from_numpy(whole[: forward.shape[1]]))
     return basis
-
-
-def dwt(samples: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Samples (..., n): their content (..., M), and the detail of each level, fine to coarse."""
-    content, details = full_precision(samples), []
-    for matrix in basis:
-        content, detail = (content @ matrix.to(content.dtype).mT).chunk(2, dim=-1)
-        details.append(detail)
-    return content, details
-
-
-def idwt(content: Tensor, details: Sequence[Tensor], basis: Sequence[Tensor]) -> Tensor:
-    """What ``dwt`` took apart, put together by ``idwt_basis``: (..., n)."""
-    content = full_precision(content)
-    for detail, matrix in zip(reversed(details), reversed(basis), strict=True):
-        content = torch.cat([content, detail.to(content.dtype)], dim=-1) @ matrix.to(content.dtype).mT
-    return content
 
 
 def dwt2(maps: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
