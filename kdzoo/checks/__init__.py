@@ -1,4 +1,4 @@
-"""The conformance suite: what every distiller promises, as checks that anybody can run on their own.
+"""The conformance suite: checks that any distiller, yours or ours, keeps its promises.
 
 Each check takes a distiller's class, or a ``functools.partial`` of one to check another configuration, and
 raises an ``AssertionError`` of one line: what was expected, what happened, what to do. All of them run on the

@@ -1,4 +1,4 @@
-"""What the checks measure, and how they say what they found: expected, got, and what to do."""
+"""Measurements that the checks make, and the messages of checks that fail: expected, got, what to do."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ LEAST_AGREEMENT = 0.6  # of the student with labels or teacher after it
 
 @contextmanager
 def promising(promise: str) -> Iterator[None]:
-    """Turn every error into an AssertionError of one line."""
+    """Turn any error inside the context into an AssertionError of one line."""
     try:
         yield
     except AssertionError as error:
@@ -34,12 +34,13 @@ def promising(promise: str) -> Iterator[None]:
 
 
 def expect(ok: bool, expected: str, got: object, remedy: str) -> None:
+    """Raise an AssertionError of one line unless ``ok``."""
     if not ok:
         raise AssertionError(f"expected {expected}; got {got}; {remedy}")
 
 
 def expect_finite(together: Distillation, batch: Batch, where: str) -> None:
-    """Terms, and the gradients of all that trains, are finite."""
+    """Check that all terms and all gradients of a batch are finite."""
     with promising(f"finite terms for {where}"):
         together.zero_grad()
         terms = together(batch)
@@ -54,7 +55,10 @@ def expect_finite(together: Distillation, batch: Batch, where: str) -> None:
 
 
 def relative_gap(terms: Terms, others: Terms) -> float:
-    """The largest difference of two terms of one name, as a share of their size, or of a thousandth if that is more."""
+    """Compute the largest relative difference between terms of the same name.
+
+    0.001 is added to each size, so that terms near 0 are not compared by their share.
+    """
     if terms.keys() != others.keys():
         return float("inf")
     gaps = [((terms[name] - others[name]).abs() / (others[name].abs() + 1e-3)).item() for name in terms]
@@ -62,14 +66,14 @@ def relative_gap(terms: Terms, others: Terms) -> float:
 
 
 def expect_equal(terms: Terms, others: Terms, when: str, remedy: str, tolerance: float = 0.0) -> None:
-    """The same terms: to the bit, or to a share of their size."""
+    """Check that two sets of terms are equal, exactly or within a relative ``tolerance``."""
     shown = (", ".join(f"{name} {term.item():.7g}" for name, term in given.items()) for given in (terms, others))
     same = relative_gap(terms, others) <= tolerance
     expect(same, f"the same terms {when}", " against ".join(shown), remedy)
 
 
 class Narrow(TorchFunctionMode):
-    """Notes the functions that return less than float32."""
+    """A record of the functions that return float16 or bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class Narrow(TorchFunctionMode):
 
 
 class Learning(NamedTuple):
-    """What came of a short training on the toy problem."""
+    """The result of a short training on the toy problem."""
 
     fall: float  # of the loss, as a share of what it was
     agreement_before: float  # of a new student with labels or teacher, whichever it agrees with more
@@ -91,7 +95,7 @@ class Learning(NamedTuple):
 
 
 def learning(distiller: type[Distiller], seed: int = 0) -> Learning:
-    """Train a toy student for a moment; another seed has another student and other images."""
+    """Train a toy student briefly and measure what it learned; ``seed`` chooses the student and the images."""
     teacher = copy.deepcopy(toys.taught())
     together = toys.distillation(distiller, teacher=teacher, seed=seed)
     test = toys.batch_of(seed=999, size=32)

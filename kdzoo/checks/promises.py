@@ -38,7 +38,7 @@ def _keywords(distiller: Callable[..., Distiller]) -> dict[str, Parameter]:
 
 @promise
 def check_documented(distiller: type[Distiller]) -> None:
-    """Module and class say what they are, and every keyword has a default, a type and a line in Args."""
+    """Module and class have docstrings, and every keyword has a default, a type and a line in Args."""
     cls = toys.class_of(distiller)
     paper, fidelity = getattr(cls, "paper", None), getattr(cls, "fidelity", None)
     expect(bool(sys.modules[cls.__module__].__doc__), "a docstring of the module", "none", "say what it does")
@@ -63,7 +63,7 @@ def check_documented(distiller: type[Distiller]) -> None:
 
 @promise
 def check_needs(distiller: type[Distiller]) -> None:
-    """It runs on exactly what its needs name: the teacher, the views, and what networks show."""
+    """The method runs with exactly what its needs name: the teacher, the views and the network outputs."""
     student, teacher = toys.Toy(toys.STUDENT), toys.Toy(toys.TEACHER)
     method = distiller()
     together = Distillation(student, teacher if method.needs.teacher else toys.Absent(), method, data=toys.data())
@@ -92,7 +92,7 @@ def check_terms(distiller: type[Distiller]) -> None:
 
 @promise
 def check_weights(distiller: type[Distiller]) -> None:
-    """A term grows in proportion to the keyword of its name, and a weight of 0 leaves nothing of it."""
+    """A term is proportional to the keyword of its name, and is left out at a weight of 0."""
     defaults = {name: keyword.default for name, keyword in _keywords(distiller).items()}
     weights = {name: value for name, value in defaults.items() if type(value) in (int, float)}
     usual = toys.distillation(distiller)(toys.batch_of())
@@ -119,7 +119,7 @@ def check_weights(distiller: type[Distiller]) -> None:
 
 @promise
 def check_feature_shapes(distiller: type[Distiller]) -> None:
-    """Any student goes with any teacher: other widths, other grids, odd grids, 1x1 maps, tokens."""
+    """Any student works with any teacher: different widths and grids, odd grids, 1x1 maps, tokens."""
     for where, (student, teacher) in toys.PAIRS.items():
         with promising(f"finite terms for {where}"):
             together = toys.distillation(distiller, student=toys.Toy(student), teacher=toys.Toy(teacher))
@@ -128,7 +128,7 @@ def check_feature_shapes(distiller: type[Distiller]) -> None:
 
 @promise
 def check_class_counts(distiller: type[Distiller]) -> None:
-    """Any number of classes goes, an odd one too."""
+    """The method works with any number of classes, odd or even."""
     for classes in (2, 10, 67, 101):
         with promising(f"finite terms for {classes} classes"):
             together = toys.distillation(distiller, classes=classes)
@@ -137,7 +137,7 @@ def check_class_counts(distiller: type[Distiller]) -> None:
 
 @promise
 def check_batch_sizes(distiller: type[Distiller]) -> None:
-    """A batch may be larger or smaller than the one before."""
+    """The batch size may change from step to step."""
     together = toys.distillation(distiller)
     for size in (8, 2):
         expect_finite(together, toys.batch_of(size=size), f"a batch of {size}")
@@ -145,13 +145,13 @@ def check_batch_sizes(distiller: type[Distiller]) -> None:
 
 @promise
 def check_mixed_targets(distiller: type[Distiller]) -> None:
-    """Images, and with them targets, may be mixed and smoothed."""
+    """Images may be mixed, and targets mixed and smoothed."""
     expect_finite(toys.distillation(distiller), toys.batch_of(mixed=True), "mixed images and smoothed targets")
 
 
 @promise
 def check_extreme_values(distiller: type[Distiller]) -> None:
-    """Terms and gradients stay finite where networks show zeros, constants or very large logits."""
+    """Terms and gradients stay finite when networks give zeros, constants or very large logits."""
     zeros, ones, normal = torch.zeros, torch.ones, torch.randn
     for where, student, teacher, scale in (
         ("zeros", zeros, zeros, 1.0),
@@ -169,7 +169,7 @@ def check_extreme_values(distiller: type[Distiller]) -> None:
 
 @promise
 def check_gradients(distiller: type[Distiller]) -> None:
-    """All that the loss trains is a parameter, and all that ships or belongs to the method is trained."""
+    """All that the loss trains is a registered parameter, and every parameter that is shipped or built is trained."""
     together = toys.distillation(distiller)
     trained = {id(p): name for name, p in together.named_parameters() if p.requires_grad}
     shipped = toys.leaves(together.deploy()(toys.batch_of().images).logits)
@@ -188,7 +188,7 @@ def check_gradients(distiller: type[Distiller]) -> None:
 
 @promise
 def check_teacher_frozen(distiller: type[Distiller]) -> None:
-    """The teacher stays as it is: no gradient, no new values, evaluation mode."""
+    """The teacher does not change: no gradient, no new values, evaluation mode."""
     teacher = toys.Toy(toys.TEACHER)
     before = copy.deepcopy(teacher.state_dict())
     toys.train(toys.distillation(distiller, teacher=teacher), steps=2)
@@ -203,7 +203,7 @@ def check_teacher_frozen(distiller: type[Distiller]) -> None:
 
 @promise
 def check_inputs_unchanged(distiller: type[Distiller]) -> None:
-    """Nothing is written into batch and outputs, which others read too, and the student keeps its mode."""
+    """The method writes nothing into batch and outputs, which others read too, and the student keeps its mode."""
     together, batch = toys.distillation(distiller), toys.batch_of()
     seen: list[tuple[Tensor, Tensor]] = []  # what a distiller is given, and a copy of it
 
@@ -223,7 +223,7 @@ def check_inputs_unchanged(distiller: type[Distiller]) -> None:
 
 @promise
 def check_deterministic(distiller: type[Distiller]) -> None:
-    """The same seed gives the same loss, and the seed stays the caller's."""
+    """The same seed gives the same loss, and the method never sets a seed itself."""
     first, second = toys.distillation(distiller), toys.distillation(distiller)
     remedy = "draw from torch's own generator, and never set its seed"
     expect_equal(toys.seeded(first, 5), toys.seeded(second, 5), "from the same seed", remedy)
@@ -239,7 +239,7 @@ def check_deterministic(distiller: type[Distiller]) -> None:
 
 @promise
 def check_float32(distiller: type[Distiller]) -> None:
-    """Losses are computed in float32, and a network's own bfloat16 changes them little."""
+    """Losses are computed in float32, and bfloat16 networks change them little."""
     together = toys.distillation(distiller)
     with Narrow() as narrow:
         together(toys.batch_of())
@@ -253,7 +253,7 @@ def check_float32(distiller: type[Distiller]) -> None:
 
 @promise
 def check_meta(distiller: type[Distiller]) -> None:
-    """It follows .to(device), constants too, and runs on the meta device, where only shapes exist."""
+    """All tensors of the method move with .to(device), and it runs on the meta device, where only shapes exist."""
     together = toys.distillation(distiller, prepared=False).to("meta")
     for name, term in together(toys.to_meta(toys.batch_of())).items():
         expect(term.device.type == "meta", f"'{name}' on the meta device", term.device, "use register_buffer")
@@ -261,7 +261,7 @@ def check_meta(distiller: type[Distiller]) -> None:
 
 @promise
 def check_compiles(distiller: type[Distiller]) -> None:
-    """It compiles as one graph, once for all batches, and then gives what it gives without."""
+    """The method compiles as one graph, once for all batches, with the same results as without compilation."""
     torch.compiler.reset()
     plain, inner = toys.distillation(distiller), toys.distillation(distiller)
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
@@ -294,7 +294,7 @@ def check_state(distiller: type[Distiller]) -> None:
 
 @promise
 def check_copies(distiller: type[Distiller]) -> None:
-    """It can be pickled and copied in the midst of training."""
+    """The method can be pickled and copied during training."""
     together = toys.distillation(distiller)
     toys.train(together, steps=1)
     pickled, copied = pickle.loads(pickle.dumps(together)), copy.deepcopy(together)
@@ -306,7 +306,7 @@ def check_copies(distiller: type[Distiller]) -> None:
 
 @promise
 def check_learns(distiller: type[Distiller]) -> None:
-    """On an easy problem the loss falls, and what ships comes to agree with labels or teacher."""
+    """On an easy problem the loss falls, and the shipped network learns to agree with labels or teacher."""
     found = learning(distiller)
     remedy = "look at the sign and the scale of each term"
     expect(found.fall > LEAST_FALL, "a falling loss", f"a fall by {found.fall:.0%} of its size", remedy)

@@ -1,4 +1,4 @@
-"""Running the conformance suite: declaring a check, running all of them on one distiller, and how each ended."""
+"""The conformance suite's runner: collects the checks, runs them on one distiller, and reports the results."""
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -35,7 +35,7 @@ def _first_line(check: Check) -> str:
 
 
 class Outcome(StrEnum):
-    """How a check ended."""
+    """The outcome of a check."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -43,7 +43,7 @@ class Outcome(StrEnum):
 
 
 class CheckResult(NamedTuple):
-    """One check of one distiller; ``message`` is empty where it passed.
+    """The result of one check of one distiller; ``message`` is empty if it passed.
 
     Example:
         >>> CheckResult("check_terms", Outcome.PASSED).outcome == "passed"

@@ -1,4 +1,4 @@
-"""What can be named on the command line: lists of names, and a page for one method or one network."""
+"""Answer ``kdzoo list`` and ``kdzoo show``: lists of names, and a page for one method or one network."""
 
 import inspect
 
@@ -14,12 +14,12 @@ OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32), "band
 
 
 def is_distiller(name: str) -> bool:
-    """Whether ``kdzoo show`` is asked for a method rather than a network."""
+    """Decide whether a name is a method's; otherwise it is a network's."""
     return name.endswith(".py") or name in registry.names()
 
 
 def distiller_page(name: str) -> RenderableType:
-    """A method: its paper, how faithful it is, its documentation, its keywords with their defaults."""
+    """Describe a method: its paper, fidelity, documentation, and keywords with their defaults."""
     method = registry.find(name)
     distiller = registry.load(name)
     keywords = Table("keyword", "type", "default", title="distiller.KEYWORD=value", title_justify="left")
@@ -36,7 +36,7 @@ def distiller_page(name: str) -> RenderableType:
 
 
 def model_page(name: str, data: str) -> RenderableType:
-    """A network at the size of a data set: taps, shapes, parameters, what was adapted."""
+    """Describe a network for a data set: parameters, shapes, and what was adapted."""
     import torch
 
     from kdzoo import models
@@ -62,7 +62,7 @@ def model_page(name: str, data: str) -> RenderableType:
 
 
 def listing(kind: str, style: str) -> str:
-    """The names of one kind, a line each; methods with their paper and fidelity."""
+    """List all names of one kind, one a line; methods with their paper and fidelity."""
     if kind == "distillers":
         rows = [("method", "fidelity", "paper", "what it does")]
         rows += [(m.name, m.fidelity, m.paper, m.summary) for m in registry.methods().values()]

@@ -1,4 +1,4 @@
-"""The last screen of a run: its result, where it lies, and the commands that follow."""
+"""The last screen of a run: its result, its folder, and the commands to try next."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def result_table(result: "Result") -> Table:
-    """Tabulate what a run found, beside what its student reaches without a teacher where that is known."""
+    """Tabulate a run's result, beside that of its student trained without a teacher, if there is one."""
     pair = f"{result.teacher} → {result.student}" if result.teacher else result.student
     title = f"{result.distiller} ({result.fidelity}): {pair} on {result.data}"
     table = Table(title=title, title_justify="left", show_header=False)
@@ -38,23 +38,23 @@ def result_table(result: "Result") -> Table:
 
 
 def next_steps(result: "Result") -> str:
-    """Say where a run lies and which commands follow, each on a line that can be copied whole."""
+    """Print a run's folder and the commands to try next, each on a line that can be copied whole."""
     from kdzoo.experiments import suites
 
     root = result.folder.parent
-    steps = [("Run:", str(from_here(result.folder)))]
+    steps = [("Run:", str(shortened(result.folder)))]
     if result.distiller != "none" and without_teacher(result) is None:
         steps.append(("Next, the student without a teacher:", command_without_teacher(result)))
     if result.data in suites.shipped():
         steps.append((f"Many methods on {result.data}, compared over seeds:", f"kdzoo bench {result.data}"))
     else:
         steps.append(("Suites that compare many methods:", "kdzoo list suites"))
-    steps.append(("All runs of this folder:", shlex.join(["kdzoo", "table", str(from_here(root))])))
+    steps.append(("All runs of this folder:", shlex.join(["kdzoo", "table", str(shortened(root))])))
     return "\n".join(f"{what}\n  {line}" for what, line in steps)
 
 
 def without_teacher(result: "Result") -> "Result | None":
-    """Find the run beside this one that trains the same student without a teacher; None where there is none."""
+    """Find the run in the same folder that trains the same student without a teacher; None if there is none."""
     from kdzoo.store.folder import RunFolder
 
     wanted = _same_student(result.folder)
@@ -66,7 +66,7 @@ def without_teacher(result: "Result") -> "Result | None":
 
 
 def command_without_teacher(result: "Result") -> str:
-    """Write the command that trains a run's student by the same recipe on the same data, without a teacher."""
+    """Write the command that trains a run's student without a teacher, by the same recipe on the same data."""
     from kdzoo.settings import read_protocol, resolve
     from kdzoo.store.folder import RunFolder
 
@@ -76,21 +76,21 @@ def command_without_teacher(result: "Result") -> str:
     given["protocol"]["epochs"] = settings["protocol"]["epochs"]  # which milestones and warm-up follow
     usual = _flat(resolve({**given, "distiller": {"name": "none"}}).plain())
     usual["protocol.epochs"] = read_protocol(result.protocol).epochs
-    own = _flat({part: settings[part] for part in parts})
+    used = _flat({part: settings[part] for part in parts})
     words = ["kdzoo", "run", "--distiller", "none", "--student", result.student]
     for option, value, default in (
         ("--data", result.data, "digits"),
         ("--protocol", result.protocol, "quick"),
         ("--seed", str(result.seed), "0"),
-        ("--out", str(from_here(result.folder.parent)), "runs"),
+        ("--out", str(shortened(result.folder.parent)), "runs"),
     ):
         words += [option, value] if value != default else []
-    words += [f"{key}={'null' if value is None else value}" for key, value in own.items() if value != usual.get(key)]
+    words += [f"{key}={'null' if value is None else value}" for key, value in used.items() if value != usual.get(key)]
     return shlex.join(words)
 
 
-def from_here(path: Path) -> Path:
-    """Shorten a path to one that starts at the working folder, if it lies inside."""
+def shortened(path: Path) -> Path:
+    """Shorten a path to one relative to the working folder, if it lies inside."""
     whole = Path(os.path.abspath(path))
     return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
 

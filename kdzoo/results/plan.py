@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def plan(name: str, groups: list[list["Settings"]], estimates: list["Estimate"]) -> str:
-    """A suite's runs by the groups that train side by side, with what each group is expected to take."""
+    """List a suite's runs by group, with the time and memory that each group is expected to take."""
     lines = [f"{name}: {sum(map(len, groups))} runs in {len(groups)} groups that each share a teacher and its batches"]
     for group, found in zip(groups, estimates, strict=True):
         first = group[0]
