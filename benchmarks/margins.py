@@ -26,10 +26,11 @@ from first_run import INSTRUCTIONS
 from measuring import arguments_of, file_of, publish, this_machine
 
 from kdzoo import checks, registry, toys
+from kdzoo.checks import promises
 
 Found = dict[str, list[float]]  # values by threshold
 
-EQUAL = (checks.check_weights, checks.check_float32)
+EQUAL = (promises.check_weights, promises.check_float32)
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def others(seed: int, found: Found) -> Iterator[None]:
     with (
         patch.object(toys, "distillation", distillation),
         patch.object(toys, "batch_of", batch_of),
-        patch.object(checks, "_expect_equal", note),
+        patch.object(promises, "expect_equal", note),
     ):
         yield
 
@@ -67,7 +68,7 @@ def measured(method: str, seeds: int, compiled: int) -> Found:
             found.setdefault("agreement", []).append(learned.agreement)
             found.setdefault("fall of the loss", []).append(learned.fall)
         with others(seed, found):
-            for check in (*EQUAL, *[checks.check_compiles] * (seed < compiled)):
+            for check in (*EQUAL, *[promises.check_compiles] * (seed < compiled)):
                 if check.__name__ not in expected:
                     check(kind)
     return found

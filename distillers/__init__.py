@@ -1,1 +1,1 @@
-"""The zoo: every module of this folder holds one distillation method, named after its file."""
+"""The zoo: each module of this folder holds one distillation method, named after its file."""

@@ -1,4 +1,4 @@
-"""AT: the student looks at the same places as the teacher, stage by stage."""
+"""AT: the student attends to the same places as the teacher, stage by stage."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from kdzoo.losses import cross_entropy
 
 
 def attention_map(maps: Tensor, p: float) -> Tensor:
-    """Mean over channels of |maps|^p, flattened and of length 1: (B, C, H, W) -> (B, H * W)."""
+    """Average |maps|^p over channels, flattened and of length 1: (B, C, H, W) -> (B, H * W)."""
     return F.normalize(maps.abs().pow(p).mean(dim=1).flatten(1), eps=1e-6)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, p: float) -> Tensor:
-    """Mean squared error of the attention of maps (B, C_s, H, W) and (B, C_t, H, W)."""
+    """Compute the mean squared error of the attention of maps (B, C_s, H, W) and (B, C_t, H, W)."""
     return F.mse_loss(attention_map(student, p), attention_map(teacher, p))
 
 

@@ -1,4 +1,4 @@
-"""CAT-KD: where the student sees each class resembles where the teacher sees it."""
+"""CAT-KD: the student finds each class at the same places of the image as the teacher."""
 
 from torch import Tensor
 from torch.nn import functional as F

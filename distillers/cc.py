@@ -1,4 +1,4 @@
-"""CC: where two neighbours in a batch both differ from the teacher, they may not differ in the same directions."""
+"""CC: the student's differences from the teacher must not point the same way for neighbouring images of a batch."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from kdzoo.losses import cross_entropy
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Dot product of |student - teacher| (B, D) of rows that follow each other, mean over B - 1; 0 for one row."""
+    """Compute the dot product of |student - teacher| (B, D) of neighbouring rows, mean over B - 1; 0 for one row."""
     gap = (student - teacher).abs()
     return (gap[:-1] * gap[1:]).sum() / max(len(gap) - 1, 1)
 

@@ -1,4 +1,4 @@
-"""CRD: an embedding agrees with the other network's of the same image, and not with those of other classes."""
+"""CRD: embeddings of one image by student and teacher agree, and differ from those of other classes' images."""
 
 import math
 
@@ -14,7 +14,7 @@ from kdzoo.tensors import gather
 
 
 def nce_loss(positive: Tensor, negatives: Tensor, noise: float) -> Tensor:
-    """Noise-contrastive estimation of log-probabilities (B,) and (B, M), mean over B.
+    """Compute the noise-contrastive loss of log-probabilities of positives (B,) and negatives (B, M), mean over B.
 
     -log h(positive) - sum log(1 - h(negative)), where h(p) = p / (p + noise) is the chance that p is no noise.
     """
@@ -22,7 +22,7 @@ def nce_loss(positive: Tensor, negatives: Tensor, noise: float) -> Tensor:
 
 
 def draw_others(group: Tensor, counts: Tensor, starts: Tensor, number: int) -> Tensor:
-    """For each row as many places as asked outside its group, all different while there are enough: (B, number).
+    """Draw for each row as many places outside its group, all different while there are enough: (B, number).
 
     The places of all groups lie one after the other. Of those outside, in order and from a random place on, one is
     drawn from each of ``number`` equal stretches, so each is drawn with the same chance. Where there are fewer,
@@ -122,7 +122,7 @@ class CRD(Distiller):
         )
 
     def agree(self, student: Output, teacher: Output, index: Tensor) -> Tensor:
-        """Contrast the batch with both memories, then renew these: a scalar."""
+        """Compare the batch with both memories, then update these: a scalar."""
         u_s = F.normalize(self.embed_s(student.embedding), eps=1e-6)
         u_t = F.normalize(self.embed_t(teacher.embedding), eps=1e-6)
         contrast = self.contrast(u_s, u_t, index)
@@ -130,7 +130,7 @@ class CRD(Distiller):
         return contrast
 
     def contrast(self, u_s: Tensor, u_t: Tensor, index: Tensor) -> Tensor:
-        """The loss of both directions, of normalised embeddings (B, width) of the images in rows ``index`` (B,)."""
+        """Compute the loss in both directions, for normalised embeddings (B, width) of the images ``index`` (B,)."""
         others = self.order[draw_others(self.labels[index], self.counts, self.starts, self.negatives)]
         rows = torch.cat([index[:, None], others], dim=1)
         images = len(self.labels)
@@ -146,7 +146,7 @@ class CRD(Distiller):
 
     @torch.no_grad()
     def remember(self, u_s: Tensor, u_t: Tensor, index: Tensor) -> None:
-        """Moves the memory of the rows ``index`` (B,), on every rank, towards embeddings (B, width)."""
+        """Move the memory of the rows ``index`` (B,), on every rank, towards embeddings (B, width)."""
         index = gather(index)
         for memory, u in ((self.memory_s, u_s), (self.memory_t, u_t)):
             mixed = self.momentum * memory[index] + (1 - self.momentum) * gather(u.detach())

@@ -1,4 +1,4 @@
-"""CTKD: knowledge distillation whose temperature learns against the student, to make its task harder step by step."""
+"""CTKD: knowledge distillation with a temperature that is learned adversarially, from easy to hard."""
 
 import math
 
@@ -11,12 +11,12 @@ from kdzoo.losses import cross_entropy, softened_kl, warm_up
 
 
 def reverse_gradient(x: Tensor, strength: float | Tensor) -> Tensor:
-    """``x`` to the bit; its gradient is multiplied by -``strength``."""
+    """Return ``x`` unchanged, and multiply its gradient by -``strength`` in the backward pass."""
     return x.detach() + strength * (x.detach() - x)
 
 
 def cosine_rise(progress: Tensor, share: float) -> Tensor:
-    """From 0 to 1 by half a cosine over the first ``share`` of training, then 1. ``progress`` is ()."""
+    """Compute a factor that rises from 0 to 1 by half a cosine over the first ``share`` of training, then stays 1."""
     return (1 - torch.cos(math.pi * warm_up(progress, share))) / 2
 
 
@@ -64,7 +64,7 @@ class CTKD(Distiller):
         self.hardness = nn.Parameter(torch.tensor(float(self.start)))  # g
 
     def temperature(self, progress: Tensor) -> Tensor:
-        """Compute T as it stands, (); its gradient reaches g reversed."""
+        """Compute the current temperature T, (), with its gradient reversed."""
         hardness = reverse_gradient(self.hardness, cosine_rise(progress, self.warmup))
         return self.lowest + self.span * hardness.sigmoid()
 

@@ -36,7 +36,7 @@ def spectrum_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Spectrum(nn.Module):
-    """Compute ``attention_spectrum`` of maps (B, *grid), with bases made once."""
+    """The spectrum of attention maps (B, *grid), with its matrices kept."""
 
     rows: Tensor
     columns: Tensor
@@ -115,7 +115,7 @@ class DCTAT(Distiller):
         )
 
     def distance(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
-        """Average over images the distance of spectra, summed over stages: a scalar."""
+        """Average the distance of spectra over images and sum it over stages: a scalar."""
         distances = []
         for f_s, f_t, grid, spectrum in paired_features(student, teacher, self.stages, self.grids, self.spectra):
             attention = grid(*(maps.square().mean(dim=1, keepdim=True) for maps in (f_s, f_t)))

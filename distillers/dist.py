@@ -9,14 +9,14 @@ from kdzoo.losses import cross_entropy
 
 
 def pearson_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - the correlation of each row of (N, M), mean over rows; a constant row correlates with nothing."""
+    """Compute 1 - the correlation of rows (N, M) of the two networks, mean over rows; 1 for constant rows."""
     s, t = (rows - rows.mean(dim=1, keepdim=True) for rows in (student, teacher))
     norms = vector_norm(s, dim=1) * vector_norm(t, dim=1)
     return 1 - ((s * t).sum(dim=1) / (norms + 1e-8)).mean()
 
 
 def dist_loss(student: Tensor, teacher: Tensor, inter: float, intra: float, temperature: float) -> Tensor:
-    """T^2 (inter * distance of rows + intra * distance of columns) of the softened probabilities of logits (B, K)."""
+    """Compute T^2 (inter * distance of rows + intra * distance of columns) of the softened logits (B, K)."""
     p_s, p_t = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
     both = inter * pearson_distance(p_s, p_t) + intra * pearson_distance(p_s.mT, p_t.mT)
     return temperature**2 * both

@@ -1,4 +1,4 @@
-"""DKD: how sure the teacher is of the true class, and how it shares the rest, are learned as two separate things."""
+"""DKD: the teacher's certainty of the true class, and its distribution over the others, are learned separately."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from kdzoo.losses import cross_entropy, true_class, warm_up
 
 
 def target_class_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """T^2 KL between (p_y, 1 - p_y) of teacher and student; logits (B, K), ``target`` (B, K) bool, mean over B."""
+    """Compute T^2 KL between the networks' (p_y, 1 - p_y); logits (B, K), ``target`` (B, K) bool, mean over B."""
     binary = []
     for logits in (student, teacher):
         log_p = F.log_softmax(logits / temperature, dim=1)
@@ -21,7 +21,7 @@ def target_class_loss(student: Tensor, teacher: Tensor, target: Tensor, temperat
 
 
 def other_classes_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """T^2 KL between the distributions over all classes but the target, mean over B; 0 where there are two classes."""
+    """Compute T^2 KL between the distributions over the other classes, mean over B; 0 if there are two classes."""
     others = []
     for logits in (student, teacher):
         log_p = F.log_softmax((logits / temperature).masked_fill(target, -torch.inf), dim=1)

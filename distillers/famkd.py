@@ -55,7 +55,7 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, col
 
 
 class FrequencyAttention(nn.Module):
-    """Add the filtered maps and a 1x1 convolution of them, a learned half of each: (B, C, H, W) -> the same shape."""
+    """Filtered maps plus a 1x1 convolution of them, with learned weights: (B, C, H, W) -> the same shape."""
 
     mask: Tensor
 
@@ -76,7 +76,7 @@ class FrequencyAttention(nn.Module):
 
 
 class Review(nn.Module):
-    """Bring one stage of the student to the teacher's grid: what the teacher is compared with, and what is sent up.
+    """The fusion of one student stage with the deeper ones, on the teacher's grid.
 
     Args:
         student: the student's maps, of which only the shape is read.
@@ -180,7 +180,7 @@ class FAMKD(Distiller):
             deeper = f_t.shape[1]
 
     def deep_first(self, output: Output) -> list[Tensor]:
-        """List the embedding as a 1x1 map, and the stages, the deepest first: (B, C, H, W) each."""
+        """List the embedding as a 1x1 map, then the stages from the deepest to the first: (B, C, H, W) each."""
         return [output.embedding[:, :, None, None], *(output.features[stage] for stage in self.stages)]
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
@@ -191,7 +191,7 @@ class FAMKD(Distiller):
         )
 
     def review(self, student: Output, teacher: Output) -> Tensor:
-        """Sum the errors of the reviewed stages, the deepest first: a scalar."""
+        """Sum the errors of the reviewed stages, from the deepest to the first: a scalar."""
         errors, deeper = [], None
         for f_s, f_t, review in zip(self.deep_first(student), self.deep_first(teacher), self.reviews, strict=True):
             seen, deeper = review(f_s, deeper)

@@ -33,7 +33,7 @@ def wavelet_coefficients(logits: Tensor, basis: Tensor, temperature: float, stan
 
 
 def confusion_order(predictions: np.ndarray) -> np.ndarray:
-    """Order classes so that those with alike ``predictions`` (K, K; any scale) are neighbours: (K,).
+    """Order classes so that those with similar ``predictions`` (K, K; any scale) are neighbours: (K,).
 
     Leaves of average linkage on the correlation distance, ordered so that neighbours are nearest. A class
     whose row is constant, say because no image shows it, counts as uncorrelated with every other.
@@ -46,7 +46,7 @@ def confusion_order(predictions: np.ndarray) -> np.ndarray:
 
 
 def class_permutation(class_order: str | Sequence[int], data: DataSpec) -> Tensor:
-    """Choose which class stands where, (K,) int64, as far as it is known before the teacher is asked."""
+    """Choose the order of classes, (K,) int64, as far as it is known before the teacher is asked."""
     classes = range(data.num_classes)
     if class_order == "random":
         return torch.randperm(data.num_classes)
@@ -129,7 +129,7 @@ class FiGKD(Distiller):
         self.register_buffer("order", class_permutation(self.class_order, data))
 
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
-        """Average the teacher's predictions by class over an epoch, where the order of classes comes from them."""
+        """Average the teacher's predictions by class over an epoch, if the order of classes comes from them."""
         if not self.is_active or self.class_order != "confusion":
             return
         sums = torch.zeros(len(self.order), len(self.order), device=self.order.device)

@@ -1,4 +1,4 @@
-"""FitNet: a middle map of the student, through a small connector, repeats the teacher's map by squared error."""
+"""FitNet: a middle map of the student, through a small connector, repeats the teacher's by squared error."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,6 +54,6 @@ class FitNet(Distiller):
         )
 
     def error(self, student: Output, teacher: Output) -> Tensor:
-        """Compute the mean squared error of the connector's map, over all numbers: a scalar."""
+        """Compute the mean squared error of the connector's map: a scalar."""
         f_s, f_t = self.grid(student.features[self.stage], teacher.features[self.stage])
         return F.mse_loss(self.connector(f_s), f_t)

@@ -11,7 +11,7 @@ from kdzoo.losses import cross_entropy, softened_kl, standardised
 
 
 def spectrum_parts(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Amplitude (B, C, H, W), and real and imaginary part of the phase (2, B, C, H, W), of the orthonormal fft2.
+    """Compute the amplitude (B, C, H, W) and the phase as a complex unit (2, B, C, H, W) of the orthonormal fft2.
 
     Where nothing is to be seen of a wave (below 1e-6) its phase is near 0, so that gradients stay finite.
     """
@@ -21,20 +21,23 @@ def spectrum_parts(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def riemann(spectrum: Tensor) -> Tensor:
-    """Real and imaginary parts (2, ...) as points of the unit sphere (3, ...), by stereographic projection."""
+    """Project complex numbers (2, ...) stereographically to points of the unit sphere (3, ...)."""
     squared = spectrum.square().sum(dim=0)
     return torch.cat([2 * spectrum, (squared - 1)[None]]) / (squared + 1)
 
 
 def unlikeness(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine of maps (B, C, H, W) in each channel: (B, C, 1, 1); 1 where maps have one position, so only signs."""
+    """Compute 1 - cosine of maps (B, C, H, W) in each channel: (B, C, 1, 1); 1 where maps have one position.
+
+    The cosine of maps with one position would be a sign alone.
+    """
     if student.shape[2:].numel() == 1:
         return torch.ones_like(student)
     return 1 - F.cosine_similarity(student.flatten(2), teacher.flatten(2), dim=2, eps=1e-6)[..., None, None]
 
 
 def sphere_distance(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """Half the squared distance of sphere points of spectra (2, B, C, H, W), weighed; mean over points.
+    """Compute half the weighted squared distance of sphere points of spectra (2, B, C, H, W), mean over points.
 
     Each coordinate has mean 0 and variance 1 in each channel, over the batch, as batch norm in training gives it.
     """
@@ -43,7 +46,7 @@ def sphere_distance(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
 
 
 class AmplitudeFusion(nn.Module):
-    """Mix the student's amplitudes with the teacher's and shake them by noise: a spectrum (2, B, C, H, W)."""
+    """The student's spectrum with amplitudes mixed with the teacher's, and noise: (2, B, C, H, W)."""
 
     def __init__(self, channels: int, noise: bool):
         super().__init__()
@@ -123,7 +126,7 @@ class FourierKD(Distiller):
         )
 
     def spectra_distance(self, student: Output, teacher: Output) -> Tensor:
-        """Average the distances of fused and given spectra over the stages: a scalar."""
+        """Average the distances of fused and original spectra over the stages: a scalar."""
         distances = []
         modules = (self.grids, self.projectors, self.predictors, self.fusions)
         for f_s, f_t, grid, project, predict, fuse in paired_features(student, teacher, self.stages, *modules):

@@ -1,4 +1,4 @@
-"""FreeKD: the student matches wavelet detail of the teacher's maps, most of all where trained prompts look."""
+"""FreeKD: the student matches wavelet details of the teacher's maps, mostly where trained prompts point."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,13 +15,13 @@ from kdzoo.tensors import all_sum
 
 
 def prompt_masks(band: Tensor, prompts: Tensor) -> Tensor:
-    """Find where each of ``prompts`` (P, C) looks in a band (B, C, H, W), or in three (B, C, 3, H, W): (B, P, H, W)."""
+    """Compute where each of ``prompts`` (P, C) points to in bands (B, C, H, W) or (B, C, 3, H, W): (B, P, H, W)."""
     summed = band.sum(dim=2) if band.ndim == 5 else band
     return (prompts @ summed.flatten(2)).unflatten(2, summed.shape[2:]).sigmoid()
 
 
 def overlap(masks: Tensor) -> Tensor:
-    """Average the Dice coefficient of different masks (B, P, H, W) of one image; 0 where there is one mask only."""
+    """Average the Dice coefficient of different masks (B, P, H, W) of one image; 0 if there is one mask only."""
     flat = masks.flatten(2)
     energy = flat.square().sum(dim=2)
     dice = 2 * (flat @ flat.mT) / (energy[:, :, None] + energy[:, None] + 1e-12)
@@ -155,7 +155,7 @@ class FreeKD(Distiller):
         )
 
     def pairs(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """Bring the maps of each stage to one shape, (B, C_t, H, W) each."""
+        """Bring both maps of each stage to one shape, (B, C_t, H, W) each."""
         maps = []
         for f_s, f_t, grid, project in paired_features(student, teacher, self.stages, self.grids, self.projectors):
             f_s, f_t = grid(f_s, f_t)
@@ -163,7 +163,7 @@ class FreeKD(Distiller):
         return maps
 
     def detail(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Average the distances of masked detail over the stages: a scalar."""
+        """Average the distances of masked details over the stages: a scalar."""
         distances = []
         for stage, bands, (f_s, f_t) in zip(self.stages, self.bands, pairs, strict=True):
             (content_s, details_s), (content_t, details_t) = bands(f_s), bands(f_t)

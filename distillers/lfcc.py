@@ -24,7 +24,7 @@ def contrast_loss(student: Tensor, teacher: Tensor, tau: float, mask: Tensor | N
 
 
 def exempt_pairs(labels: Tensor, partner: Tensor | None, same_class: bool) -> Tensor | None:
-    """Find pairs that do not repel, (B, N) bool: rows that share a mixed-in image and, where asked, a class.
+    """Find the pairs that must not repel, (B, N) bool: rows that share a mixed-in image or, optionally, a class.
 
     ``labels`` (B,) of this rank; ``partner`` (B,) the row that is mixed into each. N counts all ranks' rows.
     """
@@ -39,7 +39,7 @@ def exempt_pairs(labels: Tensor, partner: Tensor | None, same_class: bool) -> Te
 
 
 def filter_basis(grid: Sequence[int], common: Sequence[int], size: Sequence[int], kind: str) -> Tensor:
-    """Build the filter of maps (H, W) = ``grid`` as a matrix (cells, H * W).
+    """Build the filter of this ``kind`` for maps (H, W) = ``grid`` as a matrix (cells, H * W).
 
     Filters end in ``size`` cells, but the high-pass in the cells of ``common``, the grid of both networks.
     """

@@ -1,4 +1,4 @@
-"""LSKD: knowledge distillation of logits that are first brought to mean 0 and deviation 1, image by image."""
+"""LSKD: knowledge distillation of logits normalised to mean 0 and deviation 1, image by image."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from kdzoo.losses import cross_entropy, softened_kl
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """Each row of (B, K) less its mean, over its deviation (unbiased) + 1e-7; a constant row becomes 0."""
+    """Subtract each row's mean from (B, K) and divide by its deviation (unbiased) + 1e-7; a constant row becomes 0."""
     centred = logits - logits.mean(dim=1, keepdim=True)
     variance = centred.square().sum(dim=1, keepdim=True) / (logits.shape[1] - 1)
     return centred / (variance.clamp_min(1e-30).sqrt() + 1e-7)  # clamped: the root has no finite slope at 0

@@ -1,4 +1,4 @@
-"""MLLD: predictions agree image by image, in how alike images are, and in how alike classes are, at many softenings."""
+"""MLLD: predictions, similarities of images and similarities of classes agree at several temperatures."""
 
 from collections.abc import Sequence
 
@@ -14,26 +14,26 @@ LEVELS = ("instance", "batch", "class")
 
 
 def lower_half(values: Tensor) -> Tensor:
-    """True where ``values`` (N,) are at most their median: (N,) bool."""
+    """Mark the ``values`` (N,) that are at most their median: (N,) bool."""
     ordered, middle = values.sort().values, len(values) // 2
     return values <= (ordered[(len(values) - 1) // 2] + ordered[middle]) / 2
 
 
 def instance_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
-    """T^2 KL of logits (B, K), mean over B, where rows outside of ``mask`` (B,) count as 0."""
+    """Compute T^2 KL of logits (B, K), mean over B, where rows outside ``mask`` (B,) count as 0."""
     log_s, log_t = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     rows = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
     return (rows if mask is None else rows * mask).mean() * temperature**2
 
 
 def batch_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
-    """Squared distance of the Gram matrices p p' (B, B) of logits (B, K), columns in ``mask`` (B,), over B."""
+    """Compute the squared distance of Gram matrices p p' (B, B) of logits (B, K), columns in ``mask`` (B,), over B."""
     p_s, p_t = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
     return ((p_t @ p_t.mT - p_s @ p_s.mT).square() * mask).sum() / len(mask)
 
 
 def class_loss(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
-    """Squared distance of the matrices p' p (K, K) of logits (B, K), columns in ``mask`` (K,), over K."""
+    """Compute the squared distance of matrices p' p (K, K) of logits (B, K), columns in ``mask`` (K,), over K."""
     p_s, p_t = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
     return ((p_t.mT @ p_t - p_s.mT @ p_s).square() * mask).sum() / len(mask)
 
@@ -44,7 +44,7 @@ def multi_level_loss(
     temperatures: Sequence[float],
     levels: Sequence[str] = LEVELS,
 ) -> Tensor:
-    """All levels and temperatures, summed. Each network's logits (B, K) of the weak and of the strong view."""
+    """Sum the losses of all levels and temperatures, for logits (B, K) of the weak and of the strong view."""
     certainty = teacher[0].softmax(dim=1)
     images, classes = lower_half(certainty.amax(dim=1)), lower_half(certainty.sum(dim=0))
     parts = []
@@ -60,7 +60,7 @@ def multi_level_loss(
 
 
 def stacked(outputs: Sequence[Output]) -> Output:
-    """The outputs of several passes as those of one."""
+    """Join the outputs of several passes into one, along the batch."""
     return Output(torch.cat([o.logits for o in outputs]), torch.cat([o.embedding for o in outputs]), ())
 
 

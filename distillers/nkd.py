@@ -1,4 +1,4 @@
-"""NKD: the teacher's certainty of the true class weighs its cross-entropy; the other classes are distilled apart."""
+"""NKD: the cross-entropy is weighted by the teacher's certainty, and the other classes are distilled apart."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from kdzoo.losses import cross_entropy, true_class
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """-p_t[y] log p_s[y] of logits (B, K) and ``target`` (B, K) bool, mean over B."""
+    """Compute -p_t[y] log p_s[y] of logits (B, K) and ``target`` (B, K) bool, mean over B."""
     certainty = teacher.softmax(dim=1)
     log_p = F.log_softmax(student, dim=1)
     return -(certainty * log_p).masked_fill(~target, 0).sum(dim=1).mean()
 
 
 def other_classes_entropy(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """T^2 times the cross-entropy of the distributions over all classes but the target, mean over B."""
+    """Compute T^2 times the cross-entropy of the distributions over the other classes, mean over B."""
     s, t = ((logits / temperature).masked_fill(target, -torch.inf).log_softmax(dim=1) for logits in (student, teacher))
     return -(t.exp() * s.masked_fill(target, 0)).sum(dim=1).mean() * temperature**2
 

@@ -1,4 +1,4 @@
-"""No distillation: the student learns from the ground truth alone, as every teacher once did."""
+"""No distillation: the student learns from the labels alone."""
 
 from torch import Tensor
 

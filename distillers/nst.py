@@ -1,4 +1,4 @@
-"""NST: the student's channels, as patterns over space, are distributed as the teacher's."""
+"""NST: the student's channels, as patterns over positions, are distributed as the teacher's."""
 
 import torch
 from torch import Tensor

@@ -105,5 +105,5 @@ class OFA(Distiller):
         )
 
     def stage_logits(self, student: Output) -> list[Tensor]:
-        """Give the logits (B, K) of each stage's projector."""
+        """Compute the logits (B, K) of each stage's projector."""
         return [project(student.features[stage]) for stage, project in zip(self.stages, self.projectors, strict=True)]

@@ -1,4 +1,4 @@
-"""PKT: which images are neighbours of which, as probabilities, is the same for student and teacher."""
+"""PKT: images are neighbours of each other with the same probability for student and teacher."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,14 +10,14 @@ EPS = 1e-7
 
 
 def neighbour_probabilities(embeddings: Tensor) -> Tensor:
-    """(1 + cosine) / 2 of rows (B, D), each row over its sum: (B, B)."""
+    """Compute (1 + cosine) / 2 of all pairs of rows (B, D), divided by the sum of each row: (B, B)."""
     unit = F.normalize(embeddings, eps=EPS)
     similarity = ((unit @ unit.mT + 1) / 2).clamp_min(0)  # rounding may take a cosine below -1
     return similarity / similarity.sum(dim=1, keepdim=True)
 
 
 def neighbour_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL of the neighbours' probabilities of embeddings (B, D_s) and (B, D_t), over B^2."""
+    """Compute the KL of the neighbours' probabilities of embeddings (B, D_s) and (B, D_t), over B^2."""
     p_s, p_t = neighbour_probabilities(student), neighbour_probabilities(teacher)
     return (p_t * ((p_t + EPS).log() - (p_s + EPS).log())).mean()
 

@@ -1,4 +1,4 @@
-"""ReviewKD: maps of the student, each fused with all deeper ones, repeat the teacher's at several scales."""
+"""ReviewKD: the student's maps, each fused with all deeper ones, repeat the teacher's at several scales."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ LEVELS = (4, 2, 1)  # cells on a side
 
 
 class Pyramid(nn.Module):
-    """Give maps (B, C, H, W), then their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
+    """Maps (B, C, H, W) and their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
 
     Args:
         grid: H and W.
@@ -39,7 +39,7 @@ def context_loss(student: Tensor, teacher: Tensor, pyramid: Callable[[Tensor], l
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Make a convolution that keeps the grid, and batch norm."""
+    """Make a convolution that keeps the height and width, and batch norm."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
@@ -51,7 +51,7 @@ def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """Fuse a student's map with the fusion of deeper ones, weighed against each other at every position.
+    """A student's map fused with the fusion of deeper ones, with weights at each position.
 
     Args:
         inputs: channels of the student's map.
@@ -66,7 +66,7 @@ class Fusion(nn.Module):
         self.weigh = None if deepest else nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid())
 
     def forward(self, maps: Tensor, deeper: Tensor | None, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(B, inputs, H, W) and (B, middle, h, w) -> (B, outputs, *grid) and the fusion, (B, middle, *grid)."""
+        """Fuse (B, inputs, H, W) and (B, middle, h, w): (B, outputs, *grid), and the fusion (B, middle, *grid)."""
         fused = self.enter(maps)
         if self.weigh is not None and deeper is not None:
             deeper = resized(deeper, maps.shape[2:])
@@ -139,7 +139,7 @@ class ReviewKD(Distiller):
             self.pyramids.append(Pyramid(f_t.shape[2:]))
 
     def maps(self, role: str, output: Output) -> list[Tensor]:
-        """Give the maps of a network that are matched, deep to shallow, each (B, C, H, W)."""
+        """List the maps of a network that are matched, from deep to shallow, each (B, C, H, W)."""
         features = output.preactivations if role in self.preactivations else output.features
         return [output.embedding[:, :, None, None], *(features[l] for l in self.stages)]
 

@@ -1,4 +1,4 @@
-"""RKD: distances and angles among a batch's embeddings are the same for student and teacher."""
+"""RKD: distances and angles between a batch's embeddings are the same for student and teacher."""
 
 import torch
 from torch import Tensor
@@ -12,19 +12,19 @@ NEAR = 1e-6  # rows no further apart count as one: they have distance 0, no angl
 
 
 def distances(embeddings: Tensor) -> Tensor:
-    """Euclidean distances of rows (B, D), with a gradient of 0 where they are 0: (B, B)."""
+    """Compute the Euclidean distances of rows (B, D), with a gradient of 0 where they are 0: (B, B)."""
     return torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def relative_distances(embeddings: Tensor) -> Tensor:
-    """Distances of rows (B, D), over the mean of those of different rows: (B, B)."""
+    """Divide the distances of rows (B, D) by their mean over different rows: (B, B)."""
     apart = distances(embeddings)
     pairs = max(len(apart) * (len(apart) - 1), 1)
     return apart / (apart.sum() / pairs).clamp_min(NEAR)
 
 
 def angles(embeddings: Tensor) -> Tensor:
-    """Cosine at row i of the angle between rows j and k, of rows (B, D): (B, B, B) by i, j, k."""
+    """Compute the cosine at row i of the angle between rows j and k of (B, D): (B, B, B) by i, j, k."""
     rows, apart = embeddings, distances(embeddings)
     inverse = apart.masked_fill(apart <= NEAR, torch.inf).reciprocal()
     directions = (rows - rows[:, None]) * inverse[:, :, None]
@@ -32,12 +32,12 @@ def angles(embeddings: Tensor) -> Tensor:
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth L1 of the relative distances of embeddings (B, D_s) and (B, D_t), mean over pairs."""
+    """Compute the smooth L1 of the relative distances of embeddings (B, D_s) and (B, D_t), mean over pairs."""
     return F.smooth_l1_loss(relative_distances(student), relative_distances(teacher))
 
 
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth L1 of the cosines of embeddings (B, D_s) and (B, D_t), mean over triplets."""
+    """Compute the smooth L1 of the cosines of embeddings (B, D_s) and (B, D_t), mean over triplets."""
     return F.smooth_l1_loss(angles(student), angles(teacher))
 
 
@@ -76,7 +76,7 @@ class RKD(Distiller):
         )
 
     def relations(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Sum what is compared of embeddings (B, D_s) and (B, D_t); a weight of 0 skips its part."""
+        """Sum the losses of distances and angles with their weights; a weight of 0 skips its part."""
         parts = []
         if self.distance:
             parts.append(self.distance * distance_loss(student, teacher))

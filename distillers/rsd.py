@@ -8,14 +8,14 @@ from kdzoo.losses import cross_entropy
 
 
 def standardize(embedding: Tensor) -> Tensor:
-    """Each column of (B, D) less its mean over the batch, over its deviation (biased) + 1e-5."""
+    """Subtract the batch mean from each column of (B, D) and divide by its deviation (biased) + 1e-5."""
     centred = embedding - embedding.mean(dim=0)
     deviation = centred.square().mean(dim=0).clamp_min(1e-30).sqrt()  # clamped: the root has no finite slope at 0
     return centred / (deviation + 1e-5)
 
 
 def redundancy_loss(student: Tensor, teacher: Tensor, kappa: float) -> Tensor:
-    """sum_i (C_ii - 1)^2 + kappa sum_{i != j} C_ij^2, C the cross-correlation of embeddings (B, D) and (B, D)."""
+    """Compute sum_i (C_ii - 1)^2 + kappa sum_{i != j} C_ij^2, C the cross-correlation of two embeddings (B, D)."""
     correlation = standardize(teacher).mT @ standardize(student) / len(student)
     diagonal = correlation.diagonal()
     return (diagonal - 1).square().sum() + kappa * (correlation - diagonal.diag()).square().sum()

@@ -1,4 +1,4 @@
-"""SimKD: the student's last map is projected onto the teacher's, and the teacher's own classifier reads it."""
+"""SimKD: the student's last map is projected onto the teacher's and classified by the teacher's own classifier."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ from kdzoo.errors import UserError
 
 
 class Projector(nn.Module):
-    """Project maps by a bottleneck of 1x1, 3x3 and 1x1 convolutions: (B, inputs, H, W) -> (B, outputs, *grid).
+    """A bottleneck of 1x1, 3x3 and 1x1 convolutions: (B, inputs, H, W) -> (B, outputs, *grid).
 
     Args:
         inputs: channels of the student's map.
@@ -45,7 +45,7 @@ class Projector(nn.Module):
 
 
 class WithTeachersHead(nn.Module):
-    """Classify images (B, 3, H, W) by student, projector and the teacher's classifier."""
+    """The shipped network: student, projector and the teacher's classifier."""
 
     def __init__(self, student: nn.Module, projector: Projector, head: nn.Linear):
         super().__init__()
@@ -107,7 +107,7 @@ class SimKD(Distiller):
 
     @torch.no_grad()
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
-        """Copy the teacher's classifier, and look at one batch of its outputs."""
+        """Copy the teacher's classifier, and check one batch of its outputs."""
         if not self.is_active:
             return
         classifier = teacher.classifier
@@ -129,7 +129,7 @@ class SimKD(Distiller):
         return self.weigh(simkd=lambda: self.error(student, teacher))
 
     def error(self, student: Output, teacher: Output) -> Tensor:
-        """Compute the squared error of the last maps, or of embeddings where the teacher's is not its map's mean."""
+        """Compute the squared error of the last maps, or of embeddings if the teacher's is not the mean of its map."""
         maps = self.projector(student.features[-1])
         embeddings = F.mse_loss(maps.mean(dim=(2, 3)), teacher.embedding)
         if not self.same_width:

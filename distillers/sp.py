@@ -1,4 +1,4 @@
-"""SP: images that look alike to the teacher look alike to the student."""
+"""SP: images that are similar for the teacher are similar for the student."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,13 +9,13 @@ from kdzoo.losses import cross_entropy
 
 
 def similarities(features: Tensor) -> Tensor:
-    """The rows of F F', each of length 1, where F (B, D) holds the flattened ``features`` (B, ...): (B, B)."""
+    """Compute the rows of F F', each of length 1, where F (B, D) holds the flattened ``features`` (B, ...): (B, B)."""
     rows = features.flatten(1)
     return F.normalize(rows @ rows.mT, eps=1e-6)
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared Frobenius distance of the similarities of features (B, ...), over B^2."""
+    """Compute the squared Frobenius distance of the similarities of features (B, ...), over B^2."""
     return F.mse_loss(similarities(student), similarities(teacher))
 
 

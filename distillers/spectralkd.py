@@ -17,7 +17,7 @@ def spectrum_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Channels(nn.Module):
-    """Average neighbouring channels, as adaptive pooling does: (B, C, H, W) -> (B, size, H, W)."""
+    """Averages of neighbouring channels, as adaptive pooling makes them: (B, C, H, W) -> (B, size, H, W)."""
 
     rows: Tensor
 
@@ -89,7 +89,7 @@ class SpectralKD(Distiller):
         )
 
     def error(self, student: Output, teacher: Output) -> Tensor:
-        """Average the spectra's errors over stages: a scalar."""
+        """Average the errors of the spectra over stages: a scalar."""
         stages = zip(self.grids(student, teacher), self.student_channels, self.teacher_channels, strict=True)
         errors = [spectrum_mse(narrow_s(f_s), narrow_t(f_t)) for (f_s, f_t), narrow_s, narrow_t in stages]
         return torch.stack(errors).mean()

@@ -1,4 +1,4 @@
-"""UFD-KD: means and what is left of them, over space and over channels, are matched apart on the last stage."""
+"""UFD-KD: the means of the last stage, and the rest, are matched separately, over positions and over channels."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ AXES = {"spatial": 1, "channel": 2}  # of tokens (B, N, C)
 
 
 def decoupled(tokens: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Split tokens (B, N, C) into DC and AC along ``axis``, 1 for space or 2 for channels: (B, N, C) each.
+    """Split tokens (B, N, C) into mean and rest along ``axis``, 1 for positions or 2 for channels: (B, N, C) each.
 
     An orthogonal transform of which all but the constant is dropped, and its inverse, leave the mean.
     """
@@ -24,13 +24,13 @@ def decoupled(tokens: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def direction_distance(student: Tensor, teacher: Tensor, axis: int) -> Tensor:
-    """Measure the squared distance of tokens (B, N, C), each vector along ``axis`` of length 1; summed, mean over B."""
+    """Compute the squared distance of the directions of tokens (B, N, C) along ``axis``; summed, mean over B."""
     s, t = (F.normalize(tokens, dim=axis, eps=1e-6) for tokens in (student, teacher))
     return (s - t).square().sum(dim=(1, 2)).mean()
 
 
 class AttentionProjector(nn.Module):
-    """Turn student maps (B, C_s, H_s, W_s) into tokens of the teacher (B, H_t * W_t, C_t), asked for by queries.
+    """Cross-attention from student maps (B, C_s, H_s, W_s) to tokens of the teacher (B, H_t * W_t, C_t).
 
     The queries are learned. A student of one position leaves attention nothing to choose, so there are none then.
     """

@@ -1,4 +1,4 @@
-"""VID: the teacher's maps are likely under a Gaussian whose mean the student predicts and whose variance is learned."""
+"""VID: the student predicts a Gaussian for the teacher's maps, with a learned variance, that makes them likely."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Wavelet distillation: the student matches the fine detail of the teacher's maps, as wavelets see it."""
+"""WKD: the student matches the fine detail of the teacher's maps, as wavelets see it."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from kdzoo.spectral import largest_level
 
 
 def detail_size(details: list[Tensor]) -> Tensor:
-    """Sum the mean absolute value of the bands (B, C, 3, H', W') of each level over levels: a scalar."""
+    """Sum the mean absolute values of the bands (B, C, 3, H', W') over levels: a scalar."""
     return torch.stack([bands.abs().mean() for bands in details]).sum()
 
 
@@ -81,7 +81,7 @@ class WKD(Distiller):
         )
 
     def distance(self, student: Output, teacher: Output) -> Tensor:
-        """Average the distances of the stages' detail: a scalar."""
+        """Average the distances of the stages' details: a scalar."""
         distances = []
         for (f_s, f_t), project, bands in zip(self.grids(student, teacher), self.projectors, self.bands, strict=True):
             content, details = bands(project(f_s) - f_t)  # linear: one transform instead of two

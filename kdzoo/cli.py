@@ -111,7 +111,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     with Progress() as progress, progress.doing("loading torch"):
         from kdzoo.engine.ranks import is_first
         from kdzoo.experiments.run import execute
-        from kdzoo.results.show import next_steps, result_table
+        from kdzoo.results.last_screen import next_steps, result_table
         from kdzoo.settings import resolve
 
         made = resolve(values, overrides)
@@ -175,7 +175,7 @@ def bench(
         from kdzoo.experiments.estimate import estimate
         from kdzoo.experiments.work import grouped
         from kdzoo.results import layout, table
-        from kdzoo.results.show import by_reason, plan
+        from kdzoo.results.plan import plan
         from kdzoo.store.folder import find_runs
 
         executor = workers.find(on, jobs, gpus_per_group)
@@ -198,10 +198,12 @@ def bench(
     if report.elsewhere:
         click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
     if report.stopped:
-        lines = by_reason(report.stopped)
+        lines = engine.by_reason(report.stopped)
         raise UserError(f"{len(report.stopped)} runs stopped ({lines}); the same command continues with them")
     if report.failed:
-        raise UserError(f"{len(report.failed)} runs failed ({by_reason(report.failed)}); --retry tries them again")
+        raise UserError(
+            f"{len(report.failed)} runs failed ({engine.by_reason(report.failed)}); --retry tries them again"
+        )
 
 
 @cli.command("eval")
@@ -291,7 +293,7 @@ def spectrum(
 @DEBUG
 def list_names(kind: str, style: str) -> None:
     """List the names of methods, models, data sets, protocols or suites."""
-    from kdzoo.results.show import listing
+    from kdzoo.results.catalogue import listing
 
     click.echo(listing(kind, style))
 
@@ -306,7 +308,7 @@ def list_names(kind: str, style: str) -> None:
 @DEBUG
 def show(name: str, data: str) -> None:
     """Explain a method (uhkd, ./mine.py) or a network (swin_t)."""
-    from kdzoo.results.show import distiller_page, is_distiller, model_page
+    from kdzoo.results.catalogue import distiller_page, is_distiller, model_page
 
     _print(distiller_page(name) if is_distiller(name) else model_page(name, data))
 

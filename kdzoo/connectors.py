@@ -1,4 +1,4 @@
-"""What makes features of two networks comparable: the choice of stages, and maps over positions."""
+"""Modules that make the features of two networks comparable: pooling, transforms, checks of stages."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from kdzoo.tensors import full_precision
 
 
 def check_stages(stages: Sequence[int], student: Output, teacher: Output) -> tuple[int, ...]:
-    """The stages as a tuple, once each is known to exist in both networks.
+    """Check that both networks have these stages, and return them as a tuple.
 
     Raises:
         UserError: none is given, one is given twice, or a network lacks one.
@@ -26,19 +26,19 @@ def check_stages(stages: Sequence[int], student: Output, teacher: Output) -> tup
 
 
 def paired_features(student: Output, teacher: Output, stages: Sequence[int], *modules: Iterable[Any]) -> Iterator[Any]:
-    """Give for each stage the student's map, the teacher's map, and one item of each of ``modules``."""
+    """Iterate over the stages: the student's map, the teacher's map, and one item of each of ``modules``."""
     for stage, *items in zip(stages, *modules, strict=True):
         yield student.features[stage], teacher.features[stage], *items
 
 
 def conv_batch_norm(inputs: int, outputs: int, kernel: int = 1, groups: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """Make the layers of a convolution that keeps the grid, without bias, and of its batch norm."""
+    """Make a convolution that keeps the height and width, without bias, and its batch norm."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
     return conv, nn.BatchNorm2d(outputs)
 
 
 class Positions(nn.Module):
-    """A fixed linear map of positions, such as a pooling or a transform: (B, C, H, W) -> (B, C, N).
+    """A fixed linear map over the positions of a feature map, such as a pooling: (B, C, H, W) -> (B, C, N).
 
     Args:
         basis: (N, H * W), of ``kdzoo.spectral``.
@@ -55,7 +55,9 @@ class Positions(nn.Module):
 
 
 class CellLogits(nn.Module):
-    """What a network's own head makes of the mean of each cell of its final map: (B, N, K), at scale 1 its logits.
+    """The logits that a network's own classifier gives for each cell of its final map: (B, N, K).
+
+    At scale 1 they are the network's own logits.
 
     Args:
         role: "student" or "teacher", for the error.
@@ -111,7 +113,7 @@ class Pool(nn.Module):
 
 
 class CommonGrid(nn.Module):
-    """Pools a map of each network to the grid that both have: the smaller height by the smaller width.
+    """Average pooling of two networks' maps to the same grid: the smaller height by the smaller width.
 
     Maps (B, C_s, H_s, W_s) and (B, C_t, H_t, W_t) -> (B, C_s, H, W) and, detached, (B, C_t, H, W).
 
@@ -131,7 +133,7 @@ class CommonGrid(nn.Module):
 
 
 class CommonGrids(nn.ModuleList):
-    """Pool the maps of several stages of two networks, each stage to its ``CommonGrid``.
+    """A ``CommonGrid`` for each of several stages of two networks.
 
     Args:
         student: the student's output, of which only shapes are read.
@@ -149,12 +151,12 @@ class CommonGrids(nn.ModuleList):
         self.stages, self.sizes = stages, [grid.size for grid in grids]
 
     def forward(self, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-        """Give the pooled maps of each stage: (B, C_s, H, W) and (B, C_t, H, W)."""
+        """Pool the maps of each stage: (B, C_s, H, W) and (B, C_t, H, W)."""
         return [grid(f_s, f_t) for f_s, f_t, grid in paired_features(student, teacher, self.stages, self)]
 
 
 class Wavelets(nn.Module):
-    """The wavelet transform of maps (B, C, H, W), as ``kdzoo.spectral.dwt2`` gives it: content, and details by level.
+    """The wavelet transform of maps (B, C, H, W), with its matrices kept: low frequencies, and details by level.
 
     Args:
         grid: H and W.
@@ -176,7 +178,7 @@ class Wavelets(nn.Module):
         return dwt2(full_precision(maps), self._matrices("rows"), self._matrices("columns"))
 
     def inverse(self, content: Tensor, details: Sequence[Tensor]) -> Tensor:
-        """The maps of which these are content and details: (B, C, H, W)."""
+        """Rebuild maps (B, C, H, W) from their low frequencies and details."""
         return idwt2(content, details, self._matrices("inverse_rows"), self._matrices("inverse_columns"))
 
     def _matrices(self, name: str) -> list[Tensor]:

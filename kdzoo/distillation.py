@@ -12,7 +12,7 @@ from kdzoo.precision import FLOAT32, Precision, ambient, autocast
 
 
 class Distillation(nn.Module):
-    """One training step's forward pass: from a batch to the loss terms, the frozen teacher included.
+    """A student, its frozen teacher and a method as one module: a batch goes in, the loss terms come out.
 
     Under ``torch.autocast`` the networks run in its precision; losses and the distiller's own modules stay in float32,
     on CUDA without TF32. Only the student and the distiller have parameters that require a gradient; the teacher stays
@@ -118,14 +118,14 @@ class Distillation(nn.Module):
             return self.distiller(student, teacher, batch)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Run the method's phase before training, if it has one; an iteration of ``batches`` is an epoch."""
+        """Run the method's phase before training, if it has one. Each iteration over ``batches`` is an epoch."""
         device = next((p.device.type for p in self.student.parameters()), "cpu")
         student, teacher = self._views_on(device)
         with autocast(device, FLOAT32):
             self.distiller.prepare(student, teacher, batches)
 
     def deploy(self) -> nn.Module:
-        """Return what ships: usually the student."""
+        """Return the network to ship, which is the student for most methods."""
         return self.distiller.deploy(self.student)
 
     def _views_on(self, device: str) -> tuple[NetworkView, NetworkView]:

@@ -28,7 +28,7 @@ class Fidelity(StrEnum):
 
 
 class Batch(NamedTuple):
-    """One step's data, the same for every method of a comparison.
+    """The data of one training step, the same for every method of a comparison.
 
     Example:
         >>> batch = Batch.of(torch.rand(2, 3, 32, 32), torch.tensor([3, 1]), num_classes=5)
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Show(NamedTuple):
-    """Which outputs a network gives beside logits and embedding.
+    """The outputs that a network is asked for, besides logits and embedding.
 
     Example:
         >>> Show()
@@ -88,7 +88,7 @@ LOGITS, EVERYTHING = Show(features=False), Show(True, True, True)
 
 
 class Output(NamedTuple):
-    """What a network gives for one batch. Distillers read it in float32.
+    """A network's outputs for one batch. Distillers read them in float32.
 
     A network is called as ``network(images, show)`` and leaves empty what ``show`` does not name or it does not have.
 
@@ -105,7 +105,7 @@ class Output(NamedTuple):
     final: Tensor | None = None  # (B, D', H, W): the map whose mean over positions the logits are made of
 
     def only(self, show: Show) -> "Output":
-        """Leave out what ``show`` does not name."""
+        """Drop the outputs that ``show`` does not name."""
         return self._replace(
             features=self.features if show.features else (),
             preactivations=self.preactivations if show.preactivations else (),
@@ -113,14 +113,14 @@ class Output(NamedTuple):
         )
 
     def float(self) -> "Output":
-        """Convert to float32."""
+        """Convert all outputs to float32."""
         features, before = (tuple(f.float() for f in maps) for maps in (self.features, self.preactivations))
         final = None if self.final is None else self.final.float()
         return Output(self.logits.float(), self.embedding.float(), features, before, final)
 
 
 class NetworkView:
-    """A network as a distiller is given it: called with images (B, 3, H, W) in [0, 1], it returns an ``Output``.
+    """A network as a method sees it: images (B, 3, H, W) in [0, 1] go in, an ``Output`` comes out.
 
     The output is in float32, and holds what the method's needs name.
 
@@ -158,7 +158,7 @@ class NetworkView:
             return self.passes(images, self.show).float()
 
     def classify(self, means: Tensor) -> Tensor:
-        """Compute logits (M, K) from means (M, D') of the final map over any positions, by the network's own head.
+        """Apply the network's own classifier to means (M, D') over parts of its final map: logits (M, K).
 
         Only networks that show a final map can.
         """
@@ -167,13 +167,13 @@ class NetworkView:
 
     @property
     def classifier(self) -> nn.Linear | None:
-        """The linear layer that turns the embedding into the logits; None where there is no such layer."""
+        """The linear layer from embedding to logits; None if the network has no such layer."""
         layer = getattr(self.network, "classifier", None)
         return layer if isinstance(layer, nn.Linear) else None
 
 
 class DataSpec(NamedTuple):
-    """What is known of a data set before the first batch.
+    """The facts of a data set that are known before the first batch.
 
     Example:
         >>> data = DataSpec("pets", 2, ("cat", "dog"), image_size=32, labels=torch.tensor([0, 1, 1, 0]))
@@ -193,7 +193,7 @@ class DataSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs beyond the plain case of one pass with features through both networks.
+    """The data and the network outputs that a method needs.
 
     Example:
         >>> Needs(preactivations=("teacher",)).show("teacher")
@@ -209,12 +209,12 @@ class Needs:
     final: bool = False  # both networks' final maps, and that they classify means of parts of them
 
     def show(self, role: str) -> Show:
-        """Return the outputs that the network in this role, "student" or "teacher", has to give."""
+        """Return the outputs needed from the network in this role, "student" or "teacher"."""
         return Show(self.features, role in self.preactivations, self.final)
 
 
 class Distiller(nn.Module):
-    """What a method adds to supervised training: loss terms, and the modules they train.
+    """The base class of all methods: loss terms, and the modules that they train.
 
     The constructor's keywords are the method's configuration: it checks and stores them, and passes the weight of each
     term to ``super().__init__``. ``build`` makes modules, ``loss`` says what the terms are, and the base class does
@@ -263,7 +263,7 @@ class Distiller(nn.Module):
             self.needs = replace(self.needs, features=False, labels=False, preactivations=(), final=False)
 
     def assemble(self, student: Output, teacher: Output, data: DataSpec) -> Self:
-        """Build the method's modules for a pair of networks, where a term needs them, and return the method.
+        """Build the method's modules for a pair of networks, if a term needs them, and return the method.
 
         Args:
             student: the student's output on the meta device: only shapes are read, and the batch size means nothing.
@@ -279,10 +279,10 @@ class Distiller(nn.Module):
         return self
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
-        """Make the modules and buffers that the terms need; arguments as in ``assemble``, which calls this."""
+        """Make the modules and buffers of the terms. ``assemble`` calls this with its own arguments."""
 
     def weigh(self, **terms: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """Compute each term and multiply it with its weight; a term whose weight is 0 is neither computed nor returned.
+        """Compute each term and multiply it by its weight; skip terms whose weight is 0.
 
         Args:
             terms: functions without arguments, by the name of the term, each of which returns a scalar.
@@ -290,11 +290,11 @@ class Distiller(nn.Module):
         return {name: self.weights[name] * term() for name, term in terms.items() if self.weights[name]}
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        """Compute the weighted loss terms of one batch, each a float32 scalar; their sum is minimised."""
+        """Compute the weighted loss terms of one batch, each a float32 scalar. Training minimises their sum."""
         raise NotImplementedError
 
     def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
-        """One pass through each network, then ``loss``; methods that need another course override this."""
+        """Run each network once and compute the loss. Methods that run networks in another way override this."""
         if not self.needs.teacher:
             output = student(batch.images)
             return self.loss(output, output, batch)
@@ -302,8 +302,8 @@ class Distiller(nn.Module):
         return self.loss(student(batch.images), reference, batch)
 
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
-        """A phase before training. ``batches`` may be iterated again and again, an epoch each time."""
+        """Run a phase before training. ``batches`` can be iterated many times, one epoch each time."""
 
     def deploy(self, student: nn.Module) -> nn.Module:
-        """Return what ships: the student itself unless a method says otherwise. It is called as networks are."""
+        """Return the network to ship, called as networks are. By default this is the student itself."""
         return student

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """An error that the user can fix: its message is one line of what was given, expected, and to do next.
+    """An error that the user can fix: one line of what was given, what was expected and what to do next.
 
     The command line prints the message without a traceback and exits with 2.
 
@@ -17,15 +17,18 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """A disk that is full or a folder that cannot be written: never a run's own failure."""
+    """A full disk, or a folder that cannot be written to.
+
+    It is never counted as the failure of a run.
+    """
 
 
 class OutOfMemory(UserError):
-    """A run did not fit into memory beside the others; alone it may."""
+    """A run that does not fit into memory beside the others. It may fit alone."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
-    """The error for a ``name`` that is none of the ``known`` names, with the nearest of them."""
+    """Make the error for an unknown ``name``, with the nearest of the ``known`` names."""
     names = sorted(known)
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     guess = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names[:30])}"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to disk, then renamed into it."""
+"""Atomic file writes, and the folders that kdzoo reads from and writes to."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from kdzoo.errors import StorageError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a temporary path in the same folder and renames the result to ``path``.
+    """Write a file completely or not at all: ``write`` fills a temporary file, which is then renamed to ``path``.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
@@ -33,17 +33,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically."""
+    """Write a UTF-8 text file completely or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def slug(name: str) -> str:
-    """``name`` as one harmless part of a path: letters, digits, dot, underscore, hyphen."""
+    """Turn ``name`` into a safe part of a path: letters, digits, dot, underscore and hyphen only."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[-60:] or "unnamed"
 
 
 def shipped_folder() -> Traversable:
-    """The protocols, suites and tables that come with kdzoo: ``kdzoo.configs``, which in a checkout is ``configs/``."""
+    """Return the folder of protocols, suites and tables that come with kdzoo (``configs/`` in a checkout)."""
     beside = Path(__file__).parents[1] / "configs"
     if (beside / "presets.csv").is_file():  # a checkout's own, whichever other one is installed
         return beside
@@ -51,7 +51,7 @@ def shipped_folder() -> Traversable:
 
 
 def cache_folder() -> Path:
-    """Where decoded data sets and trained teachers are kept: ``$KDZOO_CACHE``, else ``~/.cache/kdzoo``."""
+    """Return the folder for decoded data sets and trained teachers: ``$KDZOO_CACHE``, or ``~/.cache/kdzoo``."""
     return Path(os.environ.get("KDZOO_CACHE") or Path.home() / ".cache" / "kdzoo")
 
 

@@ -19,7 +19,7 @@ Number = TypeVar("Number", int, float)
 def keyword_settings(
     factory: Callable[..., Any], given: Mapping[str, Any], prefix: str = "distiller."
 ) -> dict[str, Any]:
-    """Read the keyword-only arguments of ``factory``: those ``given``, and the defaults of the others.
+    """Return a value for each keyword-only argument of ``factory``: the one ``given``, or its default.
 
     Args:
         factory: a distiller, the function that makes a data set, or anything else whose signature is its configuration.
@@ -42,7 +42,7 @@ def keyword_settings(
 
 
 def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | None = None) -> Any:
-    """Make an instance of the dataclass ``schema``, with ``values`` checked against its types.
+    """Make an instance of the dataclass ``schema`` from ``values``, after checking their types.
 
     Args:
         schema: the dataclass, whose fields may be dataclasses again.
@@ -59,7 +59,7 @@ def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | Non
 
 @contextmanager
 def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
-    """Turn OmegaConf's errors into a UserError of one line; ``known`` keys make suggestions."""
+    """Turn OmegaConf's errors inside the context into a UserError of one line, with suggestions from ``known``."""
     try:
         yield
     except ConfigKeyError as error:
@@ -71,7 +71,7 @@ def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
 
 
 def read_yaml(text: str, title: str) -> dict[str, Any]:
-    """Read the mapping that a YAML text holds; an empty text gives an empty one.
+    """Read a YAML text that holds a mapping; an empty text gives an empty one.
 
     Raises:
         UserError: the text of ``title`` is no YAML, holds no mapping, or a key twice.
@@ -122,7 +122,7 @@ def one_of(choices: Collection[str], **keyword: str) -> str:
 
 
 def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
-    """Check each of several values by one of the checks above; there must be at least one."""
+    """Apply one of the checks above to each of several values; there must be at least one."""
     ((name, values),) = keyword.items()
     if not len(values):
         raise UserError(f"{name}=(): expected at least one value")

@@ -8,13 +8,13 @@ from kdzoo.tensors import full_precision
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of ``logits`` (B, K) against the distributions ``targets`` (B, K), mean over the batch."""
+    """Compute the cross-entropy of ``logits`` (B, K) against distributions ``targets`` (B, K), mean over the batch."""
     logits = full_precision(logits)
     return F.cross_entropy(logits, targets.to(logits.dtype))
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits (B, K): sum over K, mean over B.
+    """Compute T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits (B, K): sum over K, mean over B.
 
     T^2 keeps the gradient's size as T grows (Hinton, Vinyals and Dean 2015, section 2.1).
     """
@@ -24,24 +24,30 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -
 
 
 def centred_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of logits (B, K), each row less its mean, which no softmax can see."""
+    """Compute the mean squared error of logits (B, K) after subtracting each row's mean.
+
+    No softmax can see that mean.
+    """
     difference = full_precision(student) - full_precision(teacher)
     return (difference - difference.mean(dim=1, keepdim=True)).square().mean()
 
 
 def standardised(values: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
-    """Take ``values`` to mean 0 and variance 1 over the dimensions ``dim``; ``eps`` is added to the variance."""
+    """Normalise ``values`` to mean 0 and variance 1 over the dimensions ``dim``; ``eps`` is added to the variance."""
     centred = values - values.mean(dim=dim, keepdim=True)
     return centred * (centred.square().mean(dim=dim, keepdim=True) + eps).rsqrt()
 
 
 def true_class(targets: Tensor) -> Tensor:
-    """True at the class with the largest share of each row of ``targets`` (B, K), the first of equals: (B, K) bool."""
+    """Mark the largest entry of each row of ``targets`` (B, K), the first of equal ones: (B, K) bool."""
     return torch.arange(targets.shape[1], device=targets.device) == targets.argmax(dim=1, keepdim=True)
 
 
 def warm_up(progress: Tensor, share: float) -> Tensor:
-    """From 0 to 1 over the first ``share`` of training, linearly, then 1. ``progress`` () is the share that is done."""
+    """Compute a factor that rises linearly from 0 to 1 over the first ``share`` of training and then stays 1.
+
+    ``progress`` () is the share of training that is done.
+    """
     return (progress / share).clamp(max=1) if share > 0 else torch.ones_like(progress)
 
 

@@ -8,7 +8,7 @@ import torch
 
 
 class MatmulPrecision(NamedTuple):
-    """Torch's ``fp32_precision``: ``ieee`` (in full), ``tf32`` (inputs rounded), or ``none`` (torch's own choice)."""
+    """How CUDA multiplies float32 numbers: ``ieee`` (exactly), ``tf32`` (inputs rounded) or ``none`` (by torch)."""
 
     matmul: str  # of matrix products
     conv: str  # of convolutions
@@ -18,7 +18,7 @@ IEEE, TF32 = MatmulPrecision("ieee", "ieee"), MatmulPrecision("tf32", "tf32")
 
 
 class Precision(NamedTuple):
-    """What a network computes in."""
+    """The number format that a network computes in."""
 
     dtype: torch.dtype | None  # autocast's; None: float32, without autocast
     matmul: MatmulPrecision | None = IEEE  # of float32 on CUDA; None leaves it as it is
@@ -32,7 +32,7 @@ _CONV: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # it is th
 
 @contextmanager
 def autocast(device: str, precision: Precision) -> Iterator[None]:
-    """Compute in this precision inside the context, also where another one holds outside.
+    """Compute in this precision inside the context, even if another one is set outside.
 
     Args:
         device: the type of device: cpu, cuda or mps. One that knows no autocast is left alone.
@@ -45,7 +45,7 @@ def autocast(device: str, precision: Precision) -> Iterator[None]:
 
 
 def matmul_precision(device: str, precision: Precision) -> AbstractContextManager[None]:
-    """Multiply float32 numbers in this precision inside the context, and leave autocast as it is.
+    """Multiply float32 numbers in this precision inside the context, and leave autocast unchanged.
 
     A backward pass needs this alone: autocast's types come from the forward pass. TF32 then also rounds the gradients
     of losses, though never a loss.
@@ -61,7 +61,7 @@ def ambient(device: str) -> Precision:
 
 
 def current() -> MatmulPrecision:
-    """Return how float32 numbers are multiplied on CUDA now."""
+    """Return how CUDA multiplies float32 numbers now."""
     return MatmulPrecision(torch.backends.cuda.matmul.fp32_precision, _CONV.fp32_precision)
 
 

@@ -1,4 +1,4 @@
-"""Seeds: every random draw is named by what it is for, so a resumed run repeats it and lanes cannot disturb it."""
+"""Named random seeds: each use has its own, so a resumed run repeats them and runs cannot disturb each other."""
 
 import random
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ import torch
 
 
 def seed_of(*name: int | str) -> int:
-    """A seed in [0, 2^63) for the draw of this name, such as ``(seed, step, "weak")``."""
+    """Compute a seed in [0, 2^63) from the name of its use, such as ``(seed, step, "weak")``."""
     return int.from_bytes(blake2b(repr(name).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager
 def globally_seeded(*name: int | str) -> Iterator[None]:
-    """Seeds the generators that libraries take from the air, and puts back what they held before.
+    """Seed the global generators of Python, NumPy and torch, and restore their state on exit.
 
     Python's, numpy's and torch's CPU generator; CUDA's are left alone, as nothing under this draws from them.
     """

@@ -1,4 +1,4 @@
-"""Training recipes: what data and engine both read of a protocol."""
+"""Training recipes: the settings of a protocol."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to training images; everything off by default."""
+    """The augmentations of training images; all are off by default."""
 
     crop: int = 0  # random crop after zero padding of this many pixels
     flip: bool = False  # horizontal, half of the images
@@ -20,7 +20,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A training recipe. Epochs count passes over the training set; rates are per optimiser step."""
+    """A training recipe. Epochs count passes over the training set; learning rates are per optimiser step."""
 
     name: str = "quick"
     epochs: int = 10

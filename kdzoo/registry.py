@@ -1,4 +1,4 @@
-"""Find distillation methods: plug-in folders and classes by entry point, one's own by path to a file.
+"""Find distillation methods: those of installed packages by name, one's own by the path of a file.
 
 An entry point of group ``kdzoo.distillers`` names a package, each of whose modules is a method, or one class.
 Finding and describing methods reads files and imports none of them, so listing them is quick.
@@ -22,11 +22,17 @@ if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
 
 GROUP = "kdzoo.distillers"
+# What a method's fidelity says, from the surest to the least sure.
+FIDELITIES = {
+    "exact": "formulas read in the authors' code or paper",
+    "adapted": "carried over from another task or architecture",
+    "reconstructed": "the full text was not available; our reading of abstract and relatives",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method that was found and not yet imported."""
+    """A method that was found but not imported yet."""
 
     name: str
     module: str
@@ -35,17 +41,17 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """The first line of the file's docstring."""
+        """The first line of the docstring of the method's file."""
         return (ast.get_docstring(self._tree()) or "").split("\n")[0]
 
     @property
     def paper(self) -> str:
-        """The paper as the class names it."""
+        """The paper that the class names."""
         return self._class_value("paper")
 
     @property
     def fidelity(self) -> str:
-        """How sure it is that this is the paper's method, in lower case."""
+        """How closely the implementation follows its paper, in lower case."""
         return self._class_value("fidelity").lower()
 
     def _tree(self) -> ast.Module:
@@ -70,7 +76,7 @@ class Method:
 
 
 def methods() -> dict[str, Method]:
-    """Every method that is installed, by name."""
+    """Find all installed methods, by name."""
     found: dict[str, Method] = {}
     for point in _points():
         for method in _methods_of(point):
@@ -83,12 +89,12 @@ def methods() -> dict[str, Method]:
 
 
 def names() -> list[str]:
-    """The names of all installed methods, sorted."""
+    """List the names of all installed methods, sorted."""
     return list(methods())
 
 
 def find(name: str) -> Method:
-    """The method of that name, or the one in the file of that path (``./mine.py``)."""
+    """Find the method of this name, or the one in the file at this path (``./mine.py``)."""
     if name.endswith(".py"):
         file = Path(name).expanduser().resolve()
         if not file.is_file():
@@ -101,7 +107,7 @@ def find(name: str) -> Method:
 
 
 def load(name: str) -> "type[Distiller]":
-    """Imports the method's class."""
+    """Import a method's class."""
     from kdzoo.distiller import Distiller
 
     method = find(name)

@@ -19,14 +19,15 @@ from kdzoo.tensors import full_precision
 
 
 def apply_basis(maps: Tensor, basis: Tensor) -> Tensor:
-    """Maps (..., H, W) times a ``basis`` (N, H * W): their N coefficients (..., N)."""
+    """Multiply maps (..., H, W) by a transform matrix ``basis`` (N, H * W): coefficients (..., N)."""
     flat = full_precision(maps).flatten(-2)
     return flat @ basis.to(flat.dtype).mT
 
 
 def fourier_basis(grid: Sequence[int], size: int, sigma: float = math.inf) -> Tensor:
-    """The low frequencies of maps (H, W) = ``grid``: (2 * size * size, H * W), real parts, then imaginary ones.
+    """Build the matrix of the low Fourier frequencies of maps (H, W) = ``grid``: (2 * size * size, H * W).
 
+    The first half of its rows gives the real parts of the coefficients, the second half the imaginary ones.
     The coefficients are the centred size x size crop of ``fftshift(fft2(maps, norm="forward"))``, row by row,
     times exp(-rho^2 / 2 sigma^2) with rho = radius / (size // 2). The division by H * W makes coefficients of one
     image agree across grids; an odd size keeps every frequency together with its negative.
@@ -43,7 +44,10 @@ def fourier_basis(grid: Sequence[int], size: int, sigma: float = math.inf) -> Te
 
 
 def half_basis(grid: Sequence[int], size: int, sigma: float = math.inf) -> Tensor:
-    """The rows of ``fourier_basis`` up to DC, (size * size + 1, H * W): of a real map the others are conjugates."""
+    """Build the half of ``fourier_basis`` that determines a real map's coefficients: (size * size + 1, H * W).
+
+    These are the rows up to DC. Of a real map the other coefficients are conjugates.
+    """
     return fourier_basis(grid, size, sigma).unflatten(0, (2, -1))[:, : size * size // 2 + 1].flatten(0, 1)
 
 
@@ -53,50 +57,66 @@ def mirrored(half: Tensor) -> Tensor:
 
 
 def whole_spectrum(half: Tensor) -> Tensor:
-    """Give coefficients of ``half_basis``, (..., N + 1), those of all frequencies, (..., 2 N): their conjugates."""
+    """Complete coefficients of ``half_basis``, (..., N + 1), to those of all frequencies, (..., 2 N).
+
+    The others are their conjugates.
+    """
     real, imaginary = half.chunk(2, dim=-1)
     return torch.cat([mirrored(real), imaginary, -imaginary[..., :-1].flip(-1)], dim=-1)
 
 
 def amplitude(coefficients: Tensor) -> Tensor:
-    """|.| of real and imaginary parts (..., 2 N) -> (..., N), with gradient 0 where both are 0."""
+    """Compute the absolute value of complex numbers given as real and imaginary parts: (..., 2 N) -> (..., N).
+
+    Its gradient is 0 where both parts are 0.
+    """
     return coefficients.unflatten(-1, (2, -1)).square().sum(dim=-2).clamp_min(1e-30).sqrt()
 
 
 def radius(height: int, width: int) -> Tensor:
-    """The relative radius of each frequency of fft2, unshifted: 0 at DC, 1 at an axis' Nyquist rate; (H, W)."""
+    """Compute the radius of each frequency of fft2, as a share of the Nyquist frequency: (H, W).
+
+    The order is fft2's, unshifted: 0 at DC, 1 at the Nyquist frequency of an axis.
+    """
     vertical, horizontal = (torch.fft.fftfreq(n, dtype=torch.float64) * 2 for n in (height, width))
     return torch.hypot(*torch.meshgrid(vertical, horizontal, indexing="ij"))
 
 
 def disk(height: int, width: int, cutoff: float) -> Tensor:
-    """True where the relative radius is at most ``cutoff``, and always at DC: (H, W) bool."""
+    """Build a mask of the frequencies whose relative radius is at most ``cutoff``: (H, W) bool.
+
+    DC is always selected.
+    """
     return radius(height, width) <= max(cutoff, 0.0) + 1e-9  # rounding must not decide about the rim
 
 
 def fourier_filter(maps: Tensor, mask: Tensor) -> Tensor:
-    """maps (..., H, W) of which only frequencies in ``mask`` (H, W, symmetric, unshifted) are left."""
+    """Keep only the frequencies of maps (..., H, W) that ``mask`` (H, W, symmetric, unshifted) selects."""
     maps = full_precision(maps)
     spectrum = torch.fft.rfft2(maps) * mask[:, : maps.shape[-1] // 2 + 1]
     return torch.fft.irfft2(spectrum, s=maps.shape[-2:])
 
 
 def cycles(height: int, width: int) -> Tensor:
-    """Compute the radius of each frequency of fft2 in cycles per image, unshifted and 0 at DC on every grid: (H, W)."""
+    """Compute the radius of each frequency of fft2 in cycles per image: (H, W), 0 at DC on every grid.
+
+    The order is fft2's, unshifted.
+    """
     vertical, horizontal = (torch.fft.fftfreq(n, d=1 / n, dtype=torch.float64) for n in (height, width))
     return torch.hypot(*torch.meshgrid(vertical, horizontal, indexing="ij"))
 
 
 def low_pass(height: int, width: int, cutoff: float) -> Tensor:
-    """Mask for ``fourier_filter``: true up to ``cutoff`` cycles per image, and always at DC; (H, W) bool.
+    """Build a mask of the frequencies up to ``cutoff`` cycles per image for ``fourier_filter``: (H, W) bool.
 
+    DC is always selected.
     As the unit is the image, 7x7 and 56x56 maps of one image lose the same waves of it.
     """
     return cycles(height, width) <= max(cutoff, 0.0) + 1e-9  # rounding must not decide about the rim
 
 
 def high_pass(height: int, width: int, cutoff: float) -> Tensor:
-    """Mask for ``fourier_filter``: true above ``cutoff`` cycles per image; (H, W) bool.
+    """Build a mask of the frequencies above ``cutoff`` cycles per image for ``fourier_filter``: (H, W) bool.
 
     From 0 on it is the complement of ``low_pass``, but that a map too coarse for any such wave keeps its highest
     frequency, and a 1x1 map its one number.
@@ -106,14 +126,14 @@ def high_pass(height: int, width: int, cutoff: float) -> Tensor:
 
 
 def radial_basis(grid: Sequence[int]) -> Tensor:
-    """For ``spectral_power``: the mean over each ring of frequencies, by radius rounded to cycles; (R, H * W)."""
+    """Build the matrix that averages ``spectral_power`` over rings of equal radius, in whole cycles: (R, H * W)."""
     rings = cycles(*grid).round().long().flatten()
     rows = (rings == torch.arange(int(rings.max()) + 1)[:, None]).double()
     return rows / rows.sum(dim=1, keepdim=True)  # every ring up to the corner has a frequency
 
 
 def band_basis(grid: Sequence[int], edges: Sequence[float]) -> Tensor:
-    """For ``spectral_power``: the energy of each band between ``edges``, in cycles; (len(edges) + 1, H * W).
+    """Build the matrix that sums ``spectral_power`` by bands between ``edges``, in cycles: (len(edges) + 1, H * W).
 
     A band holds its upper edge, the first one DC, the last one all that is left. Their sum is the mean of squares.
 
@@ -127,7 +147,7 @@ def band_basis(grid: Sequence[int], edges: Sequence[float]) -> Tensor:
 
 
 def spectral_power(maps: Tensor, basis: Tensor) -> Tensor:
-    """The power spectrum of maps (..., H, W), gathered by ``radial_basis`` or ``band_basis`` (N, H * W): (..., N).
+    """Compute the power spectrum of maps (..., H, W), grouped by ``radial_basis`` or ``band_basis``: (..., N).
 
     |fft2|^2 with ``norm="forward"``: of one wave the same on every grid that holds it.
     """
@@ -136,14 +156,15 @@ def spectral_power(maps: Tensor, basis: Tensor) -> Tensor:
 
 
 def separable(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Maps (..., H, W) transformed along both axes by ``rows`` (M, H) and ``columns`` (N, W): (..., M, N)."""
+    """Transform maps (..., H, W) along both axes by ``rows`` (M, H) and ``columns`` (N, W): (..., M, N)."""
     maps = full_precision(maps)
     return rows.to(maps.dtype) @ maps @ columns.to(maps.dtype).mT
 
 
 def cosine_basis(n: int) -> Tensor:
-    """The orthonormal DCT-II of n samples, (n, n): ``samples @ basis.mT``, or ``separable`` for maps.
+    """Build the matrix of the orthonormal DCT-II of n samples: (n, n).
 
+    ``samples @ basis.mT`` transforms samples, ``separable`` transforms maps.
     Its transpose is the DCT-III, which is the inverse.
     """
     order = torch.arange(n)
@@ -154,7 +175,7 @@ def cosine_basis(n: int) -> Tensor:
 
 
 def average_rows(n: int, size: int) -> Tensor:
-    """Adaptive average pooling of n samples to ``size`` cells: (size, n)."""
+    """Build the matrix of adaptive average pooling of n samples to ``size`` cells: (size, n)."""
     rows = torch.zeros(size, n, dtype=torch.float64)
     for cell in range(size):
         begin, end = cell * n // size, -(-(cell + 1) * n // size)
@@ -163,14 +184,17 @@ def average_rows(n: int, size: int) -> Tensor:
 
 
 def blur_rows(n: int, sigma: float) -> Tensor:
-    """Gaussian blur of n samples, ``sigma`` in samples: (n, n). Rows sum to 1, so constants stay, also at edges."""
+    """Build the matrix of a Gaussian blur of n samples, with ``sigma`` in samples: (n, n).
+
+    Its rows sum to 1, so constants stay, also at edges.
+    """
     position = torch.arange(n, dtype=torch.float64)
     rows = (-(position[:, None] - position).square() / (2 * sigma**2)).exp()
     return rows / rows.sum(dim=1, keepdim=True)
 
 
 def pooling_basis(grid: Sequence[int], size: Sequence[int], blur: float = 0.0) -> Tensor:
-    """Adaptive average pooling of maps (H, W) = ``grid`` to ``size`` = (k, l): (k * l, H * W).
+    """Build the matrix of adaptive average pooling of maps (H, W) = ``grid`` to ``size`` = (k, l): (k * l, H * W).
 
     ``blur``, in cells, is the sigma of a Gaussian before it; 0 is none.
     """
@@ -181,7 +205,7 @@ def pooling_basis(grid: Sequence[int], size: Sequence[int], blur: float = 0.0) -
 
 
 def largest_level(grid: Sequence[int], wavelet: str) -> int:
-    """How often ``wavelet`` can split maps (H, W) = ``grid``, or n samples = (n,); 0 where it is too long for one.
+    """Compute how many times ``wavelet`` can split maps (H, W) = ``grid``, or n samples = (n,); 0 if it is too long.
 
     Raises:
         UserError: the wavelet does not exist.
@@ -201,7 +225,7 @@ def _check_level(grid: Sequence[int], what: str, wavelet: str, level: int, paddi
 
 
 def wavelet_basis(n: int, wavelet: str, level: int, padding: str) -> tuple[Tensor, Tensor]:
-    """The discrete wavelet transform of n samples as two matrices: content (M, n) and detail (N, n).
+    """Build the discrete wavelet transform of n samples as two matrices: content (M, n) and detail (N, n).
 
     Detail holds the bands of all levels, coarse to fine. An odd length is first made even by repeating the sample
     before the last, at every level: PyWavelets would pair the last sample with itself, and its Haar detail, thus
@@ -229,11 +253,11 @@ def wavelet_basis(n: int, wavelet: str, level: int, padding: str) -> tuple[Tenso
 
 
 def dwt_basis(n: int, wavelet: str, level: int, padding: str) -> list[Tensor]:
-    """PyWavelets' discrete wavelet transform of n samples: a matrix (2 M, n') for each level, fine to coarse.
+    """Build PyWavelets' transform of n samples as one matrix (2 M, n') for each level, fine to coarse.
 
-    Each takes the n' samples, or the content of the level before, to M numbers of content and M of detail. For
-    ``dwt``, and one for each axis for ``dwt2``. As matrices they know every wavelet and every padding, also where
-    a map is shorter than the filter, and trace into one graph; ptwt knows five of nine paddings and breaks it.
+    Each takes the n' samples, or the content of the level before, to M numbers of content and M of detail;
+    ``dwt2`` takes one basis for each axis. As matrices they know every wavelet and every padding, also where a map
+    is shorter than the filter, and trace into one graph; ptwt knows five of nine paddings and breaks it.
 
     Args:
         n: how many samples.
@@ -254,7 +278,7 @@ def dwt_basis(n: int, wavelet: str, level: int, padding: str) -> list[Tensor]:
 
 
 def idwt_basis(n: int, wavelet: str, level: int, padding: str) -> list[Tensor]:
-    """The inverse of ``dwt_basis`` of the same arguments: a matrix (n', 2 M) for each level, fine to coarse."""
+    """Build the inverse of ``dwt_basis`` for the same arguments: a matrix (n', 2 M) for each level, fine to coarse."""
     basis = []
     for forward in dwt_basis(n, wavelet, level, padding):
         content, detail = np.split(np.eye(len(forward)), 2)
@@ -263,26 +287,10 @@ def idwt_basis(n: int, wavelet: str, level: int, padding: str) -> list[Tensor]:
     return basis
 
 
-def dwt(samples: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Samples (..., n): their content (..., M), and the detail of each level, fine to coarse."""
-    content, details = full_precision(samples), []
-    for matrix in basis:
-        content, detail = (content @ matrix.to(content.dtype).mT).chunk(2, dim=-1)
-        details.append(detail)
-    return content, details
-
-
-def idwt(content: Tensor, details: Sequence[Tensor], basis: Sequence[Tensor]) -> Tensor:
-    """What ``dwt`` took apart, put together by ``idwt_basis``: (..., n)."""
-    content = full_precision(content)
-    for detail, matrix in zip(reversed(details), reversed(basis), strict=True):
-        content = torch.cat([content, detail.to(content.dtype)], dim=-1) @ matrix.to(content.dtype).mT
-    return content
-
-
 def dwt2(maps: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Maps (..., H, W): their content (..., M, N), and the details (..., 3, M', N') of each level, fine to coarse.
+    """Transform maps (..., H, W) by wavelets: content (..., M, N), and details (..., 3, M', N') fine to coarse.
 
+    Content is the part of low frequencies that is left.
     The three are PyWavelets' horizontal, vertical and diagonal detail; ``rows`` and ``columns`` are the
     ``dwt_basis`` of H and of W.
     """
@@ -296,7 +304,7 @@ def dwt2(maps: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> tup
 
 
 def idwt2(content: Tensor, details: Sequence[Tensor], rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
-    """What ``dwt2`` took apart, put together by the ``idwt_basis`` of H and of W: (..., H, W)."""
+    """Invert ``dwt2``, with the ``idwt_basis`` of H and of W: maps (..., H, W)."""
     for detail, row, column in zip(reversed(details), reversed(rows), reversed(columns), strict=True):
         horizontal, vertical, diagonal = detail.unbind(dim=-3)
         upper, lower = torch.cat([content, vertical], dim=-1), torch.cat([horizontal, diagonal], dim=-1)

@@ -1,4 +1,4 @@
-"""Helpers for tensors that are no losses: full precision, and rows gathered from all ranks."""
+"""Tensor helpers: conversion to full precision, and communication between the ranks of a distributed run."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from torch import distributed as dist
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Convert half precision to float32; leave float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The rows (B, ...) of every rank, this rank's own first and with their gradient: (B * ranks, ...).
+    """Collect the rows (B, ...) of all ranks, this rank's first and with their gradient: (B * ranks, ...).
 
     Own rows first means that row i still belongs to sample i. Without ``torch.distributed`` it is the tensor
     itself. Every rank must bring equally many rows.
@@ -25,7 +25,10 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over every rank, the same bits on each; no gradient. Without ``torch.distributed`` it is ``tensor``."""
+    """Sum a tensor over all ranks, with the same bits on each and no gradient.
+
+    Without ``torch.distributed`` it is ``tensor`` itself.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     total = tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""The toy problem of the conformance suite: networks and batches small enough to check a method in seconds."""
+"""Toy networks and batches for the conformance suite, small enough to check a method in seconds."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ Terms = Mapping[str, Tensor]
 
 
 class Shape(NamedTuple):
-    """The four stages of a toy network."""
+    """The shape of a toy network: widths and grids of its four stages."""
 
     widths: tuple[int, int, int, int]
     grids: tuple[tuple[int, int], ...] = ((8, 8), (4, 4), (2, 2), (1, 1))
@@ -45,12 +45,12 @@ PAIRS = {
 
 
 class ToyNetwork(nn.Module):
-    """What toy networks share: they tell their shapes and classify means of their final map."""
+    """The base class of toy networks: reports output shapes and has a linear classifier."""
 
     classifier: nn.Linear
 
     def shapes(self) -> Output:
-        """The output for one image, on the meta device."""
+        """Return the outputs for one image on the meta device."""
         with torch.no_grad():
             return to_meta(copy.deepcopy(self).eval()(torch.zeros(1, 3, 8, 8), EVERYTHING))
 
@@ -59,7 +59,7 @@ class ToyNetwork(nn.Module):
 
 
 class Toy(ToyNetwork):
-    """A small convolutional network, read as those of ``kdzoo.models`` are."""
+    """A small convolutional network with the interface of those in ``kdzoo.models``."""
 
     def __init__(self, shape: Shape, classes: int = 4):
         super().__init__()
@@ -74,19 +74,19 @@ class Toy(ToyNetwork):
         x, features, preactivations = images, [], []
         for stage, grid in zip(self.stages, self.shape.grids, strict=True):
             before = stage(x)
-            x = self.laid_out(F.adaptive_avg_pool2d(F.gelu(before), grid))
+            x = self.in_memory_layout(F.adaptive_avg_pool2d(F.gelu(before), grid))
             features.append(x)
             if show.preactivations:
-                preactivations.append(self.laid_out(F.adaptive_avg_pool2d(before, grid)))
+                preactivations.append(self.in_memory_layout(F.adaptive_avg_pool2d(before, grid)))
         embedding = x.mean((2, 3))
         return Output(self.classifier(embedding), embedding, tuple(features), tuple(preactivations), x).only(show)
 
-    def laid_out(self, maps: Tensor) -> Tensor:
+    def in_memory_layout(self, maps: Tensor) -> Tensor:
         return maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if self.shape.tokens else maps
 
 
 class Replay(ToyNetwork):
-    """A network that shows the same rows for all images, and collects the gradients on them."""
+    """A network that returns stored outputs for any images, and collects their gradients."""
 
     def __init__(self, shape: Shape, make: Callable[..., Tensor], scale: float):
         super().__init__()
@@ -101,7 +101,7 @@ class Replay(ToyNetwork):
 
 
 class Absent(ToyNetwork):
-    """The teacher of a method that needs none."""
+    """The teacher of a method that needs none: calling it is an error."""
 
     def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         raise RuntimeError("it asks a teacher; its needs say that there is none")
@@ -117,7 +117,7 @@ def distillation(
     classes: int = 4,
     prepared: bool = True,
 ) -> Distillation:
-    """A seeded toy pair under a distiller that is ready to train."""
+    """Make a seeded pair of toy networks and a method, ready to train."""
     torch.manual_seed(seed)
     student, teacher = student or Toy(STUDENT, classes), teacher or Toy(TEACHER, classes)
     together = Distillation(student, teacher, distiller(**keywords), data=data(classes)).train()
@@ -128,13 +128,14 @@ def distillation(
 
 
 def data(classes: int = 4) -> DataSpec:
+    """Describe the toy data set."""
     names = tuple(f"class {k}" for k in range(classes))
     labels = torch.arange(max(64, 2 * classes)) % classes
     return DataSpec("toy", classes, names, 8, labels, superclasses=tuple(k // 2 for k in range(classes)))
 
 
 def batch_of(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0.5, mixed: bool = False) -> Batch:
-    """A batch whose classes differ in colour, with every view there is."""
+    """Make a batch whose classes differ in colour, with all views."""
     random = torch.Generator().manual_seed(seed)
     labels = data(classes).labels
     index = torch.randperm(len(labels), generator=random)[:size]
@@ -151,7 +152,7 @@ def batch_of(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0
 
 
 def to_meta(value: Any) -> Any:
-    """The same tuples and dicts, their tensors on the meta device."""
+    """Move the tensors of nested tuples and dicts to the meta device."""
     if isinstance(value, dict):
         return {key: to_meta(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -161,25 +162,31 @@ def to_meta(value: Any) -> Any:
 
 
 def seeded(together: Callable[[Batch], dict[str, Tensor]], seed: int, size: int = 4) -> dict[str, Tensor]:
-    """The terms of a batch and of random numbers that are the seed's own, seed tenths into training."""
+    """Compute the terms of a batch after seeding both, at the share ``seed / 10`` of training."""
     torch.manual_seed(seed)
     return together(batch_of(seed, size, progress=seed / 10))
 
 
 def total(terms: Terms) -> Tensor:
+    """Sum all terms."""
     return torch.stack(list(terms.values())).sum()
 
 
 def trained(together: Distillation) -> list[nn.Parameter]:
+    """List the parameters that are trained."""
     return [p for p in together.parameters() if p.requires_grad]
 
 
 def gradients(together: nn.Module) -> list[Tensor]:
+    """List the gradients that exist."""
     return [p.grad for p in together.parameters() if p.grad is not None]
 
 
 def train(together: Distillation, steps: int, size: int = 4, seed: int = 0) -> None:
-    """Train with Adam, at a rate that falls to 0, so that what is reached does not hang on the last steps."""
+    """Train with Adam and a learning rate that falls linearly to 0.
+
+    The fall keeps the result from depending on the last steps.
+    """
     optimizer = torch.optim.Adam(trained(together), lr=RATE)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
@@ -189,7 +196,7 @@ def train(together: Distillation, steps: int, size: int = 4, seed: int = 0) -> N
 
 
 def leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors that a loss's backward pass ends in."""
+    """Iterate over the tensors in which a loss's backward pass ends."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -202,7 +209,7 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
 
 @cache
 def taught() -> Toy:
-    """A teacher of the toy problem."""
+    """Train a toy teacher once."""
     torch.manual_seed(7)
     teacher = Toy(TEACHER)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
@@ -215,4 +222,5 @@ def taught() -> Toy:
 
 
 def class_of(distiller: Any) -> type[Distiller]:
+    """Return the class behind a ``functools.partial``."""
     return class_of(distiller.func) if isinstance(distiller, partial) else distiller

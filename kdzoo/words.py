@@ -1,8 +1,8 @@
-"""Quantities as a person says them: time left, bytes."""
+"""Readable quantities: durations and bytes."""
 
 
 def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``2 h 05 min`` or ``3 d 04 h``, rounded."""
+    """Write a duration as ``40 s``, ``12 min``, ``2 h 05 min`` or ``3 d 04 h``, rounded."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -16,5 +16,5 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """``512 MiB`` or ``1.5 GiB`` of ``count`` bytes."""
+    """Write a number of bytes as ``512 MiB`` or ``1.5 GiB``."""
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

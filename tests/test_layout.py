@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterable, Iterator
+from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -78,6 +79,16 @@ def test_no_file_is_part_of_a_circle():
     tuple(TopologicalSorter(found).static_order())
     with pytest.raises(CycleError):
         tuple(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+def test_every_package_is_installed():
+    config = ConfigParser()
+    config.read(PACKAGE.parent / "setup.cfg", encoding="utf-8")
+    installed = set(config["options"]["packages"].split())
+    folders = {file.parent.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("__init__.py")}
+    packages = {".".join(folder.parts) for folder in folders}
+    assert packages <= installed
+    assert not packages <= installed - {"kdzoo.checks"}
 
 
 def test_kdzoo_imports_no_method():

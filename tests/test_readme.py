@@ -10,7 +10,7 @@ from torch import nn
 
 import kdzoo
 from kdzoo import registry
-from kdzoo.results.show import listing
+from kdzoo.results.catalogue import listing
 
 ROOT = Path(__file__).parents[1]
 README, METHODS = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/methods.md"))

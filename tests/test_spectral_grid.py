@@ -169,20 +169,7 @@ def test_edges_that_do_not_rise_are_refused():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wavelet", WAVELETS)
-@pytest.mark.parametrize("n", [2, 5, 8, 21, 100])
-def test_the_wavelet_transform_is_pywavelets_and_comes_back(n, wavelet, mode):
-    for level in range(1, spectral.largest_level((n,), wavelet) + 1):
-        samples = waves(3, n)
-        content, details = spectral.dwt(samples, spectral.dwt_basis(n, wavelet, level, mode))
-        reference = pywt.wavedec(samples.numpy(), wavelet, mode, level)
-        for ours, theirs in zip([content, *reversed(details)], reference, strict=True):
-            close(ours, theirs)
-        close(spectral.idwt(content, details, spectral.idwt_basis(n, wavelet, level, mode)), samples, 1e-8)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("wavelet", ["haar", "db2", "bior2.2"])
-@pytest.mark.parametrize("grid", [(2, 2), (7, 5), (8, 8), (14, 9), (28, 28)])
+@pytest.mark.parametrize("grid", [(2, 2), (7, 5), (8, 8), (14, 9), (28, 28), (100, 21)])
 def test_the_wavelet_transform_of_maps_is_pywavelets_and_comes_back(grid, wavelet, mode):
     for level in range(1, spectral.largest_level(grid, wavelet) + 1):
         maps = waves(2, 3, *grid)
@@ -197,27 +184,23 @@ def test_the_wavelet_transform_of_maps_is_pywavelets_and_comes_back(grid, wavele
 @pytest.mark.parametrize("wavelet", pywt.wavelist(kind="discrete"))
 def test_every_discrete_wavelet_is_there(wavelet):
     n = 2 * pywt.Wavelet(wavelet).dec_len
-    samples = waves(n)
-    content, (detail,) = spectral.dwt(samples, spectral.dwt_basis(n, wavelet, 1, "reflect"))
-    for ours, theirs in zip((content, detail), pywt.dwt(samples.numpy(), wavelet, "reflect"), strict=True):
-        close(ours, theirs)
+    maps = waves(n, n)
+    content, (detail,) = spectral.dwt2(maps, *split((n, n), wavelet, 1, "reflect"))
+    first, details = pywt.dwt2(maps.numpy(), wavelet, "reflect")
+    close(content, first)
+    close(detail, np.stack(details))
 
 
 @pytest.mark.parametrize("mode", ["zero", "constant", "symmetric", "reflect", "periodic"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_where_ptwt_knows_the_mode_it_agrees(mode, dtype):
-    maps = waves(2, 3, 14, 9, dtype=dtype)
-    content, details = spectral.dwt2(maps, *split((14, 9), "db2", 1, mode))
-    first, *rest = ptwt.wavedec2(maps, "db2", mode=mode, level=1)
+@pytest.mark.parametrize(("grid", "level"), [((14, 9), 1), ((33, 28), 3)])
+def test_where_ptwt_knows_the_mode_it_agrees(grid, level, mode, dtype):
+    maps = waves(2, 3, *grid, dtype=dtype)
+    content, details = spectral.dwt2(maps, *split(grid, "db2", level, mode))
+    first, *rest = ptwt.wavedec2(maps, "db2", mode=mode, level=level)
     close(content, first, DTYPES[dtype])
     for ours, theirs in zip(reversed(details), rest, strict=True):
         close(ours, torch.stack(tuple(theirs), dim=-3), DTYPES[dtype])
-    samples = waves(2, 33, dtype=dtype)
-    content, details = spectral.dwt(samples, spectral.dwt_basis(33, "db2", 3, mode))
-    for ours, theirs in zip(
-        [content, *reversed(details)], ptwt.wavedec(samples, "db2", mode=mode, level=3), strict=True
-    ):
-        close(ours, theirs, DTYPES[dtype])
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db4"])
@@ -250,17 +233,19 @@ def test_half_precision_is_transformed_in_float32(dtype):
     exact = spectral.dwt2(maps.double(), rows, columns)
     close(content, exact[0], 1e-5)
     close(details[0], exact[1][0], 1e-5)
-    signal, parts = spectral.dwt(maps[..., 0], rows)
     power = spectral.spectral_power(maps, spectral.radial_basis((8, 8)))
-    back = spectral.idwt(signal.to(dtype), parts, spectral.idwt_basis(8, "db2", 1, "reflect"))
-    assert {t.dtype for t in (content, *details, signal, *parts, power, back)} == {torch.float32}
+    back = spectral.idwt2(
+        content.to(dtype), [detail.to(dtype) for detail in details], *joined((8, 8), "db2", 1, "reflect")
+    )
+    assert {t.dtype for t in (content, *details, power, back)} == {torch.float32}
 
 
 def test_the_last_of_an_odd_number_of_samples_has_detail_under_reflection_alone():
     last = torch.zeros(5, dtype=torch.float64)
     last[-1] = 1
     for mode, found in (("reflect", True), ("symmetric", False), ("periodization", False)):
-        _, (detail,) = spectral.dwt(last, spectral.dwt_basis(5, "haar", 1, mode))
+        (basis,) = spectral.dwt_basis(5, "haar", 1, mode)
+        _, detail = (basis @ last).chunk(2)
         assert bool(detail.abs().sum() > 1e-6) == found
 
 
@@ -287,7 +272,6 @@ def transforms(grid):
     rows, columns = (spectral.cosine_basis(n) for n in grid)
     wavelet = split(grid, "db2", 1, "reflect")
     inverse = joined(grid, "db2", 1, "reflect")
-    samples = spectral.dwt_basis(grid[1], "haar", 2, "symmetric")
     mask, rings = spectral.high_pass(*grid, 1.0), spectral.radial_basis(grid)
 
     def wavelets(maps):
@@ -299,7 +283,6 @@ def transforms(grid):
         "filter": lambda maps: spectral.fourier_filter(maps, mask),
         "power": lambda maps: spectral.spectral_power(maps, rings),
         "wavelets": wavelets,
-        "samples": lambda maps: spectral.dwt(maps, samples)[1][1],
     }
 
 

@@ -1,7 +1,7 @@
 """Run a whole suite, here or by workers, and report what became of its runs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,3 +149,11 @@ def survey(runs: Sequence[Run], reasons: Sequence[str] = ()) -> Report:
         else:
             report.stopped[folder.path] = "; ".join(reasons) or "the process that was at work on it has ended"
     return report
+
+
+def by_reason(reasons: Mapping[Path, str]) -> str:
+    """Name the runs that share a reason together, each reason once."""
+    runs: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        runs.setdefault(reason, []).append(path.name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in runs.items())

@@ -1,4 +1,4 @@
-"""Any network as distillers see it: by name, or one's own module."""
+"""Networks as distillers see them: made by name, or from one's own module."""
 
 # These register the 32x32 nets and the small transformers with timm.
 from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transformers, wrn  # noqa: F401

@@ -1,4 +1,4 @@
-"""Fits networks to image sizes they were not made for: patch size, window size, CIFAR stem."""
+"""Adapt networks to image sizes they were not made for: patch size, window size, CIFAR stem."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def _native(bare: nn.Module, attribute: str) -> int | None:
 
 
 def constructor_keywords(bare: nn.Module) -> set[str]:
-    """The keywords of a network's constructor, those of its base classes included."""
+    """List the keywords of a network's constructor, including those of its base classes."""
     classes = (cls for cls in type(bare).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module)
     return {keyword for cls in classes for keyword in inspect.signature(cls.__init__).parameters}
 
 
 def native_patch(bare: nn.Module) -> int:
-    """The side of a token network's patches; 0 where it has none."""
+    """Return the side of a token network's patches; 0 if it has none."""
     return _native(bare, "patch_size") or 0
 
 
 def token_options(bare: nn.Module, size: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Constructor keywords with which a timm network reads ``size`` pixels, and a sentence for each.
+    """Choose constructor keywords with which a timm network reads ``size`` pixels, and say what they change.
 
     Token networks get patches that leave a grid of about 8x8; those with stages and patches of their own,
     patches that leave the last stage 2x2.
@@ -85,7 +85,7 @@ def token_options(bare: nn.Module, size: int, given: Mapping[str, Any]) -> tuple
 
 
 def shrink_patches(body: nn.Module, size: int, patch: int) -> None:
-    """Makes a network that was built for larger images with larger patches read ``size`` pixels, in place.
+    """Replace the patch layer of a network built for larger images, in place, so that it reads ``size`` pixels.
 
     For constructors that fix the patch size: the grid, which shapes the weights, is the same.
     """
@@ -96,7 +96,7 @@ def shrink_patches(body: nn.Module, size: int, patch: int) -> None:
 
 
 def shrink_stem(body: nn.Module) -> list[str]:
-    """Keeps resolution in an ImageNet stem, in place: stride 2 becomes 1, 4 becomes 2, pooling goes.
+    """Reduce the downsampling of an ImageNet stem, in place: stride 2 becomes 1, 4 becomes 2, pooling is removed.
 
     The first two such layers change; stems that reduce sixteenfold keep the others. Kernels of 7 become 3, and
     patches shrink with their stride. A smaller kernel is the centre of the larger, scaled to keep the variance
@@ -126,7 +126,7 @@ def shrink_stem(body: nn.Module) -> list[str]:
 
 
 def unfuse_attention(network: nn.Module) -> None:
-    """Writes attention out as two products and a softmax, in place: what trains fast on CPUs.
+    """Compute attention as two products and a softmax, in place, which trains faster on CPUs.
 
     There torch's fused attention is slow in the backward pass, several times so in bfloat16.
     """

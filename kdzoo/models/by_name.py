@@ -1,4 +1,4 @@
-"""Networks by name: timm's, the 32x32 nets, torchvision's and one's own factories, fitted to the data."""
+"""Make networks by name: timm's, the 32x32 nets, torchvision's and one's own factories, fitted to the data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]
 
 
 def create(name: str, data: DataSpec, *, pretrained: bool = False, fetch: bool = True, **options: Any) -> Network:
-    """A network for the data: images (B, 3, H, W) in [0, 1] -> ``Output``.
+    """Make a network for the data: images (B, 3, H, W) in [0, 1] go in, an ``Output`` comes out.
 
     Weights are drawn from torch's global generator. A network made for another image size is adapted, or has
     its images resized inside; ``Network.adapted`` says which. ``img_size=224`` among the options makes it read
@@ -44,12 +44,12 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, fetch: bool =
             ``factory(num_classes=K, **options)``.
         data: classes, image size, and channel statistics.
         pretrained: whether to start from timm's published weights, with their normalisation.
-        fetch: False has a pretrained network made to fit those weights but not filled with them, for others that began
-            as them.
+        fetch: whether to download the pretrained weights. False builds the same architecture without them, to load a
+            fine-tuned checkpoint into.
         options: keywords of the network's constructor.
 
     Raises:
-        UserError: an unknown name or option, a factory that fails, or weights that cannot be had.
+        UserError: an unknown name or option, a factory that fails, or weights that cannot be downloaded.
     """
     check(name)
     origin, colon, member = name.partition(":")
@@ -63,7 +63,7 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, fetch: bool =
 
 
 def check(name: str) -> None:
-    """Raises a UserError where ``create`` would not know the name; one's own factories are not looked for yet."""
+    """Check that ``create`` knows the name. Factories of one's own are not imported for this."""
     origin, colon, member = name.partition(":")
     if not colon and not timm.is_model(names.resolve(name)):
         raise unknown("model", name, names.known())
@@ -72,7 +72,7 @@ def check(name: str) -> None:
 
 
 def pretrained_classes(name: str) -> int | None:
-    """How many classes timm's published weights of this network tell apart; None where there are none."""
+    """Return the number of classes of timm's published weights for this network; None if there are none."""
     facts = timm.get_pretrained_cfg(names.resolve(name)) if ":" not in name else None
     return facts.num_classes if facts and facts.has_weights else None
 

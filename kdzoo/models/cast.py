@@ -1,4 +1,4 @@
-"""A frozen network with its weights cast once to what autocast would cast them to in every pass."""
+"""Cast the weights of a frozen network once, instead of in every pass under autocast."""
 
 from copy import deepcopy
 
@@ -13,11 +13,10 @@ _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def cast_weights(network: Network, dtype: torch.dtype) -> Network:
-    """A copy for use under autocast alone, whose convolutions and linear layers hold weights of ``dtype``.
+    """Copy a network for use under autocast, with the weights of convolutions and linear layers in ``dtype``.
 
-    Under autocast all that it shows has the bits of what ``network`` shows. That is tried on two images: where it
-    does not hold, or a pass fails, the network itself is returned. The classifier stays as it is, as methods apply it
-    outside of autocast.
+    The copy's outputs under autocast are bit-identical to ``network``'s. This is verified on two images; if it fails,
+    ``network`` itself is returned. The classifier is not cast, as methods apply it outside autocast.
 
     Args:
         network: in evaluation mode, and never to be trained.

@@ -16,7 +16,10 @@ def _shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class ShuffleUnitV1(nn.Module):
-    """Grouped 1x1, depthwise 3x3 and grouped 1x1; added to its input, or beside its pooled input when strided."""
+    """ShuffleNet's unit: grouped 1x1, depthwise 3x3 and grouped 1x1 convolutions, with a shortcut.
+
+    The shortcut is added; with a stride it is pooled and concatenated.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int, first_groups: int):
         super().__init__()
@@ -29,7 +32,7 @@ class ShuffleUnitV1(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
         path = self.expand(self.depthwise(_shuffle(self.squeeze(x), self.first_groups)))
         if self.stride == 2:
             return self.act(torch.cat([path, F.avg_pool2d(x, 3, 2, 1)], 1))
@@ -37,7 +40,10 @@ class ShuffleUnitV1(nn.Module):
 
 
 class ShuffleUnitV2(nn.Module):
-    """One half of the channels (both halves anew when strided) through 1x1, depthwise 3x3 and 1x1."""
+    """ShuffleNetV2's unit: one half of the channels through 1x1, depthwise 3x3 and 1x1 convolutions.
+
+    The other half is passed on. With a stride, both halves are convolved.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -57,14 +63,14 @@ class ShuffleUnitV2(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
         kept, changed = (x, x) if self.strided else x.chunk(2, 1)
         # What is kept was rectified before; one ReLU for both leaves it, and the unit's map before it, whole.
         return self.act(_shuffle(torch.cat([self.other(kept), self.path(changed)], 1), 2))
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3 and linear 1x1, added to the input where the shapes agree."""
+    """MobileNetV2's block: 1x1 expansion, depthwise 3x3 and linear 1x1, with a shortcut where the shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
@@ -77,12 +83,12 @@ class InvertedResidual(nn.Module):
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
         return x + self.path(x) if self.adds else self.path(x)
 
 
 def shufflenetv1(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> StagedNet:
-    """ShuffleNet with three groups and a 1x1 stem that keeps the resolution.
+    """Make a ShuffleNet with three groups and a 1x1 stem that keeps the resolution.
 
     Source: Zhang et al. 2018, table 1, as trained on CIFAR (RepDistiller, models/ShuffleNetv1.py).
     """
@@ -98,7 +104,7 @@ def shufflenetv1(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0
 
 
 def shufflenetv2(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> StagedNet:
-    """ShuffleNetV2 1x with a 1x1 stem that keeps the resolution.
+    """Make a ShuffleNetV2 1x with a 1x1 stem that keeps the resolution.
 
     Source: Ma et al. 2018, table 5, as trained on CIFAR (RepDistiller, models/ShuffleNetv2.py).
     """
@@ -113,7 +119,7 @@ def shufflenetv2(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0
 
 
 def mobilenetv2_half(num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> StagedNet:
-    """MobileNetV2 at half width, expansion 6, which takes a 32x32 image to a 2x2 map.
+    """Make a MobileNetV2 at half width and expansion 6, which maps a 32x32 image to a 2x2 map.
 
     Source: Sandler et al. 2018, table 2, as trained on CIFAR (RepDistiller, models/mobilenetv2.py).
     """

@@ -1,4 +1,4 @@
-"""ResNets for 32x32 images: 6n+2 layers in three stages, their wider kin, and ResNet-50 with a small stem."""
+"""ResNets for 32x32 images: 6n+2 layers in three stages, their wider variants, and ResNet-50 with a small stem."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdzoo.models.staged import StagedNet, conv_norm, init_weights, register
 
 
 class Residual(nn.Module):
-    """The rectified sum of a path and a shortcut, a strided 1x1 convolution where the shapes differ."""
+    """A residual block: the ReLU of a path plus a shortcut, a strided 1x1 convolution where the shapes differ."""
 
     def __init__(self, path: nn.Module, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -21,7 +21,7 @@ class Residual(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
         return self.act(self.path(x) + self.shortcut(x))
 
 
@@ -45,7 +45,7 @@ def cifar_resnet(
     in_chans: int = 3,
     drop_rate: float = 0.0,
 ) -> StagedNet:
-    """A ResNet that begins at full resolution and halves it between stages.
+    """Make a ResNet that starts at full resolution and halves it between stages.
 
     Args:
         depths: blocks of each stage.

@@ -1,4 +1,4 @@
-"""VGGs for 32x32 images: batch norm, no hidden fully connected layers."""
+"""VGGs for 32x32 images: with batch norm, without hidden fully connected layers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 class PoolAbove(nn.Module):
-    """Halves maps of more than ``side`` pixels and passes smaller ones on."""
+    """Max pooling of maps that are larger than ``side`` pixels; smaller ones are passed on."""
 
     def __init__(self, side: int):
         super().__init__()
         self.side = side
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H / 2, W / 2), or the same."""
+        """Map (B, C, H, W) to (B, C, H / 2, W / 2), or to itself."""
         return F.max_pool2d(x, 2) if x.shape[-1] > self.side else x
 
 
 def cifar_vgg(depths: Sequence[int], num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0) -> StagedNet:
-    """A VGG of five blocks whose last keeps the 4x4 map of a 32x32 image.
+    """Make a VGG of five blocks, the last of which gives a 4x4 map for a 32x32 image.
 
     Args:
         depths: convolutions of each block.

@@ -1,4 +1,4 @@
-"""How any other network is read: hooks on the submodules whose outputs are its stages and its embedding."""
+"""Read stages and embedding of any network by hooks on its submodules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from kdzoo.distiller import Output
 from kdzoo.errors import UserError
-from kdzoo.models.maps import CannotRead, Layout, Slot, alike, as_map, layout_of, spread
+from kdzoo.models.maps import CannotRead, Layout, Slot, as_map, close_to, evenly_spaced, layout_of
 
 
-class Passed(NamedTuple):
-    """One module's call in the probe."""
+class ModuleCall(NamedTuple):
+    """A call of one submodule in the test pass that looks for stages."""
 
     name: str
     module: nn.Module
@@ -22,16 +22,16 @@ class Passed(NamedTuple):
     mean: Tensor  # (B, C) of the map over its positions
 
 
-def find_taps(calls: Sequence[Passed]) -> list[Passed]:
-    """Four stages among the calls of a pass: the last map of each resolution, the deepest four of them.
+def find_taps(calls: Sequence[ModuleCall]) -> list[ModuleCall]:
+    """Choose four stages among the calls of a pass: the last map of each of the four lowest resolutions.
 
     Three resolutions give a fourth tap, the first map of the shallowest (as in the 32x32 ResNets); a single
-    resolution gives four of the longest row of alike blocks.
+    resolution gives four of the longest row of equal blocks.
 
     Raises:
         CannotRead: two resolutions, or no row of four blocks.
     """
-    stages: list[list[Passed]] = []
+    stages: list[list[ModuleCall]] = []
     largest = 0
     # Of modules that are called again and again, hooks keep the last output.
     last = {call.name: call for call in calls}
@@ -56,27 +56,27 @@ def find_taps(calls: Sequence[Passed]) -> list[Passed]:
     raise CannotRead(f"{len(stages)} resolutions")
 
 
-def _outermost(stage: list[Passed]) -> Passed:
+def _outermost(stage: list[ModuleCall]) -> ModuleCall:
     """The last call of the least nested modules: the stage itself, not the first layers of the next."""
     return min(stage, key=lambda call: call.name.count("."))
 
 
-def _is_global_pool(stage: list[Passed]) -> bool:
+def _is_global_pool(stage: list[ModuleCall]) -> bool:
     first = stage[-1]
     kind = type(first.module).__name__
     return first.layout[1:] == (1, 1) and any(word in kind for word in ("Avg", "Adaptive", "Global"))
 
 
-def _blocks(calls: list[Passed]) -> list[Passed]:
-    rows: dict[tuple[str, type], list[Passed]] = {}
+def _blocks(calls: list[ModuleCall]) -> list[ModuleCall]:
+    rows: dict[tuple[str, type], list[ModuleCall]] = {}
     for call in calls:
         rows.setdefault((call.name.rpartition(".")[0], type(call.module)), []).append(call)
     row = max(rows.values(), key=len)
-    return [row[i] for i in spread(len(row))]
+    return [row[i] for i in evenly_spaced(len(row))]
 
 
 class HookReader:
-    """Reads a network through hooks, registered once.
+    """A reader of any network's stages, embedding and logits, through hooks registered once.
 
     ``classifier`` is the name of the layer that makes the logits of the embedding, where there is exactly one.
 
@@ -108,7 +108,10 @@ class HookReader:
             body.get_submodule(self.classifier).register_forward_pre_hook(self._embedding.input)
 
     def read(self, body: nn.Module, images: Tensor, features: bool) -> Output:
-        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none, the final map."""
+        """Run normalised images (B, 3, H, W) through the network and return what ``Output`` holds.
+
+        Logits (B, K), embedding (B, D), four maps (B, C, H, W) if ``features``, and the final map where there is one.
+        """
         logits = body(images)
         maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
         embedding = maps[-1].mean((2, 3)) if self.classifier is None else self._embedding.take()
@@ -116,32 +119,32 @@ class HookReader:
         return Output(logits, embedding, maps if features else (), final=final)
 
     def head(self, body: nn.Module, means: Tensor) -> Tensor:
-        """Means (M, D) of the final map over any positions -> logits (M, K); only where there is a final map."""
+        """Classify means (M, D) over parts of the final map: logits (M, K). The network must have a final map."""
         assert self.classifier is not None, "no final map is shown"
         layer = body.get_submodule(self.classifier)
         assert isinstance(layer, nn.Linear)
         return F.linear(means, layer.weight, layer.bias)  # a call of the layer itself would be read as a pass
 
 
-def _averaged(calls: Sequence[Passed], embedding: Tensor | None) -> Passed | None:
+def _averaged(calls: Sequence[ModuleCall], embedding: Tensor | None) -> ModuleCall | None:
     """The call whose map's mean is the embedding, the last of the largest; pooled maps are such too, but small."""
     last = {call.name: call for call in calls}
     if embedding is None:
         return None
-    means = [call for call in calls if call is last[call.name] and alike(call.mean, embedding, 1e-3)]
+    means = [call for call in calls if call is last[call.name] and close_to(call.mean, embedding, 1e-3)]
     return max(reversed(means), key=lambda call: call.layout.height * call.layout.width, default=None)
 
 
-def _probe(body: nn.Module, images: Tensor) -> tuple[list[Passed], str | None, Tensor | None]:
+def _probe(body: nn.Module, images: Tensor) -> tuple[list[ModuleCall], str | None, Tensor | None]:
     """The calls that gave maps, in order; the name of the linear layer that gave the logits, and what it read."""
-    calls: list[Passed] = []
+    calls: list[ModuleCall] = []
     linear: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             layout = layout_of(output, len(images))
             if layout is not None:
-                calls.append(Passed(name, module, layout, as_map(output, layout).mean((2, 3))))
+                calls.append(ModuleCall(name, module, layout, as_map(output, layout).mean((2, 3))))
             if isinstance(module, nn.Linear):
                 linear.append((name, inputs[0], output))
 
@@ -165,7 +168,7 @@ def _probe(body: nn.Module, images: Tensor) -> tuple[list[Passed], str | None, T
     return calls, None, None
 
 
-def _named(body: nn.Module, calls: Sequence[Passed], name: str) -> Passed:
+def _named(body: nn.Module, calls: Sequence[ModuleCall], name: str) -> ModuleCall:
     for call in reversed(calls):
         if call.name == name:
             return call

@@ -1,4 +1,4 @@
-"""Feature maps wherever a module holds them: what counts as one, and how it becomes (B, C, H, W)."""
+"""Find feature maps in the outputs of modules, and bring them to (B, C, H, W)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PREFIXES = range(6)  # class, distillation and up to four register tokens
 
 
 class Layout(NamedTuple):
-    """How a module's output holds its map."""
+    """How the output of a module holds its map: dimension order, height and width."""
 
     kind: str  # NCHW, NHWC or tokens
     height: int
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 
 class Slot:
-    """Holds what passed one module: hooks write it, the reader takes it. Copies along with the network."""
+    """Storage for one module's input or output: a hook writes it, the reader takes it."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -54,7 +54,10 @@ class Slot:
 
 
 def layout_of(output: Any, batch: int) -> Layout | None:
-    """The map in an output, or None: (B, C, H, W), (B, H, W, C), or (B, N, C) with N a square and prefixes."""
+    """Find out how an output holds a map; None if it holds none.
+
+    A map is (B, C, H, W), (B, H, W, C), or tokens (B, N, C) with N a square after prefix tokens.
+    """
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or output.shape[0] != batch:
         return None
     if output.ndim == 4:
@@ -68,7 +71,7 @@ def layout_of(output: Any, batch: int) -> Layout | None:
 
 
 def as_map(output: Tensor, layout: Layout) -> Tensor:
-    """An output as (B, C, H, W)."""
+    """Bring an output of known layout to (B, C, H, W)."""
     if layout.kind == "NCHW":
         return output
     if layout.kind == "NHWC":
@@ -77,16 +80,16 @@ def as_map(output: Tensor, layout: Layout) -> Tensor:
     return grid.transpose(1, 2).unflatten(2, (layout.height, layout.width))
 
 
-def alike(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether two tensors are of one shape and differ by no more than a share of ``wanted``'s largest number.
+def close_to(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
+    """Check that two tensors have one shape and differ by at most ``tolerance`` times the largest number of ``wanted``.
 
     A share, because the maps of a network that was never trained may be tiny.
     """
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
-def spread(depth: int) -> list[int]:
-    """Four of ``depth`` equal blocks: 1, 3, 9 and 11 of twelve, and the same shares of other depths."""
+def evenly_spaced(depth: int) -> list[int]:
+    """Choose four of ``depth`` equal blocks: 1, 3, 9 and 11 of twelve, and the same fractions of other depths."""
     if depth < 4:
         raise CannotRead(f"{depth} blocks")
     if depth == 4:

@@ -1,4 +1,4 @@
-"""What networks are called here: short names for timm's, and the names of the 32x32 nets."""
+"""The names of networks: short names for timm's, and the names of the 32x32 nets."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ SHORT = {
 
 
 def short_names() -> dict[str, str]:
-    """Short names and the names by which timm knows the same networks."""
+    """List the short names, with timm's name for each."""
     return dict(SHORT)
 
 
 def resolve(name: str) -> str:
-    """The name by which timm knows the network; a name that is not short stays as it is."""
+    """Return timm's name for a network; a name that is not a short one stays as it is."""
     return SHORT.get(name, name)
 
 
 def known() -> set[str]:
-    """Every name that ``create`` takes without a colon."""
+    """List all names that ``create`` takes without a colon."""
     return {*SHORT, *timm.list_models()}

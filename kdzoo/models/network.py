@@ -1,4 +1,4 @@
-"""Any network as distillers see it: images in [0, 1] in, logits, embedding and four feature maps out."""
+"""Networks as distillers see them: images in [0, 1] go in, logits, embedding and four feature maps come out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROBE_BATCH = 2
 
 
 class Network(nn.Module):
-    """A classifier with its input normalisation and its input size inside.
+    """A classifier that normalises and resizes its images itself.
 
     ``body`` is the bare network, and the only part with a state: its ``state_dict`` is what is saved.
     The outputs are float32 in every precision.
@@ -77,7 +77,7 @@ class Network(nn.Module):
         return output.only(show).float()
 
     def classify(self, means: Tensor) -> Tensor:
-        """Means (M, D') of the final map over any positions -> logits (M, K), as the body makes them of all positions.
+        """Classify means (M, D') over parts of the final map as the network classifies the mean of all: logits (M, K).
 
         Only of networks that have a final map.
         """
@@ -85,12 +85,12 @@ class Network(nn.Module):
 
     @property
     def classifier(self) -> nn.Linear | None:
-        """The linear layer that makes the logits of the embedding; None where it is not one such layer."""
+        """The linear layer from embedding to logits; None if it is not one such layer."""
         layer = None if self._reader.classifier is None else self.body.get_submodule(self._reader.classifier)
         return layer if isinstance(layer, nn.Linear) else None
 
     def checkpoint_activations(self) -> None:
-        """From now on maps are computed again for the backward pass instead of being kept: less memory, more work.
+        """Recompute activations in the backward pass instead of storing them: less memory, more work.
 
         Raises:
             UserError: the network does not know how.
@@ -107,7 +107,7 @@ class Network(nn.Module):
             ) from None
 
     def shapes(self) -> Output:
-        """All that it can show of a batch of two, on the meta device: shapes without data."""
+        """Return the network's outputs for two images on the meta device: shapes without data."""
         with _undisturbed(self):
             seen = self._reader.read(self.body, self._probe(), True)
         features = tuple(f.to("meta") for f in seen.features)
@@ -140,7 +140,7 @@ def wrap(
     std: Sequence[float] = (1.0, 1.0, 1.0),
     name: str = "custom",
 ) -> Network:
-    """Any module that maps images (B, 3, H, W) to logits (B, K), as a ``Network``.
+    """Make a ``Network`` of any module that maps images (B, 3, H, W) to logits (B, K).
 
     Args:
         module: the network.
@@ -178,7 +178,7 @@ def wrap(
 
 
 def describe(network: Network) -> dict[str, Any]:
-    """What there is to know of a network before it runs, in plain numbers and strings."""
+    """Describe a network before it runs, in plain numbers and strings: parameters, sizes, stages."""
     shapes = network.shapes()
     return {
         "name": network.name,

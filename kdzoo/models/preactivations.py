@@ -1,4 +1,4 @@
-"""The maps of stages before a ReLU: the one that ends a stage, or that its map enters through a norm."""
+"""Read the maps of stages before their last ReLU."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdzoo.models.maps import Layout, Slot, alike, as_map, layout_of
+from kdzoo.models.maps import Layout, Slot, as_map, close_to, layout_of
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
 class Rectified(NamedTuple):
-    """Where the map of a stage goes through a ReLU."""
+    """A ReLU through which the map of a stage goes, and how its input holds the map."""
 
     module: nn.Module
     layout: Layout
 
 
-class Before(Slot):
-    """Holds what enters a ReLU in a pass for which it was opened."""
+class ReluInput(Slot):
+    """Storage for the input of one ReLU, filled in the passes for which it was opened."""
 
     is_open = False
 
@@ -35,7 +35,7 @@ class Before(Slot):
 
 
 class Preactivations:
-    """Reads the maps of stages before their ReLU through hooks, registered once.
+    """A reader of the maps of stages before their ReLU, through hooks registered once.
 
     Of a stage that ends in a ReLU it is what enters that; of one whose map the next layers read through a norm and a
     ReLU, as in pre-activation networks, what the norm gives; of any other the map itself. ReLUs are seen where they
@@ -49,25 +49,25 @@ class Preactivations:
     def __init__(self, body: nn.Module, read: Callable[[], Sequence[Tensor]]):
         features = read()
         found = find_rectifiers(body, read, features)
-        self._slots: list[tuple[Before, Layout] | None] = []
+        self._slots: list[tuple[ReluInput, Layout] | None] = []
         for stage in range(len(features)):
             if stage not in found:
                 self._slots.append(None)
                 continue
-            slot = Before()
+            slot = ReluInput()
             found[stage].module.register_forward_pre_hook(slot.input)
             self._slots.append((slot, found[stage].layout))
         # A map without a negative number was rectified, if only in parts or by a function.
         self.known = all(stage in found or bool((maps < 0).any()) for stage, maps in enumerate(features))
 
     def open(self) -> None:
-        """Keep what enters the ReLUs in the pass that follows."""
+        """Store the inputs of the ReLUs in the next pass."""
         for slot in self._slots if self.known else ():
             if slot is not None:
                 slot[0].is_open = True
 
     def take(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return those of the last pass, which gave these ``features``; none where one is unknown."""
+        """Return the maps that the last pass stored, given its ``features``; none if a stage's is unknown."""
         if not self.known:
             return ()
         pairs = zip(features, self._slots, strict=True)
@@ -77,7 +77,7 @@ class Preactivations:
 def find_rectifiers(
     body: nn.Module, read: Callable[[], Sequence[Tensor]], features: Sequence[Tensor]
 ) -> dict[int, Rectified]:
-    """The ReLU of each stage that has one, found by the values that pass: stages by number, shallow to deep."""
+    """Find the ReLU of each stage that has one, by comparing values in a pass: stages by number, shallow to deep."""
     ending: dict[int, Rectified] = {}
     entered: dict[int, Rectified] = {}
     reading: dict[int, Layout] = {}  # the stages whose map a norm has read since the last ReLU
@@ -87,7 +87,7 @@ def find_rectifiers(
         if layout is None:
             return {}
         maps = as_map(value, layout)
-        return {i: layout for i, f in enumerate(features) if alike(maps, f)}
+        return {i: layout for i, f in enumerate(features) if close_to(maps, f)}
 
     def before(module: nn.Module, inputs: tuple) -> None:
         nonlocal reading

@@ -1,4 +1,4 @@
-"""Transformers smaller than timm's: Swin's of the heterogeneous-distillation tables, and a ViT for small images."""
+"""Transformers smaller than timm's: the Swins of the heterogeneous-distillation tables, and a ViT for small images."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What the 32x32 nets share: a stem, stages, a pooled linear classifier, and timm's interface to them."""
+"""The base of the 32x32 networks: a stem, stages, a linear classifier, and timm's interface to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ default_cfgs: dict[str, Any] = {}  # where timm looks for the facts of the model
 
 
 class StagedNet(nn.Module):
-    """A stem, some stages and a linear classifier of the averaged last map.
+    """A stem, some stages and a linear classifier of the last map's mean.
 
     Args:
         stem: images (B, 3, H, W) -> the first map.
@@ -48,19 +48,19 @@ class StagedNet(nn.Module):
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the last map, (B, D, h, w)."""
+        """Compute the last map (B, D, h, w) of images (B, 3, H, W)."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
         return self.neck(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, D, h, w) -> logits (B, K), or the embedding (B, D) that makes them."""
+        """Compute logits (B, K), or the embedding (B, D), from the last map (B, D, h, w)."""
         x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, K)."""
+        """Compute logits (B, K) of images (B, 3, H, W)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -72,7 +72,7 @@ class StagedNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """timm's: the last map and those of the stem and stages at ``indices`` (all, the last n, or a list)."""
+        """Return the last map, and those of stem and stages at ``indices`` (all, the last n, a list), as timm does."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is '{output_fmt}', expected 'NCHW'")
         count = len(self.feature_info)
@@ -92,17 +92,17 @@ class StagedNet(nn.Module):
         return maps if intermediates_only else (self.neck(x), maps)
 
     def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
+        """Return the linear classifier."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for ``num_classes``; 0 takes it away."""
+        """Replace the classifier by a new one for ``num_classes``; 0 removes it."""
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
 
 def init_weights(net: nn.Module) -> None:
-    """He initialisation of convolutions by their fan-out (grouped ones too), ones and zeros for the norms."""
+    """Initialise convolutions by He's rule with their fan-out (grouped ones too)."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -112,7 +112,7 @@ def init_weights(net: nn.Module) -> None:
 
 
 def init_classifier(net: nn.Module, std: float | None = None) -> None:
-    """Zero biases of the linear layers and, where ``std`` is given, normal weights."""
+    """Set the biases of linear layers to 0 and, if ``std`` is given, draw their weights from a normal distribution."""
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
@@ -123,14 +123,14 @@ def init_classifier(net: nn.Module, std: float | None = None) -> None:
 def conv_norm(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True, bias: bool = False
 ) -> nn.Sequential:
-    """Convolution that keeps the size but for its stride, batch norm and, where asked, ReLU."""
+    """Make a convolution with padding, its batch norm and, by default, a ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
     norm = nn.BatchNorm2d(outputs)
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True)) if relu else nn.Sequential(conv, norm)
 
 
 def register(name: str, build: Callable[..., nn.Module], image_size: int = 32) -> None:
-    """Makes ``timm.create_model(name, num_classes=...)`` call ``build(num_classes=...)``."""
+    """Register a network with timm, so that ``timm.create_model(name, ...)`` calls ``build``."""
     facts = {"input_size": (3, image_size, image_size), "fixed_input_size": False}
     default_cfgs.update(generate_default_cfgs({name: facts}))
 

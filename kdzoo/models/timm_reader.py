@@ -1,4 +1,4 @@
-"""How a timm network is read: four of its intermediate maps, its embedding and its logits, in one pass."""
+"""Read four intermediate maps, embedding and logits of a timm network in one pass."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distiller import Output
-from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, alike, as_map, layout_of, spread
+from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, as_map, close_to, evenly_spaced, layout_of
 
 STEMS = ("stem", "patch_embed")  # the modules whose output makes a fourth map beside three stages
 
 
 def speaks_timm(body: nn.Module) -> bool:
-    """Whether the network has timm's interface."""
+    """Check that a network has timm's interface."""
     return all(
         callable(getattr(body, name, None))
         for name in ("forward_features", "forward_intermediates", "forward_head", "get_classifier")
@@ -22,7 +22,7 @@ def speaks_timm(body: nn.Module) -> bool:
 
 
 class TimmReader:
-    """Reads features with ``forward_intermediates`` and the embedding with ``forward_head``.
+    """A reader of timm networks, by their ``forward_intermediates`` and ``forward_head``.
 
     ``classifier`` is the name of the layer that makes the logits of the embedding, where there is exactly one.
 
@@ -44,7 +44,7 @@ class TimmReader:
             self.indices = [0, 1, 2]
             self._watch_stem(body, images)
         elif len(grids) == 1:
-            self.indices = spread(count)
+            self.indices = evenly_spaced(count)
         elif count >= 4:
             self.indices = list(range(count - 4, count))
         else:
@@ -81,7 +81,7 @@ class TimmReader:
         finally:
             for handle in handles:
                 handle.remove()
-        return layout if alike(found, embedding, 1e-3) and not normed else None
+        return layout if close_to(found, embedding, 1e-3) and not normed else None
 
     def _pixel(self, means: Tensor, layout: Layout) -> Tensor:
         """Vectors (M, D') as maps of one pixel, in the layout that ``forward_head`` reads."""
@@ -104,7 +104,10 @@ class TimmReader:
             raise CannotRead("three stages and no map from the stem")
 
     def read(self, body: Any, images: Tensor, features: bool) -> Output:
-        """(B, 3, H, W) normalised -> logits (B, K), embedding (B, D), four maps (B, C, H, W) or none, the final map."""
+        """Run normalised images (B, 3, H, W) through the network and return what ``Output`` holds.
+
+        Logits (B, K), embedding (B, D), four maps (B, C, H, W) if ``features``, and the final map where there is one.
+        """
         maps: list[Tensor] = []
         if features:
             final, maps = body.forward_intermediates(images, indices=self.indices, output_fmt="NCHW")
@@ -121,6 +124,6 @@ class TimmReader:
         return Output(body.forward_head(final), pooled, tuple(maps))
 
     def head(self, body: Any, means: Tensor) -> Tensor:
-        """Means (M, D') of the final map over any positions -> logits (M, K); only where there is a final map."""
+        """Classify means (M, D') over parts of the final map: logits (M, K). The network must have a final map."""
         assert self._final is not None, "no final map is shown"
         return body.forward_head(self._pixel(means, self._final))

@@ -1,4 +1,4 @@
-"""Weights to and from files: safetensors written whole or not at all, checkpoints of others read safely."""
+"""Save weights as safetensors, and load checkpoints of any origin without running code in them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SHOWN = 3  # mismatching tensors named in an error
 
 
 def save_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Writes the weights of ``network.body``, or of the module itself, as safetensors, whole or not at all."""
+    """Save the weights of ``network.body``, or of the module itself, as safetensors."""
     state = {k: v.detach().cpu().contiguous().clone() for k, v in _bare(network).state_dict().items()}
     write_atomically(Path(file), lambda temporary: temporary.write_bytes(save(state)))
 
 
 def load_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Loads weights into ``network.body``, or into the module itself, from safetensors, .pt or .pth.
+    """Load a checkpoint (safetensors, .pt or .pth) into ``network.body``, or into the module itself.
 
     Nests such as ``{"state_dict": ...}`` and prefixes such as ``module.`` are taken off. Pickled code is not
     run.
@@ -42,11 +42,11 @@ def load_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"'{path}' holds no weights; expected a mapping from names to tensors")
     body = _bare(network)
-    own = body.state_dict()
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    differing = [k for k in own if k in state and own[k].shape != state[k].shape]
+    expected = body.state_dict()
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    differing = [k for k in expected if k in state and expected[k].shape != state[k].shape]
     if missing or unexpected or differing:
-        shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in differing[:SHOWN]]
+        shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}" for k in differing[:SHOWN]]
         named = shapes or [f"{k} is missing" for k in sorted(missing)[:SHOWN]]
         named = named or [f"{k} is unexpected" for k in sorted(unexpected)[:SHOWN]]
         raise UserError(

@@ -1,4 +1,4 @@
-"""Wide residual networks for 32x32 images, pre-activation."""
+"""Wide residual networks for 32x32 images, with pre-activation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def _norm_act(width: int) -> nn.Sequential:
 
 
 class PreActivation(nn.Module):
-    """Norm, ReLU and 3x3 convolution, twice; where the width changes, the shortcut reads the rectified input."""
+    """A pre-activation block: norm, ReLU and 3x3 convolution, twice, with a shortcut.
+
+    Where the width changes, the shortcut reads the input after norm and ReLU.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -29,7 +32,7 @@ class PreActivation(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if self.widens else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
         entered = self.enter(x)
         return self.shortcut(entered if self.widens else x) + self.path(entered)
 
@@ -37,7 +40,7 @@ class PreActivation(nn.Module):
 def wide_resnet(
     depth: int, factor: int, num_classes: int = 100, in_chans: int = 3, drop_rate: float = 0.0
 ) -> StagedNet:
-    """WRN-depth-factor.
+    """Make a WRN-depth-factor, such as WRN-40-2.
 
     Args:
         depth: 6n + 4.

@@ -1,1 +1,1 @@
-"""Read finished runs: tables, statistics, published numbers, plots."""
+"""Show what finished runs found: tables, statistics, published numbers, plots, screens."""

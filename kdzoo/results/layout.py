@@ -1,12 +1,12 @@
-"""Tables for people: which columns and rows are shown, in what words, with the notes that they need."""
+"""Lay out tables for people: the columns, the rows and the notes below."""
 
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from kdzoo import registry
 from kdzoo.results import published, statistics
 from kdzoo.results.render import Cell, Grid, Section, latex, markdown, page
-from kdzoo.results.show import FIDELITIES
 from kdzoo.results.table import (
     BASELINE,
     PAIR,
@@ -20,18 +20,17 @@ from kdzoo.results.table import (
     summary,
 )
 
-STYLES = ("markdown", "csv", "latex", "html")
 MARKS = {"reconstructed": "†", "adapted": "‡"}
 
 
 class Sources:
-    """Letters for where published numbers were read, in the order in which they are met."""
+    """Letters for the sources of published numbers, in order of appearance."""
 
     def __init__(self) -> None:
         self.letters: dict[str, str] = {}
 
     def cell(self, number: published.Published | None, ours: float | None = None) -> str:
-        """The number, ours minus it where ours is given, and the letter of its source."""
+        """Write a published number with the letter of its source, and our difference to it."""
         if number is None:
             return ""
         letter = self.letters.setdefault(number.origin, _letter(len(self.letters)))
@@ -40,7 +39,7 @@ class Sources:
         return f"{number.top1:.2f}{spread}{beside} [{letter}]"
 
     def notes(self) -> list[str]:
-        """What the letters stand for."""
+        """Explain the letters."""
         if not self.letters:
             return []
         said = "; ".join(f"[{letter}] {origin}" for origin, letter in self.letters.items())
@@ -48,7 +47,7 @@ class Sources:
 
 
 def render(runs: pd.DataFrame, style: str, baseline: str = BASELINE, pivot: bool = False) -> str:
-    """The runs of ``table.rows`` as ``markdown``, ``csv``, ``latex`` or ``html``.
+    """Write the runs of ``table.rows`` as ``markdown``, ``csv``, ``latex`` or ``html``.
 
     Args:
         baseline: the method that the others are compared with.
@@ -62,7 +61,7 @@ def render(runs: pd.DataFrame, style: str, baseline: str = BASELINE, pivot: bool
 
 
 def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
-    """A grid for each data set and protocol, a row for each pair and method; columns without a number are left out."""
+    """Make a grid for each data set and protocol, with a row for each pair and method; empty columns are left out."""
     sections = []
     for key, rows in groups(summary(runs, baseline), SECTION):
         sources = Sources()
@@ -93,7 +92,7 @@ def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
 
 
 def pivoted(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
-    """Grids of methods x pairs for each data set and protocol: teachers, last epoch, best epoch."""
+    """Make grids of methods x pairs for each data set and protocol: teachers, last epoch, best epoch."""
     table, pooled = summary(runs, baseline), comparisons(runs, baseline)
     sections = []
     for key, rows in groups(table, SECTION):
@@ -123,7 +122,7 @@ def pivoted(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
 
 
 def wide(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """``comparisons`` with a column for each pair: mean top-1 of the last epoch, at full precision."""
+    """Add a column for each pair to ``comparisons``: its mean top-1 of the last epoch, unrounded."""
     table = summary(runs, baseline)
     table["pair"] = [pair_name(*pair) for pair in zip(table["teacher"], table["student"], strict=True)]
     cells = table.pivot_table(index=[*SECTION, "method"], columns="pair", values="top1_mean", sort=False)
@@ -188,7 +187,7 @@ def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, fam
         notes.append(f"No run of the baseline {baseline}: no differences are tested.")
     for fidelity, mark in MARKS.items():
         if fidelity in set(rows["fidelity"]):
-            notes.append(f"{mark} {fidelity}: {FIDELITIES[fidelity]}.")
+            notes.append(f"{mark} {fidelity}: {registry.FIDELITIES[fidelity]}.")
     if preset := sorted(set(runs.loc[runs["preset"], "method"])):
         notes.append(f"With the keywords that the field uses for each pair (presets): {', '.join(preset)}.")
     if count := repeated(runs):
@@ -222,8 +221,8 @@ def _marks(rows: pd.DataFrame, measure: str) -> list[str]:
 
 def _grid(caption: str, columns: dict[str, list[Cell]], names: int) -> Grid:
     """The columns that hold anything, side by side."""
-    kept = {title: cells for title, cells in columns.items() if any(cell.text for cell in cells)}
-    return Grid(caption, list(kept), [list(row) for row in zip(*kept.values(), strict=True)], names)
+    filled = {title: cells for title, cells in columns.items() if any(cell.text for cell in cells)}
+    return Grid(caption, list(filled), [list(row) for row in zip(*filled.values(), strict=True)], names)
 
 
 def _where(rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -256,7 +255,7 @@ def _method(name: str, fidelity: str) -> str:
 
 
 def title(key: Sequence[str]) -> str:
-    """The heading of a section."""
+    """Write the heading of a section."""
     return f"{key[0]}, protocol {key[1]}"
 
 

@@ -1,4 +1,4 @@
-"""Published accuracies: the rows of ``configs/published.csv``, found by data, protocol, pair, method and epoch."""
+"""Look up published accuracies in ``configs/published.csv``, by data, protocol, pair, method and epoch."""
 
 from functools import cache
 from typing import NamedTuple
@@ -19,7 +19,7 @@ TOKEN_STUDENTS = {"deit_t", "resmlp_s12", "swin_nano", "swin_pico"}
 
 
 class Published(NamedTuple):
-    """A number of the literature: top-1 in percent, where it was read and how sure that is."""
+    """A published top-1 accuracy in percent, with its source."""
 
     top1: float
     std: float | None
@@ -28,13 +28,13 @@ class Published(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """Source and status, as a footnote says them."""
+        """The source and how the number was read there, as a footnote shows them."""
         return f"{self.source} ({self.status})"
 
 
 @cache
 def everything() -> pd.DataFrame:
-    """Read all rows of the file, unverified ones among them, under the names of our protocols."""
+    """Read all rows of the file, including unverified ones, with our names of the protocols."""
     with (shipped_folder() / "published.csv").open(encoding="utf-8") as file:
         table = pd.read_csv(file)
     named = zip(table["dataset"], table["protocol"], table["student"], strict=True)

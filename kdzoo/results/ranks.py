@@ -1,4 +1,4 @@
-"""The critical-difference diagram: average ranks over pairs, and which of them cannot be told apart."""
+"""The critical-difference diagram: average ranks over pairs, and the methods that cannot be told apart."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ ROW, HEAD = 0.30, 0.95  # inches: of a method's line, and of the axis with what 
 
 
 def draw(runs: pd.DataFrame, file: Path) -> None:
-    """Writes the diagrams of all sections that have enough pairs and methods, one below the other.
+    """Draw one diagram for each section that has enough pairs and methods, one below the other, into a file.
 
     Sections (data set and protocol) are ranked apart. Bars join methods whose ranks lie closer than Nemenyi's
     critical difference.

@@ -1,4 +1,4 @@
-"""Grids of text as markdown, LaTeX and HTML, each with its own special characters escaped."""
+"""Write grids of text as markdown, LaTeX or HTML, with special characters escaped."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """A text, and whether it is the ``best`` or the ``second`` of those it is compared with."""
+    """A text of a table, marked as ``best`` or ``second`` best of its comparison."""
 
     text: str
     mark: str = ""
 
 
 class Grid(NamedTuple):
-    """A caption, titles and rows of cells; the first ``names`` columns are names, the others numbers."""
+    """A caption, column titles and rows of cells. The first ``names`` columns hold names, the others numbers."""
 
     caption: str
     titles: Sequence[str]
@@ -22,7 +22,7 @@ class Grid(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Grids whose numbers may be compared with each other, and what must be known to read them."""
+    """Grids of comparable numbers, with their notes."""
 
     title: str
     grids: Sequence[Grid]
@@ -30,7 +30,7 @@ class Section(NamedTuple):
 
 
 def markdown(sections: Iterable[Section]) -> str:
-    """GitHub's dialect: the best is bold."""
+    """Write GitHub markdown; the best is bold."""
 
     def text(cell: Cell) -> str:
         plain = "".join(f"\\{c}" if c in MARKDOWN else c for c in " ".join(cell.text.split())).replace("](", r"]\(")
@@ -51,7 +51,7 @@ def markdown(sections: Iterable[Section]) -> str:
 
 
 def latex(sections: Iterable[Section]) -> str:
-    """Floats with booktabs' rules: the best is bold, the second underlined."""
+    """Write LaTeX tables with booktabs' rules; the best is bold, the second underlined."""
 
     def text(cell: Cell) -> str:
         plain = "".join(LATEX.get(c, c) for c in " ".join(cell.text.split()))
@@ -75,7 +75,7 @@ def latex(sections: Iterable[Section]) -> str:
 
 
 def page(sections: Iterable[Section]) -> str:
-    """One HTML file that needs no other: the best is bold, the second underlined."""
+    """Write one self-contained HTML file; the best is bold, the second underlined."""
 
     def text(cell: Cell) -> str:
         plain = html.escape(cell.text)

@@ -1,4 +1,4 @@
-"""The picture of a table of ``kdzoo.experiments.spectrum``: stages side by side, teacher against students."""
+"""Plot a table of ``kdzoo.experiments.spectrum``: stages side by side, teacher against students."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
 
 
 def require_matplotlib() -> None:
-    """Raises a UserError where nothing can be drawn."""
+    """Check that matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -44,7 +44,7 @@ def require_matplotlib() -> None:
 
 
 def draw(table: pd.DataFrame) -> "Figure":
-    """Power, share of energy and agreement, from above, of each stage and of the logits, from the left.
+    """Draw the power, the share of energy and the agreement with the teacher for each stage and for the logits.
 
     Raises:
         UserError: more networks than there are colours, or no matplotlib.
@@ -88,14 +88,14 @@ def draw(table: pd.DataFrame) -> "Figure":
 
 
 def title(table: pd.DataFrame) -> str:
-    """What the table was computed from, in a line."""
+    """Write the title: the data and the number of images."""
     images, tests = table.attrs["images"], table.attrs["tests"]
     shown = f"all {tests} test images" if images == tests else f"the first {images} of {tests} test images"
     return f"Energy and agreement by frequency: {table.attrs['data']}, {shown}"
 
 
 def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
-    """Writes ``stem``.csv and ``stem``.png."""
+    """Save the table as ``stem``.csv and its plot as ``stem``.png."""
     csv, png = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".png"))
     figure = draw(table)
     try:
@@ -110,29 +110,29 @@ def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
 def _power(ax: "Axes", part: pd.DataFrame, names: list[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for i, own in _by_network(part, "power", names):
-        rings, every = own["band"].astype(int), len(own) // 12 + 1
-        ax.plot(rings, own["value"], color=COLOURS[i], marker=MARKERS[i], markevery=every)
+    for i, rows in _by_network(part, "power", names):
+        rings, every = rows["band"].astype(int), len(rows) // 12 + 1
+        ax.plot(rings, rows["value"], color=COLOURS[i], marker=MARKERS[i], markevery=every)
     ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _energy(ax: "Axes", part: pd.DataFrame, names: list[str], bands: Sequence[str]) -> None:
     width = 0.8 / len(names)
-    for i, own in _by_network(part, "energy", names):
-        places = [bands.index(band) + (i - (len(names) - 1) / 2) * width for band in own["band"]]
-        ax.bar(places, own["value"], width, color=COLOURS[i])
+    for i, rows in _by_network(part, "energy", names):
+        places = [bands.index(band) + (i - (len(names) - 1) / 2) * width for band in rows["band"]]
+        ax.bar(places, rows["value"], width, color=COLOURS[i])
     _band_axis(ax, bands)
 
 
 def _agreement(ax: "Axes", part: pd.DataFrame, names: list[str], bands: Sequence[str]) -> None:
     ordered = bands != HAAR  # content and detail are no steps of a scale: points side by side, not joined
-    for i, own in _by_network(part, "cka", names):
+    for i, rows in _by_network(part, "cka", names):
         if i:  # the teacher agrees with itself
-            aside = 0.0 if ordered else 0.14 * (i - len(names) / 2)
-            places = [bands.index(band) + aside for band in own["band"]]
+            offset = 0.0 if ordered else 0.14 * (i - len(names) / 2)
+            places = [bands.index(band) + offset for band in rows["band"]]
             style = "-" if ordered else "none"
-            ax.plot(places, own["value"], linestyle=style, color=COLOURS[i], marker=MARKERS[i])
+            ax.plot(places, rows["value"], linestyle=style, color=COLOURS[i], marker=MARKERS[i])
     _band_axis(ax, bands)
 
 

@@ -19,7 +19,7 @@ ENOUGH_PAIRS, ENOUGH_METHODS = 5, 3
 
 
 class Mean(NamedTuple):
-    """A mean, in the unit of the values. What one value cannot tell is NaN."""
+    """A mean with its deviation and interval, in the unit of the values; NaN where there are too few."""
 
     n: int
     mean: float
@@ -29,7 +29,7 @@ class Mean(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Ours minus the baseline's, paired, in the unit of the values. What one pair of values cannot tell is NaN."""
+    """A paired difference, ours minus the baseline's, in the unit of the values; NaN where there are too few pairs."""
 
     n: int
     mean: float
@@ -39,7 +39,7 @@ class Difference(NamedTuple):
 
 
 def mean(values: ArrayLike, level: float = 1 - ALPHA) -> Mean:
-    r"""Mean, standard deviation and interval :math:`\bar x \pm t_{n-1} s / \sqrt n` (Student 1908).
+    r"""Compute mean, standard deviation and interval :math:`\bar x \pm t_{n-1} s / \sqrt n` (Student 1908).
 
     Args:
         values: (n,) numbers; none gives NaN, one gives a mean without deviation or interval.
@@ -57,7 +57,7 @@ def mean(values: ArrayLike, level: float = 1 - ALPHA) -> Mean:
 
 
 def paired(ours: ArrayLike, baseline: ArrayLike) -> Difference:
-    """Paired differences: their mean, its 95 % interval, and the p of the two-sided paired t-test.
+    """Compute the mean paired difference, its 95 % interval, and the p-value of the two-sided paired t-test.
 
     Where all differences are equal there is no deviation for a t-test to divide by. Then p is that of the
     two-sided sign test, ``2 ** (1 - n)``, the least that n differences of one sign can give without any
@@ -80,7 +80,7 @@ def paired(ours: ArrayLike, baseline: ArrayLike) -> Difference:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for their number by Holm's step-down procedure (Holm 1979), in the order given.
+    """Correct p-values for their number by Holm's step-down procedure (Holm 1979), in the order given.
 
     NaN, the p of a test that could not be made, stays NaN and does not count.
     """
@@ -94,7 +94,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: Difference, corrected: float) -> str:
-    """What may be said of a method beside the baseline, given its corrected p."""
+    """Say in a word whether a method differs from the baseline, given its corrected p-value."""
     if math.isnan(corrected):
         return f"no test (n = {difference.n})"
     if corrected >= ALPHA:
@@ -103,7 +103,7 @@ def verdict(difference: Difference, corrected: float) -> str:
 
 
 def average_ranks(scores: ArrayLike) -> NDArray[np.float64]:
-    """The mean over pairs of each method's rank; 1 is the highest score, ties share the mean of their ranks.
+    """Compute each method's mean rank over pairs; 1 is the highest score, ties share the mean of their ranks.
 
     Args:
         scores: (pairs, methods) numbers, none missing.
@@ -117,7 +117,7 @@ def average_ranks(scores: ArrayLike) -> NDArray[np.float64]:
 
 
 def critical_difference(methods: int, pairs: int, alpha: float = ALPHA) -> float:
-    r"""Nemenyi's critical difference of average ranks, :math:`q_\alpha \sqrt{k (k + 1) / 6 N}`.
+    r"""Compute Nemenyi's critical difference of average ranks, :math:`q_\alpha \sqrt{k (k + 1) / 6 N}`.
 
     :math:`q_\alpha` is the quantile of the studentised range for k groups and infinite degrees of freedom,
     divided by :math:`\sqrt 2`. Methods whose average ranks lie closer cannot be told apart.
@@ -129,7 +129,7 @@ def critical_difference(methods: int, pairs: int, alpha: float = ALPHA) -> float
 
 
 def cliques(ranks: Sequence[float], difference: float) -> list[tuple[float, float]]:
-    """The widest spans of ranks within which no two methods can be told apart: (lowest, highest) rank of each."""
+    """Find the widest ranges of ranks within which no two methods can be told apart: (lowest, highest) rank of each."""
     ordered = sorted(ranks)
     spans = [(low, max(r for r in ordered if r - low <= difference)) for low in ordered]
     spans = [(low, high) for low, high in spans if sum(low <= rank <= high for rank in ordered) > 1]

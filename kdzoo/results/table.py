@@ -1,4 +1,4 @@
-"""Finished runs as tables: one row for each data set, protocol, pair and method, and what sets methods apart."""
+"""Make tables of finished runs: one row for each data set, protocol, pair and method."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from kdzoo import registry
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError, unknown
 from kdzoo.results import published, statistics
@@ -20,7 +21,6 @@ SECTION = ["data", "protocol"]  # what is compared with each other agrees in the
 PAIR = ["teacher", "student"]
 ALONE = "-"  # the teacher of a student that has none
 MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
-FIDELITIES = ("exact", "adapted", "reconstructed")  # from the surest to the least sure
 NUMBERS = ("teacher_top1", *MEASURES, "seconds", "images_per_second")
 COUNTS = ("parameters", "extra_parameters", "peak_memory")
 
@@ -55,7 +55,7 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
 
 
 def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
-    """A row for each finished run: what it was, what it found, and the device and precision it ran in.
+    """Make one row for each finished run: its settings, its result, and its device and precision.
 
     Settings that are not the default stand in the name of the method, protocol, teacher, student or
     data that it belongs to, so rows of equal names are comparable. A method's defaults on a pair for which there
@@ -90,22 +90,22 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
 
 
 def repeated(runs: pd.DataFrame) -> int:
-    """How many runs are further runs of a row and seed that has one: in another precision, of an edited file."""
+    """Count the runs that repeat a row's seed, in another precision or from an edited file."""
     return int(runs.duplicated([*SECTION, *PAIR, "method", "seed"]).sum())
 
 
 def observations(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row for each section, pair, method and seed.
+    """Make one row for each section, pair, method and seed.
 
     A student trained alone stands beside every teacher of its student, since it is what each of them must beat.
     Several runs of one seed count once, by their mean; of their fidelities the least sure counts.
     """
     student = [*SECTION, "student"]
-    alone, taught = runs[runs["teacher"] == ALONE], runs[runs["teacher"] != ALONE]
-    pairs = taught[[*SECTION, *PAIR]].drop_duplicates()
+    alone, distilled = runs[runs["teacher"] == ALONE], runs[runs["teacher"] != ALONE]
+    pairs = distilled[[*SECTION, *PAIR]].drop_duplicates()
     beside = alone.drop(columns="teacher").merge(pairs, on=student)
     lonely = alone[~pd.MultiIndex.from_frame(alone[student]).isin(pd.MultiIndex.from_frame(pairs[student]))]
-    everyone = pd.concat([part for part in (taught, beside, lonely) if len(part)])
+    everyone = pd.concat([part for part in (distilled, beside, lonely) if len(part)])
     return (
         everyone.groupby([*SECTION, *PAIR, "method", "seed"], sort=False)
         .agg(
@@ -118,7 +118,7 @@ def observations(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """One row for each section, pair and method, numbers at full precision, what is not known missing.
+    """Make one row for each section, pair and method, with unrounded numbers; unknown values are NaN.
 
     Accuracies are in percent. ``difference`` is of the last epoch's top-1, over the seeds that the method and the
     baseline both have (``compared`` many); ``p_holm`` is corrected over the methods compared on the same pair.
@@ -148,7 +148,7 @@ def summary(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
 
 
 def comparisons(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """One row for each section and method, compared over all its pairs: what ``summary`` says, pooled.
+    """Make one row for each section and method, with its difference to the baseline over all pairs.
 
     ``difference`` is over the pairs and seeds that the method and the baseline both have, ``p_holm`` corrected
     over the methods. The test is about these pairs, not about pairs in general: for those, see the ranks.
@@ -169,7 +169,7 @@ def comparisons(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
 
 
 def scores(section: pd.DataFrame) -> pd.DataFrame:
-    """Mean top-1 of the last epoch, pairs x methods, of the largest share of a section that has no gaps.
+    """Tabulate the mean top-1 of the last epoch, pairs x methods, without pairs or methods that have gaps.
 
     The pair or method that lacks the larger share of its cells is left out, one after the other.
     """
@@ -184,25 +184,25 @@ def scores(section: pd.DataFrame) -> pd.DataFrame:
 
 
 def groups(table: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
-    """The rows that agree in the columns ``by``, in the order in which they are met, with what they agree in."""
+    """Iterate over the groups of rows that agree in the columns ``by``: their values there, and the rows."""
     for key, group in table.groupby(by, sort=False):
         yield tuple(map(str, key)), group
 
 
 def pair_name(teacher: str, student: str) -> str:
-    """A pair in one word: ``vit_s → resnet18``, or the student where it has no teacher."""
+    """Write a pair as ``vit_s → resnet18``, or as the student alone if it has no teacher."""
     return student if teacher == ALONE else f"{teacher} → {student}"
 
 
 def average_ranks(complete: pd.DataFrame) -> dict[str, float]:
-    """The average rank of each method of ``scores``; empty where there is one pair or one method."""
+    """Compute the average rank of each method of ``scores``; empty if there is one pair or one method."""
     if min(complete.shape) < 2:
         return {}
     return dict(zip(map(str, complete.columns), map(float, statistics.average_ranks(complete)), strict=True))
 
 
 def check_baseline(runs: pd.DataFrame, baseline: str) -> None:
-    """Raises a UserError where no run is of the method ``baseline``."""
+    """Check that there are runs of the method ``baseline``."""
     if baseline not in set(runs["method"]):
         raise unknown("baseline", baseline, set(runs["method"]), hint="(a method of the table, as the table names it)")
 
@@ -245,7 +245,8 @@ def _beside(number: published.Published | None, ours: float, epoch: str) -> dict
 
 def _doubt(fidelity: str) -> int:
     """The place of a fidelity in the order of doubt; one that is not known is the least sure."""
-    return FIDELITIES.index(fidelity) if fidelity in FIDELITIES else len(FIDELITIES)
+    known = list(registry.FIDELITIES)
+    return known.index(fidelity) if fidelity in known else len(known)
 
 
 def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
@@ -278,12 +279,12 @@ def _method(settings: Mapping[str, Any]) -> tuple[str, bool]:
 
 def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
     """The teacher's name with what sets it apart: its recipe where it is not the student's, its weights' file."""
-    kept = dict(settings)
-    if kept.get("protocol") == protocol:
-        kept["protocol"] = None
-    if kept.get("weights"):
-        kept["weights"] = Path(kept["weights"]).name
-    return _named(kept, lambda _: asdict(TeacherSettings()))
+    named = dict(settings)
+    if named.get("protocol") == protocol:
+        named["protocol"] = None
+    if named.get("weights"):
+        named["weights"] = Path(named["weights"]).name
+    return _named(named, lambda _: asdict(TeacherSettings()))
 
 
 def _protocol(settings: Mapping[str, Any]) -> str:

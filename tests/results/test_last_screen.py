@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kdzoo.cli import main
 from kdzoo.errors import UserError
-from kdzoo.results.show import next_steps, result_table
+from kdzoo.results.last_screen import next_steps, result_table
 
 from ..made_runs import write
 

@@ -39,7 +39,7 @@ def test_published_numbers_stand_beside_ours_with_difference_source_and_status(p
     assert "mdistiller README (read)" in said
 
 
-@pytest.mark.parametrize("style", layout.STYLES)
+@pytest.mark.parametrize("style", ["markdown", "csv", "latex", "html"])
 @pytest.mark.parametrize("pivot", [False, True])
 def test_numbers_that_nobody_verified_are_shown_nowhere(style, pivot):
     found = runs(("mixer_b16", "resnet18", "kd", 0, 70.0), protocol="ofa-cnn")

@@ -1,0 +1,87 @@
+"""Answer ``kdzoo list`` and ``kdzoo show``: lists of names, and a page for one method or one network."""
+
+import inspect
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kdzoo import registry
+from kdzoo.errors import UserError
+
+# What is known of data sets without opening them: classes, side in pixels.
+OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32), "bands": (8, 32)}
+
+
+def is_distiller(name: str) -> bool:
+    """Decide whether a name is a method's; otherwise it is a network's."""
+    return name.endswith(".py") or name in registry.names()
+
+
+def distiller_page(name: str) -> RenderableType:
+    """Describe a method: its paper, fidelity, documentation, and keywords with their defaults."""
+    method = registry.find(name)
+    distiller = registry.load(name)
+    keywords = Table("keyword", "type", "default", title="distiller.KEYWORD=value", title_justify="left")
+    for parameter in inspect.signature(distiller.__init__).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            kind = inspect.formatannotation(parameter.annotation).replace("typing.", "")
+            keywords.add_row(parameter.name, kind, repr(parameter.default))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("method", method.name)
+    facts.add_row("paper", distiller.paper)
+    facts.add_row("fidelity", f"{distiller.fidelity}: {registry.FIDELITIES[str(distiller.fidelity)]}")
+    facts.add_row("file", str(method.file))
+    return Group(facts, Text(), Text(method.summary), Text(inspect.getdoc(distiller) or ""), Text(), keywords)
+
+
+def model_page(name: str, data: str) -> RenderableType:
+    """Describe a network for a data set: parameters, shapes, and what was adapted."""
+    import torch
+
+    from kdzoo import models
+    from kdzoo.data import open_dataset
+    from kdzoo.distiller import DataSpec
+
+    if data in OUTLINES:
+        classes, size = OUTLINES[data]
+        spec = DataSpec(data, classes, tuple(map(str, range(classes))), size, torch.zeros(0, dtype=torch.int64))
+    elif data.startswith("folder:"):
+        spec = open_dataset(data).spec
+    else:
+        raise UserError(f"unknown data '{data}'; expected {', '.join(OUTLINES)} or folder:PATH")
+    known = models.describe(models.create(name, spec))
+    facts = Table.grid(padding=(0, 2))
+    for key, value in known.items():
+        if key == "adapted":
+            value = "\n".join(value) or "nothing"
+        elif key == "taps":
+            value = "\n".join(" x ".join(map(str, shape)) for shape in value)
+        facts.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    return Group(Text(f"{name} on {data} ({spec.num_classes} classes, {spec.image_size} px)"), Text(), facts)
+
+
+def listing(kind: str, style: str) -> str:
+    """List all names of one kind, one a line; methods with their paper and fidelity."""
+    if kind == "distillers":
+        rows = [("method", "fidelity", "paper", "what it does")]
+        rows += [(m.name, m.fidelity, m.paper, m.summary) for m in registry.methods().values()]
+        if style == "markdown":
+            head, *body = [f"| {' | '.join(row)} |" for row in rows]
+            return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+        )
+    if kind == "models":
+        from kdzoo import models
+
+        return "\n".join(
+            [*sorted(models.short_names()), "and any name of timm, torchvision:NAME, package.module:factory"]
+        )
+    if kind == "data":
+        return "\n".join([*OUTLINES, "folder:PATH  (train/CLASS/*.png|jpg|webp, with val or test beside train)"])
+    from kdzoo.experiments import suites
+    from kdzoo.settings import protocol_names
+
+    return "\n".join(protocol_names() if kind == "protocols" else suites.shipped())

@@ -1,0 +1,112 @@
+"""The last screen of a run: its result, its folder, and the commands to try next."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from kdzoo.errors import UserError
+from kdzoo.words import duration
+
+if TYPE_CHECKING:
+    from kdzoo.store.folder import Result
+
+
+def result_table(result: "Result") -> Table:
+    """Tabulate a run's result, beside that of its student trained without a teacher, if there is one."""
+    pair = f"{result.teacher} → {result.student}" if result.teacher else result.student
+    title = f"{result.distiller} ({result.fidelity}): {pair} on {result.data}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    if result.teacher_top1 is not None:
+        table.add_row("teacher top-1", f"{result.teacher_top1:.2f} %")
+    table.add_row("student top-1, last epoch", f"{result.top1:.2f} %")
+    table.add_row("student top-1, best epoch", f"{result.best_top1:.2f} % (epoch {result.best_epoch})")
+    table.add_row("student top-5, last epoch", f"{result.top5:.2f} %")
+    alone = without_teacher(result)
+    if alone is not None:
+        table.add_row("student top-1 without a teacher", f"{alone.top1:.2f} %")
+    table.add_row("protocol, seed", f"{result.protocol}, {result.seed}")
+    table.add_row("time", duration(result.seconds))
+    table.add_row("images per second", f"{result.images_per_second:.0f}")
+    return table
+
+
+def next_steps(result: "Result") -> str:
+    """Print a run's folder and the commands to try next, each on a line that can be copied whole."""
+    from kdzoo.experiments import suites
+
+    root = result.folder.parent
+    steps = [("Run:", str(shortened(result.folder)))]
+    if result.distiller != "none" and without_teacher(result) is None:
+        steps.append(("Next, the student without a teacher:", command_without_teacher(result)))
+    if result.data in suites.shipped():
+        steps.append((f"Many methods on {result.data}, compared over seeds:", f"kdzoo bench {result.data}"))
+    else:
+        steps.append(("Suites that compare many methods:", "kdzoo list suites"))
+    steps.append(("All runs of this folder:", shlex.join(["kdzoo", "table", str(shortened(root))])))
+    return "\n".join(f"{what}\n  {line}" for what, line in steps)
+
+
+def without_teacher(result: "Result") -> "Result | None":
+    """Find the run in the same folder that trains the same student without a teacher; None if there is none."""
+    from kdzoo.store.folder import RunFolder
+
+    wanted = _same_student(result.folder)
+    for file in sorted(result.folder.parent.glob(f"*-none-s{result.seed}-*/result.json")):
+        with suppress(UserError):  # a damaged neighbour is not this run's concern
+            if file.parent != result.folder and _same_student(file.parent) == wanted:
+                return RunFolder(file.parent).read_result()
+    return None
+
+
+def command_without_teacher(result: "Result") -> str:
+    """Write the command that trains a run's student without a teacher, by the same recipe on the same data."""
+    from kdzoo.settings import read_protocol, resolve
+    from kdzoo.store.folder import RunFolder
+
+    settings = RunFolder(result.folder).read_config()
+    parts = ("student", "data", "protocol")
+    given: dict[str, dict[str, Any]] = {part: {"name": settings[part]["name"]} for part in parts}
+    given["protocol"]["epochs"] = settings["protocol"]["epochs"]  # which milestones and warm-up follow
+    usual = _flat(resolve({**given, "distiller": {"name": "none"}}).plain())
+    usual["protocol.epochs"] = read_protocol(result.protocol).epochs
+    used = _flat({part: settings[part] for part in parts})
+    words = ["kdzoo", "run", "--distiller", "none", "--student", result.student]
+    for option, value, default in (
+        ("--data", result.data, "digits"),
+        ("--protocol", result.protocol, "quick"),
+        ("--seed", str(result.seed), "0"),
+        ("--out", str(shortened(result.folder.parent)), "runs"),
+    ):
+        words += [option, value] if value != default else []
+    words += [f"{key}={'null' if value is None else value}" for key, value in used.items() if value != usual.get(key)]
+    return shlex.join(words)
+
+
+def shortened(path: Path) -> Path:
+    """Shorten a path to one relative to the working folder, if it lies inside."""
+    whole = Path(os.path.abspath(path))
+    return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
+
+
+def _same_student(folder: Path) -> dict[str, Any]:
+    """What a run's student was trained on and how, beside the method and the teacher."""
+    from kdzoo.settings import apart
+    from kdzoo.store.folder import RunFolder
+
+    settings, _ = apart(RunFolder(folder).read_config())
+    return {key: settings[key] for key in ("student", "protocol", "data")}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
