@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision import transforms
 
-from kdzoo.data.folder import Files
-from kdzoo.data.sources import Pixels
+from kdzoo.data.pictures import Files, Pixels
 from kdzoo.files import write_atomically, write_text
 
 _HEADER = 4096  # bytes of JSON before the pixels: a page, so the pixels can be mapped

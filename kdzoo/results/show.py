@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from kdzoo.settings import Settings
     from kdzoo.store.folder import Result
 
-# What is known of data sets without opening them: classes, side in pixels.
-OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32), "bands": (8, 32)}
-
 
 def result_table(result: "Result") -> Table:
     """Tabulate what a run found, beside what its student reaches without a teacher where that is known."""
@@ -152,19 +149,10 @@ FIDELITIES = {
 
 def model_page(name: str, data: str) -> RenderableType:
     """A network at the size of a data set: taps, shapes, parameters, what was adapted."""
-    import torch
-
     from kdzoo import models
-    from kdzoo.data import open_dataset
-    from kdzoo.distiller import DataSpec
+    from kdzoo.data import outline
 
-    if data in OUTLINES:
-        classes, size = OUTLINES[data]
-        spec = DataSpec(data, classes, tuple(map(str, range(classes))), size, torch.zeros(0, dtype=torch.int64))
-    elif data.startswith("folder:"):
-        spec = open_dataset(data).spec
-    else:
-        raise UserError(f"unknown data '{data}'; expected {', '.join(OUTLINES)} or folder:PATH")
+    spec = outline(data)
     known = models.describe(models.create(name, spec))
     facts = Table.grid(padding=(0, 2))
     for key, value in known.items():
@@ -195,7 +183,9 @@ def listing(kind: str, style: str) -> str:
             [*sorted(models.short_names()), "and any name of timm, torchvision:NAME, package.module:factory"]
         )
     if kind == "data":
-        return "\n".join([*OUTLINES, "folder:PATH  (train/CLASS/*.png|jpg|webp, with val or test beside train)"])
+        found = registry.data_sets.all().values()
+        width = max(len(each.title) for each in found)
+        return "\n".join(f"{each.title:{width}}  {each.summary}" for each in found)
     from kdzoo.experiments import suites
     from kdzoo.settings import protocol_names
 
