@@ -66,7 +66,7 @@ def prepare(
     fits = not stream if stream is not None else _fits((len(train) + len(test)) * side**2 * 3, device)
     if fits:
         train, test = (
-            cached_pixels(files, side, its, place / f"{files.split}-{side}.u8", report)
+            cached_pixels(files, side, its, place / f"{files.split}-{side}.npy", report)
             for files, its in zip((train, test), digests, strict=True)
         )
     brightness = f"{'all' if fits else 'sample'} at {side}"
