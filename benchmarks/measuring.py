@@ -16,7 +16,7 @@ import torch
 
 from kdzoo import DataSpec, models
 from kdzoo.data import Dataset
-from kdzoo.data.sources import Pixels
+from kdzoo.data.pictures import Pixels
 from kdzoo.distiller import Batch
 from kdzoo.engine import graphs
 from kdzoo.engine.device import resolve_auto, use

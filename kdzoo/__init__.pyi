@@ -19,6 +19,7 @@ from .errors import UserError as UserError
 from .experiments.bench import Report as Report
 from .experiments.bench import bench as bench
 from .experiments.run import run as run
+from .image_set import ImageSet as ImageSet
 from .results.table import table as table
 from .store.folder import Result as Result
 

@@ -41,7 +41,11 @@ def cli() -> None:
 @flag(
     "--teacher", "teacher.name", help="Network to learn from, named in the same way (not needed by --distiller none)."
 )
-@flag("--data", "data.name", help="Data set: digits, cifar10, cifar100, bands or folder:PATH (default: digits).")
+@flag(
+    "--data",
+    "data.name",
+    help="Data set: a name of 'kdzoo list data', or the path of a Python file that holds one (default: digits).",
+)
 @flag(
     "--protocol",
     "protocol.name",

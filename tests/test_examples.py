@@ -7,6 +7,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,7 +31,15 @@ def names():
     """What examples may use without saying where it is from."""
     torch.manual_seed(0)
     loader = [(torch.rand(4, 3, 32, 32), torch.tensor([1, 2, 3, 4]))] * 2
-    given = {"torch": torch, "F": nn.functional, "Path": Path, "kdzoo": kdzoo, "Outcome": Outcome, "quick": QUICK}
+    given = {
+        "np": np,
+        "torch": torch,
+        "F": nn.functional,
+        "Path": Path,
+        "kdzoo": kdzoo,
+        "Outcome": Outcome,
+        "quick": QUICK,
+    }
     public = {name: getattr(kdzoo, name) for name in kdzoo.__all__}
     return {**public, **given, "Distiller": Distiller, "cnn": cnn(8), "wider_cnn": cnn(12), "loader": loader}
 

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "kdzoo"
 # Rooms from the ground up: what stands in one line may import that line's own rooms and those before it.
 FLOORS = (
     ("errors", "files", "keywords", "precision", "randomness", "recipe", "tensors", "words"),
-    ("losses", "spectral", "distiller", "registry"),
-    ("connectors", "models", "data"),
+    ("losses", "spectral", "distiller", "image_set", "registry"),
+    ("connectors", "models", "data", "datasets"),
     ("distillation", "settings"),
     ("toys", "store"),
     ("checks", "engine"),

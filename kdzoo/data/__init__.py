@@ -13,11 +13,11 @@ import torch
 from kdzoo.data.dataset import Dataset
 from kdzoo.data.loader import Loader
 from kdzoo.data.prepare import prepare
-from kdzoo.data.sources import open_source, option_settings
+from kdzoo.data.sources import image_set, open_source, option_settings
 from kdzoo.distiller import DataSpec
 from kdzoo.files import cache_folder
 
-__all__ = ["Dataset", "Loader", "open_dataset", "option_settings"]
+__all__ = ["Dataset", "Loader", "open_dataset", "option_settings", "outline"]
 
 
 def open_dataset(
@@ -36,9 +36,9 @@ def open_dataset(
     """Opens a data set.
 
     Args:
-        name: ``digits``, ``cifar10``, ``cifar100``, ``bands``, or ``folder:PATH``, a tree train/CLASS/* with val
-            or test beside train.
-        root: where torchvision's files lie, or are downloaded to.
+        name: one of ``kdzoo list data``, such as ``cifar100`` or ``folder:PATH``, or the path of a Python file that
+            holds a ``kdzoo.ImageSet``.
+        root: the folder of sets that are files; torchvision's are downloaded to it.
         image_size: the side in pixels images are shown at; None: the set's own where all its images have one
             size, else 224.
         limit: keep this many training images, each class with its share; the test set stays whole.
@@ -46,7 +46,7 @@ def open_dataset(
         cache: folder of decoded images; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
         report: is called again and again with what is being done, while images are decoded.
         stream: True decodes at every use, False keeps the set on the device; None: sets that fit are kept.
-        options: keywords of what makes the set, where it has any: ``kdzoo.data.bands.bands`` lists its own.
+        options: keywords of the set's constructor, where it has any.
         workers: processes that decode what is streamed; 0: none but this one.
 
     Raises:
@@ -66,3 +66,12 @@ def open_dataset(
         superclasses=source.superclasses,
     )
     return Dataset(spec, ready.train, ready.test, ready.fits, workers)
+
+
+def outline(name: str) -> DataSpec:
+    """Describe a data set by its number of classes and image size; it is opened only if its file tells neither."""
+    found = image_set(name)
+    if found.num_classes is None or found.image_size is None:
+        return open_dataset(name).spec
+    names = tuple(map(str, range(found.num_classes)))
+    return DataSpec(name, found.num_classes, names, found.image_size, torch.zeros(0, dtype=torch.int64))

@@ -1,4 +1,7 @@
-"""Decoded pictures on disk: written whole or not at all, checked when opened, rebuilt when not right."""
+"""Decoded images on disk: written whole or not at all, checked when opened, rebuilt when not right.
+
+They are a NumPy array in FILE.npy. FILE.json beside it has its checksum, and the digest of the files it was made from.
+"""
 
 import json
 import logging
@@ -9,82 +12,83 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torchvision import transforms
 
-from kdzoo.data.folder import Files
-from kdzoo.data.sources import Pixels
+from kdzoo.data.pictures import Files, Pixels
 from kdzoo.files import write_atomically, write_text
 
-_HEADER = 4096  # bytes of JSON before the pixels: a page, so the pixels can be mapped
-_CHUNK = 256  # pictures decoded before they are written
+_CHUNK = 256  # images decoded before they are written
 
 _log = logging.getLogger(__name__)
 
 
 def square(files: Files, row: int, side: int) -> NDArray[np.uint8]:
-    """One picture (side, side, 3): its short side resized to ``side``, then its centre."""
+    """Decode one image to (side, side, 3): resize its short side to ``side``, then cut out the centre."""
     cut = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side)])
     return np.asarray(cut(files.decoded(row, side)), dtype=np.uint8)
 
 
 def cached_pixels(files: Files, side: int, digest: str, path: Path, report: Callable[[str], object] | None) -> Pixels:
-    """The pictures as squares, mapped from the cache file ``path``, which is built where it must be.
+    """Map the images as squares from the cache file ``path``; build it first where it is missing, old or damaged.
 
     Args:
-        files: the pictures.
+        files: the images.
         side: of the squares, in pixels.
         digest: of the files as they are now; another one in the cache makes it outdated.
-        path: the cache file: a page of JSON, then (N, side, side, 3) uint8.
+        path: the cache file, an array (N, side, side, 3) of uint8 in NumPy's format.
         report: is called with how many are decoded.
     """
+    shape = len(files), side, side, 3
     if path.exists():
         try:
-            return Pixels(_mapped(path, digest, (len(files), side, side, 3)), files.labels)
+            return Pixels(_mapped(path, digest, shape), files.labels)
         except ValueError as reason:
             _log.warning("cache '%s' is %s; rebuilding it", path, reason)
-    _build(files, side, digest, path, report)
-    return Pixels(_mapped(path, digest, (len(files), side, side, 3)), files.labels)
+    _build(files, shape, digest, path, report)
+    return Pixels(_mapped(path, digest, shape), files.labels)
 
 
-def _build(files: Files, side: int, digest: str, path: Path, report: Callable[[str], object] | None) -> None:
+def _build(
+    files: Files, shape: tuple[int, ...], digest: str, path: Path, report: Callable[[str], object] | None
+) -> None:
     def write(temporary: Path) -> None:
         checksum = 0
+        # Written one part after the other: where a disk fills up, a write is an error, and a mapped array is a crash.
         with temporary.open("wb") as out, ThreadPoolExecutor() as pool:
-            out.write(bytes(_HEADER))
+            npy.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for start in range(0, len(files), _CHUNK):
                 if report is not None:
                     report(f"decoding {files.split}: {start} of {len(files)} images")
                 rows = range(start, min(start + _CHUNK, len(files)))
-                chunk = np.stack(list(pool.map(lambda row: square(files, row, side), rows)))
+                chunk = np.stack(list(pool.map(lambda row: square(files, row, shape[1]), rows)))
                 checksum = zlib.crc32(chunk.data, checksum)
                 out.write(chunk.data)
-            out.seek(0)
-            header = {"digest": digest, "shape": [len(files), side, side, 3], "crc32": checksum}
-            out.write(json.dumps(header).encode().ljust(_HEADER))
+        # Before the array is there, so that no process finds an array without them.
+        write_facts(path.with_suffix(".json"), digest, {"crc32": checksum})
 
     write_atomically(path, write)
 
 
 def _mapped(path: Path, digest: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The cache's pixels; a ValueError says in a word what is wrong with them."""
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(_HEADER))
-        # Copy on write, as torch warns of memory that it must not write to; no code writes.
-        pixels = np.memmap(path, np.uint8, "c", offset=_HEADER, shape=tuple(header["shape"]))
-        recorded, checksum = header["digest"], header["crc32"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError("damaged") from error
-    if recorded != digest or pixels.shape != shape:
+    """The cache's images; a ValueError says in a word what is wrong with them."""
+    facts = read_facts(path.with_suffix(".json"), digest)
+    if not facts:
         raise ValueError("outdated")
-    if path.stat().st_size != _HEADER + pixels.size or zlib.crc32(pixels.data) != checksum:
+    try:
+        # Copy on write, as torch warns of memory that it must not write to; no code writes.
+        pixels = npy.open_memmap(path, mode="c")
+    except Exception as error:  # NumPy reads the header by Python's parser, which raises nearly anything
+        raise ValueError("damaged") from error
+    right = pixels.dtype == np.uint8 and pixels.shape == shape and pixels.flags.c_contiguous
+    if not right or zlib.crc32(pixels.data) != facts.get("crc32"):
         raise ValueError("damaged")
     return pixels
 
 
 def read_facts(path: Path, digest: str) -> dict[str, Any]:
-    """What was measured of the files of this digest; empty where nothing is known."""
+    """Read what was measured of the files of this digest; empty where nothing is known."""
     try:
         facts = json.loads(path.read_text())
         return facts if facts["digest"] == digest else {}
@@ -93,5 +97,5 @@ def read_facts(path: Path, digest: str) -> dict[str, Any]:
 
 
 def write_facts(path: Path, digest: str, facts: dict[str, Any]) -> None:
-    """Keeps what was measured for the next time."""
+    """Keep what was measured of the files of this digest for the next time."""
     write_text(path, json.dumps({**facts, "digest": digest}))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdzoo.data import augment
 from kdzoo.data.loader import Loader
-from kdzoo.data.sources import Pictures, Pixels
+from kdzoo.data.pictures import Pictures, Pixels
 from kdzoo.data.stream import Streamed, stream, whole_transform
 from kdzoo.distiller import DataSpec
 from kdzoo.recipe import Protocol

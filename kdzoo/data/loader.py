@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdzoo.data import augment
-from kdzoo.data.sources import Pictures
+from kdzoo.data.pictures import Pictures
 from kdzoo.data.stream import Streamed, enough, left_for_the_device, stream, worker_transform
 from kdzoo.data.targets import Targets
 from kdzoo.distiller import Batch, DataSpec

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from kdzoo.data.cache import cached_pixels, read_facts, square, write_facts
-from kdzoo.data.folder import Files
-from kdzoo.data.sources import Pictures, Pixels, Source, stratified
+from kdzoo.data.pictures import Files, Pictures, Pixels
+from kdzoo.data.sources import Source, stratified
 from kdzoo.errors import UserError
 
 _ALWAYS_FITS = 4 * 2**30  # bytes
@@ -52,7 +51,7 @@ def prepare(
         return Ready(train, test, image_size or train.array.shape[1], not stream, mean, std)
     assert isinstance(test, Files)
 
-    place = folder / f"{train.root.name}-{blake2b(os.fsencode(train.root), digest_size=6).hexdigest()}"
+    place = folder / source.key
     digests = train.digest(), test.digest()
     notes, digest = place / f"{train.split}.json", "".join(digests)
     facts = read_facts(notes, digest)
@@ -67,7 +66,7 @@ def prepare(
     fits = not stream if stream is not None else _fits((len(train) + len(test)) * side**2 * 3, device)
     if fits:
         train, test = (
-            cached_pixels(files, side, its, place / f"{files.split}-{side}.u8", report)
+            cached_pixels(files, side, its, place / f"{files.split}-{side}.npy", report)
             for files, its in zip((train, test), digests, strict=True)
         )
     brightness = f"{'all' if fits else 'sample'} at {side}"

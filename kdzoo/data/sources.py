@@ -1,42 +1,22 @@
-"""Where pictures come from: a name becomes classes, labels and pictures, before any of them is decoded."""
+"""Find a data set by name and load its labels and images, before any image is decoded."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import wraps
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from kdzoo.data.bands import Labelled, bands
-from kdzoo.data.folder import Files, open_folder
+from kdzoo import registry
+from kdzoo.data.loaded import checked
+from kdzoo.data.pictures import Files, Pictures
 from kdzoo.data.superclasses import superclasses_of
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError
+from kdzoo.image_set import ImageSet
 from kdzoo.keywords import keyword_settings
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Pictures of one size that are in memory, or mapped from a file."""
-
-    array: NDArray[np.uint8]  # (N, H, W, 3)
-    labels: NDArray[np.int64]  # (N,)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def decoded(self, row: int, side: int) -> Image.Image:
-        """One picture; ``side`` is for those that have yet to be decoded."""
-        return Image.fromarray(self.array[row])
-
-    def take(self, rows: NDArray[np.int64]) -> "Pixels":
-        """The pictures of these rows."""
-        return Pixels(self.array[rows], self.labels[rows])
-
-
-Pictures = Pixels | Files
 
 
 @dataclass(frozen=True)
@@ -47,6 +27,7 @@ class Source:
     class_names: tuple[str, ...]
     train: Pictures
     test: Pictures
+    key: str  # the folder of its decoded images; empty where all are in memory
 
     @property
     def superclasses(self) -> tuple[int, ...]:
@@ -54,7 +35,7 @@ class Source:
         return superclasses_of(self.class_names)
 
     def limited(self, limit: int | None) -> "Source":
-        """The same with ``limit`` training pictures, spread over the classes as in the whole set."""
+        """Keep ``limit`` training images, spread over the classes as in the whole set."""
         if limit is None or limit >= len(self.train):
             return self
         if limit < 1:
@@ -63,7 +44,7 @@ class Source:
 
 
 def stratified(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """``limit`` sorted rows out of labels (N,), each class with its share; the same rows at every call."""
+    """Choose ``limit`` sorted rows out of labels (N,), each class with its share; the same rows at every call."""
     shuffled = np.random.default_rng(0).permutation(len(labels))
     share = np.empty(len(labels))  # of the row's class that lies before it: classes advance together
     for label in np.unique(labels):
@@ -72,86 +53,57 @@ def stratified(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     return np.sort(np.lexsort((labels, share))[:limit])
 
 
-def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None) -> Source:
-    """The source of this name: ``digits``, ``cifar10``, ``cifar100``, ``bands`` or ``folder:PATH``.
-
-    ``options`` are keywords of what makes the source, where it has any.
-    """
-    return _opener(name)(name, root, **option_settings(name, options or {}))
-
-
 def option_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Read all options of the data set of this name: those ``given``, and the defaults of the others.
 
     Raises:
         UserError: an unknown data set or option, or a value of another type.
     """
-    opener = _opener(name)
-    if given and not keyword_settings(opener, {}):
+    return _options(name, _find(name)[0], given)
+
+
+def image_set(name: str, options: Mapping[str, Any] | None = None) -> ImageSet:
+    """Make the data set of this name with these options; nothing is loaded.
+
+    Args:
+        name: one of ``kdzoo list data``, with what has to follow its colon, or the path of a Python file.
+        options: keywords of the set's constructor.
+
+    Raises:
+        UserError: an unknown name or option, or a value of another type.
+    """
+    kind, argument = _find(name)
+    return kind(*argument, **_options(name, kind, options or {}))
+
+
+def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None) -> Source:
+    """Load the data set of this name with these options, see ``image_set``; ``root`` is ``data.root``.
+
+    Raises:
+        UserError: as by ``image_set``, or a set that gives something else than class names, images and labels.
+    """
+    settings = option_settings(name, options or {})
+    found = image_set(name, settings)
+    class_names, train, test = checked(name, found, found.load(root), root)
+    key = ""
+    if isinstance(train, Files):  # another set, or other options, may list other files of the same folder
+        what = f"{type(found).__module__} {settings} {train.root}"
+        key = f"{train.root.name}-{blake2b(os.fsencode(what), digest_size=6).hexdigest()}"
+    return Source(name, class_names, train, test, key)
+
+
+def _find(name: str) -> tuple[type[ImageSet], tuple[str, ...]]:
+    """The class of the set of this name, and its constructor's argument where it has one."""
+    head, _, argument = name.partition(":")
+    if head not in registry.data_sets.names() and not head.endswith(".py"):
+        head, argument = name, ""
+    kind = registry.data_sets.load(head)
+    if bool(argument) != bool(kind.argument):
+        raise UserError(f"data '{name}': expected {registry.data_sets.find(head).title}")
+    return kind, (argument,) if argument else ()
+
+
+def _options(name: str, kind: type[ImageSet], given: Mapping[str, Any]) -> dict[str, Any]:
+    if given and not keyword_settings(kind, {}):
         raise UserError(f"data '{name}' has no options, and data.options.{next(iter(given))} was given; leave it out")
-    return keyword_settings(opener, given, "data.options.")
-
-
-def _opener(name: str) -> Callable[..., Source]:
-    open_it = _folder if name.startswith("folder:") else _SOURCES.get(name)
-    if open_it is None:
-        raise unknown("data", name, [*_SOURCES, "folder:PATH"])
-    return open_it
-
-
-def _folder(name: str, root: Path) -> Source:
-    """An image tree at the path that the name gives."""
-    return Source(name, *open_folder(Path(name.removeprefix("folder:")).expanduser()))
-
-
-def _generated(generate: Callable[..., tuple[tuple[str, ...], Labelled, Labelled]]) -> Callable[..., Source]:
-    """A set that is computed; its options are the keywords of ``generate``, whose signature it takes on."""
-
-    @wraps(generate)
-    def open_it(name: str, root: Path, **options: Any) -> Source:
-        class_names, train, test = generate(**options)
-        return Source(name, class_names, Pixels(*train), Pixels(*test))
-
-    return open_it
-
-
-def _digits(name: str, root: Path) -> Source:
-    """scikit-learn's 1797 scans of 8 x 8 pixels in 16 shades of gray, a fifth of them for the test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    scans = load_digits()
-    gray = np.round(scans.images * (255 / 16)).astype(np.uint8)
-    everything = Pixels(np.repeat(gray[..., None], 3, axis=3), scans.target.astype(np.int64))
-    rows = np.arange(len(everything))
-    train, test = train_test_split(rows, test_size=0.2, stratify=everything.labels, random_state=0)
-    names = tuple(str(digit) for digit in scans.target_names)
-    return Source(name, names, everything.take(np.sort(train)), everything.take(np.sort(test)))
-
-
-def _cifar(name: str, root: Path) -> Source:
-    """CIFAR-10 or CIFAR-100 as torchvision keeps them under ``root``, downloaded where they are missing."""
-    from torchvision import datasets
-
-    kind: Callable[..., Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    try:
-        try:
-            splits = [kind(root, train=train) for train in (True, False)]
-        except RuntimeError:  # not there, or damaged
-            splits = [kind(root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name} is not under '{root}' and cannot be downloaded ({reason}); "
-            "put torchvision's files there, or name an image tree as folder:PATH"
-        ) from error
-    train, test = (Pixels(split.data, np.asarray(split.targets, np.int64)) for split in splits)
-    return Source(name, tuple(splits[0].classes), train, test)
-
-
-_SOURCES: dict[str, Callable[..., Source]] = {
-    "digits": _digits,
-    "cifar10": _cifar,
-    "cifar100": _cifar,
-    "bands": _generated(bands),
-}
+    return keyword_settings(kind, given, "data.options.")

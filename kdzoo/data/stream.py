@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from kdzoo.data.sources import Pictures
+from kdzoo.data.pictures import Pictures
 from kdzoo.errors import UserError
 from kdzoo.randomness import globally_seeded
 from kdzoo.recipe import Augmentation

@@ -7,10 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from kdzoo import registry
-from kdzoo.errors import UserError
-
-# What is known of data sets without opening them: classes, side in pixels.
-OUTLINES = {"digits": (10, 8), "cifar10": (10, 32), "cifar100": (100, 32), "bands": (8, 32)}
 
 
 def is_distiller(name: str) -> bool:
@@ -37,19 +33,11 @@ def distiller_page(name: str) -> RenderableType:
 
 def model_page(name: str, data: str) -> RenderableType:
     """Describe a network for a data set: parameters, shapes, and what was adapted."""
-    import torch
 
     from kdzoo import models
-    from kdzoo.data import open_dataset
-    from kdzoo.distiller import DataSpec
+    from kdzoo.data import outline
 
-    if data in OUTLINES:
-        classes, size = OUTLINES[data]
-        spec = DataSpec(data, classes, tuple(map(str, range(classes))), size, torch.zeros(0, dtype=torch.int64))
-    elif data.startswith("folder:"):
-        spec = open_dataset(data).spec
-    else:
-        raise UserError(f"unknown data '{data}'; expected {', '.join(OUTLINES)} or folder:PATH")
+    spec = outline(data)
     known = models.describe(models.create(name, spec))
     facts = Table.grid(padding=(0, 2))
     for key, value in known.items():
@@ -80,7 +68,9 @@ def listing(kind: str, style: str) -> str:
             [*sorted(models.short_names()), "and any name of timm, torchvision:NAME, package.module:factory"]
         )
     if kind == "data":
-        return "\n".join([*OUTLINES, "folder:PATH  (train/CLASS/*.png|jpg|webp, with val or test beside train)"])
+        found = registry.data_sets.all().values()
+        width = max(len(each.title) for each in found)
+        return "\n".join(f"{each.title:{width}}  {each.summary}" for each in found)
     from kdzoo.experiments import suites
     from kdzoo.settings import protocol_names
 

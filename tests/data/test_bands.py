@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdzoo.data import open_dataset
-from kdzoo.data.bands import CUT, bands, shape, texture
+from kdzoo.datasets.bands import CUT, Bands, shape, texture
 from kdzoo.errors import UserError
 from kdzoo.settings import resolve
 
@@ -57,22 +57,22 @@ def nearest_centroid(train: Any, test: Any, view: Any) -> float:
 def test_the_evidence_lies_where_the_knobs_put_it(
     low: float, high: float, by_shape: tuple[float, float], by_texture: tuple[float, float]
 ) -> None:
-    _, train, test = bands(low=low, high=high)
+    _, train, test = Bands(low=low, high=high).load()
     assert by_shape[0] <= nearest_centroid(train, test, coarse) <= by_shape[1]
     assert by_texture[0] <= nearest_centroid(train, test, fine) <= by_texture[1]
 
 
 def test_amplitudes_tell_much_of_a_shape_and_its_phases_the_rest() -> None:
-    _, train, test = bands(high=0.0)
+    _, train, test = Bands(high=0.0).load()
     assert 0.6 < nearest_centroid(train, test, coarse_amplitudes) < 0.9
     assert nearest_centroid(train, test, coarse) > 0.95
 
 
 def test_noise_hides_what_is_in_its_own_band_alone() -> None:
-    _, train, test = bands(noise_low=20, noise_high=0)
+    _, train, test = Bands(noise_low=20, noise_high=0).load()
     assert nearest_centroid(train, test, coarse) < 3 * CHANCE
     assert nearest_centroid(train, test, fine) > 0.95
-    _, train, test = bands(noise_low=0, noise_high=20)
+    _, train, test = Bands(noise_low=0, noise_high=20).load()
     assert nearest_centroid(train, test, coarse) > 0.95
     assert nearest_centroid(train, test, fine) < 3 * CHANCE
 
@@ -88,7 +88,7 @@ def test_shapes_and_textures_share_no_frequency() -> None:
 
 
 def test_images_hold_as_much_energy_as_their_parts_have_in_each_band() -> None:
-    _, (images, _), _ = bands(noise_low=2, noise_high=1)
+    _, (images, _), _ = Bands(noise_low=2, noise_high=1).load()
     power = np.abs(np.fft.fft2(images[..., 0] / 255 - 0.5, norm="forward")) ** 2
     low, high = (power[:, mask].sum(1).mean() for mask in (radius(32) <= CUT, radius(32) > CUT))
     assert low / high == pytest.approx((1 + 2**2) / (1 + 1**2), rel=0.05)  # pattern and noise, squared deviations
@@ -96,14 +96,14 @@ def test_images_hold_as_much_energy_as_their_parts_have_in_each_band() -> None:
 
 
 def test_a_mirrored_image_keeps_its_class() -> None:
-    _, train, (images, labels) = bands()
+    _, train, (images, labels) = Bands().load()
     mirrored = images[:, :, ::-1], labels
     assert nearest_centroid(train, mirrored, coarse) > 0.95
     assert nearest_centroid(train, mirrored, fine) > 0.95
 
 
 def test_the_same_knobs_give_the_same_bits_and_others_do_not() -> None:
-    one, same, other = bands(train=20), bands(train=20), bands(train=20, noise_low=1.1)
+    one, same, other = Bands(train=20).load(), Bands(train=20).load(), Bands(train=20, noise_low=1.1).load()
     assert one[0] == same[0]
     for ours, theirs in zip(one[1:], same[1:], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -111,7 +111,7 @@ def test_the_same_knobs_give_the_same_bits_and_others_do_not() -> None:
 
 
 def test_training_and_test_images_are_disjoint() -> None:
-    _, (train, _), (test, _) = bands(noise_low=0, noise_high=0)
+    _, (train, _), (test, _) = Bands(noise_low=0, noise_high=0).load()
     everything = [image.tobytes() for image in (*train, *test)]
     assert len(set(everything)) == len(everything)
 
@@ -130,14 +130,14 @@ def test_sizes_and_counts_are_those_asked_for() -> None:
 
 def test_every_class_is_a_pair_of_its_own_and_patterns_are_used_alike() -> None:
     for classes, shapes, textures in ((8, 8, 8), (6, 2, 3), (8, 2, 8), (8, 8, 2), (7, 3, 3), (8, 1, 8)):
-        names, _, _ = bands(classes=classes, shapes=shapes, textures=textures, train=1, test=1)
+        names, _, _ = Bands(classes=classes, shapes=shapes, textures=textures, train=1, test=1).load()
         assert len(set(names)) == classes
         assert len({name.split(",")[0] for name in names}) == min(shapes, classes)
         assert len({name.split(",")[1] for name in names}) == min(textures, classes)
 
 
 def test_a_shape_that_two_classes_share_leaves_the_texture_to_tell_them_apart() -> None:
-    _, train, test = bands(classes=8, shapes=4)
+    _, train, test = Bands(classes=8, shapes=4).load()
     assert 0.35 < nearest_centroid(train, test, coarse) < 0.65
     assert nearest_centroid(train, test, fine) > 0.95
 

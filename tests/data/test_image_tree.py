@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kdzoo.data import Dataset, open_dataset
-from kdzoo.data.folder import SUFFIXES
+from kdzoo.datasets.folder import SUFFIXES
 from kdzoo.errors import UserError
 from kdzoo.recipe import Augmentation, Protocol
 

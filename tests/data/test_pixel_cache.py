@@ -3,6 +3,8 @@
 import logging
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ def shown(root: Path, **settings: object) -> torch.Tensor:
 
 def arrays(cache: Path) -> dict[Path, int]:
     """The cache's arrays and when each was written."""
-    return {path: path.stat().st_mtime_ns for path in cache.rglob("*.u8")}
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
 
 
 def test_the_second_opening_decodes_nothing(make_tree: MakeTree, cache: Path) -> None:
@@ -52,7 +54,7 @@ def test_a_cache_folder_may_be_given(make_tree: MakeTree, cache: Path, tmp_path:
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "shortened", "emptied", "overwritten"])
+@pytest.mark.parametrize("damage", ["flipped", "shortened", "emptied", "overwritten", "signed", "turned"])
 def test_a_damaged_cache_is_rebuilt_and_says_so(
     make_tree: MakeTree, cache: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -66,6 +68,8 @@ def test_a_damaged_cache_is_rebuilt_and_says_so(
             "shortened": content[:-7],
             "emptied": b"",
             "overwritten": b"[1, 2]" + content[6:],
+            "signed": content.replace(b"|u1", b"|i1", 1),
+            "turned": content.replace(b"'fortran_order': False", b"'fortran_order': True ", 1),
         }[damage]
     )
     with caplog.at_level(logging.WARNING):
@@ -73,6 +77,34 @@ def test_a_damaged_cache_is_rebuilt_and_says_so(
     assert torch.equal(again, first)
     assert f"'{victim}' is damaged; rebuilding it" in caplog.text
     assert victim.read_bytes() == content
+
+
+def test_an_array_without_its_checksum_is_rebuilt(make_tree: MakeTree, cache: Path) -> None:
+    root = make_tree()
+    first = shown(root)
+    for victim in arrays(cache):
+        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+        victim.with_suffix(".json").unlink()
+    assert torch.equal(shown(root), first)
+
+
+def test_two_processes_may_decode_the_same_images_at_once(make_tree: MakeTree, cache: Path, tmp_path: Path) -> None:
+    root = make_tree(sizes=[(100, 100)])
+    code = (
+        f"from kdzoo.data import open_dataset; pixels = open_dataset('folder:{root}').train_pixels\n"
+        "print(pixels.long().square().sum().item())"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    alone = open_dataset(f"folder:{root}", cache=tmp_path / "mine").train_pixels
+    assert alone is not None
+    said_and_warned = [process.communicate() for process in both]
+    assert said_and_warned == [(f"{alone.long().square().sum()}\n", "")] * 2
+    written = arrays(cache)
+    shown(root)
+    assert arrays(cache) == written
 
 
 def test_a_changed_source_is_decoded_again_and_says_so(make_tree: MakeTree, caplog: pytest.LogCaptureFixture) -> None:

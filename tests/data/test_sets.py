@@ -52,10 +52,11 @@ def test_unknown_names_get_a_suggestion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "names"), [("cifar10", "labels", "label"), ("cifar100", "fine_labels", "fine_label")]
+    ("name", "classes", "key", "names"),
+    [("cifar10", 10, "labels", "label"), ("cifar100", 100, "fine_labels", "fine_label")],
 )
 def test_cifar_is_read_from_torchvision_s_files(
-    name: str, key: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, classes: int, key: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -64,10 +65,11 @@ def test_cifar_is_read_from_torchvision_s_files(
     pixels = np.arange(2 * 3072, dtype=np.uint16).astype(np.uint8).reshape(2, 3072)
     for file, _ in (*kind.train_list, *kind.test_list):
         (folder / file).write_bytes(pickle.dumps({"data": pixels, key: [1, 0]}))
-    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({f"{names}_names": ["plane", "car"]}))
+    named = [f"class {number}" for number in range(classes)]
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({f"{names}_names": named}))
     data = open_dataset(name, root=tmp_path)
     images, labels = next(data.test_batches(2))
-    assert data.spec.class_names == ("plane", "car")
+    assert data.spec.class_names == tuple(named)
     assert labels.tolist() == [1, 0]
     assert np.array_equal(images.numpy(), pixels.reshape(2, 3, 32, 32) / np.float32(255))
 

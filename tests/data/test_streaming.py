@@ -55,9 +55,9 @@ def test_workers_change_nothing(make_tree: MakeTree) -> None:
 def test_only_measures_are_cached(make_tree: MakeTree, cache: Path) -> None:
     name = f"folder:{make_tree()}"
     streamed = open_dataset(name, stream=True)
-    assert list(cache.rglob("*.u8")) == []
+    assert list(cache.rglob("*.npy")) == []
     kept = open_dataset(name, stream=False)
-    assert len(list(cache.rglob("*.u8"))) == 2
+    assert len(list(cache.rglob("*.npy"))) == 2
     assert streamed.spec.mean == kept.spec.mean
     assert streamed.spec.std == kept.spec.std
 

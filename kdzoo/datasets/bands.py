@@ -1,4 +1,4 @@
-"""``bands``: images whose class evidence lies in low frequencies, in high ones, or in both, in known shares.
+"""Images whose class evidence lies in low frequencies, in high ones, or in both, in known shares.
 
 An image is the sum of a coarse shape, a fine texture, and noise in the band of either. A shape is a fixed pattern of
 waves of up to ``CUT`` cycles per image that moves a little from image to image: amplitudes of its spectrum tell it,
@@ -6,11 +6,15 @@ and phases more so. A texture is a fixed set of fine waves whose phases are draw
 alone tell it. Nothing else differs between classes, so it is known what a method has to transfer.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from kdzoo import ImageSet
 from kdzoo.errors import UserError
+from kdzoo.image_set import Loaded, Split
 from kdzoo.randomness import seed_of
 
 CUT = 4.0  # cycles per image: shapes and their noise lie at or below it, textures and theirs above
@@ -19,24 +23,11 @@ DRIFT = 1 / 16  # how far a shape may lie from its place, either way, as a share
 WAVES = 4  # of each texture, besides their mirror images
 CHUNK = 1024  # images that are drawn at a time
 
-Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (N, size, size, 3), labels (N,)
 Spectrum = NDArray[np.complex128]  # (size, size // 2 + 1), as rfft2 has it
 
 
-def bands(
-    *,
-    low: float = 1.0,
-    high: float = 1.0,
-    noise_low: float = 1.0,
-    noise_high: float = 3.0,
-    classes: int = 8,
-    shapes: int = 0,
-    textures: int = 0,
-    size: int = 32,
-    train: int = 200,
-    test: int = 50,
-) -> tuple[tuple[str, ...], Labelled, Labelled]:
-    """Class names, training images and test images: a function of these knobs and of nothing else.
+class Bands(ImageSet):
+    """Gray images of classes that are pairs of a shape and a texture: a function of these options alone.
 
     Class k is the pair of shape k * shapes // classes and texture k % textures. An image of it shows that shape with
     probability ``low``, else any, and that texture with probability ``high``, else any. Patterns contain their own
@@ -56,48 +47,76 @@ def bands(
         test: test images of each class.
 
     Raises:
-        UserError: a knob is out of its range, or there are fewer pairs than classes.
+        UserError: an option is out of its range, or there are fewer pairs than classes.
     """
-    shapes, textures = shapes or classes, textures or classes
-    for name, value, floor, ceiling in (
-        ("low", low, 0, 1),
-        ("high", high, 0, 1),
-        ("noise_low", noise_low, 0, 100),
-        ("noise_high", noise_high, 0, 100),
-        ("classes", classes, 2, 1000),
-        ("shapes", shapes, 1, 1000),
-        ("textures", textures, 1, 1000),
-        ("size", size, 24, 1024),
-        ("train", train, 1, 10**6),
-        ("test", test, 1, 10**6),
-    ):
-        if not floor <= value <= ceiling:
-            raise UserError(f"data.options.{name} is {value}; expected a number from {floor} to {ceiling}")
-    if shapes * textures < classes:
-        raise UserError(
-            f"{shapes} shapes and {textures} textures make {shapes * textures} pairs, too few for {classes} classes; "
-            "raise data.options.shapes or data.options.textures"
-        )
-    pairs = np.array([(k * shapes // classes, k % textures) for k in range(classes)])
-    coarse = np.stack([shape(number, size) for number in range(shapes)])
-    fine = np.stack([texture(number, size) for number in range(textures)])
 
-    def split(name: str, count: int) -> Labelled:
+    num_classes: int = 8
+    image_size: int = 32
+
+    def __init__(
+        self,
+        *,
+        low: float = 1.0,
+        high: float = 1.0,
+        noise_low: float = 1.0,
+        noise_high: float = 3.0,
+        classes: int = num_classes,
+        shapes: int = 0,
+        textures: int = 0,
+        size: int = image_size,
+        train: int = 200,
+        test: int = 50,
+    ):
+        shapes, textures = shapes or classes, textures or classes
+        for name, value, floor, ceiling in (
+            ("low", low, 0, 1),
+            ("high", high, 0, 1),
+            ("noise_low", noise_low, 0, 100),
+            ("noise_high", noise_high, 0, 100),
+            ("classes", classes, 2, 1000),
+            ("shapes", shapes, 1, 1000),
+            ("textures", textures, 1, 1000),
+            ("size", size, 24, 1024),
+            ("train", train, 1, 10**6),
+            ("test", test, 1, 10**6),
+        ):
+            if not floor <= value <= ceiling:
+                raise UserError(f"data.options.{name} is {value}; expected a number from {floor} to {ceiling}")
+        if shapes * textures < classes:
+            raise UserError(
+                f"{shapes} shapes and {textures} textures make {shapes * textures} pairs, too few for {classes} "
+                "classes; raise data.options.shapes or data.options.textures"
+            )
+        self.low, self.high, self.noise_low, self.noise_high = low, high, noise_low, noise_high
+        self.shapes, self.textures, self.train, self.test = shapes, textures, train, test
+        self.num_classes, self.image_size = classes, size
+
+    def load(self, root: Path = Path()) -> Loaded:
+        """Draw the images; nothing is read."""
+        pairs = [(k * self.shapes // self.num_classes, k % self.textures) for k in range(self.num_classes)]
+        names = tuple(f"shape {number}, texture {other}" for number, other in pairs)
+        return names, self._split("train", self.train, pairs), self._split("test", self.test, pairs)
+
+    def _split(self, name: str, count: int, pairs: list[tuple[int, int]]) -> Split:
+        """Draw so many images of each class, (N, size, size, 1), and their labels (N,)."""
+        size = self.image_size
+        coarse = np.stack([shape(number, size) for number in range(self.shapes)])
+        fine = np.stack([texture(number, size) for number in range(self.textures)])
         random = np.random.default_rng(seed_of("bands", name))
-        labels = random.permutation(np.repeat(np.arange(classes), count))
+        labels = random.permutation(np.repeat(np.arange(len(pairs)), count))
         images = []
-        for own in np.split(pairs[labels], range(CHUNK, len(labels), CHUNK)):
-            seen = [_shown(random, own[:, 0], shapes, low), _shown(random, own[:, 1], textures, high)]
-            drawn = _drifted(random, coarse[seen[0]]) + _rephased(random, fine[seen[1]])
-            drawn += _noise(random, len(own), size, noise_low, noise_high)
+        for own in np.split(np.array(pairs)[labels], range(CHUNK, len(labels), CHUNK)):
+            shown = (
+                _shown(random, own[:, 0], self.shapes, self.low),
+                _shown(random, own[:, 1], self.textures, self.high),
+            )
+            drawn = _drifted(random, coarse[shown[0]]) + _rephased(random, fine[shown[1]])
+            drawn += _noise(random, len(own), size, self.noise_low, self.noise_high)
             # All four parts are independent, so their variances add.
-            scale = CONTRAST / np.sqrt(2 + noise_low**2 + noise_high**2)
+            scale = CONTRAST / np.sqrt(2 + self.noise_low**2 + self.noise_high**2)
             gray = 0.5 + scale * np.fft.irfft2(drawn, s=(size, size))
             images.append((gray.clip(0, 1) * 255).round().astype(np.uint8))
-        return np.repeat(np.concatenate(images)[..., None], 3, axis=3), labels
-
-    names = tuple(f"shape {number}, texture {other}" for number, other in pairs)
-    return names, split("train", train), split("test", test)
+        return np.concatenate(images)[..., None], labels
 
 
 def shape(number: int, size: int) -> Spectrum:

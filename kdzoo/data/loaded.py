@@ -1,0 +1,109 @@
+"""Check what a data set loads: class names, and images with their labels for training and test."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdzoo.data.pictures import Files, Pictures, Pixels
+from kdzoo.errors import UserError
+from kdzoo.image_set import ImageSet
+
+
+def checked(name: str, image_set: ImageSet, loaded: Any, root: Path) -> tuple[tuple[str, ...], Pictures, Pictures]:
+    """Check what ``image_set.load`` gave, and return class names, training images and test images.
+
+    Args:
+        name: how the user named the set.
+        image_set: its number of classes and image size must be right where it tells them.
+        loaded: what its ``load`` gave.
+        root: where relative paths of image files start.
+
+    Raises:
+        UserError: a part is missing, or has another shape or type.
+    """
+    try:
+        class_names, (train, train_labels), (test, test_labels) = loaded
+        images = {"train": train, "test": test}
+        labels = {"train": np.asarray(train_labels), "test": np.asarray(test_labels)}
+        sizes = {split: len(each) for split, each in images.items()}
+    except (TypeError, ValueError) as error:
+        expected = "(class names, (training images, labels), (test images, labels))"
+        raise _wrong(name, f"load gives {_kind(loaded)}", expected) from error
+    if not isinstance(class_names, list | tuple) or not all(isinstance(word, str) for word in class_names):
+        raise _wrong(name, f"class names are {_kind(class_names)}", "a list of words")
+    count = len(class_names)
+    if image_set.num_classes not in (None, count):
+        raise _wrong(name, f"load gives {count} class names", f"{image_set.num_classes}, as num_classes says")
+    for split, each in labels.items():
+        labels[split] = _labels(name, split, each, sizes[split], count)
+    if all(isinstance(each, list | tuple) for each in images.values()):
+        train, test = _files(name, images, labels, root)
+    else:
+        train, test = _arrays(name, images, labels, image_set.image_size)
+    return tuple(class_names), train, test
+
+
+def _labels(name: str, split: str, labels: NDArray[Any], images: int, classes: int) -> NDArray[np.int64]:
+    if not images or labels.shape != (images,) or labels.dtype.kind not in "iu":
+        raise _wrong(name, f"{images} {split} images with labels {_kind(labels)}", "a whole number for each image")
+    if labels.min() < 0 or labels.max() >= classes:
+        found = f"{split} labels from {labels.min()} to {labels.max()}"
+        raise _wrong(name, found, f"0 to {classes - 1}, positions in the class names")
+    return labels.astype(np.int64, copy=False)
+
+
+def _files(name: str, images: dict[str, Any], labels: dict[str, NDArray[np.int64]], root: Path) -> Iterator[Files]:
+    for split, given in images.items():
+        for path in given:
+            if not isinstance(path, str | os.PathLike):
+                raise _wrong(
+                    name, f"{split} images are a list that holds {_kind(path)}", "an array, or a list of paths"
+                )
+    paths = {split: [os.path.abspath(root / path) for path in given] for split, given in images.items()}
+    everything = [*paths["train"], *paths["test"]]
+    # Folders that the first and the last path by name have in common are those of all paths.
+    above = Path(os.path.commonpath([os.path.dirname(path) for path in (min(everything), max(everything))]))
+    return (Files.below(above, paths[split], labels[split], split) for split in images)
+
+
+def _arrays(
+    name: str, images: dict[str, Any], labels: dict[str, NDArray[np.int64]], side: int | None
+) -> Iterator[Pixels]:
+    pixels = {split: _pixels(name, split, given) for split, given in images.items()}
+    sides = {split: each.shape[1] for split, each in pixels.items()}
+    if len({*sides.values()} | {side or sides["train"]}) > 1:
+        found = f"sides of {sides['train']} (train) and {sides['test']} (test) pixels"
+        raise _wrong(name, found, f"{side or 'the same'} in both")
+    return (Pixels(pixels[split], labels[split]) for split in images)
+
+
+def _pixels(name: str, split: str, given: Any) -> NDArray[np.uint8]:
+    """The images as (N, S, S, 3), in the memory where they lie if that can be."""
+    pixels = np.asarray(given)
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    if (
+        pixels.dtype != np.uint8
+        or pixels.ndim != 4
+        or pixels.shape[1] != pixels.shape[2]
+        or pixels.shape[3] not in (1, 3)
+    ):
+        expected = "uint8 (N, S, S, 3), or (N, S, S) for gray, or lists of paths for both train and test"
+        raise _wrong(name, f"{split} images are {_kind(given)}", expected)
+    if pixels.shape[3] == 1:
+        return np.repeat(pixels, 3, axis=3)
+    # Memory that is only read, or that runs backwards, is no tensor's.
+    return pixels if pixels.flags.writeable and min(pixels.strides) > 0 else pixels.copy()
+
+
+def _kind(value: Any) -> str:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return type(value).__name__ if shape is None else f"{dtype} {tuple(shape)}"
+
+
+def _wrong(name: str, given: str, expected: str) -> UserError:
+    return UserError(f"data '{name}': {given}; expected {expected}")

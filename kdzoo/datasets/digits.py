@@ -1,0 +1,27 @@
+"""scikit-learn's 1797 scans of digits in 16 shades of gray; a fifth of them are for the test."""
+
+from pathlib import Path
+
+import numpy as np
+
+from kdzoo import ImageSet
+from kdzoo.image_set import Loaded
+
+
+class Digits(ImageSet):
+    """Handwritten digits that come with scikit-learn, split by class in the same way at every call."""
+
+    num_classes = 10
+    image_size = 8
+
+    def load(self, root: Path) -> Loaded:
+        """Load the scans from scikit-learn's package."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        scans = load_digits()
+        gray = np.round(scans.images * (255 / 16)).astype(np.uint8)
+        rows = np.arange(len(gray))
+        train, test = map(np.sort, train_test_split(rows, test_size=0.2, stratify=scans.target, random_state=0))
+        names = [str(digit) for digit in scans.target_names]
+        return names, (gray[train], scans.target[train]), (gray[test], scans.target[test])
