@@ -119,7 +119,7 @@ def random_set(size: int, device: torch.device) -> Dataset:
     pixels = Pixels(draw.integers(256, size=(count, size, size, 3), dtype=np.uint8), np.arange(count) % CLASSES)
     labels = torch.from_numpy(pixels.labels).to(device)
     spec = DataSpec("noise", CLASSES, tuple(map(str, range(CLASSES))), size, labels)
-    return Dataset(spec, pixels, pixels, fits=True)
+    return Dataset(spec, pixels, pixels, device=device, fits=True)
 
 
 class Machine(NamedTuple):

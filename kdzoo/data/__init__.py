@@ -1,4 +1,4 @@
-"""Data sets by name: what is known of them, and batches on the device.
+"""Open data sets by name, and give their batches on the device.
 
 >>> data = open_dataset("digits")
 >>> batch = next(data.loader(Protocol(), seed=0).batches())
@@ -33,21 +33,22 @@ def open_dataset(
     options: Mapping[str, Any] | None = None,
     workers: int = 0,
 ) -> Dataset:
-    """Opens a data set.
+    """Open a data set.
 
     Args:
         name: one of ``kdzoo list data``, such as ``cifar100`` or ``folder:PATH``, or the path of a Python file that
             holds a ``kdzoo.ImageSet``.
         root: the folder of sets that are files; torchvision's are downloaded to it.
-        image_size: the side in pixels images are shown at; None: the set's own where all its images have one
+        image_size: the side in pixels at which images are shown; None: the set's own if all its images have the same
             size, else 224.
         limit: keep this many training images, each class with its share; the test set stays whole.
         device: where batches lie.
         cache: folder of decoded images; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
-        report: is called again and again with what is being done, while images are decoded.
-        stream: True decodes at every use, False keeps the set on the device; None: sets that fit are kept.
+        report: is called with a line of progress, again and again, while images are decoded.
+        stream: True decodes images each time they are used, False keeps the set on the device; None: keeps it if it
+            fits.
         options: keywords of the set's constructor, where it has any.
-        workers: processes that decode what is streamed; 0: none but this one.
+        workers: processes that decode streamed images; 0: this process does.
 
     Raises:
         UserError: an unknown name or option, files that are missing or damaged, a cache that cannot be written.
@@ -65,11 +66,12 @@ def open_dataset(
         std=ready.std,
         superclasses=source.superclasses,
     )
-    return Dataset(spec, ready.train, ready.test, ready.fits, workers)
+    # The labels' device has its number, which ``device`` may lack: cuda:0.
+    return Dataset(spec, ready.train, ready.test, device=spec.labels.device, fits=ready.fits, workers=workers)
 
 
 def outline(name: str) -> DataSpec:
-    """Describe a data set by its number of classes and image size; it is opened only if its file tells neither."""
+    """Describe a data set by its number of classes and image size; open it only if its file lacks one."""
     found = image_set(name)
     if found.num_classes is None or found.image_size is None:
         return open_dataset(name).spec

@@ -1,4 +1,4 @@
-"""Augmentations on the device: a few tensor operations per batch, each sample with its own draw."""
+"""Augment batches on the device by a few tensor operations, each image with its own random draw."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for the rows of a batch of which only some may be here.
+    """Draw random numbers for all rows of a batch, and keep those of the rows that this process has.
 
     They are drawn for every row, so that a row's are the same however many processes the batch is spread over.
     """
@@ -21,17 +21,17 @@ class Draws:
     here: Tensor | None = None  # (B,) int64: which of them the images are; None: all
 
     def of(self, numbers: Tensor, dim: int = 0) -> Tensor:
-        """What was drawn for every row along ``dim``, for the rows that are here."""
+        """Select the numbers of the rows that are here, out of those of all rows along ``dim``."""
         return numbers if self.here is None else numbers.index_select(dim, self.here)
 
 
 def floats(pixels: Tensor) -> Tensor:
-    """Pixels (B, H, W, C) uint8 as images (B, C, H, W) float in [0, 1], channels last."""
+    """Convert pixels (B, H, W, C) uint8 to images (B, C, H, W) float in [0, 1], channels last."""
     return pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
 def crop_and_flip(images: Tensor, draws: Draws, padding: int = 0, flip: bool = False) -> Tensor:
-    """Random crops of the original size after zero padding, half of them mirrored where ``flip``.
+    """Cut random crops of the original size after zero padding, and mirror half of them if ``flip`` is set.
 
     Args:
         images: (B, H, W, C), any dtype.
@@ -65,7 +65,7 @@ def resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = False,
 ) -> Tensor:
-    """Random boxes, each resized to a square by bilinear interpolation.
+    """Cut a random box out of each image and resize it to a square by bilinear interpolation.
 
     As in torchvision, a box that does not fit is drawn again; after ten it is the whole image.
 
@@ -104,7 +104,7 @@ def resized_crop(
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) float in [0, 1] as squares: bilinear, smoothed first where it shrinks them."""
+    """Resize images (B, C, H, W) float in [0, 1] to squares: bilinear, smoothed first where they shrink."""
     if images.shape[-2:] == (size, size):
         return images
     shrinks = images.shape[-1] > size
@@ -113,7 +113,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def jitter(images: Tensor, draws: Draws, strength: float) -> Tensor:
-    """Brightness, contrast and saturation, each scaled by a factor from [1 - strength, 1 + strength].
+    """Scale brightness, contrast and saturation, each by a factor from [1 - strength, 1 + strength].
 
     torchvision shuffles the three; here their order is fixed. Images (B, 3, H, W) float in [0, 1].
     """
@@ -127,13 +127,13 @@ def jitter(images: Tensor, draws: Draws, strength: float) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    """Luma (B, 1, H, W) by ITU-R BT.601, which Pillow and torchvision use."""
+    """Compute luma (B, 1, H, W) by ITU-R BT.601, which Pillow and torchvision use."""
     red, green, blue = images.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def erase(images: Tensor, draws: Draws, probability: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Random erasing: in a share of the images a rectangle becomes noise, normal once images are normalised.
+    """Erase a random rectangle in a share of the images: it becomes noise, normal once images are normalised.
 
     A box covers 2% to a third of the area with a height over width of 0.3 to 1/0.3, as in timm; noise outside
     of [0, 1] is clamped. Images (B, 3, H, W) float in [0, 1].
@@ -159,5 +159,5 @@ def erase(images: Tensor, draws: Draws, probability: float, mean: Sequence[float
 
 
 def rotations(images: Tensor) -> Tensor:
-    """The images (B, C, H, H) turned by 0, 90, 180 and 270 degrees: (B, 4, C, H, H)."""
+    """Turn images (B, C, H, H) by 0, 90, 180 and 270 degrees: (B, 4, C, H, H)."""
     return torch.stack([images.rot90(turns, (2, 3)) for turns in range(4)], dim=1)

@@ -1,4 +1,4 @@
-"""Decoded images on disk: written whole or not at all, checked when opened, rebuilt when not right.
+"""Keep decoded images on disk: written whole or not at all, checked when opened, rebuilt when damaged or outdated.
 
 They are a NumPy array in FILE.npy. FILE.json beside it has its checksum, and the digest of the files it was made from.
 """
@@ -72,7 +72,7 @@ def _build(
 
 
 def _mapped(path: Path, digest: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The cache's images; a ValueError says in a word what is wrong with them."""
+    """Map the images of the cache; a ValueError says in a word what is wrong with them."""
     facts = read_facts(path.with_suffix(".json"), digest)
     if not facts:
         raise ValueError("outdated")

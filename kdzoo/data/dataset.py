@@ -1,4 +1,4 @@
-"""A data set that is open: what is known of it, its training loader and its test batches."""
+"""Give the batches of an open data set: a loader for training, and all test images in order."""
 
 from collections.abc import Iterator
 
@@ -14,37 +14,40 @@ from kdzoo.recipe import Protocol
 
 
 class Dataset:
-    """Training and test pictures with what is known of them.
+    """Give the training and test images of a data set as batches on a device.
 
     Args:
-        spec: its labels say on which device batches lie.
-        train: the training pictures.
-        test: the test pictures.
-        fits: whether both are arrays of square pictures that are kept on the device, as ``train_pixels`` and
-            ``test_pixels`` (N, S, S, 3) uint8; these are None where pictures are streamed.
-        workers: processes that decode what is streamed; 0: none but this one.
+        spec: the description of the set.
+        train: the training images.
+        test: the test images.
+        device: where batches lie, and the labels of ``spec``.
+        fits: whether both are arrays of square images that are kept on the device, as ``train_pixels`` and
+            ``test_pixels`` (N, S, S, 3) uint8; these are None where images are streamed.
+        workers: processes that decode streamed images; 0: this process does.
     """
 
-    def __init__(self, spec: DataSpec, train: Pictures, test: Pictures, fits: bool, workers: int = 0):
+    def __init__(
+        self, spec: DataSpec, train: Pictures, test: Pictures, *, device: torch.device, fits: bool, workers: int = 0
+    ):
         self.spec, self.fits, self.workers = spec, fits, workers
-        self._train, self._test = train, test
-        self._device = spec.labels.device
+        self._train, self._test, self.device = train, test, device
         self.train_pixels = self._on_device(train) if fits else None
         self.test_pixels = self._on_device(test) if fits else None
 
     @property
     def test_size(self) -> int:
-        """How many test images there are."""
+        """The number of test images."""
         return len(self._test)
 
     def loader(
         self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), part: int = 0, parts: int = 1
     ) -> Loader:
-        """The training batches by this protocol, see ``Loader``."""
+        """Make the training batches of this protocol, see ``Loader``."""
         return Loader(
             self.spec,
             protocol,
             seed=seed,
+            device=self.device,
             views=views,
             pixels=self.train_pixels,
             pictures=self._train,
@@ -54,13 +57,13 @@ class Dataset:
         )
 
     def test_batches(self, batch_size: int, test_crop: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test images in order, (B, 3, H, W) float in [0, 1], channels last, and labels (B,) int64.
+        """Yield all test images in order, (B, 3, H, W) float in [0, 1], channels last, and labels (B,) int64.
 
         Args:
             batch_size: of all batches but the last.
             test_crop: share of the resized side that the centre crop keeps.
         """
-        labels = torch.from_numpy(self._test.labels).to(self._device)
+        labels = torch.from_numpy(self._test.labels).to(self.device)
         size = self.spec.image_size
         starts = range(0, len(labels), batch_size)
         if self.test_pixels is not None:
@@ -75,9 +78,9 @@ class Dataset:
         whole = {"images": whole_transform(size, test_crop)}
         dataset = Streamed(self._test, whole, int(size / test_crop), seed=0)
         keys = ([(0, row) for row in range(start, min(start + batch_size, len(labels)))] for start in starts)
-        for start, drawn in zip(starts, stream(dataset, keys, self.workers, self._device), strict=True):
+        for start, drawn in zip(starts, stream(dataset, keys, self.workers, self.device), strict=True):
             yield augment.floats(drawn["images"]), labels[start : start + batch_size]
 
     def _on_device(self, pictures: Pictures) -> Tensor:
         assert isinstance(pictures, Pixels)
-        return torch.from_numpy(pictures.array).to(self._device)
+        return torch.from_numpy(pictures.array).to(self.device)

@@ -82,7 +82,7 @@ def _arrays(
 
 
 def _pixels(name: str, split: str, given: Any) -> NDArray[np.uint8]:
-    """The images as (N, S, S, 3), in the memory where they lie if that can be."""
+    """Check an array of images, and bring it to (N, S, S, 3), without a copy if possible."""
     pixels = np.asarray(given)
     if pixels.ndim == 3:
         pixels = pixels[..., None]

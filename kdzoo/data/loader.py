@@ -1,7 +1,7 @@
-"""Training batches as a pure function of seed and step: runs resume to the bit, comparisons are paired."""
+"""Make training batches as a pure function of seed and step: runs resume to the bit, comparisons are paired."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdzoo.data import augment
 from kdzoo.data.pictures import Pictures
-from kdzoo.data.stream import Streamed, enough, left_for_the_device, stream, worker_transform
+from kdzoo.data.stream import Streamed, left_for_the_device, side_needed, stream, worker_transform
 from kdzoo.data.targets import Targets
 from kdzoo.distiller import Batch, DataSpec
 from kdzoo.errors import UserError, unknown
@@ -20,7 +20,7 @@ VIEWS = ("weak", "strong", "rotations")
 
 
 def share(rows: int, part: int, parts: int) -> Tensor:
-    """Which rows of a batch belong to one of ``parts`` equal parts of it: (rows / parts,) int64.
+    """Choose the rows of a batch that belong to one of its ``parts`` equal parts: (rows / parts,) int64.
 
     Half of them from the front and half from the back, so that rows which are mixed, i and rows - 1 - i, stay together.
     """
@@ -30,24 +30,50 @@ def share(rows: int, part: int, parts: int) -> Tensor:
     return torch.cat([first, torch.arange(rows - (part + 1) * back, rows - part * back)])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Say how one view of the images is drawn: all on the device, or first by workers and the rest there."""
+
+    recipe: Augmentation
+    streamed: bool  # whether workers decode the images and draw the part of the recipe that is theirs
+
+    @property
+    def on_device(self) -> Augmentation:
+        """The part of the recipe that is drawn on the device."""
+        return left_for_the_device(self.recipe) if self.streamed else self.recipe
+
+
+def plans(augmentation: Augmentation, views: tuple[str, ...], kept: bool) -> dict[str, Plan]:
+    """Plan the images, and those views that are further draws of them; ``kept`` pixels lie on the device."""
+    plain = Augmentation(crop=augmentation.crop, flip=augmentation.flip, resized_crop=augmentation.resized_crop)
+    strong = replace(plain, rand_augment=augmentation.rand_augment or "rand-m9")
+    recipes = {"images": augmentation, "weak": plain, "strong": strong}
+    return {
+        name: Plan(recipes[name], streamed=not kept or bool(recipes[name].rand_augment))  # RandAugment is Pillow's work
+        for name in ("images", *views)
+        if name in recipes
+    }
+
+
 class Loader:
-    """The batches of one training, addressed by step.
+    """Give the batches of one training, addressed by step.
 
     An epoch is a permutation of the training set, its incomplete last batch dropped; a set smaller than a
     batch is one batch. Neither the order nor any draw reads or changes a global random state.
 
     Args:
-        spec: the data set; its labels say on which device batches lie.
+        spec: the data set.
         protocol: epochs, batch size, augmentation, smoothing.
         seed: of the order and of every draw.
+        device: where batches lie.
         views: further views in ``batch.views``; asking for them leaves the images as they are.
             ``weak``: a second draw of crop and flip, (B, 3, H, W), unmixed;
             ``strong``: a third with RandAugment on top (the protocol's, else rand-m9), (B, 3, H, W), unmixed;
             ``rotations``: the batch's images by 0, 90, 180 and 270 degrees, (B, 4, 3, H, W).
-        pixels: (N, S, S, 3) uint8 on the device; None streams the pictures.
-        pictures: the same, one by one.
-        workers: processes that decode and augment what is streamed.
-        part: which of ``parts`` equal shares of every batch is given out; its rows are drawn as in the whole batch.
+        pixels: (N, S, S, 3) uint8 on the device; None streams the images.
+        pictures: the same images, one by one.
+        workers: processes that decode and augment streamed images; 0: this process does.
+        part: the one of ``parts`` equal shares of every batch that is given; its rows are drawn as in the whole batch.
         parts: how many processes share a batch.
     """
 
@@ -57,6 +83,7 @@ class Loader:
         protocol: Protocol,
         *,
         seed: int,
+        device: torch.device,
         views: tuple[str, ...],
         pixels: Tensor | None,
         pictures: Pictures,
@@ -77,39 +104,28 @@ class Loader:
                 f"a batch of {self.batch_size} images cannot be shared evenly by {parts} devices; "
                 f"set protocol.batch_size to a multiple of {parts}"
             )
-        self.rows = self.batch_size // parts  # of a batch that are given out here
+        self.rows = self.batch_size // parts  # of a batch that are given here
         if self.mixes and self.rows % 2:
             raise UserError(
                 f"mixup and cutmix pair rows, and a device has {self.rows} of a batch; use an even number of them"
             )
         self.steps_per_epoch = len(spec.labels) // self.batch_size
         self.total_steps = self.steps_per_epoch * protocol.epochs
-        self._spec, self._seed, self._views = spec, seed, views
+        self._spec, self._seed, self._device, self._views = spec, seed, device, views
         self._augmentation = augmentation
         self._pixels = pixels
         self._workers = workers
         self._targets = Targets(protocol, spec.num_classes)
-        self._device = spec.labels.device
-        self._generator = torch.Generator(self._device)
-        self._here = share(self.batch_size, part, parts).to(self._device) if parts > 1 else None
-        plain = Augmentation(crop=augmentation.crop, flip=augmentation.flip, resized_crop=augmentation.resized_crop)
-        strong = replace(plain, rand_augment=augmentation.rand_augment or "rand-m9")
-        recipes = {"images": augmentation, "weak": plain, "strong": strong}
-        drawn = {name: recipes[name] for name in ("images", *views) if name in recipes}
-        streamed = {
-            name: recipe
-            for name, recipe in drawn.items()
-            if pixels is None or recipe.rand_augment  # RandAugment is Pillow's work
-        }
-        self._on_device = {
-            name: left_for_the_device(recipe) if name in streamed else recipe for name, recipe in drawn.items()
-        }
-        transforms = {name: worker_transform(recipe, spec.image_size, spec.mean) for name, recipe in streamed.items()}
-        side = max((enough(recipe, spec.image_size) for recipe in streamed.values()), default=spec.image_size)
+        self._generator = torch.Generator(device)
+        self._here = share(self.batch_size, part, parts).to(device) if parts > 1 else None
+        self._plans = plans(augmentation, views, kept=pixels is not None)
+        recipes = {name: plan.recipe for name, plan in self._plans.items() if plan.streamed}
+        transforms = {name: worker_transform(recipe, spec.image_size, spec.mean) for name, recipe in recipes.items()}
+        side = max((side_needed(recipe, spec.image_size) for recipe in recipes.values()), default=spec.image_size)
         self._streamed = Streamed(pictures, transforms, side, seed) if transforms else None
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """The batches of steps ``start`` to ``stop - 1`` of the whole training, across epochs."""
+        """Yield the batches of steps ``start`` to ``stop - 1`` of the whole training, across epochs."""
         stop = self.total_steps if stop is None else min(stop, self.total_steps)
         steps = self._schedule(start, stop, self._device)
         streamed: Iterator[dict[str, Tensor]] = repeat({})
@@ -123,7 +139,7 @@ class Loader:
             yield self._batch(step, rows, drawn)
 
     def _schedule(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-        """(step, epoch, this part's rows (B,) on the device); drawn on the CPU, so the same for every device."""
+        """Yield (step, epoch, this part's rows (B,) on the device); drawn on the CPU, so the same for every device."""
         order, current = torch.empty(0, dtype=torch.int64), -1
         here = None if self._here is None else self._here.to(device)
         for step in range(start, stop):
@@ -139,8 +155,8 @@ class Loader:
 
     def _batch(self, step: int, rows: Tensor, streamed: dict[str, Tensor]) -> Batch:
         drawn = {
-            name: self._draw(name, recipe, step, streamed[name] if name in streamed else self._kept(rows))
-            for name, recipe in self._on_device.items()
+            name: self._draw(name, plan.on_device, step, streamed[name] if plan.streamed else self._kept(rows))
+            for name, plan in self._plans.items()
         }
         images = drawn["images"]
         if self._augmentation.erasing:
@@ -169,7 +185,7 @@ class Loader:
         return self._pixels[rows]
 
     def _draw(self, name: str, recipe: Augmentation, step: int, pixels: Tensor) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 cropped, mirrored, jittered: (B, 3, S, S) float in [0, 1], channels last."""
+        """Crop, mirror and jitter pixels (B, H, W, 3) uint8: (B, 3, S, S) float in [0, 1], channels last."""
         draws, size = self._seeded(step, name), self._spec.image_size
         if recipe.resized_crop:
             images = augment.resized_crop(augment.floats(pixels), draws, size, recipe.resized_crop, flip=recipe.flip)

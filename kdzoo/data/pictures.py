@@ -1,4 +1,4 @@
-"""The images of one split: in memory as one array, or on disk as one file each."""
+"""Hold the images of one split: in memory as one array, or on disk as one file each."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from kdzoo.errors import UserError
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images of one size that are in memory, or mapped from a file."""
+    """Hold images of one size in memory, or mapped from a file."""
 
     array: NDArray[np.uint8]  # (N, S, S, 3)
     labels: NDArray[np.int64]  # (N,)
@@ -36,7 +36,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Files:
-    """Images of any size, one file each, decoded when asked for."""
+    """List images of any size, one file each, which are decoded one at a time."""
 
     root: Path
     names: NDArray[np.bytes_]  # (N,) paths below root; one array, as worker processes share it without copies

@@ -1,4 +1,4 @@
-"""From a source to pictures ready for use: at which size, whether in memory, and how bright they are."""
+"""Prepare images for use: decide their size, decode those that fit into memory, measure how bright they are."""
 
 import os
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from kdzoo.data.sources import Source, stratified
 from kdzoo.errors import UserError
 
 _ALWAYS_FITS = 4 * 2**30  # bytes
-_SAMPLE = 2048  # pictures that stand for a set too large to be decoded for its mean
+_SAMPLE = 2048  # images that are decoded to measure a set that is too large for memory
 
 Channels = tuple[float, ...]
 
 
 class Ready(NamedTuple):
-    """Pictures at their size, with the mean and standard deviation of training images in [0, 1]."""
+    """Hold images that are ready, with the mean and standard deviation of training images in [0, 1]."""
 
     train: Pictures
     test: Pictures
@@ -39,9 +39,9 @@ def prepare(
     report: Callable[[str], object] | None,
     stream: bool | None,
 ) -> Ready:
-    """Decide size and place, and decode into the cache ``folder`` what is to live on the device.
+    """Decide the size of images and whether the device keeps them, and decode those into the cache ``folder``.
 
-    ``report`` is called with what is being done.
+    ``report`` is called with a line of progress.
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"image size is {image_size}; expected a side in pixels")
@@ -79,7 +79,7 @@ def prepare(
 
 
 def measured(pixels: NDArray[np.uint8]) -> tuple[Channels, Channels]:
-    """Mean and standard deviation per channel of pixels (N, H, W, 3), in units of images in [0, 1]."""
+    """Measure mean and standard deviation per channel of pixels (N, H, W, 3), in units of images in [0, 1]."""
     counts = np.zeros((3, 256))
     for start in range(0, len(pixels), 1024):
         for channel in range(3):
@@ -98,7 +98,7 @@ def _sampled(files: Files, side: int) -> NDArray[np.uint8]:
 
 
 def _fits(size: int, device: torch.device) -> bool:
-    """Up to 4 GiB, or a third of the device's memory.
+    """Tell whether so many bytes may be kept: up to 4 GiB, or a third of the device's memory.
 
     Of all its memory, not of what is free: a run that resumes beside another one must take the same path.
     """

@@ -21,7 +21,7 @@ from kdzoo.keywords import keyword_settings
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it lies on disk or in a package."""
+    """Describe a data set that is loaded and not yet decoded."""
 
     name: str
     class_names: tuple[str, ...]
@@ -31,7 +31,7 @@ class Source:
 
     @property
     def superclasses(self) -> tuple[int, ...]:
-        """(K,) the coarse class of each class; empty where none are defined."""
+        """(K,) the superclass of each class; empty where none are defined."""
         return superclasses_of(self.class_names)
 
     def limited(self, limit: int | None) -> "Source":
@@ -93,7 +93,7 @@ def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None)
 
 
 def _find(name: str) -> tuple[type[ImageSet], tuple[str, ...]]:
-    """The class of the set of this name, and its constructor's argument where it has one."""
+    """Find the class of the set of this name, and its constructor's argument where it has one."""
     head, _, argument = name.partition(":")
     if head not in registry.data_sets.names() and not head.endswith(".py"):
         head, argument = name, ""

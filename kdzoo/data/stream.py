@@ -1,4 +1,4 @@
-"""Pictures decoded, cropped and resized one by one, in worker processes where asked: large sets and RandAugment."""
+"""Decode, crop and resize images one by one, in worker processes if asked: for large sets and for RandAugment."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,13 +20,13 @@ from kdzoo.errors import UserError
 from kdzoo.randomness import globally_seeded
 from kdzoo.recipe import Augmentation
 
-AHEAD = 4  # batches that each worker prepares in advance, so that a slow picture is not felt
+AHEAD = 4  # batches that each worker prepares in advance, so that one slow image delays nothing
 
 Transform = Callable[[Image.Image], Image.Image]  # any size -> a square
 
 
 def worker_transform(augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> Transform:
-    """What a recipe has a worker do: crop and resize; where RandAugment is on, all that comes before it, and it.
+    """Make the part of a recipe that workers do: crop and resize, and with RandAugment all up to it.
 
     As everywhere in timm, colour jitter is left out where RandAugment is on.
     """
@@ -60,36 +60,36 @@ def worker_transform(augmentation: Augmentation, size: int, mean: tuple[float, .
 
 
 def left_for_the_device(augmentation: Augmentation) -> Augmentation:
-    """What of a recipe remains to be drawn there after ``worker_transform``."""
+    """Select the part of a recipe that remains for the device after ``worker_transform``."""
     return Augmentation() if augmentation.rand_augment else replace(augmentation, resized_crop=None)
 
 
-def enough(augmentation: Augmentation, size: int) -> int:
-    """The short side in pixels at which no crop of the recipe has fewer than ``size`` pixels a side."""
+def side_needed(augmentation: Augmentation, size: int) -> int:
+    """Compute the short side in pixels at which no crop of the recipe has fewer than ``size`` pixels a side."""
     if augmentation.resized_crop is None:
         return size
     return math.ceil(size / math.sqrt(augmentation.resized_crop[0] * 3 / 4))  # boxes are up to 4 by 3
 
 
 def whole_transform(size: int, test_crop: float) -> Transform:
-    """The short side resized to ``size / test_crop``, then the centre."""
+    """Resize the short side to ``size / test_crop``, then cut out the centre."""
     return transforms.Compose([transforms.Resize(int(size / test_crop)), transforms.CenterCrop(size)])
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's, which at full strength keeps no bit: black, though Pillow has come to refuse that."""
+    """Posterize as timm does; at full strength no bit is left, which Pillow refuses: the image is black."""
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class Streamed(TorchDataset[Any]):
-    """(epoch, row) -> the picture once through each transform, as a dict of (S, S, 3) uint8.
+    """Decode an image by (epoch, row) and pass it once through each transform: a dict of (S, S, 3) uint8.
 
     A draw is seeded by epoch, row and transform's name: neither workers nor further transforms change it.
 
     Args:
-        pictures: what is decoded.
+        pictures: the images.
         transforms: by name; each makes squares of one size.
-        side: the short side in pixels that suffices for all of them; pictures may be decoded no larger.
+        side: the short side in pixels that suffices for all of them; images may be decoded no larger.
         seed: of every draw.
     """
 
@@ -112,9 +112,10 @@ class Streamed(TorchDataset[Any]):
 def stream(
     dataset: Streamed, keys: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """One dict of (B, S, S, 3) uint8 tensors on the device per list of keys; bytes travel, floats are made there.
+    """Yield a dict of (B, S, S, 3) uint8 tensors on the device for each list of keys.
 
-    One loader serves all keys, across epochs: its workers start once and are always some batches ahead.
+    One loader serves all keys, across epochs: its workers start once and are always some batches ahead. Bytes travel to
+    the device, and floats are made there.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,

@@ -1,4 +1,4 @@
-"""CIFAR-100's twenty superclasses, for any data set that has its hundred class names."""
+"""Find CIFAR-100's twenty superclasses, for any data set that has its hundred class names."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ _SUPERCLASS = {name: coarse for coarse, names in enumerate(_MEMBERS.values()) fo
 
 
 def superclasses_of(class_names: Sequence[str]) -> tuple[int, ...]:
-    """(K,) the superclass, 0 to 19, of each of CIFAR-100's classes; empty for any other set of names."""
+    """Find the superclass, 0 to 19, of each of CIFAR-100's classes: (K,); empty for any other set of names."""
     if set(class_names) != set(_SUPERCLASS):
         return ()
     return tuple(_SUPERCLASS[name] for name in class_names)

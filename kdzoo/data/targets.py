@@ -1,4 +1,4 @@
-"""What cross-entropy is taken against: labels smoothed, and mixed together with their images."""
+"""Make the targets of cross-entropy: labels smoothed, and mixed together with their images."""
 
 from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
@@ -8,10 +8,10 @@ from kdzoo.recipe import Protocol
 
 
 class Targets:
-    """Targets as timm makes them: smoothing leaves eps / K at every class, a mix pairs row i with B-1-i.
+    """Make targets as timm does: smoothing leaves eps / K at every class, a mix pairs row i with B-1-i.
 
     Args:
-        protocol: its label smoothing, mixup and cutmix count.
+        protocol: its label smoothing, mixup and cutmix are read.
         num_classes: K.
     """
 
@@ -26,7 +26,7 @@ class Targets:
         )
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), mixed in place where the protocol mixes, and their targets (B, K)."""
+        """Mix images (B, 3, H, W) in place if the protocol mixes, and return them with their targets (B, K)."""
         if self.mixup is not None:
             with globally_seeded(seed):
                 return self.mixup(images, labels)

@@ -27,7 +27,7 @@ Spectrum = NDArray[np.complex128]  # (size, size // 2 + 1), as rfft2 has it
 
 
 class Bands(ImageSet):
-    """Gray images of classes that are pairs of a shape and a texture: a function of these options alone.
+    """Draw gray images whose classes are pairs of a shape and a texture: a function of these options alone.
 
     Class k is the pair of shape k * shapes // classes and texture k % textures. An image of it shows that shape with
     probability ``low``, else any, and that texture with probability ``high``, else any. Patterns contain their own
@@ -120,7 +120,7 @@ class Bands(ImageSet):
 
 
 def shape(number: int, size: int) -> Spectrum:
-    """A coarse pattern of mean 0 and deviation 1; the same at every size."""
+    """Draw a coarse pattern of mean 0 and deviation 1; the same at every size."""
     count = int(CUT)
     random = np.random.default_rng(seed_of("bands", "shape", number))
     spectrum = np.zeros((size, size // 2 + 1), np.complex128)
@@ -133,7 +133,7 @@ def shape(number: int, size: int) -> Spectrum:
 
 
 def texture(number: int, size: int) -> Spectrum:
-    """A fine pattern of mean 0 and deviation 1: waves of 2.7 to 4 pixels, all of the same strength."""
+    """Draw a fine pattern of mean 0 and deviation 1: waves of 2.7 to 4 pixels, all of the same strength."""
     radius = _radius(size)
     radius[[0, *range(size // 2, size)]] = 0  # upward waves only, and none along an axis, which mirrors itself
     radius[:, 0] = 0
@@ -146,24 +146,24 @@ def texture(number: int, size: int) -> Spectrum:
 
 
 def _shown(random: Generator, own: NDArray[np.int64], count: int, share: float) -> NDArray[np.int64]:
-    """Which of ``count`` patterns each image shows: its class's ``own`` (N,) in this share, else any."""
+    """Draw which of ``count`` patterns each image shows: its class's ``own`` (N,) in this share, else any."""
     return np.where(random.random(len(own)) < share, own, random.integers(count, size=len(own)))
 
 
 def _drifted(random: Generator, spectra: Spectrum) -> Spectrum:
-    """Patterns (N, size, size // 2 + 1), each moved along both axes, circularly."""
+    """Move each of the patterns (N, size, size // 2 + 1) along both axes, circularly."""
     size = spectra.shape[1]
     down, right = 2 * np.pi * DRIFT * random.uniform(-1, 1, (2, len(spectra), 1, 1))
     return spectra * np.exp(-1j * (down * np.fft.fftfreq(size, 1 / size)[:, None] + right * np.arange(size // 2 + 1)))
 
 
 def _rephased(random: Generator, spectra: Spectrum) -> Spectrum:
-    """Return patterns (N, size, size // 2 + 1), with every wave of each moved by another draw."""
+    """Move every wave of the patterns (N, size, size // 2 + 1) by a draw for itself."""
     return spectra * np.exp(2j * np.pi * random.random(spectra.shape))
 
 
 def _noise(random: Generator, count: int, size: int, low: float, high: float) -> Spectrum:
-    """Noise (count, size, size // 2 + 1) of mean 0, white up to ``CUT`` and white above, of these deviations."""
+    """Draw noise (count, size, size // 2 + 1) of mean 0, white up to ``CUT`` and white above, of these deviations."""
     radius = np.hypot(*np.meshgrid(*[np.fft.fftfreq(size, 1 / size)] * 2))
     is_low = radius <= CUT
     shares = (is_low.sum() - 1) / size**2, (~is_low).sum() / size**2  # of white noise, without the mean
@@ -173,5 +173,5 @@ def _noise(random: Generator, count: int, size: int, low: float, high: float) ->
 
 
 def _radius(size: int) -> NDArray[np.float64]:
-    """The radius in cycles per image of each coefficient of rfft2: (size, size // 2 + 1)."""
+    """Compute the radius in cycles per image of each coefficient of rfft2: (size, size // 2 + 1)."""
     return np.hypot(np.fft.fftfreq(size, 1 / size)[:, None], np.arange(size // 2 + 1))

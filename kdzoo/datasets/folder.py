@@ -11,7 +11,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Folder(ImageSet):
-    """An image tree whose folders are the classes, in alphabetical order.
+    """Read an image tree whose folders are the classes, in alphabetical order.
 
     ``val`` is the test split where there is one, else ``test``.
 
@@ -55,7 +55,7 @@ def _subfolders(path: Path) -> list[str]:
 
 
 def _listed(split: Path, present: list[str], classes: list[str]) -> Split:
-    """The images of the classes that are ``present``, with their positions in ``classes`` as labels."""
+    """List the images of the classes that are ``present``, with their positions in ``classes`` as labels."""
     images: list[str] = []
     labels: list[int] = []
     for name in present:

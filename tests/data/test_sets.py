@@ -16,6 +16,7 @@ from kdzoo.errors import UserError
 def test_digits_are_split_by_class_once_and_for_all() -> None:
     one, other = open_dataset("digits"), open_dataset("digits")
     assert one.fits
+    assert one.device == next(one.test_batches(1))[0].device == torch.device("cpu")
     assert one.spec.num_classes == 10
     assert one.spec.image_size == 8
     assert len(one.spec.labels) == 1437
