@@ -40,7 +40,7 @@ def bare_steps(settings: Settings, dataset: Dataset, teacher: models.Network) ->
     student = network(settings.student.name, dataset.spec).train()
     assert dataset.train_pixels is not None
     pixels = dataset.train_pixels
-    labels, device = dataset.spec.labels, dataset.spec.labels.device
+    labels, device = dataset.spec.labels, dataset.device
     size, rows = settings.protocol.batch_size, torch.arange(32, device=device)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
     while True:

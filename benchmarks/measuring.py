@@ -156,7 +156,7 @@ class Group:
         machine: Machine,
         batch_size: int | None = None,
     ):
-        self.device = dataset.spec.labels.device
+        self.device = dataset.device
         self.runs = [self._run(teacher, student, method, machine, batch_size) for method in methods]
         self.teacher = shared_passes(network(teacher, dataset.spec).eval().requires_grad_(False), self.runs[0])
         distillations = [build(run, dataset, self.teacher).train() for run in self.runs]

@@ -25,7 +25,7 @@ def evaluate(
     training = network.training
     network.eval()
     best = min(5, dataset.spec.num_classes)
-    hits = torch.zeros(2, device=dataset.spec.labels.device, dtype=torch.int64)
+    hits = torch.zeros(2, device=dataset.device, dtype=torch.int64)
     count = 0
     with torch.inference_mode():
         for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):

@@ -47,7 +47,7 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     spec, (settings, place) = dataset.spec, run
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
-    if spec.labels.device.type == "cpu":
+    if dataset.device.type == "cpu":
         models.unfuse_attention(student)
     torch.manual_seed(seed_of(settings.seed, "distiller"))
     distiller = registry.load(settings.distiller.name)(**settings.distiller.keywords)
@@ -62,7 +62,7 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
         student.checkpoint_activations()
     if place.engine.compile:
         student.compile()
-    return channels_last(distillation.to(spec.labels.device))
+    return channels_last(distillation.to(dataset.device))
 
 
 def channels_last(distillation: Distillation) -> Distillation:
@@ -129,7 +129,7 @@ def train_lanes(
     outcomes: dict[int, Result | UserError] = {**failed}
     if built:
         loader = common_loader(runs[0].settings, built.values(), dataset, ranks)
-        device, per_epoch, names = dataset.spec.labels.device, loader.steps_per_epoch, titles(runs)
+        device, per_epoch, names = dataset.device, loader.steps_per_epoch, titles(runs)
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks) for i in built}
         for lane in lanes.values():
             ranks.once(lane.folder.open, lane.run)

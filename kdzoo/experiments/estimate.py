@@ -145,13 +145,13 @@ def measure(group: Sequence[Run], progress: Progress) -> tuple[GroupCost, Run | 
     lacking = teachers.lacking(first, dataset)
     teaching = 0.0 if lacking is None else cost_of([lacking], dataset, None).seconds([0])
     network = teachers.untrained(first, dataset).eval().requires_grad_(False)
-    network.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
+    network.to(dataset.device).to(memory_format=torch.channels_last)
     return cost_of(group, dataset, network), lacking, teaching
 
 
 def cost_of(runs: Sequence[Run], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
     """What these runs take beside this teacher."""
-    (first, place), device = runs[0], dataset.spec.labels.device
+    (first, place), device = runs[0], dataset.device
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     room = memory.ROOM * memory.free(device, place.engine.memory)
     lanes: dict[int, LaneCost] = {}
@@ -185,7 +185,7 @@ def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progre
     place = runs[0].place.engine
     if place.lanes or len(runs) == 1:
         return [list(runs)]
-    room = memory.ROOM * memory.free(dataset.spec.labels.device, place.memory)
+    room = memory.ROOM * memory.free(dataset.device, place.memory)
     failed: dict[int, UserError] = {}
     lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
     with progress.doing(f"measuring the memory of {len(runs)} runs"):
@@ -249,7 +249,7 @@ def test_seconds(network: nn.Module, dataset: Dataset, settings: Settings) -> fl
 
     first_batch()
     batches = dataset.test_size / min(TEST_BATCH, dataset.test_size)
-    return batches * seconds(first_batch, dataset.spec.labels.device)
+    return batches * seconds(first_batch, dataset.device)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -151,7 +151,7 @@ def evaluate_run(path: Path) -> tuple[float, float]:
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
             deployed = shape_of_shipped(run, dataset)
             models.load_weights(deployed, folder.student)
-            deployed.to(dataset.spec.labels.device).to(memory_format=torch.channels_last)
+            deployed.to(dataset.device).to(memory_format=torch.channels_last)
             return evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
 
 

@@ -178,7 +178,7 @@ def compare(
         UserError: a network does not show four stages.
     """
     for network in networks.values():
-        network.to(dataset.spec.labels.device).to(memory_format=torch.channels_last).eval()
+        network.to(dataset.device).to(memory_format=torch.channels_last).eval()
     measured: dict[str, Measured] = {}
     with torch.inference_mode():
         for images, labels in islice(dataset.test_batches(BATCH, test_crop=crop), batches or None):

@@ -39,7 +39,7 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
         network = untrained(run, dataset)
         models.load_weights(network, folder.student)
         origin = str(folder.path)
-    device = spec.labels.device
+    device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     with progress.doing(f"measuring teacher {wanted.name} on {spec.name}"):
         top1, _ = evaluate(network, dataset, settings.engine.precision, settings.protocol.test_crop)

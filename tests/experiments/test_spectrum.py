@@ -23,6 +23,8 @@ SIDE = 16
 class Shown:
     """A data set of the images that a test makes."""
 
+    device = torch.device("cpu")
+
     def __init__(self, images):
         self.images, self.labels = images, torch.arange(len(images)) % 10
         self.spec = DataSpec("made", 10, tuple("0123456789"), SIDE, self.labels)
