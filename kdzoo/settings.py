@@ -80,13 +80,13 @@ class Settings:
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of the user's that the others name
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain dictionaries, lists and scalars; the keywords stand beside the method's name."""
+        """Return plain dictionaries, lists and scalars; the keywords stand beside the method's name."""
         plain = asdict(self)
         plain["distiller"] = {"name": self.distiller.name, **self.distiller.keywords}
         return json.loads(json.dumps(plain))
 
     def identity(self) -> str:
-        """A hash of the settings; files count by their content, so an edited distiller makes another run."""
+        """Hash the settings; files count by their content, so an edited distiller makes another run."""
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -138,7 +138,7 @@ class Place:
     output: OutputPlace = field(default_factory=OutputPlace)
 
     def within(self, **changes: dict[str, Any]) -> "Place":
-        """The same place with keys of its sections changed, such as ``place.within(engine={"threads": 1})``."""
+        """Change keys of the place's sections, such as ``place.within(engine={"threads": 1})``."""
         return replace(self, **{name: replace(getattr(self, name), **keys) for name, keys in changes.items()})
 
 
@@ -149,11 +149,11 @@ class Run(NamedTuple):
     place: Place
 
     def within(self, **changes: dict[str, Any]) -> "Run":
-        """The same run at a place whose sections' keys are changed."""
+        """Change keys of the sections of the run's place."""
         return self._replace(place=self.place.within(**changes))
 
     def plain(self) -> dict[str, Any]:
-        """Both in one mapping, by the keys that a user gives."""
+        """Return both in one mapping, by the keys that a user gives."""
         plain = self.settings.plain()
         for section, keys in asdict(self.place).items():
             plain[section] = {**plain.get(section, {}), **keys}
@@ -180,7 +180,7 @@ def apart(plain: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
-    """A run from nested ``values`` (flags, a suite) and ``key=value`` strings, the latter winning.
+    """Make a run from nested ``values`` (flags, a suite) and ``key=value`` strings, the latter winning.
 
     Keywords that are not given come from the published preset for this pair, if there is one, else from the method's
     defaults.
@@ -220,7 +220,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
 
 
 def stored(plain: Mapping[str, Any]) -> Run:
-    """The run that ``Run.plain`` wrote down: complete, so no preset, recipe or default of today takes part.
+    """Read the run that ``Run.plain`` wrote down: complete, so no preset, recipe or default of today takes part.
 
     Raises:
         UserError: a key or keyword that is not known any more.
@@ -251,7 +251,7 @@ def _typed(given: Mapping[str, Any]) -> Run:
 
 
 def _files_of(settings: Settings) -> dict[str, str]:
-    """The SHA-256 of each file that the settings name: a method, weights, a data set of the user's."""
+    """Compute the SHA-256 of each file that the settings name: a method, weights, a data set of the user's."""
     found = {}
     for name in (settings.distiller.name, settings.teacher.weights, settings.data.name):
         path = Path(name or "").expanduser()
@@ -261,13 +261,13 @@ def _files_of(settings: Settings) -> dict[str, str]:
 
 
 def preset(distiller: str, data: str, protocol: str, teacher: str | None, student: str) -> dict[str, Any]:
-    """The keywords that the field uses for this method on this pair, data and recipe (``configs/presets.csv``)."""
+    """Find the keywords that the field uses for this method on this pair, data and recipe (``configs/presets.csv``)."""
     return dict(_presets().get((distiller, data, protocol, teacher or "", student), {}))
 
 
 @cache
 def _presets() -> dict[tuple[str, ...], dict[str, Any]]:
-    """All presets, by method, data, protocol, teacher and student."""
+    """Read all presets, by method, data, protocol, teacher and student."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in csv.DictReader((shipped_folder() / "presets.csv").read_text(encoding="utf-8").splitlines()):
         key = tuple(row[part] for part in ("distiller", "data", "protocol", "teacher", "student"))
@@ -276,12 +276,12 @@ def _presets() -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def read_protocol(name: str, epochs: int | None = None) -> Protocol:
-    """A recipe of ``configs/protocols``, or of a YAML file by its path; for so many epochs where they are given."""
+    """Read a recipe of ``configs/protocols``, or of a YAML file by its path, for so many epochs where they are given."""
     return _protocol({"name": name} if epochs is None else {"name": name, "epochs": epochs})
 
 
 def protocol_names() -> list[str]:
-    """The names of the recipes that come with kdzoo."""
+    """List the names of the recipes that come with kdzoo."""
     return sorted(f.name.removesuffix(".yaml") for f in _protocol_files())
 
 

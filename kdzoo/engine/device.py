@@ -23,7 +23,7 @@ KEEP_BF16 = {
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; for ``auto`` cuda, mps or cpu, the first that is there.
+    """Find the device of that name; for ``auto`` the first of cuda, mps and cpu that is there.
 
     Raises:
         UserError: the name is no device, or the device is not there.
@@ -114,5 +114,5 @@ def use(place: Place) -> torch.device:
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """The context in which streams and graphs are this device's, where a machine has several."""
+    """Make a context in which streams and graphs are this device's, where a machine has several."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -24,27 +24,27 @@ Record = Callable[[Work, Any], Work]  # (work, stream) -> what does the work aga
 
 
 class Plain:
-    """Steps run operation by operation."""
+    """Steps that run operation by operation."""
 
     def __init__(self, teacher: TeacherPasses | None):
         self.teacher = teacher
 
     def begin(self, batch: Batch) -> Batch:
-        """To be called before the lanes' steps, which take the batch that this returns."""
+        """Begin a step of all lanes, and return the batch that they take."""
         if self.teacher is not None:
             self.teacher.forget()
         return batch
 
     def step(self, lane: Lane, batch: Batch, step: int) -> None:
-        """One lane's step."""
+        """Take one lane's step."""
         lane.step(batch, step)
 
     def end(self) -> None:
-        """To be called after the lanes' steps."""
+        """End a step of all lanes."""
 
 
 class Graphed(Plain):
-    """Steps are captured once, after some plain ones, and replayed.
+    """Steps that are captured once as CUDA graphs, after some plain ones, and replayed.
 
     The teacher's passes are one graph, and each lane's step is another on a separate stream, so that small
     networks overlap. A lane that fails is replayed no more and touches no other; one that cannot be captured continues
@@ -95,7 +95,7 @@ class Graphed(Plain):
         return self.batch
 
     def run_teacher(self, teacher: TeacherPasses) -> None:
-        """The passes that the last plain step asked for, on the batch of this one."""
+        """Make the teacher's passes that the last plain step asked for, on the batch of this one."""
         if self.teach is None:
             # Only of memory that holds the next batch too: what a method made of the images is its lane's own.
             ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(self.batch)}
@@ -113,7 +113,7 @@ class Graphed(Plain):
         teacher.made = dict(self.passes)
 
     def pass_through(self, teacher: TeacherPasses, shown: list[Tensor]) -> None:
-        """The teacher's passes, as a lane would ask for them."""
+        """Make the teacher's passes as a lane would ask for them."""
         teacher.forget()
         with torch.no_grad(), autocast(self.device.type, PRECISIONS[self.precision]):
             for images in shown:
@@ -145,7 +145,7 @@ class Graphed(Plain):
             lane.step(batch, step)
 
     def capture(self, lane: Lane, batch: Batch) -> bool:
-        """Records a lane's step, which does nothing yet; whether that could be done."""
+        """Record a lane's step, which does nothing yet, and tell whether that could be done."""
         try:
             with self.aside(id(lane)) as stream:
                 self.replays[id(lane)] = self.record(partial(lane.advance, batch), stream)
@@ -158,7 +158,7 @@ class Graphed(Plain):
         return True
 
     def give_up(self, lane: Lane, reason: str) -> None:
-        """From now on this lane runs plainly."""
+        """Run this lane operation by operation from now on, and say why."""
         self.replays[id(lane)] = None
         self.say(f"{lane.title}: steps run kernel by kernel, as they cannot be a CUDA graph: {reason}")
 
@@ -187,7 +187,7 @@ def steps(lane: Lane, teacher: TeacherPasses | None, say: Callable[[str], None])
 
 
 def cuda_graph(work: Work, stream: torch.cuda.Stream) -> Work:
-    """Captures ``work``, which computes nothing yet; what is returned computes it."""
+    """Capture ``work``, which computes nothing yet, and return the function that computes it."""
     graph = torch.cuda.CUDAGraph()
     # Only this thread's calls are judged: another may be pinning memory for the batches to come.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -197,7 +197,7 @@ def cuda_graph(work: Work, stream: torch.cuda.Stream) -> Work:
 
 @contextmanager
 def host_work(device: torch.device) -> Iterator[list[str]]:
-    """Finds what a graph would leave out or repeat for ever: waiting for the device, and numbers drawn by the host."""
+    """Detect what a CUDA graph cannot capture: waiting for the device, and random numbers drawn by the host."""
     found: list[str] = []
     if device.type != "cuda":
         yield found
@@ -220,7 +220,7 @@ def host_work(device: torch.device) -> Iterator[list[str]]:
 
 
 def _generators() -> tuple[Any, ...]:
-    """The state of the generators that a capture does not follow."""
+    """Read the state of the generators that a capture does not follow."""
     # A method may draw from numpy's global generator, hence the legacy call.
     numbers = np.random.get_state(legacy=False)  # noqa: NPY002
     return (
@@ -232,7 +232,7 @@ def _generators() -> tuple[Any, ...]:
 
 
 def kept(module: nn.Module) -> dict[str, Any]:
-    """What a module and its parts hold from step to step: plain values, and where their tensors lie."""
+    """Read what a module and its parts hold between steps: plain values, and where their tensors lie."""
     held: dict[str, Any] = {}
     for path, owner in module.named_modules():
         own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False), *vars(owner).items()]
@@ -245,17 +245,17 @@ def kept(module: nn.Module) -> dict[str, Any]:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names whose values differ."""
+    """List the names whose values differ."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
 def tensors(batch: Batch | None) -> list[Tensor]:
-    """All tensors of a batch, in one order."""
+    """List all tensors of a batch, always in the same order."""
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong first: a capture that was broken off raises again when it ends."""
+    """Find the first error and its first line; a capture that was broken off raises again when it ends."""
     while error.__context__ is not None:
         error = error.__context__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

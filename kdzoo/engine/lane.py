@@ -76,7 +76,7 @@ class Epochs:
 
 
 def titles(runs: Sequence[Run]) -> list[str]:
-    """Names that tell lanes apart: the method, the student where there are several, and keywords that differ."""
+    """Name lanes so that they differ: by method, by student where there are several, and by keywords that differ."""
     everything = [run.settings for run in runs]
     several = len({settings.student.name for settings in everything}) > 1
     names = []
@@ -89,7 +89,7 @@ def titles(runs: Sequence[Run]) -> list[str]:
 
 
 class Trained(nn.Module):
-    """What a lane trains and keeps: never the teacher."""
+    """The modules that a lane trains and keeps: student and distiller, never the teacher."""
 
     def __init__(self, student: nn.Module, distiller: Distiller):
         super().__init__()
@@ -127,28 +127,28 @@ class Lane:
         self.share = torch.full((), 1 / settings.engine.accumulate, device=self.device)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Compute the learning rate of a step."""
         return learning_rate(self.run.settings.protocol, self.base_rate, step, self.steps_per_epoch)
 
     def prepare(self, loader: Loader, teacher: TeacherPasses | None) -> None:
-        """The method's phase before training."""
+        """Run the method's phase before training."""
         torch.manual_seed(seed_of(self.run.settings.seed, "prepare"))
         self.distillation.prepare(Epochs(loader, teacher))
         self.ranks.align(self.trained)
 
     def step(self, batch: Batch, step: int) -> None:
-        """One optimiser step on one batch. Randomness inside depends on seed and step alone."""
+        """Take one optimiser step on one batch. Randomness inside depends on seed and step alone."""
         self.begin(step)
         self.advance(batch)
 
     def begin(self, step: int) -> None:
-        """The host's part of a step: its seed, its learning rate, its number."""
+        """Do the host's part of a step: its seed, its learning rate, its number."""
         torch.manual_seed(seed_of(self.run.settings.seed, "step", step, *self.ranks.names))
         self.optimizer.set_rate(self.rate(step))
         self.number.fill_(step)
 
     def advance(self, batch: Batch) -> None:
-        """The device's part: a function of tensors that asks for no number, so that it can be a CUDA graph."""
+        """Do the device's part of a step, which reads no number from the device, so that it can be a CUDA graph."""
         settings = self.run.settings
         for rows in micro_batches(batch, settings.engine.accumulate):
             terms = self.forward(rows)
@@ -163,7 +163,7 @@ class Lane:
 
     @property
     def host_bound(self) -> str | None:
-        """Why ``advance`` cannot be a CUDA graph, where that is known beforehand."""
+        """Say why ``advance`` cannot be a CUDA graph, where that is known beforehand."""
         if self.run.place.engine.checkpoint_activations:
             return "activation checkpointing keeps the generator's state on the host"
         return self.optimizer.host_bound
@@ -183,7 +183,7 @@ class Lane:
                 raise
 
     def record(self, found: dict[str, Any]) -> None:
-        """Writes an epoch down."""
+        """Write an epoch down."""
         self.history.append(found)
         self.ranks.once(self.folder.write_history, self.history)
         if self.curves is not None:
@@ -191,7 +191,7 @@ class Lane:
         self.meter.reset()
 
     def deployed(self) -> nn.Module:
-        """What would ship now."""
+        """Make the module that would ship now."""
         trained = self.trained if self.average is None else cast(Trained, self.average.module)
         return trained.distiller.deploy(trained.student)
 
@@ -207,7 +207,7 @@ class Lane:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` gave."""
+        """Restore what ``state_dict`` gave."""
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

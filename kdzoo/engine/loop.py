@@ -94,7 +94,7 @@ class Clock:
 
 
 def alive(lanes: Sequence[Lane]) -> Iterator[Lane]:
-    """The lanes that have not failed, asked one after the other."""
+    """Iterate over the lanes that have not failed, each asked when its turn comes."""
     return (lane for lane in lanes if lane.failure is None)
 
 

@@ -32,7 +32,7 @@ class Cost(NamedTuple):
 
 
 def free(device: torch.device, share: float = 1.0) -> float:
-    """The bytes that can still be had, and no more than this share of all: of a GPU, or of the machine or container."""
+    """Measure the free bytes of the GPU, or of the machine or container, capped at this share of the total."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         available, total = torch.cuda.mem_get_info(device)
@@ -43,7 +43,7 @@ def free(device: torch.device, share: float = 1.0) -> float:
 
 
 def container() -> tuple[float, float]:
-    """The bytes that the container may use, infinite outside of one, and those it uses beside what can be dropped.
+    """Read the bytes that the container may use, infinite outside of one, and those that it uses and cannot drop.
 
     Read of control groups, version 2 or 1; files read lately are what can be dropped.
     """
@@ -62,7 +62,7 @@ def container() -> tuple[float, float]:
 
 
 def weigh(lane: "Lane", batch: Batch) -> Cost:
-    """What a lane takes that has made its first step, by another one.
+    """Measure what a lane takes, by another step of one that has made its first.
 
     On a GPU the step's peak is measured. Elsewhere gradients and what is kept for the backward pass are counted, and
     ``WORKSPACE`` times that is taken, since the resident size of a process tells little: it holds on to what it has
@@ -92,13 +92,13 @@ def weigh(lane: "Lane", batch: Batch) -> Cost:
 
 
 def together(costs: Iterable[Cost]) -> int:
-    """The bytes that lanes take side by side: all that each keeps, and one step, as they take turns."""
+    """Add up the bytes of lanes side by side: all that each keeps, and one step, as they take turns."""
     costs = list(costs)
     return sum(cost.kept for cost in costs) + max((cost.passing for cost in costs), default=0)
 
 
 def packed(costs: Sequence[Cost], room: float) -> list[list[int]]:
-    """The lanes' numbers in their order, as many together as ``room`` bytes hold, and at least one."""
+    """Pack the lanes' numbers in their order, as many together as ``room`` bytes hold, and at least one."""
     packs: list[list[int]] = []
     for i in range(len(costs)):
         if packs and together(costs[j] for j in (*packs[-1], i)) <= room:
@@ -114,7 +114,7 @@ def bytes_of(state: Any) -> int:
 
 
 def out_of_memory(error: BaseException, run: Run) -> OutOfMemory | None:
-    """The error in a user's words where it says that memory is full; None for any other.
+    """Translate an error that says that memory is full into a user's words; None for any other.
 
     It does not chain to ``error``, whose traceback would keep alive what did not fit.
     """

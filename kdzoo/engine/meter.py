@@ -23,14 +23,14 @@ class Meter:
         self.first_bad: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Begins another epoch."""
+        """Begin another epoch."""
         self.count.zero_()
         for name, total in self.sums.items():
             total.zero_()
             self.first_bad[name].fill_(_NEVER)
 
     def add(self, terms: dict[str, Tensor], step: int | Tensor) -> None:
-        """Takes the terms of one batch, in this step, without waiting for the device."""
+        """Add the terms of one batch, in this step, without waiting for the device."""
         self.count += 1
         for name, term in terms.items():
             if name not in self.sums:
@@ -42,7 +42,7 @@ class Meter:
             bad.copy_(torch.where(term.isfinite(), bad, bad.clamp(max=step)))
 
     def read(self) -> dict[str, float]:
-        """The means so far.
+        """Read the means so far.
 
         Raises:
             UserError: a term was not finite; says which and when.

@@ -20,7 +20,7 @@ POLYNOMIALS = (
 
 
 def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:
-    """The rate of one step, a function of nothing but the step, so that resuming needs no schedule's state."""
+    """Compute the learning rate of one step from the step alone, so that resuming needs no schedule's state."""
     epoch = step / steps_per_epoch
     if epoch < protocol.warmup:
         return base * (step + 1) / (protocol.warmup * steps_per_epoch + 1)
@@ -95,7 +95,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
-    """What a polynomial multiplies X with: a + b G + c G^2."""
+    """Compute what a polynomial multiplies X with: a + b G + c G^2."""
     a, b, c = coefficients
     factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal().add_(a)

@@ -174,23 +174,23 @@ class Progress:
         )
 
     def suite(self, works: Sequence[float]) -> None:
-        """A suite begins; ``works`` is what each of its groups has to do, in epochs of one lane."""
+        """Begin a suite; ``works`` is what each of its groups has to do, in epochs of one lane."""
         self.works, self.begun = works, self.clock()
 
     def group(self, number: int, text: str) -> None:
-        """The suite's group of this number, from 0, begins, and those before it are done; ``text`` says what it is."""
+        """Begin the suite's group of this number, from 0; those before it are done. ``text`` says what it is."""
         self.worth(0.0)
         self.number, self.before = number, sum(self.works[:number])
         self.say(f"group {number + 1}/{len(self.works)}: {text}{self.left()}")
 
     def worth(self, work: float) -> None:
-        """The next training is of the suite, and this much of its work; a teacher's is not."""
+        """Count the next training as this much of the suite's work; a teacher's own training is none of it."""
         self.before += self.here * self.share
         self.trained += self.here * (self.share - self.start)
         self.here, self.start, self.share = work, 0.0, 0.0
 
     def left(self) -> str:
-        """The time left for the whole suite in words, by the epochs that this process did; empty where it did none."""
+        """Say how long the whole suite still takes, by the epochs that this process did; empty where it did none."""
         missing = sum(self.works) - self.before - self.here * self.share
         trained = self.trained + self.here * (self.share - self.start)
         if not trained:
@@ -198,7 +198,7 @@ class Progress:
         return f", about {duration((self.clock() - self.begun) * missing / trained)} left in all"
 
     def begin(self, text: str, per_epoch: int, total: int, start: int, titles: Sequence[str] = ()) -> None:
-        """A training of ``total`` steps begins at step ``start``, of a lane for each of ``titles``.
+        """Begin a training of ``total`` steps at step ``start``, of a lane for each of ``titles``.
 
         ``text`` says what is trained. It is announced as soon as a few steps were timed.
         """
@@ -214,11 +214,11 @@ class Progress:
         self.task = self.bars.add_task(self._title(start), total=total, completed=start, speed="", terms="")
 
     def step(self, done: int) -> None:
-        """So many steps are done."""
+        """Note that so many steps are done."""
         self.done, self.since = done, self.clock()
 
     def show(self, step: int, terms: dict[str, float], speed: float, title: str = "") -> None:
-        """The state after ``step`` steps: mean terms of this epoch, images per second; ``title`` names the lane."""
+        """Show the state after ``step`` steps: the epoch's mean terms, images per second; ``title`` names the lane."""
         self.step(step)
         self.losses[title], self.speed = sum(terms.values()), speed
         if self.mark is None:
@@ -237,7 +237,7 @@ class Progress:
         self.share = step / (self.per_epoch * self.epochs) if self.here else 0.0
 
     def epoch(self, record: dict[str, Any], title: str = "") -> None:
-        """An epoch's end."""
+        """Show what an epoch found."""
         self.show(record["step"], record["loss"], record["images_per_second"], title)
         if not self.announced:
             self.announce()
@@ -255,11 +255,11 @@ class Progress:
 
     @property
     def has_lanes(self) -> bool:
-        """Whether lanes are told apart by their titles: in a suite always, but for teachers in training."""
+        """Tell whether lanes are named by their titles: in a suite always, but for teachers in training."""
         return bool(self.here) or len(self.lanes) > 1
 
     def view(self) -> RenderableType:
-        """What stands on the terminal now: the suite, the training, its lanes."""
+        """Draw what stands on the terminal now: the suite, the training, its lanes."""
         parts: list[RenderableType] = []
         if self.works:
             total = sum(self.works) or 1.0

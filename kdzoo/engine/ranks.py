@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and is looked at."""
+        """Tell whether this process is the one that writes and is looked at."""
         return self.rank == 0
 
     @property
@@ -42,31 +42,31 @@ class Ranks:
         return (self.rank,) if self.world > 1 else ()
 
     def once(self, work: Callable[..., object], *arguments: object) -> None:
-        """Does what is to be done by one process only, such as writing a file."""
+        """Do work that one process alone has to do, such as writing a file."""
         if self.first:
             work(*arguments)
 
     def in_turn(self) -> AbstractContextManager[None]:
-        """On each machine, the first process goes through this context before the others enter it."""
+        """Make a context that, on each machine, the first process goes through before the others enter it."""
         return nullcontext()
 
     def wrap(self, module: nn.Module) -> Forward:
-        """The module's forward pass, after whose backward pass all processes hold the same gradients."""
+        """Return a forward pass after whose backward pass all processes hold the same gradients."""
         return module
 
     def align(self, module: nn.Module) -> None:
-        """Gives every process the first one's buffers and frozen parameters."""
+        """Give every process the first one's buffers and frozen parameters."""
 
     def mean(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The means over processes of scalars, the same bits on each; no gradient."""
+        """Average scalars over processes, to the same bits on each, without gradient."""
         return terms
 
     def agree(self, decision: bool) -> bool:
-        """The first process's decision."""
+        """Return the first process's decision."""
         return decision
 
     def device(self, device: torch.device) -> torch.device:
-        """This process's device, where the run names ``device``."""
+        """Find this process's device, where the run names ``device``."""
         return device
 
 
@@ -74,7 +74,7 @@ ALONE = Ranks()
 
 
 class DataParallel(Ranks):
-    """Every process holds student and distiller whole."""
+    """The processes of data parallel training, each of which holds student and distiller whole."""
 
     def __init__(self, fabric: Any):
         self.fabric = fabric
@@ -148,13 +148,13 @@ def to_start(run: Run) -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for the run: it is alone, it started the others, or it is the first of them."""
+    """Tell whether this process speaks for the run: it is alone, it started the others, or it is the first of them."""
     return not _is_rank() or _number("RANK") == 0
 
 
 @contextmanager
 def joined(run: Run) -> Iterator[Ranks]:
-    """The processes of this run once all are there; at the end they part. ``ALONE`` for a run of one process."""
+    """Join the processes of this run, and part at the end; ``ALONE`` for a run of one process."""
     devices, place = run.settings.engine.devices, run.place.engine
     if devices == 1:
         yield ALONE

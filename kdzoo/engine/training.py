@@ -66,7 +66,7 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
 
 
 def channels_last(distillation: Distillation) -> Distillation:
-    """Lays the weights of convolutions out as their maps are; ``Module.to`` would refuse a method's 5-D weights."""
+    """Lay the weights of convolutions out as their maps are; ``Module.to`` would refuse a method's 5-D weights."""
     for tensor in chain(distillation.parameters(), distillation.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
@@ -76,7 +76,7 @@ def channels_last(distillation: Distillation) -> Distillation:
 def build_all(
     runs: Sequence[Run], dataset: Dataset, teacher: TeacherPasses | None
 ) -> tuple[dict[int, Distillation], dict[int, UserError]]:
-    """``build`` for each run, by its number; those that cannot be built, with the reason."""
+    """Build each run, by its number, and give the reason of those that cannot be built."""
     built: dict[int, Distillation] = {}
     failed: dict[int, UserError] = {}
     for i, run in enumerate(runs):
@@ -93,13 +93,13 @@ def build_all(
 
 
 def common_loader(settings: Settings, built: Iterable[Distillation], dataset: Dataset, ranks: Ranks = ALONE) -> Loader:
-    """The batches that serve all lanes: with the views that any of them needs."""
+    """Make the batches that serve all lanes, with the views that any of them needs."""
     views = sorted({view for distillation in built for view in distillation.distiller.needs.views})
     return dataset.loader(settings.protocol, seed=settings.seed, views=tuple(views), part=ranks.rank, parts=ranks.world)
 
 
 def shared_passes(network: models.Network, run: Run) -> TeacherPasses:
-    """The passes of a frozen network, made by one whose weights are cast once, and which is compiled if asked for."""
+    """Share the passes of a frozen network, made by a copy whose weights are cast once and compiled if asked for."""
     dtype = PRECISIONS[run.settings.engine.precision].dtype
     fast = network if dtype is None else models.cast_weights(network, dtype)
     if run.place.engine.compile:
@@ -114,7 +114,7 @@ def train_lanes(
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> list[Result | UserError]:
-    """Trains runs that share data, protocol, seed and teacher side by side, each from where its folder stands.
+    """Train runs that share data, protocol, seed and teacher side by side, each from where its folder stands.
 
     Each of ``ranks`` calls it alike and trains on its share of every batch.
 
@@ -142,7 +142,7 @@ def train_lanes(
 
 
 def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE) -> Result:
-    """Trains a run from where its folder stands to its end; each of ``ranks`` calls it alike.
+    """Train a run from where its folder stands to its end; each of ``ranks`` calls it alike.
 
     Raises:
         UserError: it failed.
@@ -154,7 +154,7 @@ def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Pro
 
 
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
-    """Writes the student that ships, then the result."""
+    """Write the student that ships, then the result."""
     settings, history, shipped = lane.run.settings, lane.history, lane.deployed()
     best = max((record for record in history if record["top1"] is not None), key=lambda record: record["top1"])
     result = Result(
@@ -185,12 +185,12 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
 
 
 def count(module: nn.Module) -> int:
-    """How many parameters it has."""
+    """Count the parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were ever in use: of the device, or of this process where it computes on the CPU."""
+    """Measure the most bytes ever in use: of the device, or of this process where it computes on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -35,7 +35,7 @@ class Report:
 
     @property
     def results(self) -> list[Result]:
-        """The results of the finished runs, in the suite's order."""
+        """Read the results of the finished runs, in the suite's order."""
         found = (RunFolder(path).read_result() for path in self.finished)
         return [result for result in found if result is not None]
 
@@ -95,7 +95,7 @@ def bench(
 
 
 def placed(suite: Suite, out: Path, executor: Executor, progress: Progress) -> list[Run]:
-    """The suite's runs with their folders below ``out``, and every ``auto`` replaced for where they are trained."""
+    """Place the suite's runs below ``out``, and replace every ``auto`` for where they are trained."""
     if any(run.settings.engine.devices != 1 for run in suite.runs):
         raise UserError("engine.devices belongs to kdzoo run; a suite trains one group on each device (--jobs)")
     return executor.resolve_auto([run.within(output={"root": str(out)}) for run in suite.runs], progress)

@@ -57,20 +57,20 @@ class GroupCost:
     room: float  # bytes that the lanes may take
 
     def packs(self, chosen: Sequence[int]) -> list[list[LaneCost]]:
-        """Those of the chosen runs that can be trained, as many side by side as memory holds."""
+        """Pack those of the chosen runs that can be trained, as many side by side as memory holds."""
         lanes = [self.lanes[i] for i in chosen if i in self.lanes]
         packed = memory.packed([lane.memory for lane in lanes], self.room)
         return [[lanes[i] for i in pack] for pack in packed]
 
     def seconds(self, chosen: Sequence[int]) -> float:
-        """The time of these runs. Each pack makes its batches and asks the teacher anew."""
+        """Estimate the seconds of these runs. Each pack makes its batches and asks the teacher anew."""
         packs = self.packs(chosen)
         step = sum(self.shared + sum(lane.step for lane in pack) for pack in packs)
         test = sum(lane.test for pack in packs for lane in pack)
         return self.epochs * self.steps * step + self.measured * test + (self.once if packs else 0.0)
 
     def bytes(self, chosen: Sequence[int]) -> int:
-        """The memory of the largest pack, with process, data and teacher."""
+        """Estimate the bytes of the largest pack, with process, data and teacher."""
         packs = self.packs(chosen)
         return self.base + max((memory.together(lane.memory for lane in pack) for pack in packs), default=0)
 
@@ -90,7 +90,7 @@ class Estimate:
 
 
 def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -> list[Estimate]:
-    """What each group of a suite will take. Nothing is trained: networks have random weights.
+    """Estimate what each group of a suite will take. Nothing is trained: networks have random weights.
 
     Groups that differ by their seed only are measured once. Phases before training, and the teacher's passes
     over further views, are not counted.
@@ -133,7 +133,7 @@ def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -
 
 
 def measure(group: Sequence[Run], progress: Progress) -> tuple[GroupCost, Run | None, float]:
-    """What a group takes, its teacher's own training where that is still to be done, and the seconds of it.
+    """Measure what a group takes; find its teacher's training, if that is still to be done, and its seconds.
 
     Raises:
         UserError: the data or the teacher cannot be opened.
@@ -150,7 +150,7 @@ def measure(group: Sequence[Run], progress: Progress) -> tuple[GroupCost, Run | 
 
 
 def cost_of(runs: Sequence[Run], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
-    """What these runs take beside this teacher."""
+    """Measure what these runs take beside this teacher."""
     (first, place), device = runs[0], dataset.device
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     room = memory.ROOM * memory.free(device, place.engine.memory)
@@ -181,7 +181,7 @@ def cost_of(runs: Sequence[Run], dataset: Dataset, teacher: models.Network | Non
 
 
 def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> list[list[Run]]:
-    """A group's runs, as many side by side as memory holds beside data and teacher; all, if ``engine.lanes`` is set."""
+    """Part a group into runs that memory holds side by side, with data and teacher; ``engine.lanes`` keeps it whole."""
     place = runs[0].place.engine
     if place.lanes or len(runs) == 1:
         return [list(runs)]
@@ -204,7 +204,7 @@ def stepped(
     teacher: models.Network | None,
     failed: dict[int, UserError],
 ) -> Iterator[tuple[int, Lane, Batch]]:
-    """The number of each run, its lane after two steps, and their batch; one lane at a time.
+    """Yield the number of each run, its lane after two steps, and their batch; one lane at a time.
 
     Runs that cannot be built or make no step are put into ``failed``, with the reason.
     """
@@ -228,19 +228,19 @@ def stepped(
 
 
 def cycle_of(loader: Loader) -> Iterator[Batch]:
-    """The loader's batches, again and again."""
+    """Yield the loader's batches, again and again."""
     while True:
         yield from loader.batches()
 
 
 def look(network: nn.Module, images: Tensor, precision: str) -> None:
-    """A pass without gradients."""
+    """Make a pass without gradients."""
     with torch.inference_mode(), autocast(images.device.type, PRECISIONS[precision]):
         network(images)
 
 
 def test_seconds(network: nn.Module, dataset: Dataset, settings: Settings) -> float:
-    """The time of a pass over the test set, by that of its first batch."""
+    """Estimate the seconds of a pass over the test set by those of its first batch."""
     network.eval()
 
     def first_batch() -> None:
@@ -253,7 +253,7 @@ def test_seconds(network: nn.Module, dataset: Dataset, settings: Settings) -> fl
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, by the median of a few; the first call is to be made before."""
+    """Time a call by the median of a few; the first call is to be made before."""
     times: list[float] = []
     while len(times) < CALLS and sum(times) < ENOUGH:
         if device.type != "cpu":

@@ -93,12 +93,12 @@ class OnRay:
         return ray.remote(on_node).options(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES, name=name)
 
     def share(self, ray: ModuleType, place: Place) -> float:
-        """The share of a worker in the memory of a GPU or, on CPUs, of the largest node."""
+        """Compute a worker's share of the memory of a GPU or, on CPUs, of the largest node."""
         nodes, cores, gpus = self.resources(ray, place)
         return min(1.0, gpus or cores / max(node.get("CPU", cores) for node in nodes))
 
     def resources(self, ray: ModuleType, place: Place) -> tuple[list[dict[str, float]], int, float]:
-        """What each node has, and the cores and GPUs that a worker takes."""
+        """Find what each node has, and the cores and GPUs that a worker takes."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = self.gpus
         if gpus is None:
@@ -107,7 +107,7 @@ class OnRay:
 
 
 def connect(quiet: bool) -> ModuleType:
-    """Ray, connected to the cluster of ``RAY_ADDRESS``, else to this machine's, else to one that is started now.
+    """Connect Ray to the cluster of ``RAY_ADDRESS``, else to this machine's, else to one that is started now.
 
     It stays connected until the process ends, as programs on Ray do.
 
@@ -147,12 +147,12 @@ class Origin(NamedTuple):
 
     @classmethod
     def here(cls, place: Place) -> "Origin":
-        """This process's, for runs at this place."""
+        """Describe this process, for runs at this place."""
         out = Path(place.output.root).expanduser().absolute()
         return cls(os.getcwd(), str(out), str(cache_folder().absolute()), tuple(sys.argv))
 
     def enter(self) -> None:
-        """Make this process as the one that started the bench.
+        """Give this process the folder, cache and command of the one that started the bench.
 
         Raises:
             UserError: a folder is not there.
@@ -178,18 +178,18 @@ def on_node(origin: Origin, work: Callable[[], object]) -> tuple[object, str]:
 
 
 def resolved(runs: Sequence[Run]) -> list[Run]:
-    """The runs without any ``auto``, by what this node has."""
+    """Replace every ``auto`` of the runs by what this node has."""
     return [resolve_auto(run) for run in runs]
 
 
 def work_there(groups: Sequence[Sequence[Run]], quiet: bool, wait: bool) -> None:
-    """Be a worker on this node."""
+    """Work through the groups on this node."""
     with Progress(quiet) as progress:
         work_through(groups, progress, wait)
 
 
 def answers(ray: ModuleType, tasks: Mapping[Any, str]) -> Iterator[tuple[str, Any, str]]:
-    """For each task, as it ends: its name, and what ``on_node`` gave, or None and why it gave nothing."""
+    """Yield for each task, as it ends, its name and what ``on_node`` gave, or None and why it gave nothing."""
     waiting = list(tasks)
     while waiting:
         [ended], waiting = ray.wait(waiting)

@@ -156,7 +156,7 @@ def evaluate_run(path: Path) -> tuple[float, float]:
 
 
 def elsewhere(run: Run) -> Run:
-    """The same run on the first device of this machine, which need not be the one that trained it."""
+    """Place a run on the first device of this machine, which need not be the one that trained it."""
     return run._replace(place=replace(run.place, engine=EnginePlace()))
 
 

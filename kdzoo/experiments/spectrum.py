@@ -33,7 +33,7 @@ COLUMNS = ["network", "stage", "grid", "measure", "band", "value"]
 
 
 def octaves(grids: Iterable[Sequence[int]]) -> tuple[float, ...]:
-    """The edges 0, 1, 2, 4 ... of bands, as many as the finest of the grids (H, W) has waves for."""
+    """Compute the edges 0, 1, 2, 4 ... of bands, as many as the finest of the grids (H, W) has waves for."""
     finest = max(float(cycles(*grid).max()) for grid in grids)
     edges = [0.0]
     while (edge := max(1.0, 2 * edges[-1])) < finest:
@@ -42,13 +42,13 @@ def octaves(grids: Iterable[Sequence[int]]) -> tuple[float, ...]:
 
 
 def band_names(edges: Sequence[float]) -> list[str]:
-    """What the bands between these edges are called, one more than there are edges."""
+    """Name the bands between these edges, one more than there are edges."""
     between = [f"{low:g}-{high:g}" for low, high in pairwise(edges)]
     return [f"{edges[0]:g}", *between, f">{edges[-1]:g}"]
 
 
 def band_passed(maps: Tensor, edges: Sequence[float]) -> list[Tensor]:
-    """Maps (B, C, H, W) as their Fourier coefficients in each band, (B, D) of real numbers; D is 0 in empty bands.
+    """Part maps (B, C, H, W) into their Fourier coefficients in each band, (B, D) real; D is 0 in empty bands.
 
     With ``norm="ortho"`` inner products, thus Gram matrices, are those of the band-passed maps (Parseval).
     """
@@ -58,13 +58,13 @@ def band_passed(maps: Tensor, edges: Sequence[float]) -> list[Tensor]:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Inner products of rows (B, D), less their mean: (B, B) in float64 on the CPU."""
+    """Compute inner products of rows (B, D), less their mean: (B, B) in float64 on the CPU."""
     centred = rows - rows.mean(dim=0)  # changes no HSIC, and keeps float32 from cancelling
     return (centred @ centred.mT).cpu().double()
 
 
 def hsic(one: Tensor, other: Tensor) -> float:
-    """The Hilbert-Schmidt independence criterion of Gram matrices (B, B), B from 4, without bias.
+    """Estimate the Hilbert-Schmidt independence criterion of Gram matrices (B, B), B from 4, without bias.
 
     The usual estimate finds agreement between independent features wherever they are more than the images.
 
@@ -85,13 +85,13 @@ class Agreement:
         self.sums = torch.zeros(3, dtype=torch.float64)  # of both, of one alone, of the other alone
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        """Features (B, D) and (B, E) of the same images; fewer than four say nothing and are passed over."""
+        """Add features (B, D) and (B, E) of the same images; fewer than four say nothing and are passed over."""
         if len(one) >= 4 and one.shape[1] and other.shape[1]:
             k, l = gram(one), gram(other)
             self.sums += torch.tensor([hsic(k, l), hsic(k, k), hsic(l, l)], dtype=torch.float64)
 
     def value(self) -> float:
-        """Not a number where a network's features do not vary or have no such waves."""
+        """Compute the agreement; NaN where a network's features do not vary or have no such waves."""
         both, one, other = self.sums.tolist()
         return both / (one * other) ** 0.5 if min(one, other) > 0 else float("nan")
 
@@ -116,7 +116,7 @@ class Measured:
         self.hits = self.images = 0
 
     def add(self, seen: Output, teacher: Output, labels: Tensor) -> None:
-        """One batch of this network and of its teacher, whose bands are the same."""
+        """Add one batch of this network and of its teacher, whose bands are the same."""
         self.images += len(labels)
         self.hits += int((seen.logits.argmax(dim=1) == labels).sum())
         for stage, maps in enumerate(seen.features):
@@ -131,12 +131,12 @@ class Measured:
             self.agreement[4, part].add(ours, theirs)
 
     def split(self, logits: Tensor) -> list[Tensor]:
-        """Content and detail of logits (B, K) less each row's mean, which no softmax sees: (B, M) and (B, N)."""
+        """Part logits (B, K), less each row's mean, which no softmax sees, into content (B, M) and detail (B, N)."""
         centred = logits.float() - logits.float().mean(dim=1, keepdim=True)
         return [centred @ basis.to(logits.device, torch.float32).mT for basis in self.haar]
 
     def rows(self) -> list[tuple[str, str, str, str, float]]:
-        """(stage, grid, measure, band, value) of all that was measured."""
+        """List (stage, grid, measure, band, value) of all that was measured."""
         found: list[tuple[str, str, str, str, float]] = []
         for stage, grid in enumerate(self.grids):
             place = f"stage {stage + 1}", f"{grid[0]}x{grid[1]}"
@@ -157,7 +157,7 @@ class Measured:
 def compare(
     networks: Mapping[str, nn.Module], dataset: Dataset, batches: int = 0, precision: str = "float32", crop: float = 1.0
 ) -> pd.DataFrame:
-    """Spectra of networks over test images, and the agreement of each with the first, the teacher.
+    """Measure spectra of networks over test images, and the agreement of each with the first, the teacher.
 
     Args:
         networks: by their names in the result; each gives four feature maps.
@@ -204,7 +204,7 @@ def _begin(outputs: Mapping[str, Output]) -> dict[str, Measured]:
 
 
 def of_networks(teacher: str, student: str, data: str = "digits", batches: int = 0) -> pd.DataFrame:
-    """``compare`` for two networks as they are before any training, by their names.
+    """Compare two networks as they are before any training, by their names, see ``compare``.
 
     Raises:
         UserError: an unknown name.
@@ -230,7 +230,7 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
 
 
 def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
-    """``compare`` for the teacher and the shipped students of the finished runs in or below ``paths``.
+    """Compare the teacher and the students of the finished runs in or below ``paths``, see ``compare``.
 
     Raises:
         UserError: there is no finished run, none has a teacher, or they differ in teacher or data.
@@ -282,7 +282,7 @@ def _teacher(settings: Settings) -> tuple[Any, ...]:
 
 
 def _names(runs: Sequence[tuple[RunFolder, Run]]) -> list[str]:
-    """What students are called: by their method, and by seed or folder where that does not tell them apart."""
+    """Name students by their method, and by seed or folder where that does not tell them apart."""
     made = [run.settings for _, run in runs]
     short = [f"{s.student.name} " + (f"by {s.distiller.name}" if _distilled(s) else "alone") for s in made]
     seeds = [f"{name}, seed {s.seed}" for name, s in zip(short, made, strict=True)]

@@ -59,7 +59,7 @@ class Suite:
 
 
 def shipped() -> list[str]:
-    """The names of the suites that come with kdzoo."""
+    """List the names of the suites that come with kdzoo."""
     return sorted(f.name.removesuffix(".yaml") for f in _files())
 
 

@@ -54,7 +54,7 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
 
 
 def near_chance(num_classes: int, tests: int) -> float:
-    """The top-1 in percent below which a teacher is hardly better than guessing among ``num_classes``."""
+    """Compute the top-1 in percent below which a teacher is hardly better than guessing among ``num_classes``."""
     chance = 1 / num_classes
     error = sqrt(chance * (1 - chance) / tests)
     return 100 * (chance + max(3 * error, min(chance, 0.05)))

@@ -80,7 +80,7 @@ class Local:
         return len(self.devices(runs)) == 1
 
     def devices(self, runs: Sequence[Run]) -> list[str]:
-        """The device of each worker."""
+        """Choose the device of each worker."""
         device = runs[0].place.engine.device if runs else "cpu"
         return slots(device, torch.cuda.device_count(), self.jobs)
 
@@ -96,11 +96,13 @@ class Local:
             ]
             for device in devices
         ]
-        with ExitStack() as stack:
+        with (
+            ThreadPoolExecutor(len(commands)) as pool,
+            ExitStack() as stack,
+        ):  # workers end first, then who watches them
             workers = [stack.enter_context(started(command)) for command in commands]
-            with ThreadPoolExecutor(len(workers)) as pool:
-                names = [f"worker {i + 1}" for i in range(len(workers))]
-                reasons = list(pool.map(partial(watched, progress=progress), workers, names))
+            names = [f"worker {i + 1}" for i in range(len(workers))]
+            reasons = list(pool.map(partial(watched, progress=progress), workers, names))
         return list(dict.fromkeys(reason for reason in reasons if reason))
 
 

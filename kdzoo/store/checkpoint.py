@@ -16,7 +16,7 @@ KEPT = 2
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes ``state`` (tensors and plain values) as the checkpoint of ``step``; older ones than the last go."""
+    """Write ``state`` (tensors and plain values) as the checkpoint of ``step``, and keep the last two."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
@@ -47,19 +47,19 @@ def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """The state that ``save`` was given, on the CPU."""
+    """Read the state that ``save`` was given, on the CPU."""
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 
 def remove(folder: Path) -> None:
-    """Deletes all checkpoints in ``folder``."""
+    """Delete all checkpoints in ``folder``."""
     for file in _files(folder):
         file.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:
-    """Newest first."""
+    """List the checkpoints, newest first."""
     return sorted((f for f in folder.glob("step-*.pt") if _NAME.fullmatch(f.name)), reverse=True)
 
 

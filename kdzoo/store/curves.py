@@ -20,7 +20,7 @@ class Curves:
         self.written = 0
 
     def write(self, history: list[dict[str, Any]]) -> None:
-        """Adds the records that were not written yet."""
+        """Add the records that were not written yet."""
         for record in history[self.written :]:
             for name in ("top1", "top5", "lr", "images_per_second"):
                 if record[name] is not None:

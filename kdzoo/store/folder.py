@@ -47,7 +47,7 @@ class Result:
     peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it; where it lies is not part of it."""
+        """Return the values as JSON holds them; the folder is not among them."""
         values = asdict(self)
         del values["folder"]
         return values
@@ -110,21 +110,21 @@ class RunFolder:
         return self.read_result() is not None or (self.failure.is_file() and not retry)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
-        """One line an epoch."""
+        """Write the history, one line an epoch."""
         write_text(self.history, "".join(json.dumps(record) + "\n" for record in history))
 
     def read_history(self) -> list[dict[str, Any]]:
-        """What ``write_history`` wrote; empty before the first epoch's end."""
+        """Read the history; it is empty before the first epoch's end."""
         if not self.history.is_file():
             return []
         return [json.loads(line) for line in self.history.read_text(encoding="utf-8").splitlines()]
 
     def write_result(self, result: Result) -> None:
-        """Finishes the run: with this file it is done and is not run again."""
+        """Finish the run: with this file it is done and is not run again."""
         write_text(self.result, json.dumps(result.plain(), indent=2) + "\n")
 
     def read_result(self) -> Result | None:
-        """The result, or None where the run is not finished."""
+        """Read the result; None where the run is not finished."""
         if not self.result.is_file():
             return None
         try:
@@ -135,7 +135,7 @@ class RunFolder:
             ) from error
 
     def clear(self) -> None:
-        """Removes what kdzoo wrote here, and nothing else."""
+        """Remove what kdzoo wrote here, and nothing else."""
         for file in (self.result, self.history, self.student, self.environment, self.config, self.failure):
             file.unlink(missing_ok=True)
         for file in self.path.glob("events.out.tfevents.*"):
@@ -143,7 +143,7 @@ class RunFolder:
 
 
 def environment(run: Run) -> dict[str, Any]:
-    """Versions, device and code revision: what one needs to trust a number later."""
+    """Collect versions, device and code revision: what one needs to trust a number later."""
     import torch
 
     device = torch.device(run.place.engine.device)
@@ -161,7 +161,7 @@ def environment(run: Run) -> dict[str, Any]:
 
 
 def find_runs(paths: list[Path]) -> list[RunFolder]:
-    """The finished runs in or below ``paths``.
+    """Find the finished runs in or below ``paths``.
 
     Raises:
         UserError: a path is not there.
@@ -182,7 +182,7 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-    """The commit of kdzoo's checkout, with ``+`` where files differ from it; None for an installed package."""
+    """Find the commit of kdzoo's checkout, with ``+`` where files differ from it; None for an installed package."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -34,7 +34,7 @@ class RunLock:
         self._lock = FileLock(self._file)
 
     def acquire(self, wait: bool = False) -> bool:
-        """Takes the lock, waiting for it if asked; False where another process holds it."""
+        """Take the lock, waiting for it if asked; return False where another process holds it."""
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=-1 if wait else 0)
@@ -56,14 +56,14 @@ class RunLock:
         return True
 
     def release(self) -> None:
-        """Gives it up, if it is held."""
+        """Give the lock up, if it is held."""
         if self._lock.is_locked:
             self._released.set()
             self.owner.unlink(missing_ok=True)
             self._lock.release()
 
     def is_held(self) -> bool:
-        """Tell whether another process holds it."""
+        """Tell whether another process holds the lock."""
         try:
             free = self.acquire()
         except StorageError:
@@ -83,7 +83,7 @@ class RunLock:
         self.release()
 
     def who(self) -> str:
-        """The owner in words."""
+        """Name the owner."""
         try:
             owner = json.loads(self.owner.read_text(encoding="utf-8"))
             return f"process {owner['process']} on {owner['host']}"
@@ -91,7 +91,7 @@ class RunLock:
             return "another process"
 
     def _lives_elsewhere(self) -> bool:
-        """Whether an owner on another machine is alive. Both times are the file server's, so no clocks are compared."""
+        """Tell whether an owner on another machine is alive. Both times are the file server's, so no clocks are compared."""
         try:
             with self.owner.open(encoding="utf-8") as file:  # opened: what a client remembers of a file may be old
                 host, beaten = json.load(file)["host"], os.fstat(file.fileno()).st_mtime

@@ -45,9 +45,10 @@ def test_a_mistake_in_one_process_comes_back_as_one_line(counted, tmp_path):
     assert len(report.finished) == 2
 
 
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
-def test_processes_end_with_a_bench_that_is_killed_and_the_same_command_goes_on(
-    counted, tmp_path, no_step_is_missing_or_done_twice
+def test_workers_end_with_their_bench_and_the_same_command_continues(
+    counted, tmp_path, no_step_is_missing_or_done_twice, end
 ):
     code = (
         "import sys; from pathlib import Path\n"
@@ -63,10 +64,10 @@ def test_processes_end_with_a_bench_that_is_killed_and_the_same_command_goes_on(
     driver = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
     assert driver.stderr is not None
     assert any("top-1" in line for line in driver.stderr)  # a process is at work
-    os.kill(driver.pid, signal.SIGKILL)
+    os.kill(driver.pid, end)
     driver.stderr.read()  # ends when the last process that could write has ended
     driver.stderr.close()
-    assert driver.wait() == -signal.SIGKILL
+    assert driver.wait() == -end
     report = bench(suite, tmp_path / "runs", quiet=True, wait=True)
     assert len(report.finished) == 4
     assert no_step_is_missing_or_done_twice(2)
