@@ -276,7 +276,7 @@ def _presets() -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def read_protocol(name: str, epochs: int | None = None) -> Protocol:
-    """Read a recipe of ``configs/protocols``, or of a YAML file by its path, for so many epochs where they are given."""
+    """Read a recipe of ``configs/protocols``, or of a YAML file by its path; ``epochs`` replaces its own."""
     return _protocol({"name": name} if epochs is None else {"name": name, "epochs": epochs})
 
 

@@ -91,7 +91,7 @@ class RunLock:
             return "another process"
 
     def _lives_elsewhere(self) -> bool:
-        """Tell whether an owner on another machine is alive. Both times are the file server's, so no clocks are compared."""
+        """Tell whether an owner on another machine is alive. Only the file server's clock is read."""
         try:
             with self.owner.open(encoding="utf-8") as file:  # opened: what a client remembers of a file may be old
                 host, beaten = json.load(file)["host"], os.fstat(file.fileno()).st_mtime
