@@ -253,7 +253,7 @@ def _typed(given: Mapping[str, Any]) -> Run:
 def _files_of(settings: Settings) -> dict[str, str]:
     """Compute the SHA-256 of each file that the settings name: a method, weights, a data set of the user's."""
     found = {}
-    for name in (settings.distiller.name, settings.teacher.weights, settings.data.name):
+    for name in (settings.distiller.name, settings.teacher.weights, settings.data.name.partition(":")[0]):
         path = Path(name or "").expanduser()
         if name and path.suffix and path.is_file():
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -15,7 +15,11 @@ from PIL import Image
 import kdzoo
 from kdzoo import UserError, registry
 from kdzoo.data import open_dataset, outline
+from kdzoo.results import table
 from kdzoo.settings import resolve
+from kdzoo.store.folder import find_runs
+
+from . import made_runs
 
 STRIPES = '''"""Stripes that lie or stand."""
 
@@ -111,6 +115,18 @@ def test_options_are_checked_as_those_of_any_set(stripes: Path) -> None:
     assert resolve(base, ["data.options.images=32"]).settings.data.options == {"images": 32}
     with pytest.raises(UserError, match=r"unknown setting 'data.options.image'; did you mean data.options.images"):
         resolve(base, ["data.options.image=32"])
+
+
+def test_an_edited_set_is_another_run_and_one_that_is_gone_leaves_its_results_readable(
+    stripes: Path, tmp_path: Path
+) -> None:
+    overrides = [f"data.name={stripes}", "data.options.images=32"]
+    before = made_runs.write(tmp_path / "runs", 80.0, 0, *overrides, data=str(stripes))
+    stripes.write_text(STRIPES + "# another\n")
+    after = made_runs.write(tmp_path / "runs", 80.0, 0, *overrides, data=str(stripes))
+    assert before.path != after.path
+    stripes.unlink()
+    assert "images=32" in table.rows(find_runs([before.path]))["data"].item()
 
 
 def test_a_package_brings_sets_by_its_entry_point(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def run(
         distiller: a method's name, or the path of a file that holds one.
         student: a network's name: timm's, a short name, ``torchvision:NAME`` or ``package.module:factory``.
         teacher: the same; None for a method that needs none.
-        data: ``digits``, ``cifar10``, ``cifar100``, ``bands`` or ``folder:PATH``.
+        data: a data set of ``kdzoo list data``, or the path of a Python file that holds one.
         protocol: a recipe's name, or the path of a YAML file.
         seed: decides initial weights, order and augmentation of the batches.
         out: the folder of runs.

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,9 @@ def _protocol(settings: Mapping[str, Any]) -> str:
 def _data(settings: Mapping[str, Any]) -> str:
     """A data set's name with what sets it apart: options and a limit."""
     limit, given = settings["limit"], settings["options"]
-    usual = option_settings(settings["name"], {}) if given else {}
+    usual: dict[str, Any] = {}
+    with suppress(UserError):  # a set that is not there any more is named with all its options
+        usual = option_settings(settings["name"], {}) if given else {}
     changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
     changed += [f"{limit} images"] if limit else []
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])
