@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import yaml
@@ -29,16 +30,7 @@ def keyword_settings(
     Raises:
         UserError: an unknown keyword, a value of another type, or a keyword that lacks a type or a default.
     """
-    columns: list[Any] = []
-    for parameter in inspect.signature(factory, eval_str=True).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
-                raise UserError(
-                    f"keyword '{parameter.name}' needs a type and a default, since the constructor's keywords are "
-                    "the configuration"
-                )
-            columns.append((parameter.name, parameter.annotation, _always(parameter.default)))
-    return asdict(typed(make_dataclass("Keywords", columns), given, prefix))
+    return asdict(typed(_schema(factory), given, prefix))
 
 
 def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | None = None) -> Any:
@@ -54,7 +46,7 @@ def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | Non
         UserError: an unknown key, with the nearest, or a value of another type.
     """
     with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values))))
+        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
 
 
 @contextmanager
@@ -134,6 +126,24 @@ def _checked(keyword: dict[str, Any], holds: Callable[[Any], bool], expected: st
     if not (math.isfinite(value) and holds(value)):
         raise UserError(f"{name}={value}: expected {expected}")
     return value
+
+
+@cache
+def _schema(factory: Callable[..., Any]) -> type:
+    """Make the dataclass whose fields are the keyword-only arguments of ``factory``."""
+    columns: list[Any] = []
+    for parameter in inspect.signature(factory, eval_str=True).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
+                raise UserError(
+                    f"keyword '{parameter.name}' needs a type and a default, since the constructor's keywords are "
+                    "the configuration"
+                )
+            columns.append((parameter.name, parameter.annotation, _always(parameter.default)))
+    return make_dataclass("Keywords", columns)
+
+
+_structured = cache(OmegaConf.structured)  # which merging copies
 
 
 def _always(value: Any) -> Any:
