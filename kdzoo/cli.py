@@ -187,7 +187,7 @@ def bench(
     folder = out or Path("runs") / found.name
     if dry_run:
         with Progress() as progress:
-            groups = grouped(engine.placed(found, folder, executor, progress))
+            groups = grouped(engine.placed(found, folder, workers.Local(), progress))  # it measures here
             estimates = estimate(groups, retry, progress)
         click.echo(plan(found.name, groups, estimates))
         return
@@ -201,13 +201,7 @@ def bench(
         click.echo(layout.render(runs, "markdown"), nl=False)
     if report.elsewhere:
         click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
-    if report.stopped:
-        lines = engine.by_reason(report.stopped)
-        raise UserError(f"{len(report.stopped)} runs stopped ({lines}); the same command continues with them")
-    if report.failed:
-        raise UserError(
-            f"{len(report.failed)} runs failed ({engine.by_reason(report.failed)}); --retry tries them again"
-        )
+    report.check()
 
 
 @cli.command("eval")

@@ -233,7 +233,7 @@ def stored(plain: Mapping[str, Any]) -> Run:
 
 def _typed(given: Mapping[str, Any]) -> Run:
     """Check the keys and values of a run's mapping, the distiller's and a recipe's file left aside."""
-    for section in (*DECISIVE, "student", "output"):
+    for section in ("student", *(one.name for one in fields(Place))):
         if not isinstance(given.get(section, {}), Mapping):
             raise UserError(f"{section}={given[section]}: expected {section}.KEY=value")
     what, where = apart(given)
@@ -256,8 +256,16 @@ def _files_of(settings: Settings) -> dict[str, str]:
     for name in (settings.distiller.name, settings.teacher.weights, settings.data.name.partition(":")[0]):
         path = Path(name or "").expanduser()
         if name and path.suffix and path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            state = path.stat()
+            found[name] = _digest(path, state.st_size, state.st_mtime_ns)
     return found
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Compute the SHA-256 of a file in this state, once for all runs of a suite."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def preset(distiller: str, data: str, protocol: str, teacher: str | None, student: str) -> dict[str, Any]:

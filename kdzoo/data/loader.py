@@ -32,7 +32,7 @@ def share(rows: int, part: int, parts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say how one view of the images is drawn: all on the device, or first by workers and the rest there."""
+    """The way one view of the images is drawn: all on the device, or first by workers and the rest there."""
 
     recipe: Augmentation
     streamed: bool  # whether workers decode the images and draw the part of the recipe that is theirs
@@ -56,7 +56,7 @@ def plans(augmentation: Augmentation, views: tuple[str, ...], kept: bool) -> dic
 
 
 class Loader:
-    """Give the batches of one training, addressed by step.
+    """The batches of one training, addressed by step.
 
     An epoch is a permutation of the training set, its incomplete last batch dropped; a set smaller than a
     batch is one batch. Neither the order nor any draw reads or changes a global random state.

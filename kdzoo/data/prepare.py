@@ -21,7 +21,7 @@ Channels = tuple[float, ...]
 
 
 class Ready(NamedTuple):
-    """Hold images that are ready, with the mean and standard deviation of training images in [0, 1]."""
+    """Images that are ready, with the mean and standard deviation of training images in [0, 1]."""
 
     train: Pictures
     test: Pictures

@@ -21,7 +21,7 @@ from kdzoo.keywords import keyword_settings
 
 @dataclass(frozen=True)
 class Source:
-    """Describe a data set that is loaded and not yet decoded."""
+    """A data set that is loaded and not yet decoded."""
 
     name: str
     class_names: tuple[str, ...]
@@ -82,8 +82,9 @@ def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None)
     Raises:
         UserError: as by ``image_set``, or a set that gives something else than class names, images and labels.
     """
-    settings = option_settings(name, options or {})
-    found = image_set(name, settings)
+    kind, argument = _find(name)
+    settings = _options(name, kind, options or {})
+    found = kind(*argument, **settings)
     class_names, train, test = checked(name, found, found.load(root), root)
     key = ""
     if isinstance(train, Files):  # another set, or other options, may list other files of the same folder

@@ -108,8 +108,6 @@ def use(place: Place) -> torch.device:
         keep_freed_memory()
     if place.engine.threads:
         torch.set_num_threads(place.engine.threads)
-    if device.index is not None and device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
     return device
 
 

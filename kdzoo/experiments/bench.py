@@ -39,6 +39,19 @@ class Report:
         found = (RunFolder(path).read_result() for path in self.finished)
         return [result for result in found if result is not None]
 
+    def check(self) -> None:
+        """Check that every run is finished, or that another process is at work on it.
+
+        Raises:
+            UserError: some stopped or failed; the reasons, each with its runs, and what to do.
+        """
+        if self.stopped:
+            lines = _by_reason(self.stopped)
+            raise UserError(f"{len(self.stopped)} runs stopped ({lines}); the same command continues with them")
+        if self.failed:
+            lines = _by_reason(self.failed)
+            raise UserError(f"{len(self.failed)} runs failed ({lines}); --retry tries them again")
+
 
 def bench(
     suite: Suite | str | Path,
@@ -151,7 +164,7 @@ def survey(runs: Sequence[Run], reasons: Sequence[str] = ()) -> Report:
     return report
 
 
-def by_reason(reasons: Mapping[Path, str]) -> str:
+def _by_reason(reasons: Mapping[Path, str]) -> str:
     """Name the runs that share a reason together, each reason once."""
     runs: dict[str, list[str]] = {}
     for path, reason in reasons.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from kdzoo.data import Dataset
-from kdzoo.engine.device import use
+from kdzoo.engine.device import current, use
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, train_lanes
 from kdzoo.errors import OutOfMemory, StorageError, UserError
@@ -46,17 +46,18 @@ def work_through(groups: Sequence[Sequence[Run]], progress: Progress, wait: bool
     meanwhile. With ``wait``, runs that other processes hold are waited for in the end.
 
     Raises:
-        UserError: a group's folder cannot be written; the other groups are trained first.
+        StorageError: a group's folder cannot be written; the other groups are trained first.
+        UserError: the runs cannot be trained as their settings ask.
     """
     progress.suite([sum(run.settings.protocol.epochs for run in group if not is_done(run)) for group in groups])
-    broken: dict[int, UserError] = {}
+    broken: dict[int, StorageError] = {}
 
     def turn(wait: bool = False) -> int:
         trained = 0
         for number in range(len(groups)):
             try:
                 trained += 0 if number in broken else work_on(groups, number, progress, wait)
-            except UserError as error:
+            except StorageError as error:
                 broken[number] = error
         return trained
 
@@ -85,7 +86,7 @@ def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wa
             return 0
         progress.group(number, f"{title(group)}: {len(mine)} of {len(group)} runs to do")
         device = use(mine[0].place)
-        with torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
+        with current(device), torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
             try:
                 dataset = open_data(mine[0], device, progress)
                 teacher = teachers.obtain(mine[0], dataset, progress) if mine[0].settings.teacher.name else None

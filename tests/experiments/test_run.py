@@ -118,6 +118,7 @@ def test_a_folder_of_another_version_is_refused_in_one_line(finished, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow(reason="trains at 224 pixels, the size of the pretrained weights")
 def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_made(tmp_path, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
