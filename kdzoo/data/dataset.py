@@ -40,7 +40,7 @@ class Dataset:
         return len(self._test)
 
     def loader(
-        self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), part: int = 0, parts: int = 1
+        self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), rank: int = 0, world: int = 1
     ) -> Loader:
         """Make the training batches of this protocol, see ``Loader``."""
         return Loader(
@@ -52,8 +52,8 @@ class Dataset:
             pixels=self.train_pixels,
             pictures=self._train,
             workers=self.workers,
-            part=part,
-            parts=parts,
+            rank=rank,
+            world=world,
         )
 
     def test_batches(self, batch_size: int, test_crop: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,15 +19,15 @@ from kdzoo.recipe import Augmentation, Protocol
 VIEWS = ("weak", "strong", "rotations")
 
 
-def share(rows: int, part: int, parts: int) -> Tensor:
-    """Choose the rows of a batch that belong to one of its ``parts`` equal parts: (rows / parts,) int64.
+def share(rows: int, rank: int, world: int) -> Tensor:
+    """Choose the rows of a batch that belong to one of ``world`` processes: (rows / world,) int64.
 
     Half of them from the front and half from the back, so that rows which are mixed, i and rows - 1 - i, stay together.
     """
-    own = rows // parts
+    own = rows // world
     front, back = own - own // 2, own // 2
-    first = torch.arange(part * front, (part + 1) * front)
-    return torch.cat([first, torch.arange(rows - (part + 1) * back, rows - part * back)])
+    first = torch.arange(rank * front, (rank + 1) * front)
+    return torch.cat([first, torch.arange(rows - (rank + 1) * back, rows - rank * back)])
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Loader:
         pixels: (N, S, S, 3) uint8 on the device; None streams the images.
         pictures: the same images, one by one.
         workers: processes that decode and augment streamed images; 0: this process does.
-        part: the one of ``parts`` equal shares of every batch that is given; its rows are drawn as in the whole batch.
-        parts: how many processes share a batch.
+        rank: of this process among those that share every batch; its rows are drawn as in the whole batch.
+        world: how many processes share a batch.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class Loader:
         pixels: Tensor | None,
         pictures: Pictures,
         workers: int,
-        part: int = 0,
-        parts: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ):
         for view in views:
             if view not in VIEWS:
@@ -99,12 +99,12 @@ class Loader:
             raise UserError("augmentation.crop and augmentation.resized_crop are both set; keep one of them")
         self.batch_size = min(protocol.batch_size, len(spec.labels))
         self.mixes = augmentation.mixup > 0 or augmentation.cutmix > 0
-        if self.batch_size % parts:
+        if self.batch_size % world:
             raise UserError(
-                f"a batch of {self.batch_size} images cannot be shared evenly by {parts} devices; "
-                f"set protocol.batch_size to a multiple of {parts}"
+                f"a batch of {self.batch_size} images cannot be shared evenly by {world} devices; "
+                f"set protocol.batch_size to a multiple of {world}"
             )
-        self.rows = self.batch_size // parts  # of a batch that are given here
+        self.rows = self.batch_size // world  # of a batch that are given here
         if self.mixes and self.rows % 2:
             raise UserError(
                 f"mixup and cutmix pair rows, and a device has {self.rows} of a batch; use an even number of them"
@@ -117,7 +117,7 @@ class Loader:
         self._workers = workers
         self._targets = Targets(protocol, spec.num_classes)
         self._generator = torch.Generator(device)
-        self._here = share(self.batch_size, part, parts).to(device) if parts > 1 else None
+        self._here = share(self.batch_size, rank, world).to(device) if world > 1 else None
         self._plans = plans(augmentation, views, kept=pixels is not None)
         recipes = {name: plan.recipe for name, plan in self._plans.items() if plan.streamed}
         transforms = {name: worker_transform(recipe, spec.image_size, spec.mean) for name, recipe in recipes.items()}
@@ -139,7 +139,7 @@ class Loader:
             yield self._batch(step, rows, drawn)
 
     def _schedule(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (step, epoch, this part's rows (B,) on the device); drawn on the CPU, so the same for every device."""
+        """Yield (step, epoch, this process's rows (B,)); drawn on the CPU, so the same on every device."""
         order, current = torch.empty(0, dtype=torch.int64), -1
         here = None if self._here is None else self._here.to(device)
         for step in range(start, stop):

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kdzoo.words import duration
+from kdzoo.quantities import duration
 
 FIRST, EVERY = 5.0, 13.0  # seconds without a line, when something begins and later; a ticker adds one at most
 

@@ -95,7 +95,7 @@ def build_all(
 def common_loader(settings: Settings, built: Iterable[Distillation], dataset: Dataset, ranks: Ranks = ALONE) -> Loader:
     """Make the batches that serve all lanes, with the views that any of them needs."""
     views = sorted({view for distillation in built for view in distillation.distiller.needs.views})
-    return dataset.loader(settings.protocol, seed=settings.seed, views=tuple(views), part=ranks.rank, parts=ranks.world)
+    return dataset.loader(settings.protocol, seed=settings.seed, views=tuple(views), rank=ranks.rank, world=ranks.world)
 
 
 def shared_passes(network: models.Network, run: Run) -> TeacherPasses:

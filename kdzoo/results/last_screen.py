@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from kdzoo.errors import UserError
-from kdzoo.words import duration
+from kdzoo.quantities import duration
 
 if TYPE_CHECKING:
     from kdzoo.store.folder import Result

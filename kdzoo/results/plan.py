@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kdzoo.words import duration, size
+from kdzoo.quantities import duration, size
 
 if TYPE_CHECKING:
     from kdzoo.experiments.estimate import Estimate

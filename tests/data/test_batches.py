@@ -54,8 +54,8 @@ def test_a_run_that_starts_at_a_step_repeats_the_one_that_ran_to_it(digits: Data
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_shares_of_a_batch_are_the_whole_batch_row_by_row(digits: Dataset, recipe: str) -> None:
     views = ("weak", "strong", "rotations")
-    for parts in (2, 4):
-        loaders = [digits.loader(protocol(recipe), seed=3, views=views, part=p, parts=parts) for p in range(parts)]
+    for world in (2, 4):
+        loaders = [digits.loader(protocol(recipe), seed=3, views=views, rank=r, world=world) for r in range(world)]
         shares = [next(loader.batches(4)) for loader in loaders]
         whole = next(digits.loader(protocol(recipe), seed=3, views=views).batches(4))
         assert sorted(torch.cat([share.index for share in shares]).tolist()) == sorted(whole.index.tolist())
@@ -74,9 +74,9 @@ def test_a_batch_that_cannot_be_shared_evenly_is_one_line(digits: Dataset) -> No
     with pytest.raises(
         UserError, match=r"batch of 16 images cannot be shared evenly by 3 devices; set .* multiple of 3"
     ):
-        digits.loader(protocol(), seed=0, part=0, parts=3)
+        digits.loader(protocol(), seed=0, rank=0, world=3)
     with pytest.raises(UserError, match="pair rows, and a device has 1 of a batch"):
-        digits.loader(protocol("mixed"), seed=0, part=0, parts=16)
+        digits.loader(protocol("mixed"), seed=0, rank=0, world=16)
 
 
 def test_another_seed_gives_another_order_and_other_draws(digits: Dataset) -> None:
