@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from kdzoo.naming import names_of
 from kdzoo.results import table
 from kdzoo.settings import resolve
 from kdzoo.store.folder import Result, RunFolder, find_runs
@@ -31,6 +32,7 @@ def write(root, top1, seed, *overrides, distiller="kd", **found):
         "epochs": 2,
         "seconds": 1.0,
         "images_per_second": 100.0,
+        "names": names_of(run.settings),
     }
     folder.write_result(Result(folder=folder.path, **{**values, **found}))
     return folder

@@ -20,6 +20,7 @@ from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
+from kdzoo.naming import names_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run, Settings
@@ -174,6 +175,7 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         epochs=settings.protocol.epochs,
         seconds=round(lane.seconds, 1),
         images_per_second=median(record["images_per_second"] for record in history),
+        names=names_of(settings),
         parameters=count(shipped),
         extra_parameters=count(lane.trained) - count(shipped),
         peak_memory=peak_memory(lane.device),

@@ -2,25 +2,21 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from kdzoo import registry
-from kdzoo.data import option_settings
 from kdzoo.errors import UserError, unknown
+from kdzoo.naming import ALONE
 from kdzoo.results import published, statistics
-from kdzoo.settings import StudentSettings, TeacherSettings, apart, distiller_settings, preset, read_protocol
 from kdzoo.store.folder import RunFolder, find_runs
 
 BASELINE = "kd"
 SECTION = ["data", "protocol"]  # what is compared with each other agrees in these
 PAIR = ["teacher", "student"]
-ALONE = "-"  # the teacher of a student that has none
 MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
 NUMBERS = ("teacher_top1", *MEASURES, "seconds", "images_per_second")
 COUNTS = ("parameters", "extra_parameters", "peak_memory")
@@ -56,30 +52,21 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
 
 
 def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
-    """Make one row for each finished run: its settings, its result, and its device and precision.
+    """Make one row for each finished run: its result, and its device and precision.
 
-    Settings that are not the default stand in the name of the method, protocol, teacher, student or
-    data that it belongs to, so rows of equal names are comparable. A method's defaults on a pair for which there
-    is a preset are those of the preset.
+    Its names are those of ``kdzoo.naming``, written down when it ended: nothing that its settings name is imported.
     """
     found = []
     for folder in folders:
         result = folder.read_result()
         if result is None:
             continue
-        settings, _ = apart(folder.read_config())
         machine = json.loads(folder.environment.read_text(encoding="utf-8")) if folder.environment.is_file() else {}
-        protocol = settings["protocol"]
-        method, preset = _method(settings)
+        values = result.plain()
         found.append(
             {
-                **result.plain(),
-                "method": method,
-                "preset": preset,
-                "protocol": _protocol(protocol),
-                "data": _data(settings["data"]),
-                "teacher": _teacher(settings["teacher"], protocol["name"]) if result.teacher else ALONE,
-                "student": _named(settings["student"], lambda _: asdict(StudentSettings())),
+                **values,
+                **values.pop("names"),
                 "device": machine.get("device") or "unknown",
                 "precision": machine.get("precision") or "unknown",
             }
@@ -248,61 +235,3 @@ def _doubt(fidelity: str) -> int:
     """The place of a fidelity in the order of doubt; one that is not known is the least sure."""
     known = list(registry.FIDELITIES)
     return known.index(fidelity) if fidelity in known else len(known)
-
-
-def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
-    """Name a part of the settings, with what differs from its defaults, where these are still known."""
-    try:
-        defaults = json.loads(json.dumps(defaults_of(settings["name"])))
-    except UserError:
-        defaults = settings
-    changed = [change for change in _changes(settings, defaults) if not change.startswith("name=")]
-    return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])
-
-
-def _changes(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Give ``key=value`` of each difference; nested settings have dotted keys."""
-    for key, value in settings.items():
-        usual = defaults.get(key)
-        if isinstance(value, Mapping) and isinstance(usual, Mapping):
-            yield from _changes(value, usual, f"{prefix}{key}.")
-        elif value != usual:
-            yield f"{prefix}{key}={value}"
-
-
-def _method(settings: Mapping[str, Any]) -> tuple[str, bool]:
-    """A run's method with what sets it apart, and whether it has the keywords that the field uses for the pair."""
-    keywords = settings["distiller"]
-    usual = preset(*(settings[part]["name"] for part in ("distiller", "data", "protocol", "teacher", "student")))
-    name = _named(keywords, lambda name: {"name": name, **distiller_settings({"name": name, **usual}).keywords})
-    return name, bool(usual) and all(keywords.get(key) == value for key, value in usual.items())
-
-
-def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
-    """The teacher's name with what sets it apart: its recipe where it is not the student's, its weights' file."""
-    named = dict(settings)
-    if named.get("protocol") == protocol:
-        named["protocol"] = None
-    if named.get("weights"):
-        named["weights"] = Path(named["weights"]).name
-    return _named(named, lambda _: asdict(TeacherSettings()))
-
-
-def _protocol(settings: Mapping[str, Any]) -> str:
-    """A recipe's name with what sets it apart: its epochs, but not the milestones and the warm-up that follow."""
-
-    def usual(name: str) -> dict[str, Any]:
-        return {**asdict(read_protocol(name, settings["epochs"])), "epochs": read_protocol(name).epochs}
-
-    return _named(settings, usual)
-
-
-def _data(settings: Mapping[str, Any]) -> str:
-    """A data set's name with what sets it apart: options and a limit."""
-    limit, given = settings["limit"], settings["options"]
-    usual: dict[str, Any] = {}
-    with suppress(UserError):  # a set that is not there any more is named with all its options
-        usual = option_settings(settings["name"], {}) if given else {}
-    changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
-    changed += [f"{limit} images"] if limit else []
-    return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

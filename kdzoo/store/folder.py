@@ -13,6 +13,7 @@ import yaml
 
 from kdzoo.errors import UserError
 from kdzoo.files import slug, write_text
+from kdzoo.naming import Names
 from kdzoo.settings import Run, stored
 
 
@@ -42,6 +43,7 @@ class Result:
     epochs: int
     seconds: float  # of training and measuring, without the teacher's training
     images_per_second: float  # the median over epochs
+    names: Names  # of its parts, as tables show them
     parameters: int | None = None  # of the student that ships; None: not counted, as in results of older versions
     extra_parameters: int | None = None  # that the method trains beside the student
     peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
@@ -95,10 +97,7 @@ class RunFolder:
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise UserError(f"{self.config} is damaged; remove the folder and run the same command again") from error
         if config.pop("format", None) != FORMAT:
-            raise UserError(
-                f"{self.path} was made by another version of kdzoo, whose settings this one cannot read; remove the "
-                "folder and run the same command again, or read it with the version that its environment.json names"
-            )
+            raise self._of_another_version()
         return config
 
     def run(self) -> Run:
@@ -128,11 +127,20 @@ class RunFolder:
         if not self.result.is_file():
             return None
         try:
-            return Result(folder=self.path, **json.loads(self.result.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            values = json.loads(self.result.read_text(encoding="utf-8"))
+            if "names" not in values:
+                raise self._of_another_version()
+            return Result(folder=self.path, **{**values, "names": Names(**values["names"])})
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{self.result} is damaged ({error}); remove the folder and run the same command again"
             ) from error
+
+    def _of_another_version(self) -> UserError:
+        return UserError(
+            f"{self.path} was made by another version of kdzoo, which this one cannot read; read it with the version "
+            "that its environment.json names, or run the same command again with another --out"
+        )
 
     def clear(self) -> None:
         """Remove what kdzoo wrote here, and nothing else."""

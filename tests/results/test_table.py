@@ -5,8 +5,11 @@ import statistics
 
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
+import kdzoo
+from kdzoo import registry
 from kdzoo.errors import UserError
 from kdzoo.results import layout, table
 from kdzoo.store.folder import find_runs
@@ -214,3 +217,20 @@ def test_ranks_are_over_the_pairs_that_all_ranked_methods_have():
     assert (average["at"], average["kd"]) == (1, 2)
     assert pd.isna(average["sp"])
     assert "Not ranked, since runs are missing: sp." in layout.render(found, "markdown", pivot=True)
+
+
+def test_reading_results_runs_no_code_that_a_folder_names(tmp_path, monkeypatch):
+    folder, marker = write(tmp_path / "runs", 80.0, 0), tmp_path / "marker"
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(marker)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = yaml.safe_load(folder.config.read_text())
+    config["distiller"]["name"] = config["data"]["name"] = str(evil)
+    config["student"]["name"] = config["teacher"]["name"] = "evil:make"
+    folder.config.write_text(yaml.safe_dump(config))
+    found = kdzoo.table(tmp_path / "runs", baseline="kd")
+    assert found["method"].tolist() == ["kd"]
+    assert not marker.exists()
+    with pytest.raises(UserError):
+        registry.load(str(evil))
+    assert marker.exists()  # an import would have been seen

@@ -1,0 +1,91 @@
+"""The names of a run's parts as tables show them, with what differs from the defaults: equal names are comparable."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kdzoo.data import option_settings
+from kdzoo.errors import UserError
+from kdzoo.settings import Settings, StudentSettings, TeacherSettings, distiller_settings, preset, read_protocol
+
+ALONE = "-"  # the teacher of a student that has none
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a run's parts; a method's defaults are those of the preset for the pair, where there is one."""
+
+    method: str
+    protocol: str
+    data: str
+    teacher: str
+    student: str
+    preset: bool  # whether the method has the keywords that the field uses for the pair
+
+
+def names_of(settings: Settings) -> Names:
+    """Name the parts of a run."""
+    plain = settings.plain()
+    usual = preset(*(plain[part]["name"] for part in ("distiller", "data", "protocol", "teacher", "student")))
+    keywords = plain["distiller"]
+    return Names(
+        method=_named(keywords, lambda name: {"name": name, **distiller_settings({"name": name, **usual}).keywords}),
+        protocol=_protocol(plain["protocol"]),
+        data=_data(plain["data"]),
+        teacher=_teacher(plain["teacher"], plain["protocol"]["name"]) if settings.teacher.name else ALONE,
+        student=_named(plain["student"], lambda _: asdict(StudentSettings())),
+        preset=bool(usual) and all(keywords.get(key) == value for key, value in usual.items()),
+    )
+
+
+def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
+    """Name a part of the settings, with what differs from its defaults."""
+    defaults = json.loads(json.dumps(defaults_of(settings["name"])))
+    changed = [change for change in _changes(settings, defaults) if not change.startswith("name=")]
+    return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])
+
+
+def _changes(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Give ``key=value`` of each difference; nested settings have dotted keys."""
+    for key, value in settings.items():
+        usual = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(usual, Mapping):
+            yield from _changes(value, usual, f"{prefix}{key}.")
+        elif value != usual:
+            yield f"{prefix}{key}={value}"
+
+
+def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
+    """Name the teacher with what sets it apart: its recipe where it is not the student's, its weights' file."""
+    named = dict(settings)
+    if named.get("protocol") == protocol:
+        named["protocol"] = None
+    if named.get("weights"):
+        named["weights"] = Path(named["weights"]).name
+    return _named(named, lambda _: asdict(TeacherSettings()))
+
+
+def _protocol(settings: Mapping[str, Any]) -> str:
+    """Name a recipe with what sets it apart: its epochs, but not the milestones and the warm-up that follow."""
+
+    def usual(name: str) -> dict[str, Any]:
+        try:
+            return {**asdict(read_protocol(name, settings["epochs"])), "epochs": read_protocol(name).epochs}
+        except UserError:  # the recipe's file is gone since the run began
+            return dict(settings)
+
+    return _named(settings, usual)
+
+
+def _data(settings: Mapping[str, Any]) -> str:
+    """Name a data set with what sets it apart: options and a limit."""
+    limit, given = settings["limit"], settings["options"]
+    usual: dict[str, Any] = {}
+    with suppress(UserError):  # a set that is not there any more is named with all its options
+        usual = option_settings(settings["name"], {}) if given else {}
+    changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
+    changed += [f"{limit} images"] if limit else []
+    return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])
