@@ -222,7 +222,7 @@ def test_ranks_are_over_the_pairs_that_all_ranked_methods_have():
 def test_reading_results_runs_no_code_that_a_folder_names(tmp_path, monkeypatch):
     folder, marker = write(tmp_path / "runs", 80.0, 0), tmp_path / "marker"
     evil = tmp_path / "evil.py"
-    evil.write_text(f"open({str(marker)!r}, 'w')\n")
+    evil.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = yaml.safe_load(folder.config.read_text())
     config["distiller"]["name"] = config["data"]["name"] = str(evil)
