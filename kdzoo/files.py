@@ -3,13 +3,14 @@
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from kdzoo.errors import StorageError
+from kdzoo.errors import StorageError, UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -51,8 +52,25 @@ def shipped_folder() -> Traversable:
 
 
 def cache_folder() -> Path:
-    """Return the folder for decoded data sets and trained teachers: ``$KDZOO_CACHE``, or ``~/.cache/kdzoo``."""
-    return Path(os.environ.get("KDZOO_CACHE") or Path.home() / ".cache" / "kdzoo")
+    """Return the folder for decoded data sets and trained teachers: ``$KDZOO_CACHE``, or ``~/.cache/kdzoo``.
+
+    It is made for its owner alone: what lies there is used as if this user had made it.
+
+    Raises:
+        StorageError: it cannot be made.
+        UserError: others can write to it.
+    """
+    folder = Path(os.environ.get("KDZOO_CACHE") or Path.home() / ".cache" / "kdzoo").expanduser()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _explained(error, folder) from error
+    if os.name == "posix" and folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"other users can write to the cache {folder}, and could put teachers of theirs there; "
+            f"run 'chmod go-w {folder}', or name another folder by KDZOO_CACHE"
+        )
+    return folder
 
 
 def _sync_folder(folder: Path) -> None:

@@ -28,6 +28,7 @@ class Protocol:
     image_size: int | None = None  # the side images are shown at; None: as the data set has them
     test_crop: float = 1.0  # share of the resized side that the test crop keeps (0.875: resize 256, crop 224)
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"  # muon: blocks' matrices by Muon, the rest by AdamW
+    muon_every: int = 1  # Muon moves each matrix once in so many steps, by turns: cheaper where batches are small
     lr: float = 0.05
     lr_of: dict[str, float] = field(default_factory=dict)  # lr by network name, where the recipe has one
     momentum: float = 0.9

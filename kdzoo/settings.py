@@ -327,6 +327,8 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
             f"protocol.epochs={result.epochs} and protocol.batch_size={result.batch_size}: "
             "expected at least 1 epoch and batches of at least 2"
         )
+    if result.muon_every < 1:
+        raise UserError(f"protocol.muon_every={result.muon_every}: expected a number of steps from 1")
     return result
 
 

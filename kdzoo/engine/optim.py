@@ -110,28 +110,43 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate; steps are as long as AdamW's at the same one.
         weight_decay: share of the weights, times the learning rate, that each step takes away.
         momentum: of the gradients, Nesterov's.
+        every: each matrix steps once in so many steps, by turns, and the square root of it as far. Making matrices
+            orthogonal is most of a step's work for small batches; momentum changes little from one step to the next.
 
     Source: https://kellerjordan.github.io/posts/muon/; length of the steps: arXiv:2502.16982, eq. 4.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        every: int = 1,
+    ):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.every = every
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one step; ``closure`` is not used."""
         for group in self.param_groups:
-            for matrix in group["params"]:
+            rate = group["lr"] * math.sqrt(self.every)
+            for place, matrix in enumerate(group["params"]):
                 if matrix.grad is None:
                     continue
                 state = self.state[matrix]
                 if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                    state.update(momentum_buffer=torch.zeros_like(matrix), turn=place)
                 momentum = state["momentum_buffer"]
                 momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                state["turn"] += 1
+                if state["turn"] % self.every:
+                    continue
                 direction = orthogonal(matrix.grad.lerp(momentum, group["momentum"]).float())
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(direction, alpha=group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+                matrix.mul_(1 - rate * group["weight_decay"])
+                matrix.sub_(direction, alpha=rate * 0.2 * math.sqrt(max(matrix.shape)))
 
 
 class Optimizer:
@@ -162,7 +177,7 @@ class Optimizer:
         self.optimizers: list[torch.optim.Optimizer] = []
         if groups["matrices"]:
             given = {"lr": protocol.lr, "weight_decay": protocol.weight_decay, "momentum": protocol.momentum}
-            self.optimizers.append(Muon(groups["matrices"], **given))
+            self.optimizers.append(Muon(groups["matrices"], **given, every=protocol.muon_every))
         if decayed and protocol.optimizer == "sgd":
             self.optimizers.append(torch.optim.SGD(decayed, lr=rate, momentum=protocol.momentum, fused=fused))
         elif decayed:

@@ -3,7 +3,6 @@
 import json
 import platform
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -164,7 +163,6 @@ def environment(run: Run) -> dict[str, Any]:
         "precision": run.settings.engine.precision,
         "threads": torch.get_num_threads(),
         "revision": _revision(),
-        "command": sys.argv,
     }
 
 

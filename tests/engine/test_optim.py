@@ -143,6 +143,25 @@ def test_muon_steps_along_momentum_made_orthogonal(shape):
     torch.testing.assert_close(matrix.detach().double(), expected, atol=1e-5, rtol=0)
 
 
+def test_matrices_may_step_by_turns_and_farther():
+    torch.manual_seed(0)
+    before, gradient = torch.randn(2, 4, 4), torch.randn(4, 4)
+    moved = {}
+    for every in (1, 2):
+        matrices = [nn.Parameter(matrix.clone()) for matrix in before]
+        muon = Muon(matrices, lr=0.1, weight_decay=0, momentum=0, every=every)
+        for _ in range(2):
+            for matrix in matrices:
+                matrix.grad = gradient
+            muon.step()
+            moved.setdefault(every, []).append(
+                [(matrix - old).norm().item() for matrix, old in zip(matrices, before, strict=True)]
+            )
+    one_step = moved[1][0][0]
+    assert moved[1] == [pytest.approx([one_step] * 2), pytest.approx([2 * one_step] * 2)]
+    assert moved[2] == [pytest.approx([0, 2**0.5 * one_step]), pytest.approx([2**0.5 * one_step] * 2)]
+
+
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (128, 128)])
 def test_singular_values_from_a_hundredth_upwards_come_between_a_tenth_and_two(shape):
     torch.manual_seed(0)
@@ -170,8 +189,8 @@ def test_a_step_uses_the_rate_it_is_given_and_clips():
     assert network.weight.grad is None
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_restored_moments_go_on_with_the_same_bits(optimizer):
+@pytest.mark.parametrize(("optimizer", "every"), [("adamw", 1), ("muon", 1), ("muon", 2)])
+def test_restored_moments_go_on_with_the_same_bits(optimizer, every):
     def steps(optimizer, network, count):
         for _ in range(count):
             for block in network.blocks:
@@ -179,11 +198,11 @@ def test_restored_moments_go_on_with_the_same_bits(optimizer):
             optimizer.set_rate(0.1)
             optimizer.step()
 
-    protocol = Protocol(optimizer=optimizer)
+    protocol = Protocol(optimizer=optimizer, muon_every=every)
     torch.manual_seed(0)
     one, other, forgetful = Block(), Block(), Block()
     first, second, third = (Optimizer(network, protocol) for network in (one, other, forgetful))
-    steps(first, one, 2)
+    steps(first, one, 3)  # in the middle of a turn
     for network in (other, forgetful):
         network.load_state_dict(one.state_dict())
     second.load_state_dict(deepcopy(first.state_dict()))
