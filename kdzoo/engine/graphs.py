@@ -14,7 +14,8 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kdzoo.distiller import Batch
-from kdzoo.engine.lane import Lane, TeacherPasses
+from kdzoo.engine.lane import Lane
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.precision import PRECISIONS, autocast
 
 WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and all else that is made when first used
@@ -99,7 +100,7 @@ class Graphed(Plain):
         if self.teach is None:
             # Only of memory that holds the next batch too: what a method made of the images is its lane's own.
             ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(self.batch)}
-            shown = [images for images, _ in teacher.made.values() if images.untyped_storage().data_ptr() in ours]
+            shown = [one.images for one in teacher.made.values() if one.images.untyped_storage().data_ptr() in ours]
             work = partial(self.pass_through, teacher, shown)
             try:
                 with self.aside("teacher") as stream:

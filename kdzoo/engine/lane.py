@@ -7,54 +7,23 @@ from typing import Any, cast
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import LOGITS, Batch, Distiller, Output, Show
-from kdzoo.engine.memory import out_of_memory
+from kdzoo.distiller import Batch, Distiller
+from kdzoo.engine.faults import check_terms, fault
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.micro_batches import micro_batches
 from kdzoo.engine.optim import Optimizer, learning_rate
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import StorageError, UserError
-from kdzoo.models import Network
 from kdzoo.precision import PRECISIONS, matmul_precision
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run
 from kdzoo.store.curves import Curves
 from kdzoo.store.folder import RunFolder
-
-
-class TeacherPasses:
-    """The passes of one teacher that all lanes share: the same images go through it once a step.
-
-    They run without gradients, not in inference mode: losses multiply outputs with the student's, and autograd refuses
-    to keep an inference tensor for the backward pass.
-
-    Args:
-        network: the teacher.
-        show: what a pass shows. Each lane adds what it needs before the first pass, and is given that alone.
-        fast: a network of the same outputs that makes the passes; None for the teacher itself.
-    """
-
-    def __init__(self, network: Network, show: Show = LOGITS, fast: Network | None = None):
-        self.network, self.show, self.fast = network, show, fast or network
-        # Images and output, by the memory of the images, which are kept so that it is not used again.
-        self.made: dict[tuple[Any, ...], tuple[Tensor, Output]] = {}
-
-    def __call__(self, images: Tensor, show: Show) -> Output:
-        """Return ``network(images, show)``, remembered until ``forget``; a pass that keeps a graph is not shared."""
-        if torch.is_grad_enabled():
-            return self.fast(images, show)
-        key = images.data_ptr(), images.shape, images.stride(), images.dtype  # the same slice, whoever cut it
-        if key not in self.made:
-            self.made[key] = images, self.fast(images, self.show)
-        return self.made[key][1].only(show)
-
-    def forget(self) -> None:
-        """Forget all passes; call this between steps."""
-        self.made.clear()
 
 
 class Epochs:
@@ -118,6 +87,7 @@ class Lane:
         self.meter = Meter(self.device)
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on this run so far, over all its starts
+        self.at: int | None = None  # the step that it is in or was in last; None before the first
         self.failure: UserError | None = None
         curves = place.output.tensorboard and self.ranks.first
         self.curves = Curves(self.folder.path) if curves else None
@@ -146,14 +116,14 @@ class Lane:
         torch.manual_seed(seed_of(self.run.settings.seed, "step", step, *self.ranks.names))
         self.optimizer.set_rate(self.rate(step))
         self.number.fill_(step)
+        self.at = step
 
     def advance(self, batch: Batch) -> None:
         """Do the device's part of a step, which reads no number from the device, so that it can be a CUDA graph."""
         settings = self.run.settings
         for rows in micro_batches(batch, settings.engine.accumulate):
             terms = self.forward(rows)
-            if not terms:
-                raise UserError(f"distiller '{settings.distiller.name}' has no loss term: all weights are 0")
+            check_terms(terms, settings.distiller.name)
             with matmul_precision(self.device.type, PRECISIONS[settings.engine.precision]):
                 torch.stack(list(terms.values())).sum().backward(self.share)
             self.meter.add(self.ranks.mean(terms), self.number)
@@ -170,17 +140,14 @@ class Lane:
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
-        """Take an error inside as this lane's failure and continue after it; a full disk stops all lanes."""
+        """Take any error inside as this lane's failure and continue after it; a full disk stops all lanes."""
         try:
             yield
         except StorageError:
             raise
-        except UserError as error:
-            self.failure = error
-        except RuntimeError as error:
-            self.failure = out_of_memory(error, self.run)
-            if self.failure is None:
-                raise
+        except (Exception, SystemExit) as error:
+            when = "before training" if self.at is None else f"at step {self.at}"
+            self.failure = fault(error, self.run, when)
 
     def record(self, found: dict[str, Any]) -> None:
         """Write an epoch down."""

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 
 from kdzoo.data import Dataset, Loader
 from kdzoo.engine import graphs
-from kdzoo.engine.lane import Lane, TeacherPasses
+from kdzoo.engine.faults import Shared, check_finite
+from kdzoo.engine.lane import Lane
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.micro_batches import check_micro_batches
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.store import checkpoint
@@ -37,13 +39,21 @@ def train(
                 lane.prepare(loader, teacher)
     progress.begin(describe(lanes), per_epoch, loader.total_steps, start, [lane.title for lane in lanes])
     steps = graphs.steps(lanes[0], teacher, progress.say)
-    clock = Clock()
+    shared, clock = Shared(teacher, len(lanes)), Clock()
 
     for step, batch in enumerate(loader.batches(start), start):
         batch = steps.begin(batch)
+        shared.watch(batch)
         for lane in alive(lanes):
             with lane.failing_alone():
                 steps.step(lane, batch, step)
+            if written := shared.written():
+                lane.failure = UserError(
+                    f"distiller '{lane.run.settings.distiller.name}' changed {written} in step {step}, which the "
+                    "methods beside it read too; compute on a copy"
+                )
+                batch = steps.begin(next(loader.batches(step)))  # drawn again, for the lanes after it
+                shared.watch(batch)
         steps.end()
         progress.step(step + 1)
         images = (step + 1 - max(start, step - step % per_epoch)) * settings.protocol.batch_size  # of this epoch
@@ -115,6 +125,7 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     """Measure the student, where it is due, and write the epoch down."""
     settings, place = lane.run
     terms, epoch = lane.meter.read(), (step + 1) // lane.steps_per_epoch
+    check_finite(lane.trained, f"after step {step}, a weight or statistic")
     top1 = top5 = None
     if epoch % place.output.measure_every == 0 or epoch == settings.protocol.epochs:
         with progress.doing(f"measuring {settings.student.name} ({lane.title}) after epoch {epoch}"):

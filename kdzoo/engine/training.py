@@ -15,11 +15,12 @@ from kdzoo.data import Dataset, Loader
 from kdzoo.distillation import Distillation
 from kdzoo.engine import loop
 from kdzoo.engine.device import current
-from kdzoo.engine.lane import Lane, TeacherPasses, titles
-from kdzoo.engine.memory import out_of_memory
+from kdzoo.engine.faults import check_finite, fault
+from kdzoo.engine.lane import Lane, titles
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.naming import names_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
@@ -45,7 +46,8 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     Raises:
         UserError: teacher and student differ in their number of classes, or the method does not fit the pair.
     """
-    spec, (settings, place) = dataset.spec, run
+    (settings, place), labels = run, dataset.spec.labels.clone()  # which a method may keep, and write to
+    spec = dataset.spec._replace(labels=labels)
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
     if dataset.device.type == "cpu":
@@ -83,13 +85,10 @@ def build_all(
     for i, run in enumerate(runs):
         try:
             built[i] = build(run, dataset, teacher).train()
-        except UserError as error:
-            failed[i] = error
-        except RuntimeError as error:
-            full = out_of_memory(error, run)
-            if full is None:
-                raise
-            failed[i] = full
+        except StorageError:
+            raise
+        except (Exception, SystemExit) as error:
+            failed[i] = fault(error, run, "while it was built")
     return built, failed
 
 
@@ -137,8 +136,11 @@ def train_lanes(
         with current(device):
             loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
-            with progress.doing(f"writing the result of {lane.title}"):
-                outcomes[i] = lane.failure or finish(lane, dataset, teacher)
+            if lane.failure is None:
+                with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():
+                    outcomes[i] = finish(lane, dataset, teacher)
+            if lane.failure is not None:
+                outcomes[i] = lane.failure
     return [outcomes[i] for i in range(len(runs))]
 
 
@@ -157,6 +159,7 @@ def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Pro
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
     """Write the student that ships, then the result."""
     settings, history, shipped = lane.run.settings, lane.history, lane.deployed()
+    check_finite(shipped, "the student to ship")
     best = max((record for record in history if record["top1"] is not None), key=lambda record: record["top1"])
     result = Result(
         folder=lane.folder.path,

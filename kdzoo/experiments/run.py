@@ -13,8 +13,8 @@ from kdzoo import data, models, registry
 from kdzoo.distiller import Distiller
 from kdzoo.engine import ranks as processes
 from kdzoo.engine.device import resolve_auto, use
-from kdzoo.engine.lane import TeacherPasses
 from kdzoo.engine.measure import evaluate
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_one
 from kdzoo.errors import UserError

@@ -8,7 +8,8 @@ from kdzoo import Distiller, Fidelity, models, precision, registry
 from kdzoo.data import open_dataset
 from kdzoo.engine import graphs
 from kdzoo.engine.device import resolve_auto
-from kdzoo.engine.lane import Lane, TeacherPasses
+from kdzoo.engine.lane import Lane
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, build, train_lanes
 from kdzoo.errors import UserError

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdzoo import Distiller, Fidelity, registry
 from kdzoo.engine import graphs
 from kdzoo.engine.graphs import Graphed
-from kdzoo.engine.lane import Lane, TeacherPasses
+from kdzoo.engine.lane import Lane
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, common_loader, train_lanes
 from kdzoo.errors import UserError

@@ -10,8 +10,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from kdzoo.distiller import LOGITS, Output, Show
-from kdzoo.engine.lane import Epochs, Meter, TeacherPasses
+from kdzoo.engine.lane import Epochs, Meter
 from kdzoo.engine.measure import evaluate
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
@@ -165,13 +166,14 @@ def test_out_of_memory_says_what_to_lower(tmp_path, dataset, teacher, monkeypatc
     assert "out of memory with batches of 64 on cpu; lower --batch-size" in str(outcome)
 
 
-def test_another_error_is_no_users_mistake(tmp_path, dataset, teacher, monkeypatch):
+def test_an_error_of_any_kind_is_told_with_its_place(tmp_path, dataset, teacher, monkeypatch):
     def broken(*_):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("kdzoo.engine.lane.Lane.step", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        train_lanes([settings(tmp_path, "kd")], dataset, teacher, Progress(quiet=True))
+    [outcome] = train_lanes([settings(tmp_path, "kd")], dataset, teacher, Progress(quiet=True))
+    assert "distiller 'kd' failed before training: RuntimeError: a bug (test_lanes.py, line" in str(outcome)
+    assert isinstance(outcome.__cause__, RuntimeError)  # whose traceback --debug shows
 
 
 def test_measuring_counts_the_whole_test_set(dataset):

@@ -11,8 +11,9 @@ from torch import nn
 from kdzoo import models, precision
 from kdzoo.distiller import Batch
 from kdzoo.engine.device import keep_freed_memory, resolve_auto
-from kdzoo.engine.lane import Lane, TeacherPasses
+from kdzoo.engine.lane import Lane
 from kdzoo.engine.micro_batches import micro_batches
+from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, train_lanes
 from kdzoo.errors import UserError

@@ -163,7 +163,7 @@ def test_a_run_that_was_edited_or_half_deleted_is_an_error_and_nothing_is_lost(s
         (lambda folder: folder.config.write_text("a: [1"), "config.yaml is damaged"),
         (lambda folder: folder.config.write_text(""), "config.yaml is damaged"),
         (lambda folder: folder.result.write_text("{"), "result.json is damaged"),
-        (lambda folder: folder.result.write_text('{"top9": 1}'), "result.json is damaged"),
+        (lambda folder: folder.result.write_text('{"top9": 1, "names": {}}'), "result.json is damaged"),
         (lambda folder: (folder.path.parent / "suite.json").write_text("{"), "suite.json is damaged"),
         (lambda folder: (folder.path.parent / "suite.json").write_text("[]"), "suite.json is damaged"),
     ],

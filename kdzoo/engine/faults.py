@@ -1,0 +1,125 @@
+"""What goes wrong in one run's own work, told in a line, so that the runs beside it continue."""
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdzoo.distiller import Batch
+from kdzoo.engine.memory import out_of_memory
+from kdzoo.engine.passes import TeacherPasses, writes
+from kdzoo.errors import UserError
+from kdzoo.settings import Run
+
+LIBRARY = str(Path(torch.__file__).parent)
+
+
+def fault(error: BaseException, run: Run, when: str) -> UserError:
+    """Turn any error of a run's own work into a line that says which method failed, when, and where in which file.
+
+    Args:
+        error: what was raised by a method, a network or memory.
+        run: whose work it was.
+        when: such as "at step 12".
+    """
+    if isinstance(error, UserError):
+        return error
+    if full := out_of_memory(error, run):
+        return full
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((LIBRARY, "<"))] or frames
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    said = (str(error).strip().splitlines() or [""])[0]
+    line = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    failed = UserError(f"distiller '{run.settings.distiller.name}' failed {when}: {line}{where}")
+    failed.__cause__ = error  # which --debug shows
+    return failed
+
+
+def check_terms(terms: Any, method: str) -> None:
+    """Check that a loss is a dictionary of float32 scalars.
+
+    Raises:
+        UserError: it is something else; says what.
+    """
+    if not isinstance(terms, Mapping):
+        raise UserError(f"distiller '{method}' returned {_described(terms)}; expected a dictionary of loss terms")
+    if not terms:
+        raise UserError(f"distiller '{method}' has no loss term: all weights are 0")
+    for name, term in terms.items():
+        if not (isinstance(term, Tensor) and term.ndim == 0 and term.dtype == torch.float32):
+            raise UserError(
+                f"distiller '{method}' returned {_described(term)} as '{name}'; expected a float32 tensor without "
+                "dimensions"
+            )
+    if not any(term.requires_grad for term in terms.values()):
+        raise UserError(
+            f"distiller '{method}' returned terms that depend on no trained weight; compute them from the student's "
+            "outputs, without detach() or no_grad()"
+        )
+
+
+def check_finite(module: nn.Module, what: str) -> None:
+    """Check that no weight or statistic of a module is NaN or infinite.
+
+    Raises:
+        UserError: one is; names it.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{what} is not finite: {name}; lower protocol.lr or a term's weight, or set protocol.clip")
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {str(value.dtype).removeprefix('torch.')}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+class Shared:
+    """What all lanes read in a step, watched for a method that writes to it.
+
+    Args:
+        teacher: makes the passes that lanes share; None where there is none.
+        lanes: how many there are. Beside others, a teacher that was written to is restored from a copy.
+    """
+
+    def __init__(self, teacher: TeacherPasses | None, lanes: int):
+        self.teacher = teacher
+        self.weights = [] if teacher is None else list(teacher.fast.state_dict().values())
+        self.copies = [tensor.clone() for tensor in self.weights] if lanes > 1 else []
+        self.dtype = torch.get_default_dtype()
+        self.before: dict[str, int] = {}
+        self.batch: Batch | None = None
+
+    def watch(self, batch: Batch) -> None:
+        """Begin to watch another batch."""
+        self.batch = batch
+        self.before = self.counts()
+
+    def counts(self) -> dict[str, int]:
+        """Count the writes to each part of what is shared; of a pass, those since it was made."""
+        assert self.batch is not None
+        counted = {f"the batch's {name}": writes(value) for name, value in self.batch._asdict().items()}
+        passes = [] if self.teacher is None else self.teacher.made.values()
+        counted["the teacher's outputs"] = sum(writes(made.output) - made.writes for made in passes)
+        counted["the teacher's weights"] = writes(self.weights)
+        return counted
+
+    def written(self) -> str | None:
+        """Name what the last lane wrote to, and restore what outlives the batch; None where it wrote to nothing."""
+        if torch.get_default_dtype() != self.dtype:
+            torch.set_default_dtype(self.dtype)
+            return "torch's default dtype"
+        if not torch.is_grad_enabled():
+            torch.set_grad_enabled(True)
+            return "whether torch computes gradients"
+        found = next((name for name, count in self.counts().items() if count != self.before[name]), None)
+        if found == "the teacher's weights":
+            with torch.no_grad():
+                for tensor, copy in zip(self.weights, self.copies, strict=False):
+                    tensor.copy_(copy)
+        return found

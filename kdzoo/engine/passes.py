@@ -1,0 +1,54 @@
+"""The teacher's passes, which all lanes share."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from kdzoo.distiller import LOGITS, Output, Show
+from kdzoo.models import Network
+
+
+def writes(tensors: Any) -> int:
+    """Count the writes in place that nested tensors have seen, which costs nothing on their device."""
+    return sum(leaf._version for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
+
+
+class Pass(NamedTuple):
+    """One pass of the teacher."""
+
+    images: Tensor  # kept so that their memory is not used again
+    output: Output
+    writes: int  # to the output, when it was made
+
+
+class TeacherPasses:
+    """The passes of one teacher that all lanes share: the same images go through it once a step.
+
+    They run without gradients, not in inference mode: losses multiply outputs with the student's, and autograd refuses
+    to keep an inference tensor for the backward pass.
+
+    Args:
+        network: the teacher.
+        show: what a pass shows. Each lane adds what it needs before the first pass, and is given that alone.
+        fast: a network of the same outputs that makes the passes; None for the teacher itself.
+    """
+
+    def __init__(self, network: Network, show: Show = LOGITS, fast: Network | None = None):
+        self.network, self.show, self.fast = network, show, fast or network
+        self.made: dict[tuple[Any, ...], Pass] = {}  # by the memory of the images
+
+    def __call__(self, images: Tensor, show: Show) -> Output:
+        """Return ``network(images, show)``, remembered until ``forget``; a pass that keeps a graph is not shared."""
+        if torch.is_grad_enabled():
+            return self.fast(images, show)
+        key = images.data_ptr(), images.shape, images.stride(), images.dtype  # the same slice, whoever cut it
+        if key not in self.made:
+            output = self.fast(images, self.show)
+            self.made[key] = Pass(images, output, writes(output))
+        return self.made[key].output.only(show)
+
+    def forget(self) -> None:
+        """Forget all passes; call this between steps."""
+        self.made.clear()
