@@ -1,6 +1,7 @@
 """Atomic file writes, and the folders that kdzoo reads from and writes to."""
 
 import errno
+import json
 import os
 import re
 import stat
@@ -9,8 +10,12 @@ from contextlib import suppress
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from kdzoo.errors import StorageError, UserError
+
+LARGEST = 2**26  # bytes of a text file that is read
+MOVE_AWAY = "move its folder away and run the same command again"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -36,6 +41,44 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file completely or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file of at most 64 MiB, which is more than kdzoo ever writes.
+
+    Raises:
+        UserError: it cannot be read, is too large, or is no text.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is no file")
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected a text file of kdzoo's")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text; save it as UTF-8") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping, without NaN or infinity.
+
+    Raises:
+        UserError: it is damaged.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    text = read_text(path)
+    try:
+        values = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({str(error) or type(error).__name__}); {MOVE_AWAY}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it holds no mapping); {MOVE_AWAY}")
+    return values
 
 
 def slug(name: str) -> str:

@@ -1,6 +1,5 @@
 """Make tables of finished runs: one row for each data set, protocol, pair and method."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -61,7 +60,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
         result = folder.read_result()
         if result is None:
             continue
-        machine = json.loads(folder.environment.read_text(encoding="utf-8")) if folder.environment.is_file() else {}
+        machine = folder.read_environment()
         values = result.plain()
         found.append(
             {

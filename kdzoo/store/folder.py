@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from kdzoo.errors import UserError
-from kdzoo.files import slug, write_text
+from kdzoo.files import MOVE_AWAY, read_json, read_text, slug, write_text
+from kdzoo.keywords import read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.settings import Run, stored
 
@@ -92,11 +93,14 @@ class RunFolder:
         if not self.config.is_file():
             raise UserError(f"{self.path} is no run; expected a folder with a config.yaml that kdzoo wrote")
         try:
-            config = dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise UserError(f"{self.config} is damaged; remove the folder and run the same command again") from error
-        if config.pop("format", None) != FORMAT:
+            config = read_yaml(read_text(self.config), self.config.name)
+        except UserError as error:
+            raise UserError(f"{self.config} is damaged ({error}); {MOVE_AWAY}") from error
+        if config and config.pop("format", None) != FORMAT:
             raise self._of_another_version()
+        for part in ("distiller", "student", "teacher", "data", "protocol"):
+            if not isinstance(config.get(part), dict) or "name" not in config[part]:
+                raise UserError(f"{self.config} is damaged (it has no {part}.name); {MOVE_AWAY}")
         return config
 
     def run(self) -> Run:
@@ -115,7 +119,14 @@ class RunFolder:
         """Read the history; it is empty before the first epoch's end."""
         if not self.history.is_file():
             return []
-        return [json.loads(line) for line in self.history.read_text(encoding="utf-8").splitlines()]
+        try:
+            return [dict(json.loads(line)) for line in read_text(self.history).splitlines()]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.history} is damaged; {MOVE_AWAY}") from error
+
+    def read_environment(self) -> dict[str, Any]:
+        """Read what the run was made on; empty where that is not known."""
+        return read_json(self.environment) if self.environment.is_file() else {}
 
     def write_result(self, result: Result) -> None:
         """Finish the run: with this file it is done and is not run again."""
@@ -125,15 +136,17 @@ class RunFolder:
         """Read the result; None where the run is not finished."""
         if not self.result.is_file():
             return None
+        values = read_json(self.result)
+        if "names" not in values:
+            raise self._of_another_version()
         try:
-            values = json.loads(self.result.read_text(encoding="utf-8"))
-            if "names" not in values:
-                raise self._of_another_version()
-            return Result(folder=self.path, **{**values, "names": Names(**values["names"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{self.result} is damaged ({error}); remove the folder and run the same command again"
-            ) from error
+            result: Result = typed(Result, {**values, "folder": self.path}, "")
+        except UserError as error:
+            raise UserError(f"{self.result} is damaged ({error}); {MOVE_AWAY}") from error
+        shares = [result.top1, result.top5, result.best_top1, result.teacher_top1 or 0.0]
+        if result.plain() | values != result.plain() or not all(0 <= share <= 100 for share in shares):
+            raise UserError(f"{self.result} is damaged (a value is no accuracy, or of another type); {MOVE_AWAY}")
+        return result
 
     def _of_another_version(self) -> UserError:
         return UserError(
