@@ -2,10 +2,12 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import yaml
@@ -45,8 +47,43 @@ def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | Non
     Raises:
         UserError: an unknown key, with the nearest, or a value of another type.
     """
+    _refuse_markers(values, prefix)
     with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
-        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
+        made = OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
+    _check_fields(made, prefix)
+    return made
+
+
+def setting(default: Any, check: Callable[..., Any], *arguments: Any) -> Any:
+    """Declare a dataclass's field with its default and one of the checks below, which ``typed`` applies; None passes.
+
+    Args:
+        default: the default.
+        check: takes ``arguments`` and one keyword.
+        arguments: such as the bounds of ``between``.
+    """
+    return field(default=default, metadata={"check": partial(check, *arguments)})
+
+
+def _check_fields(made: Any, prefix: str) -> None:
+    for column in fields(made):
+        value = getattr(made, column.name)
+        if is_dataclass(value):
+            _check_fields(value, f"{prefix}{column.name}.")
+        elif "check" in column.metadata and value is not None:
+            column.metadata["check"](**{f"{prefix}{column.name}": value})
+
+
+def _refuse_markers(values: Any, where: str) -> None:
+    """Refuse texts that OmegaConf would replace: from the environment, or as missing."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            _refuse_markers(value, f"{where}{key}.")
+    elif isinstance(values, list | tuple):
+        for value in values:
+            _refuse_markers(value, where)
+    elif isinstance(values, str) and ("${" in values or values == "???"):
+        raise UserError(f"{where.rstrip('.')}={values}: texts with ${{...}} and ??? are not replaced; write the value")
 
 
 @contextmanager
@@ -98,6 +135,32 @@ def at_least(lowest: Number, **keyword: Number) -> Number:
 def share(**keyword: float) -> float:
     """Check that a number is from 0 to 1."""
     return _checked(keyword, lambda value: 0 <= value <= 1, "a share from 0 to 1")
+
+
+def fraction(**keyword: float) -> float:
+    """Check that a number is from 0 to below 1."""
+    return _checked(keyword, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def between(lowest: Number, highest: Number, **keyword: Number) -> Number:
+    """Check that a number is from ``lowest`` to ``highest``."""
+    return _checked(keyword, lambda value: lowest <= value <= highest, f"a number from {lowest} to {highest}")
+
+
+def matching(pattern: str, expected: str, **keyword: str) -> str:
+    """Check that a whole text matches a regular expression; ``expected`` says in words what it allows."""
+    ((name, value),) = keyword.items()
+    if not re.fullmatch(pattern, value):
+        raise UserError(f"{name}={value}: expected {expected}")
+    return value
+
+
+def rising(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
+    """Apply one of the checks above to each of several values, none below the one before; there may be none."""
+    ((name, values),) = keyword.items()
+    if any(one > two for one, two in pairwise(values)):
+        raise UserError(f"{name}={list(values)}: expected values in rising order")
+    return tuple(check(*arguments, **{name: value}) for value in values)
 
 
 def odd(**keyword: int) -> int:

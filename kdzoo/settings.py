@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import shipped_folder
+from kdzoo.files import read_text, shipped_folder
 from kdzoo.keywords import explained, keyword_settings, read_yaml, typed
 from kdzoo.recipe import Protocol
 
@@ -308,28 +308,33 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"no file {name}; expected a YAML file with the keys of a protocol")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     else:
         known = {f.name.removesuffix(".yaml"): f for f in _protocol_files()}
         if name not in known:
             raise unknown("protocol", name, known, hint="(a file's path ends with .yaml)")
         text = known[name].read_text(encoding="utf-8")
-    recipe = read_yaml(text, f"protocol {name}")
-    epochs = given.get("epochs")
-    if isinstance(epochs, int) and "epochs" in recipe:
-        scale = epochs / recipe["epochs"]
-        recipe["milestones"] = [max(1, round(m * scale)) for m in recipe.get("milestones", ())]
-        recipe["warmup"] = recipe.get("warmup", 0) * scale
-    augmentation = {**recipe.pop("augmentation", {}), **given.get("augmentation", {})}
-    result: Protocol = typed(Protocol, {**recipe, **given, "augmentation": augmentation, "name": name}, "protocol.")
-    if result.epochs < 1 or result.batch_size < 2:
-        raise UserError(
-            f"protocol.epochs={result.epochs} and protocol.batch_size={result.batch_size}: "
-            "expected at least 1 epoch and batches of at least 2"
-        )
-    if result.muon_every < 1:
-        raise UserError(f"protocol.muon_every={result.muon_every}: expected a number of steps from 1")
+    recipe = _recipe(f"protocol {name}", text)
+    augmentation = given.get("augmentation", {})
+    if not isinstance(augmentation, Mapping):
+        raise UserError(f"protocol.augmentation={augmentation}: expected protocol.augmentation.KEY=value")
+    epochs: Protocol = typed(Protocol, {"epochs": given.get("epochs", recipe.epochs)}, "protocol.")
+    scale = epochs.epochs / recipe.epochs
+    scaled = {
+        **asdict(recipe),
+        "milestones": [max(1, round(milestone * scale)) for milestone in recipe.milestones],
+        "warmup": recipe.warmup * scale,
+    }
+    augmentation = {**scaled["augmentation"], **augmentation}
+    result: Protocol = typed(Protocol, {**scaled, **given, "augmentation": augmentation, "name": name}, "protocol.")
     return result
+
+
+@cache
+def _recipe(title: str, text: str) -> Protocol:
+    """Read a recipe's text, its values checked."""
+    recipe: Protocol = typed(Protocol, read_yaml(text, title), f"{title}: ")
+    return recipe
 
 
 def _protocol_files() -> list[Traversable]:
