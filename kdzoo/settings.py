@@ -256,6 +256,12 @@ def _typed(given: Mapping[str, Any]) -> Run:
     if not 0 < place.engine.memory <= 1:
         raise UserError(f"engine.memory={place.engine.memory:g}: expected a share of memory, above 0 and up to 1")
     settings: Settings = typed(Settings, what, "", also=Place)
+    teacher = settings.teacher
+    if teacher.finetune and not (teacher.weights or teacher.pretrained):
+        raise UserError("teacher.finetune=true: expected weights to start from; give --teacher-weights FILE too")
+    for role, network in (("teacher", teacher), ("student", settings.student)):
+        if network.weights and network.pretrained:
+            raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
     if settings.engine.accumulate < 1:
         raise UserError(f"engine.accumulate={settings.engine.accumulate}: expected how many parts a batch has, from 1")
     return Run(settings, place)

@@ -13,6 +13,7 @@ from torch import nn
 from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
 from kdzoo.distillation import Distillation
+from kdzoo.distiller import DataSpec
 from kdzoo.engine import loop
 from kdzoo.engine.device import current
 from kdzoo.engine.lane import Lane, TeacherPasses, titles
@@ -22,7 +23,7 @@ from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
-from kdzoo.settings import Run, Settings
+from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 
@@ -33,6 +34,18 @@ class Teacher:
 
     network: models.Network
     top1: float  # in percent, on the test set
+
+
+def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> tuple[models.Network, str]:
+    """Make a network with the weights it starts from, and say where they come from.
+
+    Without ``fetch`` a pretrained network is only made to fit its weights, as in ``models.create``.
+    """
+    reading = {"image_size": wanted.image_size, "mean": wanted.mean, "std": wanted.std, "taps": wanted.taps}
+    if wanted.weights:
+        return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, **reading)
+    network = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **reading)
+    return network, "its pretrained weights" if wanted.pretrained else "weights drawn at random"
 
 
 def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool = True) -> Distillation:
@@ -46,7 +59,7 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     """
     spec, (settings, place) = dataset.spec, run
     torch.manual_seed(seed_of(settings.seed, "student"))
-    student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
+    student, _ = network_of(settings.student, spec, fetch)
     if dataset.device.type == "cpu":
         models.unfuse_attention(student)
     torch.manual_seed(seed_of(settings.seed, "distiller"))

@@ -5,6 +5,7 @@ draws the tables that are computed here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -277,8 +278,7 @@ def _images(settings: Settings) -> tuple[Any, ...]:
 def _teacher(settings: Settings) -> tuple[Any, ...]:
     """What decides the teacher's weights."""
     wanted = settings.teacher
-    recipe = wanted.protocol or settings.protocol.name
-    return wanted.name, wanted.weights, wanted.pretrained, recipe, wanted.epochs, wanted.seed, settings.data.limit
+    return replace(wanted, protocol=wanted.protocol or settings.protocol.name), settings.data.limit
 
 
 def _names(runs: Sequence[tuple[RunFolder, Run]]) -> list[str]:
