@@ -139,7 +139,7 @@ class FiGKD(Distiller):
         sums = torch.zeros(len(self.order), len(self.order), device=self.order.device)
         for batch in batches:
             sums += batch.targets.mT @ teacher(batch.images).logits.softmax(dim=1)
-        self.order.copy_(torch.from_numpy(confusion_order(all_sum(sums).double().cpu().numpy())))
+        self.order.copy_(torch.from_numpy(confusion_order(all_sum(sums).cpu().numpy().astype(np.float64))))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         return self.weigh(

@@ -118,3 +118,14 @@ def _state(file: Path) -> tuple[str, int, int]:
 def _origin(module: ModuleType) -> str | None:
     spec = module.__spec__
     return None if spec is None else spec.origin
+
+
+@contextmanager
+def script_hidden() -> Iterator[None]:
+    """Make a context in which processes start without running the user's script, which so needs no main guard."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

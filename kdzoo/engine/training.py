@@ -1,12 +1,13 @@
 """Train runs side by side and write their folders, given the data and, where a method has one, the teacher."""
 
-import resource
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import median
+from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -41,7 +42,12 @@ def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> t
 
     Without ``fetch`` a pretrained network is only made to fit its weights, as in ``models.create``.
     """
-    reading = {"image_size": wanted.image_size, "mean": wanted.mean, "std": wanted.std, "taps": wanted.taps}
+    reading: dict[str, Any] = {
+        "image_size": wanted.image_size,
+        "mean": wanted.mean,
+        "std": wanted.std,
+        "taps": wanted.taps,
+    }
     if wanted.weights:
         return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, **reading)
     network = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **reading)
@@ -206,4 +212,9 @@ def peak_memory(device: torch.device) -> int:
     """Measure the most bytes ever in use: of the device, or of this process where it computes on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if peak is not None:  # on Windows, which has no module resource
+        return peak
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -42,6 +42,7 @@ class Network(nn.Module):
 
     mean: Tensor
     std: Tensor
+    luma: Tensor
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Network(nn.Module):
         self._gray = first is not None and first.in_channels == 1
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("luma", torch.tensor(LUMA).view(1, -1, 1, 1), persistent=False)
         with _undisturbed(self):
             self._reader = _reader(body, self._probe(), taps)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
@@ -145,7 +147,7 @@ class Network(nn.Module):
             shrinks = images.shape[-1] > self.image_size
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)
         images = (images - self.mean) / self.std
-        return sum(share * images[:, i : i + 1] for i, share in enumerate(LUMA)) if self._gray else images
+        return (images * self.luma).sum(dim=1, keepdim=True) if self._gray else images
 
     def _probe(self) -> Tensor:
         # A generator apart, so that the global one stays still; not zeros, with which two ways of reading could agree.
