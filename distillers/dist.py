@@ -28,7 +28,8 @@ class DIST(Distiller):
     .. math:: L = w_{ce} H(y, p_s) + w_{dist} T^2 \Big( w_{inter} \frac{1}{B} \sum_b (1 - \rho(p_s^b, p_t^b))
         + w_{intra} \frac{1}{K} \sum_k (1 - \rho(p_s^k, p_t^k)) \Big)
 
-    p^b: the softened probabilities of image b; p^k: those of class k over the batch; rho: Pearson's correlation.
+    p^b: the softened probabilities of image b; p^k: those of class k over the batch; rho: Pearson's correlation. With
+    two classes rho(p_s^b, p_t^b) is 1 or -1 for all networks, which leaves the relation between images.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -57,6 +58,7 @@ class DIST(Distiller):
         super().__init__(ce=ce, dist=dist)
         self.inter, self.intra = inter, intra
         self.temperature = positive(temperature=temperature)
+        self.fewest_classes = 2 if intra else 3
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         return self.weigh(

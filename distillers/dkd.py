@@ -38,8 +38,9 @@ class DKD(Distiller):
         \quad \mathrm{NCKD} = T^2 KL(\hat p_t \| \hat p_s)
 
     p is softened by T, p-hat is p over all classes but the true one, which is the largest of the batch's targets,
-    and r rises from 0 to 1. Classical distillation is TCKD + (1 - p_t^y) NCKD, sample by sample. Everything stays
-    in logarithms, where the authors' code takes the log of a softmax that may have become 0.
+    and r rises from 0 to 1. Classical distillation is TCKD + (1 - p_t^y) NCKD, sample by sample; with two classes NCKD
+    is 0 and TCKD is ``kd``, so it takes three. Everything stays in logarithms, where the authors' code takes the log of
+    a softmax that may have become 0.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -54,6 +55,7 @@ class DKD(Distiller):
 
     paper = "arXiv:2203.08679"
     fidelity = Fidelity.EXACT
+    fewest_classes = 3
     needs = Needs(features=False)
 
     def __init__(

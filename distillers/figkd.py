@@ -72,6 +72,9 @@ class FiGKD(Distiller):
     classes this is K / (K - 1) times the MSE of centred logits (``logitmse``), so what FiGKD adds comes from the
     order alone; and each level leaves out less of what ``logitmse`` compares.
 
+    Of two classes there is one difference. Standardised, or by its cosine, it is a sign, and their content is what no
+    softmax sees; these variants take three classes.
+
     The full text was not available. Known are the split of logits by a wavelet transform, the transfer of detail
     only, and the cross-entropy beside it. Ours are the wavelet, the level, T, the distance, the padding (with odd K
     the last class is paired with the one before it) and every order but the data set's own.
@@ -119,6 +122,7 @@ class FiGKD(Distiller):
         self.distance = one_of(DISTANCES, distance=distance)
         self.band = one_of(("detail", "content", "all"), band=band)
         self.class_order = one_of(ORDERS, class_order=class_order) if isinstance(class_order, str) else class_order
+        self.fewest_classes = 3 if standardize or distance == "cosine" or band == "content" else 2
         self.wavelet, self.level, self.padding, self.standardize = wavelet, level, padding, standardize
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
@@ -135,7 +139,7 @@ class FiGKD(Distiller):
         sums = torch.zeros(len(self.order), len(self.order), device=self.order.device)
         for batch in batches:
             sums += batch.targets.mT @ teacher(batch.images).logits.softmax(dim=1)
-        self.order.copy_(torch.from_numpy(confusion_order(all_sum(sums).double().cpu().numpy())))
+        self.order.copy_(torch.from_numpy(confusion_order(all_sum(sums).cpu().numpy().astype(np.float64))))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         return self.weigh(

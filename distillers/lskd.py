@@ -20,7 +20,8 @@ class LSKD(Distiller):
     .. math:: L = w_{ce} H(y, p_s) + w_{kd} T^2 KL(\operatorname{softmax}(Z(z_t) / T) \|
         \operatorname{softmax}(Z(z_s) / T)), \quad Z(z) = \frac{z - \bar z}{\sigma(z) + 10^{-7}}
 
-    The student need not repeat how large the teacher's logits are, only how they lie to each other.
+    The student need not repeat how large the teacher's logits are, only how they lie to each other. Two standardised
+    numbers are always the same two, so it takes three classes.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -32,6 +33,7 @@ class LSKD(Distiller):
 
     paper = "arXiv:2403.01427"
     fidelity = Fidelity.EXACT
+    fewest_classes = 3
 
     def __init__(self, *, ce: float = 0.1, kd: float = 9.0, temperature: float = 2.0):
         super().__init__(ce=ce, kd=kd)

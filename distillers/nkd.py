@@ -29,8 +29,9 @@ class NKD(Distiller):
         - \gamma T^2 \sum_{k \ne y} \hat p_t^k \log \hat p_s^k \Big)
 
     p^y is not softened; p-hat is softened by T and sums to 1 over all classes but the true one, which is the
-    largest of the batch's targets. One public version of the authors' code keeps every class in the second part, by a
-    mask that is true everywhere; we follow the paper and the corrected code.
+    largest of the batch's targets. With two classes p-hat is 1, so it takes three. One public version of the authors'
+    code keeps every class in the second part, by a mask that is true everywhere; we follow the paper and the corrected
+    code.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -43,6 +44,7 @@ class NKD(Distiller):
 
     paper = "arXiv:2303.13005"
     fidelity = Fidelity.EXACT
+    fewest_classes = 3
     needs = Needs(features=False)
 
     def __init__(self, *, ce: float = 1.0, nkd: float = 1.0, gamma: float = 1.5, temperature: float = 1.0):

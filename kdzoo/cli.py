@@ -19,6 +19,23 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
     return click.option(name, key.replace(".", "__"), **options)
 
 
+def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say where a finished run is looked at, and on what."""
+    for option in (
+        click.option(
+            "--precision",
+            help="Precision of the networks: float32, tf32 or bf16 (default: that of the run if possible).",
+        ),
+        click.option("--device", default="auto", help="Device to compute on (default: the first GPU, else the CPU)."),
+        click.option("--data-root", "root", help="Folder of downloaded data sets (default: the one of the run)."),
+        click.option(
+            "--data", help="Data set, or where it lies now, such as folder:PATH (default: the one of the run)."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kdzoo")
 def cli() -> None:
@@ -206,12 +223,16 @@ def bench(
 
 @cli.command("eval")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@elsewhere
 @DEBUG
-def evaluate(folder: Path) -> None:
-    """Measure the student of a finished run again."""
-    from kdzoo.experiments.run import evaluate_run
+def evaluate(folder: Path, **here: Any) -> None:
+    """Measure the student of a finished run again.
 
-    top1, top5 = evaluate_run(folder)
+    The run may come from another machine. Its paths mean what they meant in the folder it was made in.
+    """
+    from kdzoo.experiments.run import Here, evaluate_run
+
+    top1, top5 = evaluate_run(folder, Here(**here))
     click.echo(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %")
 
 
@@ -249,7 +270,6 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
 @click.option("--teacher", help="Compare this untrained network with --student, instead of finished runs.")
 @click.option("--student", help="Untrained student to compare with --teacher.")
-@click.option("--data", default="digits", help="Data set that untrained networks read (default: digits).")
 @click.option(
     "--batches",
     type=click.IntRange(min=0),
@@ -262,9 +282,15 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
     default="spectrum",
     help="Path of the files to write, OUT.csv and OUT.png (default: spectrum).",
 )
+@elsewhere
 @DEBUG
 def spectrum(
-    folders: tuple[Path, ...], teacher: str | None, student: str | None, data: str, batches: int, out: Path
+    folders: tuple[Path, ...],
+    teacher: str | None,
+    student: str | None,
+    batches: int,
+    out: Path,
+    **here: Any,
 ) -> None:
     """Show the energy of teacher and students in each frequency band, and where they agree.
 
@@ -272,13 +298,14 @@ def spectrum(
     student without a teacher.
     """
     from kdzoo.experiments import spectrum
+    from kdzoo.experiments.run import Here
     from kdzoo.results import spectrum_plot
 
     spectrum_plot.require_matplotlib()
     if folders and not (teacher or student):
-        found = spectrum.of_runs(folders, batches)
+        found = spectrum.of_runs(folders, batches, Here(**here))
     elif teacher and student and not folders:
-        found = spectrum.of_networks(teacher, student, data, batches)
+        found = spectrum.of_networks(teacher, student, here["data"] or "digits", batches, Here(**here))
     else:
         raise UserError("expected finished runs, or both --teacher and --student without any run")
     for file in spectrum_plot.save(found, out):

@@ -92,6 +92,13 @@ class Distillation(nn.Module):
                     f"the {role} gives {output.logits.shape[1]} logits, expected {classes}, one for each class"
                     f"{f' of {data.name}' if data else ''}; give it that many classes"
                 )
+        for role, network in (("student", self.student), ("teacher", self.teacher)):
+            why = getattr(network, "stageless", "")
+            if why and self.distiller.needs.features:
+                raise UserError(
+                    f"{type(self.distiller).__name__} reads four stages of the {role}, and none were found ({why}); "
+                    f"pass {role}.taps=[...], or taps=[...] to kdzoo.models.wrap: four submodules, shallow to deep"
+                )
         if data is None:
             if labels is None and self.distiller.needs.labels:
                 raise UserError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdzoo.errors import UserError
 from kdzoo.keywords import not_negative
 from kdzoo.precision import Precision, autocast
 
@@ -253,6 +254,7 @@ class Distiller(nn.Module):
     fidelity: ClassVar[Fidelity]
     needs: Needs = Needs()
     logit_terms: ClassVar[tuple[str, ...]] = ("ce", "kd")  # terms that read logits alone and need no modules
+    fewest_classes: int = 2  # with fewer, what the method compares is the same for every network
 
     def __init__(self, **weights: float):
         super().__init__()
@@ -273,6 +275,11 @@ class Distiller(nn.Module):
         Raises:
             UserError: the method does not fit these networks or these data.
         """
+        if data.num_classes < self.fewest_classes:
+            raise UserError(
+                f"{type(self).__name__} teaches nothing with {data.num_classes} classes: what it compares is then the "
+                f"same for every network; expected at least {self.fewest_classes}, so choose another method, such as kd"
+            )
         if self.is_active and not self.is_assembled:
             self.build(student, teacher, data)
         self.is_assembled = True

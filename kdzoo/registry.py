@@ -17,6 +17,7 @@ from pkgutil import resolve_name
 from types import ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from kdzoo import own_code
 from kdzoo.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -183,5 +184,6 @@ def _import(plugin: Plugin) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[plugin.module] = module  # so that its objects can be pickled
-    spec.loader.exec_module(module)
+    with own_code.up_to_date(own_code.imported(plugin.file), plugin.file.parent):
+        spec.loader.exec_module(module)
     return module

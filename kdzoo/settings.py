@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from kdzoo import registry
+from kdzoo import own_code, registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import read_text, shipped_folder
 from kdzoo.keywords import explained, keyword_settings, read_yaml, typed
@@ -33,7 +33,12 @@ class StudentSettings:
     """The network that learns."""
 
     name: str = ""
+    weights: str | None = None  # start from this file of weights; a head of other classes is left out
     pretrained: bool = False  # start from timm's pretrained weights
+    image_size: int | None = None  # side in pixels that it reads; None: its weights' own, else the data's
+    mean: tuple[float, ...] | None = None  # subtracted from images in [0, 1]; None: its weights' own, else the data's
+    std: tuple[float, ...] | None = None  # by which images are divided after that; None: the same
+    taps: tuple[str, ...] | None = None  # four submodules, shallow to deep, whose outputs are its stages; None: found
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,14 @@ class TeacherSettings:
     name: str | None = None
     weights: str | None = None  # a file of weights instead of training
     pretrained: bool = False  # timm's pretrained weights; fine-tuned where the classes differ
-    protocol: str | None = None  # the recipe it is trained by; None: the run's, as it stands in its file
+    image_size: int | None = None  # as the student's
+    mean: tuple[float, ...] | None = None  # as the student's
+    std: tuple[float, ...] | None = None  # as the student's
+    taps: tuple[str, ...] | None = None  # as the student's
+    finetune: bool = False  # train the weights of the file on, with a new head where the classes differ
+    protocol: str | None = None  # its recipe; None: finetune where it starts from weights, else the run's file
     epochs: int | None = None  # None: the recipe's
+    lr: float | None = None  # None: the recipe's
     seed: int = 0
 
 
@@ -216,7 +227,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
     )
     if not settings.student.name:
         raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
-    return Run(replace(settings, files=_files_of(settings)), run.place)
+    return Run(replace(settings, files=files_of(settings)), run.place)
 
 
 def stored(plain: Mapping[str, Any]) -> Run:
@@ -245,20 +256,46 @@ def _typed(given: Mapping[str, Any]) -> Run:
     if not 0 < place.engine.memory <= 1:
         raise UserError(f"engine.memory={place.engine.memory:g}: expected a share of memory, above 0 and up to 1")
     settings: Settings = typed(Settings, what, "", also=Place)
+    teacher = settings.teacher
+    if teacher.finetune and not (teacher.weights or teacher.pretrained):
+        raise UserError("teacher.finetune=true: expected weights to start from; give --teacher-weights FILE too")
+    for role, network in (("teacher", teacher), ("student", settings.student)):
+        if network.weights and network.pretrained:
+            raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
     if settings.engine.accumulate < 1:
         raise UserError(f"engine.accumulate={settings.engine.accumulate}: expected how many parts a batch has, from 1")
     return Run(settings, place)
 
 
-def _files_of(settings: Settings) -> dict[str, str]:
-    """Compute the SHA-256 of each file that the settings name: a method, weights, a data set of the user's."""
-    found = {}
-    for name in (settings.distiller.name, settings.teacher.weights, settings.data.name.partition(":")[0]):
-        path = Path(name or "").expanduser()
-        if name and path.suffix and path.is_file():
-            state = path.stat()
-            found[name] = _digest(path, state.st_size, state.st_mtime_ns)
-    return found
+def files_of(settings: Settings) -> dict[str, str]:
+    """Compute the SHA-256 of each file of the user's that the settings name.
+
+    These are methods, data sets, weights and networks, with the user's own modules that they import.
+    """
+    found: dict[str, Path] = {}
+    modules: list[str] = []
+    for name in (settings.distiller.name, settings.data.name.partition(":")[0]):
+        path = Path(name).expanduser()
+        if path.suffix == ".py" and path.is_file():
+            found |= {name: path, **own_code.sources(own_code.imported(path), path.parent)}
+    for network in (settings.teacher, settings.student):
+        origin, colon, member = (network.name or "").partition(":")
+        if colon and origin == "local-dir":
+            found |= _weights(member)
+        elif colon:
+            modules.append(origin)
+        found |= _weights(network.weights or "")
+    found |= own_code.sources(modules)
+    states = {name: path.stat() for name, path in found.items()}
+    return {name: _digest(found[name], state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+def _weights(name: str) -> dict[str, Path]:
+    """List a file of weights, or the files of a folder that holds some, by their names."""
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return {f"{name}/{file.name}": file for file in sorted(path.iterdir()) if file.is_file()}
+    return {name: path} if name and path.is_file() else {}
 
 
 @cache

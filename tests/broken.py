@@ -106,6 +106,11 @@ FAULTS: dict[str, dict[str, dict[str, Any]]] = {
                 term + F.mse_loss(*[o.logits[:, ::2] - o.logits[:, 1::2] for o in (s, t)])
             )
         },
+        "compares standardised logits, of which two are the same for every network": {
+            "changed": lambda self, term, s, t, batch: (
+                0 * term + F.mse_loss(*[F.layer_norm(o.logits, o.logits.shape[1:]) for o in (s, t)])
+            )
+        },
     },
     "check_mixed_targets": {
         "looks for the class whose target is 1, where mixed images have none": {

@@ -10,7 +10,20 @@ from kdzoo.distillers.kd import KD
 from torch import nn
 
 import kdzoo
-from kdzoo import Batch, DataSpec, Distillation, Distiller, Fidelity, Needs, NetworkView, Output, Show, UserError
+from kdzoo import (
+    Batch,
+    DataSpec,
+    Distillation,
+    Distiller,
+    Fidelity,
+    Needs,
+    NetworkView,
+    Output,
+    Show,
+    UserError,
+    registry,
+    toys,
+)
 from kdzoo.models import wrap
 from kdzoo.precision import PRECISIONS
 
@@ -292,3 +305,27 @@ def test_distilling_by_name_is_the_same_as_by_class(pictures):
 def test_a_mistake_in_words_is_one_line(method, keywords, said):
     with pytest.raises(UserError, match=said):
         kdzoo.distill(cnn(), cnn(), method, num_classes=5, image_size=32, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("method", "keywords"),
+    [
+        ("lskd", {}),
+        ("dkd", {}),
+        ("nkd", {}),
+        ("dist", {"intra": 0.0}),
+        ("figkd", {"standardize": True}),
+        ("figkd", {"distance": "cosine"}),
+        ("figkd", {"band": "content"}),
+    ],
+)
+def test_a_method_that_teaches_nothing_with_two_classes_says_so(method, keywords):
+    distiller = registry.load(method)
+    with pytest.raises(UserError, match=r"teaches nothing with 2 classes.*at least 3"):
+        toys.distillation(distiller, keywords, classes=2)
+    toys.distillation(distiller, keywords, classes=3)
+
+
+@pytest.mark.parametrize(("method", "keywords"), [("kd", {}), ("dist", {}), ("figkd", {}), ("logitmse", {})])
+def test_a_method_that_teaches_with_two_classes_is_not_refused(method, keywords):
+    assert toys.distillation(registry.load(method), keywords, classes=2)(toys.batch_of(classes=2))

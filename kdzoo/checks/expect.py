@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdzoo import toys
@@ -15,6 +15,7 @@ from kdzoo.distiller import Batch, Distiller, Output
 
 Terms = Mapping[str, Tensor]
 LEAST_FALL = 0.1  # of the loss in a short training, as a share of its size
+LEAST_TEACHING = 0.01  # of the gradient with few classes, as a share of that with ten
 LEAST_AGREEMENT = 0.6  # of the student with labels or teacher after it
 
 
@@ -112,3 +113,13 @@ def learning(distiller: type[Distiller], seed: int = 0) -> Learning:
     toys.train(together, steps=120, size=16, seed=1000 * seed)
     loss, agreement = standing()
     return Learning((loss_before - loss) / abs(loss_before), agreement_before, agreement)
+
+
+def teaching(distiller: type[Distiller], classes: int) -> float:
+    """Measure the gradient that reaches the student from all terms but the cross-entropy with the labels."""
+    together = toys.distillation(distiller, classes=classes)
+    terms = together(toys.batch_of(size=16, classes=classes))
+    taught = [term for name, term in terms.items() if name != "ce" and term.requires_grad]
+    weights = list(together.student.parameters())
+    gradients = torch.autograd.grad(torch.stack(taught).sum(), weights, allow_unused=True) if taught else ()
+    return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]).item()

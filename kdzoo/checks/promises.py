@@ -16,12 +16,14 @@ from kdzoo import toys
 from kdzoo.checks.expect import (
     LEAST_AGREEMENT,
     LEAST_FALL,
+    LEAST_TEACHING,
     Narrow,
     expect,
     expect_equal,
     expect_finite,
     learning,
     promising,
+    teaching,
 )
 from kdzoo.checks.running import promise
 from kdzoo.distillation import Distillation
@@ -128,11 +130,15 @@ def check_feature_shapes(distiller: type[Distiller]) -> None:
 
 @promise
 def check_class_counts(distiller: type[Distiller]) -> None:
-    """The method works with any number of classes, odd or even."""
-    for classes in (2, 10, 67, 101):
+    """The method works with any number of classes, odd or even, from the fewest with which it teaches."""
+    fewest = distiller().fewest_classes
+    for classes in (fewest, 10, 67, 101):
         with promising(f"finite terms for {classes} classes"):
             together = toys.distillation(distiller, classes=classes)
         expect_finite(together, toys.batch_of(classes=classes), f"{classes} classes")
+    few, many = (teaching(distiller, classes) for classes in (fewest, 10))
+    remedy = "set fewest_classes on the class"
+    expect(few >= LEAST_TEACHING * many, f"terms that teach with {fewest} classes", f"a gradient of {few:.2g}", remedy)
 
 
 @promise

@@ -1,11 +1,11 @@
 """Prepare images for use: decide their size, decode those that fit into memory, measure how bright they are."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -105,5 +105,5 @@ def _fits(size: int, device: torch.device) -> bool:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = psutil.virtual_memory().total
     return size <= max(_ALWAYS_FITS, memory // 3)

@@ -17,10 +17,14 @@ from torchvision import transforms
 
 from kdzoo.data.pictures import Pictures
 from kdzoo.errors import UserError
+from kdzoo.own_code import script_hidden
 from kdzoo.randomness import globally_seeded
 from kdzoo.recipe import Augmentation
 
 AHEAD = 4  # batches that each worker prepares in advance, so that one slow image delays nothing
+
+# What torch says where a worker cannot hand over a batch, by an error of its own or by its death.
+OUT_OF_SHARED_MEMORY = ("shared memory", "No space left on device", "Bus error")
 
 Transform = Callable[[Image.Image], Image.Image]  # any size -> a square
 
@@ -126,10 +130,20 @@ def stream(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws its base seed from the global one
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield {name: pixels.to(device, non_blocking=True) for name, pixels in batch.items()}
+    try:
+        with script_hidden():
+            batches = iter(loader)
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield {name: pixels.to(device, non_blocking=True) for name, pixels in batch.items()}
+    except RuntimeError as error:
+        if not workers or not any(sign in str(error) for sign in OUT_OF_SHARED_MEMORY):
+            raise
+        raise UserError(
+            f"shared memory does not hold the images that {workers} workers decode ahead; set data.workers=0, or give "
+            "the container more, as docker run --shm-size=2g does"
+        ) from error
 
 
 def _collate(items: list[Any]) -> Any:

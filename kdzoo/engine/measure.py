@@ -35,7 +35,7 @@ def evaluate(
             hits += torch.stack([found[:, 0].sum(), found.sum()])
             count += len(labels)
     network.train(training)
-    top1, top5 = (100 * hits.double() / count).tolist()
+    top1, top5 = (100 * hit / count for hit in hits.tolist())  # Apple's GPUs have no float64
     return top1, top5
 
 

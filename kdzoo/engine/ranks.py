@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdzoo.errors import UserError
+from kdzoo.own_code import script_hidden
 from kdzoo.settings import Run
 
 Forward = Callable[..., dict[str, Tensor]]
@@ -202,7 +203,8 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, _work_as_rank)(work, run, *arguments)
+        with script_hidden():
+            elastic_launch(config, _work_as_rank)(work, run, *arguments)
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error

@@ -1,18 +1,20 @@
 """Train runs side by side and write their folders, given the data and, where a method has one, the teacher."""
 
-import resource
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import median
+from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
 from kdzoo.distillation import Distillation
+from kdzoo.distiller import DataSpec
 from kdzoo.engine import loop
 from kdzoo.engine.device import current
 from kdzoo.engine.faults import check_finite, fault
@@ -24,7 +26,7 @@ from kdzoo.errors import StorageError, UserError
 from kdzoo.naming import names_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
-from kdzoo.settings import Run, Settings
+from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 
@@ -35,6 +37,23 @@ class Teacher:
 
     network: models.Network
     top1: float  # in percent, on the test set
+
+
+def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> tuple[models.Network, str]:
+    """Make a network with the weights it starts from, and say where they come from.
+
+    Without ``fetch`` a pretrained network is only made to fit its weights, as in ``models.create``.
+    """
+    reading: dict[str, Any] = {
+        "image_size": wanted.image_size,
+        "mean": wanted.mean,
+        "std": wanted.std,
+        "taps": wanted.taps,
+    }
+    if wanted.weights:
+        return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, **reading)
+    network = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **reading)
+    return network, "its pretrained weights" if wanted.pretrained else "weights drawn at random"
 
 
 def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool = True) -> Distillation:
@@ -49,7 +68,7 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     (settings, place), labels = run, dataset.spec.labels.clone()  # which a method may keep, and write to
     spec = dataset.spec._replace(labels=labels)
     torch.manual_seed(seed_of(settings.seed, "student"))
-    student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
+    student, _ = network_of(settings.student, spec, fetch)
     if dataset.device.type == "cpu":
         models.unfuse_attention(student)
     torch.manual_seed(seed_of(settings.seed, "distiller"))
@@ -198,4 +217,9 @@ def peak_memory(device: torch.device) -> int:
     """Measure the most bytes ever in use: of the device, or of this process where it computes on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if peak is not None:  # on Windows, which has no module resource
+        return peak
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

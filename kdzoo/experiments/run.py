@@ -4,27 +4,74 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kdzoo import data, models, registry
+from kdzoo.data import option_settings
 from kdzoo.distiller import Distiller
 from kdzoo.engine import ranks as processes
-from kdzoo.engine.device import resolve_auto, use
+from kdzoo.engine.device import find_device, resolve_auto, use
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import build, train_one
-from kdzoo.errors import UserError
+from kdzoo.engine.training import build, network_of, train_one
+from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
-from kdzoo.settings import EnginePlace, Run, resolve
+from kdzoo.precision import PRECISIONS
+from kdzoo.settings import EnginePlace, Run, files_of, resolve
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock
 
 __all__ = ["Result", "evaluate_run", "execute", "run"]
+
+
+class Here(NamedTuple):
+    """Where a finished run is looked at, and on what: on this machine, which need not be the one that trained it."""
+
+    data: str | None = None  # the data set's name or path, where it is another than the run's
+    root: str | None = None  # where torchvision's sets lie, where it is another folder than the run's
+    device: str = "auto"
+    precision: str | None = None  # None: the run's, or float32 where this machine lacks it
+
+    def place(self, folder: RunFolder) -> Run:
+        """Read the run of a folder and place it here.
+
+        Raises:
+            UserError: the device is not there, or it has no such precision.
+        """
+        name = "" if self.data is None else _absolute(self.data)
+        with folder.home():
+            settings, place = folder.run()
+            images = settings.data
+            if name:
+                kept = images.options if name.partition(":")[0] == images.name.partition(":")[0] else {}
+                images = replace(images, name=name, options=option_settings(name, kept))
+        device, precision = find_device(self.device), self.precision or settings.engine.precision
+        if self.precision is None and precision == "tf32" and device.type != "cuda":
+            precision = "float32"
+        if precision not in ("auto", *PRECISIONS):
+            raise unknown("precision", precision, ("auto", *PRECISIONS))
+        engine = replace(settings.engine, precision=precision)  # type: ignore[arg-type]  # checked above
+        root = place.data.root if self.root is None else str(Path(self.root).expanduser().resolve())
+        place = replace(place, engine=EnginePlace(device=self.device), data=replace(place.data, root=root))
+        return resolve_auto(Run(replace(settings, engine=engine, data=images), place))
+
+
+HERE = Here()
+
+
+def _absolute(name: str) -> str:
+    """Make the path in a data set's name absolute, where it is one."""
+    head, colon, argument = name.partition(":")
+    if head.endswith(".py"):
+        head = str(Path(head).expanduser().resolve())
+    if argument and Path(argument).expanduser().exists():
+        argument = str(Path(argument).expanduser().resolve())
+    return f"{head}{colon}{argument}"
 
 
 def run(
@@ -134,36 +181,41 @@ def open_data(run: Run, device: torch.device, progress: Progress) -> data.Datase
         )
 
 
-def evaluate_run(path: Path) -> tuple[float, float]:
+def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
     """Measure a finished run's shipped student again, on this machine: top-1 and top-5 in percent.
 
     Raises:
-        UserError: there is no finished run at ``path``.
+        UserError: there is no finished run at ``path``, or its data are not where they were.
     """
-    folder = RunFolder(path)
-    made = folder.run()
+    folder = RunFolder(path.resolve())
     if folder.read_result() is None:
+        folder.read_config()
         raise UserError(f"{path} is not finished; run its command again, and it continues")
     with torch.random.fork_rng(), Progress() as progress:
-        run = resolve_auto(elsewhere(made))
+        run = here.place(folder)
         settings = run.settings
-        dataset = open_data(run, use(run.place), progress)
+        with folder.home():
+            dataset = open_data(run, use(run.place), progress)
+            deployed = shipped(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
-            deployed = shape_of_shipped(run, dataset)
-            models.load_weights(deployed, folder.student)
             deployed.to(dataset.device).to(memory_format=torch.channels_last)
             return evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
 
 
-def elsewhere(run: Run) -> Run:
-    """Place a run on the first device of this machine, which need not be the one that trained it."""
-    return run._replace(place=replace(run.place, engine=EnginePlace()))
-
-
-def shape_of_shipped(run: Run, dataset: data.Dataset) -> nn.Module:
-    """Make the module that a run ships, its weights yet to be loaded; a teacher is fetched only where it ships too."""
-    settings = run.settings
-    if registry.load(settings.distiller.name).deploy is Distiller.deploy:
-        return models.create(settings.student.name, dataset.spec, pretrained=settings.student.pretrained, fetch=False)
-    teacher = teachers.obtain(run, dataset, Progress(quiet=True))
-    return build(run, dataset, TeacherPasses(teacher.network), fetch=False).deploy()
+def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progress) -> nn.Module:
+    """Load the module that a run ships; a teacher is fetched only where it ships too."""
+    settings, spec = run.settings, dataset.spec
+    now = files_of(settings)
+    changed = sorted(name for name, digest in settings.files.items() if now.get(name, digest) != digest)
+    if changed:
+        progress.say(f"{folder.path.name}: {', '.join(changed)} changed since this run was made")
+    student = settings.student
+    if registry.load(settings.distiller.name).deploy is not Distiller.deploy:
+        teacher = teachers.obtain(run, dataset, Progress(quiet=True))
+        network: nn.Module = build(run, dataset, TeacherPasses(teacher.network), fetch=False).deploy()
+    elif models.written_facts(folder.student):
+        return models.load_given(student.name, spec, folder.student, taps=student.taps)[0]
+    else:  # of an older version, which wrote no facts
+        network, _ = network_of(student, spec, fetch=False)
+    models.load_weights(network, folder.student)
+    return network

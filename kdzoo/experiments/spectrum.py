@@ -5,6 +5,7 @@ draws the tables that are computed here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
-from kdzoo.experiments.run import elsewhere, open_data, shape_of_shipped
+from kdzoo.experiments.run import HERE, Here, open_data, shipped
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run, Settings, resolve
@@ -203,7 +204,7 @@ def _begin(outputs: Mapping[str, Output]) -> dict[str, Measured]:
     return {name: Measured(seen, edges) for name, seen in outputs.items()}
 
 
-def of_networks(teacher: str, student: str, data: str = "digits", batches: int = 0) -> pd.DataFrame:
+def of_networks(teacher: str, student: str, data: str = "digits", batches: int = 0, here: Here = HERE) -> pd.DataFrame:
     """Compare two networks as they are before any training, by their names, see ``compare``.
 
     Raises:
@@ -215,7 +216,8 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
                 "distiller": {"name": "none"},
                 "teacher": {"name": teacher},
                 "student": {"name": student},
-                "data": {"name": data},
+                "data": {"name": data, **({} if here.root is None else {"root": here.root})},
+                "engine": {"device": here.device, "precision": here.precision or "auto"},
             }
         )
     )
@@ -229,20 +231,21 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
             return compare(networks, dataset, batches, run.settings.engine.precision)
 
 
-def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
+def of_runs(paths: Sequence[Path], batches: int = 0, here: Here = HERE) -> pd.DataFrame:
     """Compare the teacher and the students of the finished runs in or below ``paths``, see ``compare``.
 
     Raises:
         UserError: there is no finished run, none has a teacher, or they differ in teacher or data.
     """
-    folders = find_runs(list(paths))
+    folders = find_runs([path.resolve() for path in paths])
     if not folders:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
-    runs = [(folder, resolve_auto(elsewhere(folder.run()))) for folder in folders]
+    runs = [(folder, here.place(folder)) for folder in folders]
     runs = sorted(runs, key=lambda run: _distilled(run[1].settings))
-    first = next((run for _, run in runs if run.settings.teacher.name), None)
-    if first is None:
+    taught = next(((folder, run) for folder, run in runs if run.settings.teacher.name), None)
+    if taught is None:
         raise UserError("none of these runs has a teacher; add one that was distilled, or pass --teacher and --student")
+    home, first = taught
     shared = first.settings
     for folder, run in runs:
         settings = run.settings
@@ -251,12 +254,13 @@ def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
         if settings.teacher.name and _teacher(settings) != _teacher(shared):
             raise UserError(f"{folder.path.name} has another teacher than the rest; give runs that share one")
     with torch.random.fork_rng(), Progress() as progress:
-        dataset = open_data(first, use(first.place), progress)
-        taught = teachers.obtain(first, dataset, progress)
-        networks: dict[str, nn.Module] = {f"teacher {shared.teacher.name}": taught.network}
+        with home.home():
+            dataset = open_data(first, use(first.place), progress)
+            teacher = teachers.obtain(first, dataset, progress)
+        networks: dict[str, nn.Module] = {f"teacher {shared.teacher.name}": teacher.network}
         for name, (folder, run) in zip(_names(runs), runs, strict=True):
-            networks[name] = shape_of_shipped(run, dataset)
-            models.load_weights(networks[name], folder.student)
+            with folder.home():
+                networks[name] = shipped(run, dataset, folder, progress)
         with progress.doing("comparing the networks"):
             table = compare(networks, dataset, batches, shared.engine.precision, shared.protocol.test_crop)
     if options := shared.data.options:
@@ -277,8 +281,7 @@ def _images(settings: Settings) -> tuple[Any, ...]:
 def _teacher(settings: Settings) -> tuple[Any, ...]:
     """What decides the teacher's weights."""
     wanted = settings.teacher
-    recipe = wanted.protocol or settings.protocol.name
-    return wanted.name, wanted.weights, wanted.pretrained, recipe, wanted.epochs, wanted.seed, settings.data.limit
+    return replace(wanted, protocol=wanted.protocol or settings.protocol.name), settings.data.limit
 
 
 def _names(runs: Sequence[tuple[RunFolder, Run]]) -> list[str]:

@@ -1,7 +1,8 @@
 """Where teachers come from: a file, the teachers trained before, timm's weights, or training now."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from math import sqrt
+from pathlib import Path
 
 import torch
 
@@ -9,11 +10,11 @@ from kdzoo import models
 from kdzoo.data import Dataset
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, train_one
+from kdzoo.engine.training import Teacher, network_of, train_one
 from kdzoo.errors import UserError
 from kdzoo.files import cache_folder
 from kdzoo.randomness import seed_of
-from kdzoo.settings import OutputPlace, Run, resolve
+from kdzoo.settings import OutputPlace, Run, StudentSettings, resolve
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
@@ -26,24 +27,21 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
     """
     settings, wanted, spec = run.settings, run.settings.teacher, dataset.spec
     assert wanted.name is not None
-    if wanted.weights:
-        network = untrained(run, dataset)
-        models.load_weights(network, wanted.weights)
-        origin = wanted.weights
-    elif is_published(run, dataset):
-        origin = "timm's pretrained weights"
+    if is_published(run, dataset):
+        origin = "its pretrained weights"
         with progress.doing(f"loading the pretrained weights of {wanted.name}"):
             network = untrained(run, dataset, fetch=True)
+    elif wanted.weights and not wanted.finetune:
+        network, origin = given(run, dataset, wanted.weights)
     else:
         folder = trained(run, dataset, progress)
-        network = untrained(run, dataset)
-        models.load_weights(network, folder.student)
+        network, _ = given(run, dataset, folder.student)
         origin = str(folder.path)
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     with progress.doing(f"measuring teacher {wanted.name} on {spec.name}"):
         top1, _ = evaluate(network, dataset, settings.engine.precision, settings.protocol.test_crop)
-    progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}  ({origin})")
+    progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({origin})")
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not run.place.teacher.allow_weak:
         raise UserError(
             f"teacher {wanted.name} reaches {top1:.2f} % on {spec.name}, near the chance of "
@@ -64,17 +62,20 @@ def recipe(run: Run, dataset: Dataset) -> Run:
     """Make the run that trains the teacher: one like any other, without a teacher.
 
     It takes the run's protocol as it stands in its file, so that what one changes for the student never
-    changes the teacher.
+    changes the teacher. Where it starts from weights it is fine-tuned.
     """
     settings, wanted = run.settings, run.settings.teacher
-    protocol: dict[str, object] = {"name": wanted.protocol or settings.protocol.name}
+    starts = wanted.pretrained or wanted.weights
+    protocol: dict[str, object] = {"name": wanted.protocol or ("finetune" if starts else settings.protocol.name)}
     protocol["image_size"] = dataset.spec.image_size  # it sees what its students see
     if wanted.epochs is not None:
         protocol["epochs"] = wanted.epochs
+    if wanted.lr is not None:
+        protocol |= {"lr": wanted.lr, "lr_of": {}}
     own = resolve(
         {
             "distiller": {"name": "none"},
-            "student": {"name": wanted.name, "pretrained": wanted.pretrained},
+            "student": {key.name: getattr(wanted, key.name) for key in fields(StudentSettings)},
             "data": asdict(settings.data),
             "protocol": protocol,
             "seed": wanted.seed,
@@ -109,7 +110,8 @@ def trained(run: Run, dataset: Dataset, progress: Progress) -> RunFolder:
 
 def lacking(run: Run, dataset: Dataset) -> Run | None:
     """Return the training that a run's teacher still needs; None where its weights are there, or timm's."""
-    if run.settings.teacher.weights or is_published(run, dataset):
+    wanted = run.settings.teacher
+    if (wanted.weights and not wanted.finetune) or is_published(run, dataset):
         return None
     own = recipe(run, dataset)
     return None if RunFolder.of(own).read_result() is not None else own
@@ -119,12 +121,28 @@ def is_published(run: Run, dataset: Dataset) -> bool:
     """Tell whether timm's weights are the teacher as they are, not only where it starts for other classes."""
     wanted = run.settings.teacher
     assert wanted.name is not None
-    return wanted.pretrained and models.pretrained_classes(wanted.name) == dataset.spec.num_classes
+    classes = models.pretrained_classes(wanted.name) if wanted.pretrained and not wanted.finetune else None
+    return classes == dataset.spec.num_classes
 
 
 def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network:
-    """Make the teacher's network with weights yet to be loaded, or, to ``fetch``, with timm's."""
+    """Make the teacher's network as it is before any training, its pretrained weights only to ``fetch``."""
+    wanted = run.settings.teacher
+    torch.manual_seed(seed_of(wanted.seed, "student"))
+    start = StudentSettings(**{key.name: getattr(wanted, key.name) for key in fields(StudentSettings)})
+    return network_of(start, dataset.spec, fetch)[0]
+
+
+def given(run: Run, dataset: Dataset, file: str | Path) -> tuple[models.Network, str]:
+    """Make the teacher's network with the weights of a file, and say what was loaded."""
     wanted = run.settings.teacher
     assert wanted.name is not None
-    torch.manual_seed(seed_of(wanted.seed, "student"))
-    return models.create(wanted.name, dataset.spec, pretrained=wanted.pretrained, fetch=fetch)
+    return models.load_given(
+        wanted.name,
+        dataset.spec,
+        file,
+        image_size=wanted.image_size,
+        mean=wanted.mean,
+        std=wanted.std,
+        taps=wanted.taps,
+    )

@@ -5,6 +5,7 @@ from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transforme
 from kdzoo.models.adapt import unfuse_attention
 from kdzoo.models.by_name import check, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
+from kdzoo.models.given import load_given, written_facts
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.weights import load_weights, save_weights
@@ -15,10 +16,12 @@ __all__ = [
     "check",
     "create",
     "describe",
+    "load_given",
     "load_weights",
     "pretrained_classes",
     "save_weights",
     "short_names",
     "unfuse_attention",
     "wrap",
+    "written_facts",
 ]

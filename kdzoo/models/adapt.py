@@ -46,7 +46,9 @@ def native_patch(bare: nn.Module) -> int:
     return _native(bare, "patch_size") or 0
 
 
-def token_options(bare: nn.Module, size: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def token_options(
+    bare: nn.Module, size: int, given: Mapping[str, Any], keep_patches: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """Choose constructor keywords with which a timm network reads ``size`` pixels, and say what they change.
 
     Token networks get patches that leave a grid of about 8x8; those with stages and patches of their own,
@@ -56,6 +58,7 @@ def token_options(bare: nn.Module, size: int, given: Mapping[str, Any]) -> tuple
         bare: the network as its name says, on any device; only read.
         size: side in pixels.
         given: the user's keywords, which win.
+        keep_patches: whether patches stay as they are, for weights that were trained with them.
     """
     accepted = constructor_keywords(bare)
     native_size = _side(tuple(getattr(bare, "pretrained_cfg", {}).get("input_size", ()))[1:])
@@ -69,7 +72,7 @@ def token_options(bare: nn.Module, size: int, given: Mapping[str, Any]) -> tuple
         info = getattr(bare, "feature_info", None) or [{}, {}]
         staged = len({stage.get("reduction") for stage in list(info)}) > 1
         smaller = _power_of_two(size / (16 if staged else 8), 1 if staged else 2, patch)
-        if size < LARGE and "patch_size" not in given:
+        if size < LARGE and "patch_size" not in given and not keep_patches:
             options["patch_size"] = smaller
             if smaller != patch:
                 adapted.append(f"patch size {patch} -> {smaller}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -13,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from kdzoo import own_code
 from kdzoo.distiller import DataSpec
 from kdzoo.errors import UserError, unknown
 from kdzoo.models import names
@@ -32,7 +30,18 @@ from kdzoo.models.network import Network, wrap
 Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]
 
 
-def create(name: str, data: DataSpec, *, pretrained: bool = False, fetch: bool = True, **options: Any) -> Network:
+def create(
+    name: str,
+    data: DataSpec,
+    *,
+    pretrained: bool = False,
+    fetch: bool = True,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    taps: Sequence[str] | None = None,
+    **options: Any,
+) -> Network:
     """Make a network for the data: images (B, 3, H, W) in [0, 1] go in, an ``Output`` comes out.
 
     Weights are drawn from torch's global generator. A network made for another image size is adapted, or has
@@ -46,6 +55,10 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, fetch: bool =
         pretrained: whether to start from timm's published weights, with their normalisation.
         fetch: whether to download the pretrained weights. False builds the same architecture without them, to load a
             fine-tuned checkpoint into.
+        image_size: side in pixels that it reads; None: the one it was pretrained at, else the data's.
+        mean: per channel of images in [0, 1]; None: the one it was pretrained with, else the data's.
+        std: the same.
+        taps: names of four submodules, shallow to deep, whose outputs are its stages; None to find them.
         options: keywords of the network's constructor.
 
     Raises:
@@ -53,13 +66,31 @@ def create(name: str, data: DataSpec, *, pretrained: bool = False, fetch: bool =
     """
     check(name)
     origin, colon, member = name.partition(":")
+    if image_size is not None:
+        options["img_size"] = image_size
+    network = _made(name, origin, colon, member, data, pretrained, fetch, taps, options)
+    network.normalise(mean, std)
+    return network
+
+
+def _made(
+    name: str,
+    origin: str,
+    colon: str,
+    member: str,
+    data: DataSpec,
+    pretrained: bool,
+    fetch: bool,
+    taps: Sequence[str] | None,
+    options: dict[str, Any],
+) -> Network:
     if colon and pretrained:
         raise UserError(f"'{name}' has no pretrained weights here; pass a timm name, or weights from a file")
     if not colon:
-        return _from_timm(name, data, pretrained, fetch, options)
+        return _from_timm(name, data, pretrained, fetch, taps, options)
     if origin == "torchvision":
-        return _from_torchvision(name, member, data, options)
-    return _from_factory(name, origin, member, data, options)
+        return _from_torchvision(name, member, data, taps, options)
+    return _from_factory(name, origin, member, data, taps, options)
 
 
 def check(name: str) -> None:
@@ -81,7 +112,14 @@ def _torchvision_models() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def _from_timm(name: str, data: DataSpec, pretrained: bool, fetch: bool, options: dict[str, Any]) -> Network:
+def _from_timm(
+    name: str,
+    data: DataSpec,
+    pretrained: bool,
+    fetch: bool,
+    taps: Sequence[str] | None,
+    options: dict[str, Any],
+) -> Network:
     entry = names.resolve(name)
     facts = _told(name, lambda: timm.get_pretrained_cfg(entry))
     native = facts.input_size[-1] if facts else 224
@@ -95,7 +133,7 @@ def _from_timm(name: str, data: DataSpec, pretrained: bool, fetch: bool, options
     torch.set_rng_state(state)
 
     def build(side: int, stem: bool) -> tuple[nn.Module, list[str]]:
-        chosen, adapted = (keywords, []) if side == native else token_options(bare, side, keywords)
+        chosen, adapted = (keywords, []) if side == native else token_options(bare, side, keywords, pretrained)
         if pretrained:
             return (_pretrained(name, entry, chosen) if fetch else timm.create_model(entry, **chosen)), adapted
         try:
@@ -109,7 +147,7 @@ def _from_timm(name: str, data: DataSpec, pretrained: bool, fetch: bool, options
         return body, adapted
 
     fixed = "img_size" in constructor_keywords(bare)
-    return _fitted(name, data, size, native, build, statistics, fixed)
+    return _fitted(name, data, size, native, build, statistics, fixed, taps)
 
 
 def _with_patches(entry: str, bare: nn.Module, side: int, keywords: dict[str, Any]) -> nn.Module:
@@ -121,7 +159,9 @@ def _with_patches(entry: str, bare: nn.Module, side: int, keywords: dict[str, An
     return body
 
 
-def _from_torchvision(name: str, member: str, data: DataSpec, options: dict[str, Any]) -> Network:
+def _from_torchvision(
+    name: str, member: str, data: DataSpec, taps: Sequence[str] | None, options: dict[str, Any]
+) -> Network:
     size = options.pop("img_size", None) or data.image_size
     keywords: dict[str, Any] = {"num_classes": data.num_classes, "weights": None, **options}
     if member in ("googlenet", "inception_v3"):  # their training output is a tuple unless told otherwise
@@ -134,27 +174,35 @@ def _from_torchvision(name: str, member: str, data: DataSpec, options: dict[str,
     with torch.device("meta"):
         _told(name, lambda: torchvision.models.get_model(member, **keywords))
     native = 299 if member == "inception_v3" else 224
-    return _fitted(name, data, size, native, build, (data.mean, data.std), fixed=True)
+    return _fitted(name, data, size, native, build, (data.mean, data.std), True, taps)
 
 
-def _from_factory(name: str, module: str, member: str, data: DataSpec, options: dict[str, Any]) -> Network:
-    here = str(Path.cwd())
-    if here not in sys.path:  # one's own module lies beside one's own data, and is not installed
-        sys.path.append(here)
+def _from_factory(
+    name: str, module: str, member: str, data: DataSpec, taps: Sequence[str] | None, options: dict[str, Any]
+) -> Network:
     try:
-        home = importlib.import_module(module)
+        home = own_code.import_module(module)
     except ImportError as error:
         raise UserError(f"model '{name}': cannot import '{module}' ({error}); pass package.module:factory") from None
     factory = getattr(home, member, None)
     if not callable(factory):
         raise unknown("factory", member, (n for n in vars(home) if callable(getattr(home, n))), f"in {module}")
     size = options.pop("img_size", None) or data.image_size
-    body = _told(name, lambda: factory(num_classes=data.num_classes, **options))
+    try:
+        body = factory(num_classes=data.num_classes, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        call = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": data.num_classes, **options}.items())
+        raise UserError(
+            f"model '{name}' cannot be built: {member}({call}) failed ({_line(error)}); expected a function that takes "
+            "num_classes, and its options by their names"
+        ) from error
     if isinstance(body, Network):
         return body
     if not isinstance(body, nn.Module):
         raise UserError(f"'{name}' returned {type(body).__name__}, expected a torch.nn.Module")
-    return wrap(body, image_size=size, num_classes=data.num_classes, mean=data.mean, std=data.std, name=name)
+    return wrap(body, image_size=size, num_classes=data.num_classes, mean=data.mean, std=data.std, name=name, taps=taps)
 
 
 def _fitted(
@@ -165,6 +213,7 @@ def _fitted(
     build: Builder,
     statistics: tuple[Any, Any],
     fixed: bool,
+    taps: Sequence[str] | None,
 ) -> Network:
     """The network at the first size, from ``size`` up to ``native``, at which it has four usable stages."""
     state = torch.get_rng_state()
@@ -184,6 +233,7 @@ def _fitted(
                 mean=statistics[0],
                 std=statistics[1],
                 resize=resize or fixed,
+                taps=taps,
                 adapted=[*adapted, f"images resized to {side} inside"] if resize else adapted,
             )
             if _usable(network.shapes(), data.num_classes, min(2, side // 16) or 1):

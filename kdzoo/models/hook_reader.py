@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from kdzoo.distiller import Output
 from kdzoo.errors import UserError
-from kdzoo.models.maps import CannotRead, Layout, Slot, as_map, close_to, evenly_spaced, layout_of
+from kdzoo.models.maps import (
+    CannotRead,
+    Layout,
+    Slot,
+    as_map,
+    close_to,
+    evenly_spaced,
+    layout_of,
+    logits_in,
+)
 
 
 class ModuleCall(NamedTuple):
@@ -25,8 +35,8 @@ class ModuleCall(NamedTuple):
 def find_taps(calls: Sequence[ModuleCall]) -> list[ModuleCall]:
     """Choose four stages among the calls of a pass: the last map of each of the four lowest resolutions.
 
-    Three resolutions give a fourth tap, the first map of the shallowest (as in the 32x32 ResNets); a single
-    resolution gives four of the longest row of equal blocks.
+    Three resolutions give a fourth tap, what the shallowest stage reads (as in the 32x32 ResNets); a single resolution
+    gives four of the longest row of equal blocks.
 
     Raises:
         CannotRead: two resolutions, or no row of four blocks.
@@ -50,7 +60,8 @@ def find_taps(calls: Sequence[ModuleCall]) -> list[ModuleCall]:
     if len(stages) >= 4:
         return [_outermost(stage) for stage in reversed(stages[:4])]
     if len(stages) == 3:
-        return [stages[2][-1], *(_outermost(stage) for stage in reversed(stages))]
+        taps = [_outermost(stage) for stage in reversed(stages)]
+        return [_before(taps[0], list(reversed(stages[2]))), *taps]
     if len(stages) == 1:
         return _blocks(list(reversed(stages[0])))
     raise CannotRead(f"{len(stages)} resolutions")
@@ -61,10 +72,18 @@ def _outermost(stage: list[ModuleCall]) -> ModuleCall:
     return min(stage, key=lambda call: call.name.count("."))
 
 
+def _before(stage: ModuleCall, calls: list[ModuleCall]) -> ModuleCall:
+    """The call before the first inside a stage; the first of all where the stage has no calls inside or before it."""
+    inside = (i for i, call in enumerate(calls) if call.name.startswith(f"{stage.name}."))
+    return calls[max(next(inside, 0) - 1, 0)]
+
+
 def _is_global_pool(stage: list[ModuleCall]) -> bool:
     first = stage[-1]
     kind = type(first.module).__name__
-    return first.layout[1:] == (1, 1) and any(word in kind for word in ("Avg", "Adaptive", "Global"))
+    return (first.layout.height, first.layout.width) == (1, 1) and any(
+        word in kind for word in ("Avg", "Adaptive", "Global")
+    )
 
 
 def _blocks(calls: list[ModuleCall]) -> list[ModuleCall]:
@@ -87,12 +106,18 @@ class HookReader:
 
     Raises:
         UserError: an unknown name, or an output that is no map.
-        CannotRead: no four stages were found.
+        CannotRead: no four stages were found, or nothing tells what the embedding is.
     """
 
     def __init__(self, body: nn.Module, images: Tensor, taps: Sequence[str] | None = None):
         calls, self.classifier, embedding = _probe(body, images)
-        chosen = find_taps(calls) if taps is None else [_named(body, calls, name) for name in taps]
+        if taps is None:
+            chosen = find_taps(calls)
+            _check_stages(body, images, calls, chosen)
+        else:
+            chosen = [_named(body, calls, name) for name in taps]
+        if not chosen and self.classifier is None:
+            raise CannotRead("its logits are not made by a linear layer")
         self.names = tuple(call.name for call in chosen)
         self._layouts = [call.layout for call in chosen]
         self._slots = [Slot() for _ in chosen]
@@ -112,7 +137,7 @@ class HookReader:
 
         Logits (B, K), embedding (B, D), four maps (B, C, H, W) if ``features``, and the final map where there is one.
         """
-        logits = body(images)
+        logits = logits_in(body(images))
         maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
         embedding = maps[-1].mean((2, 3)) if self.classifier is None else self._embedding.take()
         final = None if self._final_layout is None else as_map(self._final.take(), self._final_layout)
@@ -152,20 +177,59 @@ def _probe(body: nn.Module, images: Tensor) -> tuple[list[ModuleCall], str | Non
 
     handles = [m.register_forward_hook(watch(name)) for name, m in body.named_modules() if name]
     try:
-        logits = body(images)
+        output = body(images)
     finally:
         for handle in handles:
             handle.remove()
+    logits = logits_in(output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else _kind(output)
         raise UserError(
-            f"{type(body).__name__} returns {got}, expected logits of shape (batch, classes); wrap it in a "
-            "module that returns them"
+            f"{type(body).__name__} returns {got}, expected logits of shape (batch, classes), alone, as the first of a "
+            "tuple or as .logits; wrap it in a module that returns them"
+        )
+    if (logits >= 0).all() and logits.sum(dim=1).sub(1).abs().max() < 1e-4:
+        raise UserError(
+            f"{type(body).__name__} ends in a softmax: what it returns is positive and sums to 1, and logits are "
+            "expected, whose softmax the losses take; return what goes into its softmax"
         )
     for name, inputs, output in reversed(linear):
         if inputs.ndim == 2 and output.shape == logits.shape and output.equal(logits):
             return calls, name, inputs
     return calls, None, None
+
+
+def _kind(output: Any) -> str:
+    keys = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+    return f"{type(output).__name__}{keys}"
+
+
+def _check_stages(body: nn.Module, images: Tensor, calls: Sequence[ModuleCall], chosen: Sequence[ModuleCall]) -> None:
+    """Refuse a tap past which something reaches the logits: such a map is a part of a stage, not its output.
+
+    Where the rest of the network reads this map alone, exchanging it between two images exchanges their logits.
+    """
+    logits = logits_in(body(images))
+    wanted = logits.flip(0)
+    for tap in chosen:
+        left = [sum(call.name == tap.name for call in calls)]  # of a module that is called again, the last counts
+
+        def exchange(module: nn.Module, inputs: tuple, output: Any, left: list[int] = left) -> Any:
+            left[0] -= 1
+            return None if left[0] else _exchanged(output)
+
+        handle = tap.module.register_forward_hook(exchange)
+        try:
+            found = logits_in(body(images))
+        finally:
+            handle.remove()
+        if (found - wanted).abs().max() > 0.01 * (logits - wanted).abs().max():
+            raise CannotRead(f"'{tap.name}' is a part of a stage, whose output no submodule returns")
+
+
+def _exchanged(output: Any) -> Any:
+    """Turn the rows of all tensors (B, ...) in an output around."""
+    return tree_map(lambda part: part.flip(0) if isinstance(part, Tensor) and part.ndim else part, output)
 
 
 def _named(body: nn.Module, calls: Sequence[ModuleCall], name: str) -> ModuleCall:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
     kind: str  # NCHW, NHWC or tokens
     height: int
     width: int
+    place: int | None = None  # which tensor of an output of several it is; None: the output is the tensor
 
 
 class Slot:
@@ -53,12 +55,42 @@ class Slot:
         return value
 
 
+def tensors_in(output: Any) -> list[Tensor]:
+    """List the tensors of an output in their order: of tuples, lists and mappings, nested in any way."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def logits_in(output: Any) -> Any:
+    """Find the logits in what a network returns.
+
+    They are the output itself, the first of a tuple or list, or what a mapping or object calls ``logits``. Further
+    outputs, such as those of auxiliary heads in training, are passed over.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if hasattr(output, "logits"):
+        return output.logits
+    return logits_in(output[0]) if isinstance(output, tuple | list) and output else None
+
+
 def layout_of(output: Any, batch: int) -> Layout | None:
-    """Find out how an output holds a map; None if it holds none.
+    """Find out how an output holds a map; None if it holds none. Of several maps the first is taken.
 
     A map is (B, C, H, W), (B, H, W, C), or tokens (B, N, C) with N a square after prefix tokens.
     """
-    if not isinstance(output, Tensor) or output.ndim not in (3, 4) or output.shape[0] != batch:
+    if isinstance(output, Tensor):
+        return _layout_of(output, batch)
+    layouts = (_layout_of(tensor, batch) for tensor in tensors_in(output))
+    return next((layout._replace(place=i) for i, layout in enumerate(layouts) if layout is not None), None)
+
+
+def _layout_of(output: Tensor, batch: int) -> Layout | None:
+    if output.ndim not in (3, 4) or output.shape[0] != batch:
         return None
     if output.ndim == 4:
         _, a, b, c = output.shape
@@ -70,13 +102,14 @@ def layout_of(output: Any, batch: int) -> Layout | None:
     return None
 
 
-def as_map(output: Tensor, layout: Layout) -> Tensor:
-    """Bring an output of known layout to (B, C, H, W)."""
+def as_map(output: Any, layout: Layout) -> Tensor:
+    """Bring the map in an output of known layout to (B, C, H, W)."""
+    tensor: Tensor = output if layout.place is None else tensors_in(output)[layout.place]
     if layout.kind == "NCHW":
-        return output
+        return tensor
     if layout.kind == "NHWC":
-        return output.permute(0, 3, 1, 2)
-    grid = output[:, output.shape[1] - layout.height * layout.width :]
+        return tensor.permute(0, 3, 1, 2)
+    grid = tensor[:, tensor.shape[1] - layout.height * layout.width :]
     return grid.transpose(1, 2).unflatten(2, (layout.height, layout.width))
 
 

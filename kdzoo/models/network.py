@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from kdzoo.distiller import LOGITS, Output, Show
 from kdzoo.errors import UserError
 from kdzoo.models.hook_reader import HookReader
-from kdzoo.models.maps import FAILURES, CannotRead
+from kdzoo.models.maps import FAILURES, CannotRead, logits_in
 from kdzoo.models.preactivations import Preactivations
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
 
 PROBE_BATCH = 2
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, by ITU-R BT.601
 
 
 class Network(nn.Module):
@@ -27,18 +28,21 @@ class Network(nn.Module):
     The outputs are float32 in every precision.
 
     Args:
-        body: normalised images (B, 3, H, W) -> logits (B, K).
+        body: normalised images (B, 3, H, W) -> logits (B, K), which may be the output itself, the first of a tuple, or
+            ``logits`` of a mapping or object. A body whose first convolution has one channel is given their luma.
         name: what it is called.
         image_size: side in pixels of what ``body`` reads.
-        mean: per channel of images in [0, 1].
+        mean: per channel of images in [0, 1], or one number for all channels.
         std: the same.
         resize: whether images of any other size are brought to ``image_size`` inside.
-        taps: submodules whose outputs are the four features, shallow to deep; None to find them.
+        taps: submodules whose outputs are the features, shallow to deep; None to find four, and none to show none.
         adapted: sentences about what was changed to suit the image size.
+        stageless: why no features are shown, where ``taps`` are none.
     """
 
     mean: Tensor
     std: Tensor
+    luma: Tensor
 
     def __init__(
         self,
@@ -51,13 +55,17 @@ class Network(nn.Module):
         resize: bool = True,
         taps: Sequence[str] | None = None,
         adapted: Sequence[str] = (),
+        stageless: str = "",
     ):
         super().__init__()
-        self.name, self.image_size, self.adapted = name, image_size, tuple(adapted)
+        self.name, self.image_size, self.adapted, self.stageless = name, image_size, tuple(adapted), stageless
         self.body = body
         self._resize = resize
+        first = next((module for module in body.modules() if isinstance(module, nn.Conv2d)), None)
+        self._gray = first is not None and first.in_channels == 1
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("luma", torch.tensor(LUMA).view(1, -1, 1, 1), persistent=False)
         with _undisturbed(self):
             self._reader = _reader(body, self._probe(), taps)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
@@ -88,6 +96,24 @@ class Network(nn.Module):
         """The linear layer from embedding to logits; None if it is not one such layer."""
         layer = None if self._reader.classifier is None else self.body.get_submodule(self._reader.classifier)
         return layer if isinstance(layer, nn.Linear) else None
+
+    def normalise(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        """Set the mean and standard deviation, per channel or for all, of the images it is given; None keeps them."""
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            if values is not None:
+                buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
+
+    @property
+    def reads(self) -> str:
+        """What it makes of images before it reads them: their size, mean and standard deviation."""
+        mean, std = (" ".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (self.mean, self.std))
+        return f"{self.image_size} px, mean {mean}, std {std}"
+
+    def facts(self) -> dict[str, Any]:
+        """Describe what its weights must be read with: size, mean, standard deviation, and what of it was adapted."""
+        adapted = [change for change in self.adapted if not change.startswith("images resized")]  # not of the network
+        mean, std = (part.flatten().tolist() for part in (self.mean, self.std))
+        return {"image_size": self.image_size, "mean": mean, "std": std, "adapted": adapted}
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of storing them: less memory, more work.
@@ -120,7 +146,8 @@ class Network(nn.Module):
         if self._resize and images.shape[-2:] != size:
             shrinks = images.shape[-1] > self.image_size
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)
-        return (images - self.mean) / self.std
+        images = (images - self.mean) / self.std
+        return (images * self.luma).sum(dim=1, keepdim=True) if self._gray else images
 
     def _probe(self) -> Tensor:
         # A generator apart, so that the global one stays still; not zeros, with which two ways of reading could agree.
@@ -146,25 +173,30 @@ def wrap(
         module: the network.
         image_size: side in pixels of what it reads; images of other sizes are resized inside.
         num_classes: K.
-        taps: names of four submodules, shallow to deep, whose outputs are the features; None to find them.
+        taps: names of four submodules, shallow to deep, whose outputs are the features; None to find them. Where none
+            are found the network shows no features, which methods of logits do not need.
             Maps may be (B, C, H, W), (B, H, W, C) or tokens (B, N, C) of a square grid after prefix tokens.
         mean: per channel of images in [0, 1], subtracted inside.
         std: per channel, divided by inside.
         name: what it is called.
 
     Raises:
-        UserError: the module fails on such images, gives other than (B, K), or no four features are found.
+        UserError: the module fails on such images, or gives other than (B, K).
     """
     if isinstance(module, Network):
         return module
     if taps is not None and len(taps) != 4:
         raise UserError(f"taps of '{name}' are {len(taps)} names, expected four, from shallow to deep")
     try:
-        network = Network(module, name=name, image_size=image_size, mean=mean, std=std, taps=taps, resize=True)
+        try:
+            network = Network(module, name=name, image_size=image_size, mean=mean, std=std, taps=taps)
+        except CannotRead as error:
+            why = str(error)
+            network = Network(module, name=name, image_size=image_size, mean=mean, std=std, taps=(), stageless=why)
     except CannotRead as error:
         raise UserError(
-            f"no four feature stages found in '{name}' ({error}); pass taps=[...], the names of four of its "
-            "submodules from shallow to deep"
+            f"'{name}' has neither four stages ({why}) nor an embedding ({error}); pass taps=[...], the names of four "
+            "of its submodules from shallow to deep"
         ) from None
     except FAILURES as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -195,7 +227,7 @@ def _reader(body: nn.Module, images: Tensor, taps: Sequence[str] | None) -> Timm
     if taps is None and speaks_timm(body):
         try:
             reader = TimmReader(body, images)
-            if reader.read(body, images, True).logits.allclose(body(images), rtol=1e-3, atol=1e-4):
+            if reader.read(body, images, True).logits.allclose(logits_in(body(images)), rtol=1e-3, atol=1e-4):
                 return reader
         except FAILURES:
             pass  # hooks read what the interface does not show

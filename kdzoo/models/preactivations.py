@@ -83,7 +83,7 @@ def find_rectifiers(
     reading: dict[int, Layout] = {}  # the stages whose map a norm has read since the last ReLU
 
     def stages_of(value: Any) -> dict[int, Layout]:
-        layout = layout_of(value, len(features[0]))
+        layout = layout_of(value, len(features[0])) if features else None
         if layout is None:
             return {}
         maps = as_map(value, layout)

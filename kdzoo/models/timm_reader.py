@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distiller import Output
-from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, as_map, close_to, evenly_spaced, layout_of
+from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, as_map, close_to, evenly_spaced, layout_of, logits_in
 
 STEMS = ("stem", "patch_embed")  # the modules whose output makes a fourth map beside three stages
 
@@ -121,7 +121,7 @@ class TimmReader:
             last = None if self._final is None else as_map(final, self._final)
             return Output(body.get_classifier()(embedding), embedding, tuple(maps), final=last)
         pooled = embedding if embedding.ndim == 2 else embedding.flatten(2).mean(2)
-        return Output(body.forward_head(final), pooled, tuple(maps))
+        return Output(logits_in(body.forward_head(final)), pooled, tuple(maps))
 
     def head(self, body: Any, means: Tensor) -> Tensor:
         """Classify means (M, D') over parts of the final map: logits (M, K). The network must have a final map."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -21,12 +22,17 @@ SHOWN = 3  # mismatching tensors named in an error
 
 
 def save_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Save the weights of ``network.body``, or of the module itself, as safetensors."""
+    """Save the weights of ``network.body``, or of the module itself, as safetensors.
+
+    The file's metadata hold what a network must be given to read them, see ``given``.
+    """
     state = {k: v.detach().cpu().contiguous().clone() for k, v in _bare(network).state_dict().items()}
-    write_atomically(Path(file), lambda temporary: temporary.write_bytes(save(state)))
+    facts = getattr(network, "facts", None)
+    metadata = {"kdzoo": json.dumps(facts())} if facts else None
+    write_atomically(Path(file), lambda temporary: temporary.write_bytes(save(state, metadata)))
 
 
-def load_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
+def load_weights(network: nn.Module, file: str | os.PathLike[str], *, drop_head: bool = False) -> str:
     """Load a checkpoint (safetensors, .pt or .pth) into ``network.body``, or into the module itself.
 
     Nests such as ``{"state_dict": ...}`` and prefixes such as ``module.`` are taken off. Pickled code is not
@@ -43,6 +49,9 @@ def load_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
         raise UserError(f"'{path}' holds no weights; expected a mapping from names to tensors")
     body = _bare(network)
     expected = body.state_dict()
+    if drop_head:  # minimal
+        state = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
+        state = {**expected, **state}
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     differing = [k for k in expected if k in state and expected[k].shape != state[k].shape]
     if missing or unexpected or differing:
@@ -55,6 +64,7 @@ def load_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
             "the same network, classes and image size"
         )
     body.load_state_dict(state)
+    return f"{path}"
 
 
 def _bare(network: nn.Module) -> nn.Module:

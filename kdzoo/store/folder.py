@@ -3,6 +3,8 @@
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,6 +109,16 @@ class RunFolder:
         """Read what the run was made with, checked against what is installed now."""
         return stored(self.read_config())
 
+    @contextmanager
+    def home(self) -> Iterator[None]:
+        """Work in the folder that the run was made in, if it is still there: relative paths then mean what they did."""
+        try:
+            folder = Path(json.loads(self.environment.read_text(encoding="utf-8"))["folder"])
+        except (OSError, ValueError, KeyError):  # of a run that was copied without it, or by an older version
+            folder = Path.cwd()
+        with chdir(folder if folder.is_dir() else Path.cwd()):
+            yield
+
     def is_done(self, retry: bool = False) -> bool:
         """Tell whether a bench leaves the run as it is: it is finished, or it failed and is not to be retried."""
         return self.read_result() is not None or (self.failure.is_file() and not retry)
@@ -176,6 +188,7 @@ def environment(run: Run) -> dict[str, Any]:
         "precision": run.settings.engine.precision,
         "threads": torch.get_num_threads(),
         "revision": _revision(),
+        "folder": str(Path.cwd()),
     }
 
 

@@ -206,8 +206,7 @@ def test_images_of_another_size_are_resized_inside():
 @pytest.mark.parametrize(
     ("body", "options", "said"),
     [
-        (Flat(), {}, "taps="),
-        (Tokens(depth=2), {}, "taps="),
+        (nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()), {}, "taps="),
         (Tokens(), {"taps": ["patch"]}, "expected four"),
         (Tokens(), {"taps": ["patch", "blocks.0", "blocks.1", "nowhere"]}, "nowhere"),
         (Tokens(), {"num_classes": 11}, "gives 10 logits"),

@@ -1,0 +1,131 @@
+"""A user's own modules: import them, and find the source files that they are made of."""
+
+import ast
+import importlib
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+_states: dict[str, tuple[str, int, int]] = {}  # of modules imported here: file, size and time of change
+
+
+def import_module(name: str) -> ModuleType:
+    """Import a module; one of the working folder wins over an installed one, as in a script that lies there.
+
+    Raises:
+        ImportError: there is no such module.
+    """
+    with up_to_date([name], Path.cwd()):
+        return importlib.import_module(name)
+
+
+@contextmanager
+def up_to_date(names: Iterable[str], folder: Path) -> Iterator[None]:
+    """Make a context in which these modules are imported from ``folder`` first, and anew if their source has changed.
+
+    Afterwards ``folder`` stays the last place to look, for what they import late.
+    """
+    importlib.invalidate_caches()
+    files = sources(names, folder)
+    states = {module: _state(file) for module, file in files.items()}
+    loaded = {module: _origin(sys.modules[module]) for module in states if module in sys.modules}
+    moved = any(Path(origin or "").resolve() != files[module].resolve() for module, origin in loaded.items())
+    if moved or any(state != _states.get(module, state) for module, state in states.items()):
+        tops = {module.partition(".")[0] for module in states}
+        for module in [module for module in sys.modules if module.partition(".")[0] in tops]:
+            del sys.modules[module]
+    _states.update(states)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def sources(names: Iterable[str], folder: Path | None = None) -> dict[str, Path]:
+    """Find the source files of the user's own modules among these, and of those that they import, by module.
+
+    They are looked for in ``folder`` first, by default in the working folder.
+
+    The user's own are all but Python's, kdzoo's and those installed as packages. Nothing is imported, so a module whose
+    name is computed when it is imported is not found.
+    """
+    found: dict[str, Path] = {}
+    waiting = list(names)
+    while waiting:
+        parts = waiting.pop().split(".")
+        for module in (".".join(parts[: end + 1]) for end in range(len(parts))):  # a package runs before its modules
+            if module in found or parts[0] == "kdzoo" or parts[0] in sys.stdlib_module_names:
+                continue
+            spec = _find(module, folder or Path.cwd())
+            if spec is None or spec.origin is None or not _is_own(Path(spec.origin)):
+                continue
+            found[module] = Path(spec.origin)
+            package = module if spec.submodule_search_locations else module.rpartition(".")[0]
+            waiting += imported(found[module], package)
+    return dict(sorted(found.items()))
+
+
+def imported(file: Path, package: str = "") -> Iterator[str]:
+    """List the modules that a source file of ``package`` imports, by their full names; some may be no modules."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):  # importing it will say so
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            with suppress(ImportError):  # more dots than there are packages
+                origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def _find(module: str, folder: Path) -> ModuleSpec | None:
+    """Find a module without importing anything, in ``folder`` before any other place."""
+    parts = module.split(".")
+    path: list[str] = [str(folder), *sys.path]
+    spec = None
+    for end in range(len(parts)):
+        name = ".".join(parts[: end + 1])
+        spec = PathFinder.find_spec(name, path)
+        if spec is None and not end:
+            with suppress(ValueError):  # a module that was made without a file
+                spec = importlib.util.find_spec(name)  # by the finders of packages that are installed for editing
+        if spec is None:
+            return None
+        path = list(spec.submodule_search_locations or ())
+    return spec
+
+
+def _is_own(file: Path) -> bool:
+    installed = "site-packages" in file.parts or "dist-packages" in file.parts
+    return file.suffix == ".py" and not installed and not file.is_relative_to(sysconfig.get_paths()["stdlib"])
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    stat = file.stat()
+    return str(file), stat.st_size, stat.st_mtime_ns
+
+
+def _origin(module: ModuleType) -> str | None:
+    spec = module.__spec__
+    return None if spec is None else spec.origin
+
+
+@contextmanager
+def script_hidden() -> Iterator[None]:
+    """Make a context in which processes start without running the user's script, which so needs no main guard."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

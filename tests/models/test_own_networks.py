@@ -1,0 +1,186 @@
+"""Networks of the user's own: what they may return, where their stages are, how many channels they read."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdzoo import Batch, distill
+from kdzoo.distiller import EVERYTHING
+from kdzoo.errors import UserError
+from kdzoo.models import wrap
+
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+STAGES = ["0", "1", "2", "3"]
+
+
+def four_stages(channels=3, classes=10):
+    """A chain of four stages and a linear classifier."""
+    stages = [
+        nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, 2, 1), nn.BatchNorm2d(fan_out), nn.ReLU())
+        for fan_in, fan_out in ((channels, 8), (8, 12), (12, 16), (16, 20))
+    ]
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, classes))
+
+
+class Returns(nn.Module):
+    """The same network, whose logits are packed by a function that also gets its embedding."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.inner, self.auxiliary, self.pack = four_stages(), nn.Linear(3, 10), pack
+
+    def forward(self, images):
+        logits = self.inner(images)
+        return self.pack(logits, self.auxiliary(images.mean((2, 3))))
+
+
+class Fields(SimpleNamespace):
+    """An object with attributes, as transformers returns."""
+
+
+PACKS = {
+    "a tuple whose first is logits": lambda logits, aux: (logits, {"features": aux}),
+    "a list": lambda logits, aux: [logits, aux],
+    "a mapping": lambda logits, aux: {"loss": aux.mean(), "logits": logits, "hidden_states": (aux, aux)},
+    "an object": lambda logits, aux: Fields(aux=aux, logits=logits),
+}
+
+
+class Block(nn.Module):
+    """A residual block; the last of a stage returns its map beside what goes into its ReLU, as in RepDistiller."""
+
+    def __init__(self, fan_in, fan_out, stride, pack=None):
+        super().__init__()
+        self.conv = nn.Conv2d(fan_in, fan_out, 3, stride, 1)
+        self.norm = nn.BatchNorm2d(fan_out)
+        self.downsample = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride), nn.BatchNorm2d(fan_out))
+        self.pack = pack
+
+    def forward(self, x):
+        before = self.norm(self.conv(x)) + self.downsample(x)
+        after = F.relu(before)
+        return after if self.pack is None else self.pack(after, before)
+
+
+class Stages(nn.Module):
+    """A stem and three stages, which return more than one tensor."""
+
+    def __init__(self, pack, unpack):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.layer1 = nn.Sequential(Block(8, 8, 1), Block(8, 8, 1, pack))
+        self.layer2 = nn.Sequential(Block(8, 16, 2), Block(16, 16, 1, pack))
+        self.layer3 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1, pack))
+        self.fc = nn.Linear(32, 10)
+        self.unpack, self.seen = unpack, []
+
+    def forward(self, x):
+        self.seen = [self.relu(self.bn1(self.conv1(x)))]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            self.seen.append(self.unpack(stage(self.seen[-1])))
+        return self.fc(self.seen[-1].mean((2, 3)))
+
+
+OUTPUTS_OF_STAGES = {
+    "tuples": (lambda after, before: (after, before), lambda output: output[0]),
+    "lists": (lambda after, before: [after, before], lambda output: output[0]),
+    "mappings": (lambda after, before: {"out": after, "preact": before}, lambda output: output["out"]),
+    "nested": (lambda after, before: {"maps": (after, [before])}, lambda output: output["maps"][0]),
+}
+
+
+class Sums(nn.Module):
+    """Stages that are sums of branches in the network's own forward, so that no submodule returns one."""
+
+    def __init__(self):
+        super().__init__()
+        self.long = nn.ModuleList(nn.Conv2d(*widths, 3, 2, 1) for widths in ((3, 8), (8, 8), (8, 8), (8, 8)))
+        self.short = nn.ModuleList(nn.Conv2d(*widths, 1, 2) for widths in ((3, 8), (8, 8), (8, 8), (8, 8)))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        for long, short in zip(self.long, self.short, strict=True):
+            x = F.relu(long(x) + short(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_logits_are_found_in_what_a_network_returns(pack):
+    network = wrap(Returns(pack), image_size=32, num_classes=10).eval()
+    torch.testing.assert_close(network(IMAGES).logits, network.body.inner(IMAGES))
+    assert len(network(IMAGES, EVERYTHING).features) == 4
+
+
+def test_what_holds_no_logits_is_named():
+    with pytest.raises(UserError, match=r"returns dict with loss, scores, expected logits"):
+        wrap(Returns(lambda logits, aux: {"loss": aux.mean(), "scores": logits}), image_size=32, num_classes=10)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_heads_that_appear_in_training_only_do_not_stop_it(role):
+    class Auxiliary(Returns):
+        def forward(self, images):
+            return super().forward(images) if self.training else self.inner(images)
+
+    networks = {"student": four_stages(), "teacher": four_stages(), role: Auxiliary(PACKS["a mapping"])}
+    distillation = distill(networks["student"], networks["teacher"], "fitnet", num_classes=10, image_size=32).train()
+    terms = distillation(Batch.of(IMAGES, torch.arange(4), num_classes=10))
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
+
+
+@pytest.mark.parametrize(("pack", "unpack"), OUTPUTS_OF_STAGES.values(), ids=OUTPUTS_OF_STAGES)
+def test_stages_that_return_several_tensors_are_read(pack, unpack):
+    body = Stages(pack, unpack).eval()
+    features = wrap(body, image_size=32, num_classes=10).eval()(IMAGES, EVERYTHING).features
+    assert all(found.equal(own) for found, own in zip(features, body.seen, strict=True))
+
+
+def test_maps_that_something_goes_past_are_no_stages():
+    network = wrap(Sums(), image_size=32, num_classes=10)
+    assert re.fullmatch(r"'short.\d' is a part of a stage, whose output no submodule returns", network.stageless)
+    assert network(IMAGES, EVERYTHING).features == ()
+    named = wrap(Sums(), image_size=32, num_classes=10, taps=["long.0", "long.1", "long.2", "long.3"])
+    assert len(named(IMAGES, EVERYTHING).features) == 4
+
+
+def test_a_network_without_stages_serves_methods_that_read_none():
+    def two_stages():
+        return nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10))
+
+    terms = distill(two_stages(), four_stages(), "kd", num_classes=10, image_size=32)(
+        Batch.of(IMAGES, torch.arange(4), num_classes=10)
+    )
+    assert all(term.isfinite() for term in terms.values())
+    with pytest.raises(UserError, match=r"FitNet reads four stages of the student, .*student\.taps="):
+        distill(two_stages(), four_stages(), "fitnet", num_classes=10, image_size=32)
+    with pytest.raises(UserError, match=r"of the teacher, .*teacher\.taps="):
+        distill(four_stages(), two_stages(), "fitnet", num_classes=10, image_size=32)
+    named = wrap(two_stages(), image_size=32, num_classes=10, taps=["0", "0", "1", "2"])
+    distill(named, four_stages(), "fitnet", num_classes=10, image_size=32)
+
+
+def test_a_network_of_one_channel_reads_the_images_luma():
+    network = wrap(four_stages(channels=1), image_size=32, num_classes=10, mean=[0.5], std=[0.25]).eval()
+    gray = torch.rand(4, 1, 32, 32)
+    output = network(gray.expand(-1, 3, -1, -1), EVERYTHING)
+    torch.testing.assert_close(output.logits, network.body((gray - 0.5) / 0.25))
+    red = torch.zeros(1, 3, 32, 32)
+    red[:, 0] = 1.0
+    bright = wrap(network.body, image_size=32, num_classes=10).eval()(red).logits
+    torch.testing.assert_close(bright, network.body(torch.full((1, 1, 32, 32), 0.299)))
+
+
+def test_a_network_that_ends_in_a_softmax_is_refused():
+    with pytest.raises(UserError, match="ends in a softmax"):
+        wrap(nn.Sequential(four_stages(), nn.Softmax(1)), image_size=32, num_classes=10)
+    wrap(nn.Sequential(four_stages(), nn.LogSoftmax(1)), image_size=32, num_classes=10)  # is its own logits
