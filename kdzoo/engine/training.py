@@ -20,6 +20,7 @@ from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
+from kdzoo.files import write_text
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run, Settings
@@ -179,6 +180,7 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         peak_memory=peak_memory(lane.device),
     )
     lane.ranks.once(models.save_weights, shipped, lane.folder.student)
+    lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result

@@ -14,7 +14,15 @@ from kdzoo import registry
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError, unknown
 from kdzoo.results import published, statistics
-from kdzoo.settings import StudentSettings, TeacherSettings, apart, distiller_settings, preset, read_protocol
+from kdzoo.settings import (
+    DataSettings,
+    StudentSettings,
+    TeacherSettings,
+    apart,
+    distiller_settings,
+    preset,
+    read_protocol,
+)
 from kdzoo.store.folder import RunFolder, find_runs
 
 BASELINE = "kd"
@@ -78,15 +86,22 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
                 "preset": preset,
                 "protocol": _protocol(protocol),
                 "data": _data(settings["data"]),
+                "fingerprint": settings["data"].get("fingerprint", ""),
                 "teacher": _teacher(settings["teacher"], protocol["name"]) if result.teacher else ALONE,
                 "student": _named(settings["student"], lambda _: asdict(StudentSettings())),
                 "device": machine.get("device") or "unknown",
                 "precision": machine.get("precision") or "unknown",
             }
         )
+    if not found:
+        return pd.DataFrame()
     table = pd.DataFrame(found)
-    for name in (*NUMBERS, *COUNTS) if found else ():
+    for name in (*NUMBERS, *COUNTS):
         table[name] = pd.to_numeric(table[name], errors="coerce")
+    # Other data under one name are another section.
+    fingerprints = table.pop("fingerprint")
+    differ = fingerprints.groupby(table["data"]).transform("nunique") > 1
+    table.loc[differ, "data"] += " [" + fingerprints[differ].str[:6].replace("", "unknown") + "]"
     return table
 
 
@@ -298,11 +313,13 @@ def _protocol(settings: Mapping[str, Any]) -> str:
 
 
 def _data(settings: Mapping[str, Any]) -> str:
-    """A data set's name with what sets it apart: options and a limit."""
+    """A data set's name with what sets it apart: options, a limit, and how its images are read."""
     limit, given = settings["limit"], settings["options"]
     usual: dict[str, Any] = {}
     with suppress(UserError):  # a set that is not there any more is named with all its options
         usual = option_settings(settings["name"], {}) if given else {}
     changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
     changed += [f"{limit} images"] if limit else []
+    others = {key: value for key, value in settings.items() if key not in ("name", "limit", "options", "fingerprint")}
+    changed += _changes(others, asdict(DataSettings()))
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

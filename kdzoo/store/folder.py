@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from kdzoo.errors import UserError
 from kdzoo.files import slug, write_text
-from kdzoo.settings import Run, stored
+from kdzoo.settings import Run, apart, stored
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class RunFolder:
         self.student = path / "student.safetensors"
         self.environment = path / "environment.json"
         self.failure = path / "failed.txt"
+        self.classes = path / "classes.txt"  # the class that each output of the student stands for, one a line
 
     @classmethod
     def of(cls, run: Run) -> "RunFolder":
@@ -76,6 +78,19 @@ class RunFolder:
         names = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller.name)
         title = "-".join(slug(name.removesuffix(".py")) for name in names if name)
         return cls(Path(place.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
+
+    def of_other_data(self, run: Run) -> "RunFolder | None":
+        """Find a run beside this one that has the same settings and read other data under the same name."""
+        if self.config.exists() or not run.settings.data.fingerprint:
+            return None
+        wanted = run.settings.plain()
+        wanted["data"].pop("fingerprint")
+        for path in sorted(self.path.parent.glob(f"{self.path.name.removesuffix(run.settings.identity())}*")):
+            with suppress(UserError):
+                found, _ = apart(RunFolder(path).read_config())
+                if found["data"].pop("fingerprint", "") and found == wanted:
+                    return RunFolder(path)
+        return None
 
     def open(self, run: Run) -> None:
         """Make the folder and write what is known before the first step."""
@@ -136,7 +151,15 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what kdzoo wrote here, and nothing else."""
-        for file in (self.result, self.history, self.student, self.environment, self.config, self.failure):
+        for file in (
+            self.result,
+            self.history,
+            self.student,
+            self.environment,
+            self.config,
+            self.failure,
+            self.classes,
+        ):
             file.unlink(missing_ok=True)
         for file in self.path.glob("events.out.tfevents.*"):
             file.unlink()
