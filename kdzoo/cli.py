@@ -308,7 +308,7 @@ def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
     click.echo(page(name, found))
     if found.damaged:
         raise UserError(
-            f"{len(found.damaged)} images cannot be decoded; replace or remove them, or set data.skip_damaged=true"
+            f"damaged images: {len(found.damaged)}; replace or remove them, or train with data.skip_damaged=true"
         )
 
 

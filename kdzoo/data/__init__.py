@@ -64,14 +64,14 @@ def open_dataset(
         exif: whether images of files are turned and mirrored as their camera noted.
         alpha: the colour that transparent pixels of image files are laid on, such as ``white`` or ``#808080``.
         skip_damaged: whether to leave out image files that cannot be decoded, instead of stopping at the first.
-        workers: processes that decode streamed images; 0: this process does.
+        workers: processes that decode streamed images, and look for damaged ones; 0: this process does.
 
     Raises:
         UserError: an unknown name or option, files that are missing or damaged, a cache that cannot be written.
     """
     device = torch.device(device)
     folder = cache or cache_folder() / "data"
-    choose = partial(without_damaged, folder=folder, report=report) if skip_damaged else None
+    choose = partial(without_damaged, folder=folder, workers=workers, report=report) if skip_damaged else None
     reading = Reading(exif, alpha)
     source = open_source(name, Path(root), options, classes=classes, val=val, reading=reading, choose=choose)
     source = source.limited(limit)

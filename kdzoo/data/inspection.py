@@ -1,14 +1,17 @@
 """Look at every image of a data set once: which are damaged, how large they are, and which are nearly the same."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from kdzoo.data.cache import read_facts, write_facts
 from kdzoo.data.pictures import Files, Pictures, warn_once
@@ -16,9 +19,9 @@ from kdzoo.data.sources import Source
 from kdzoo.errors import UserError
 
 WIDTH, HEIGHT = 9, 8  # of a thumbnail: its neighbours side by side make 64 bits
-CLOSE_BITS = 3  # of 64 that may differ between images that are nearly the same
-CLOSE_SHADES = 6.0  # of 255, and their mean difference
-_CHUNK = 256  # images decoded before progress is told
+CLOSE_BITS = 6  # of 64 that may differ between images that are nearly the same
+CLOSE_SHADES = 8.0  # of 255, and their mean difference
+_CHUNK = 256  # images that a process looks at before it tells of them
 _PAIRS = 2**20  # compared at a time
 _BITS = np.array([bin(number).count("1") for number in range(2**16)], np.uint8)
 
@@ -39,32 +42,65 @@ class Looks:
     thumbs: NDArray[np.uint8]
     damaged: dict[int, str]
 
+    @classmethod
+    def blank(cls, count: int) -> "Looks":
+        """Make room for so many images."""
+        return cls(np.zeros((count, 2), np.int64), np.zeros((count, HEIGHT, WIDTH, 3), np.uint8), {})
 
-def look(pictures: Pictures, report: Report | None = None, split: str = "") -> Looks:
-    """Decode every image once, a large JPEG in part of its size."""
-    sizes = np.zeros((len(pictures), 2), np.int64)
-    thumbs = np.zeros((len(pictures), HEIGHT, WIDTH, 3), np.uint8)
-    damaged: dict[int, str] = {}
+    @classmethod
+    def joined(cls, parts: Sequence["Looks"]) -> "Looks":
+        """Join what consecutive images show."""
+        if not parts:
+            return cls.blank(0)
+        damaged = {row: reason for part in parts for row, reason in part.damaged.items()}
+        return cls(np.concatenate([part.sizes for part in parts]), np.concatenate([p.thumbs for p in parts]), damaged)
 
-    def look_at(row: int) -> None:
-        try:
-            image, sizes[row] = pictures.seen(row, 8 * WIDTH)
-        except UserError as error:
-            damaged[row] = _reason(error.__cause__ or error)
-        else:
-            thumbs[row] = np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
 
-    def look_at_some(start: int) -> int:
-        for row in range(start, min(start + _CHUNK, len(pictures))):
-            look_at(row)
-        return start
+class _Chunks(Dataset[Looks]):
+    """Look at images by their rows, some at a time."""
 
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow says of metadata, without a name
-        for start in pool.map(look_at_some, range(0, len(pictures), _CHUNK)):
-            if report is not None:
-                report(f"looking at {split} images: {start} of {len(pictures)}")
-    return Looks(sizes, thumbs, dict(sorted(damaged.items())))
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.pictures) / _CHUNK)
+
+    def __getitem__(self, number: int) -> Looks:
+        rows = range(number * _CHUNK, min((number + 1) * _CHUNK, len(self.pictures)))
+        found = Looks.blank(len(rows))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow says of metadata, without a file's name
+            for place, row in enumerate(rows):
+                try:
+                    image, found.sizes[place] = self.pictures.seen(row, 8 * WIDTH)
+                    found.thumbs[place] = np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+                except UserError as error:
+                    found.damaged[row] = _reason(error.__cause__ or error)
+        return found
+
+
+def look(pictures: Pictures, split: str, workers: int = 0, report: Report | None = None) -> Looks:
+    """Decode every image once, a large JPEG in part of its size.
+
+    Args:
+        pictures: the images.
+        split: what they are for.
+        workers: processes that decode; 0: this process does.
+        report: is called with a line of progress.
+    """
+    chunks = _Chunks(pictures)
+    workers = min(workers, len(chunks) // 2)  # a process pays for its start with two chunks
+    loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator())
+    found = []
+    for number, some in enumerate(loader if len(chunks) else ()):
+        if report is not None:
+            report(f"looking at {split} images: {number * _CHUNK} of {len(pictures)}")
+        found.append(some)
+    return Looks.joined(found)
+
+
+def _as_it_is(looks: Any) -> Any:
+    return looks
 
 
 def _reason(error: BaseException) -> str:
@@ -72,7 +108,7 @@ def _reason(error: BaseException) -> str:
     return type(error).__name__ if not said or "'" in said else f"{type(error).__name__}: {said}"
 
 
-def without_damaged(source: Source, folder: Path, report: Report | None = None) -> Source:
+def without_damaged(source: Source, folder: Path, workers: int = 0, report: Report | None = None) -> Source:
     """Leave out the images that cannot be decoded. Which these are is kept in ``folder`` until a file changes.
 
     Raises:
@@ -84,7 +120,7 @@ def without_damaged(source: Source, folder: Path, report: Report | None = None) 
             notes, digest = folder / source.key / f"{split}-damaged.json", files.digest()
             facts = read_facts(notes, digest)
             if "damaged" not in facts:
-                facts = {"damaged": list(look(files, report, split).damaged)}
+                facts = {"damaged": list(look(files, split, workers, report).damaged)}
                 write_facts(notes, digest, facts)
             rows = np.delete(np.arange(len(files)), np.array(facts["damaged"], np.int64))
             files = replace(files.take(rows), split=files.split)
@@ -102,8 +138,8 @@ def without_damaged(source: Source, folder: Path, report: Report | None = None) 
 def near(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> dict[int, int]:
     """Find for each of ``ours`` the one of ``theirs`` that is nearly the same, where there is one, by their rows.
 
-    Whether a pixel is brighter than its left neighbour makes 64 bits. Those of nearly equal images differ in three at
-    most, so one of four groups of 16 is the same; candidates that share one are compared by their bits, then by shades.
+    Whether a pixel is brighter than its left neighbour makes 64 bits. Images that share one of four groups of 16 are
+    compared by all bits, then by their shades. So images that differ in up to three bits are always compared.
 
     Args:
         ours: thumbnails (N, 8, 9, 3).
@@ -180,10 +216,10 @@ class Inspection:
     fingerprint: str
 
 
-def inspect(source: Source, fingerprint: str, report: Report | None = None) -> Inspection:
+def inspect(source: Source, fingerprint: str, workers: int = 0, report: Report | None = None) -> Inspection:
     """Decode every image of a set once, and collect what it holds."""
     splits = {"train": source.train, "test": source.test}
-    looks = {split: look(pictures, report, split) for split, pictures in splits.items()}
+    looks = {split: look(pictures, split, workers, report) for split, pictures in splits.items()}
     damaged = {
         splits[split].title(row): reason for split, seen in looks.items() for row, reason in seen.damaged.items()
     }

@@ -21,7 +21,7 @@ def inspected(run: Run, report: Callable[[str], object] | None = None) -> Inspec
     source = open_source(
         wanted.name, root, wanted.options, classes=wanted.classes, val=wanted.val, reading=reading
     ).limited(wanted.limit)
-    return inspect(source, wanted.fingerprint, report)
+    return inspect(source, wanted.fingerprint, run.place.data.workers, report)
 
 
 def page(name: str, found: Inspection) -> str:
