@@ -73,7 +73,10 @@ def _files(
                     name, f"{split} images are a list that holds {_kind(path)}", "an array, or a list of paths"
                 )
     start = os.path.abspath(root)
-    paths = {split: [os.path.normpath(os.path.join(start, path)) for path in given] for split, given in images.items()}
+    paths = {
+        split: [os.path.normpath(path if os.path.isabs(path) else os.path.join(start, path)) for path in given]
+        for split, given in images.items()
+    }
     everything = list(chain.from_iterable(paths.values()))
     # Folders that the first and the last path by name have in common are those of all paths.
     above = Path(os.path.commonpath([os.path.dirname(path) for path in (min(everything), max(everything))]))

@@ -62,7 +62,7 @@ def walk(root: Path) -> Tree:
                 tree.folders.append(prefix + name)
                 enter(entry.path, f"{prefix}{name}{os.sep}", above | {here})
                 continue
-            suffix = os.path.splitext(name)[1].lower()
+            suffix = name[name.rfind(".") :].lower() if "." in name else ""
             if suffix in known:
                 tree.images.append(prefix + name)
             else:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from unicodedata import normalize
 
@@ -54,10 +55,11 @@ class Folder(ImageSet):
         rows = rows_of(self._tables(path, splits, tree), tree.images)
         if splits and TRAIN not in splits.values() and not any(row.split for row in rows.values()):
             raise UserError(f"no folder 'train' in '{path}'; {EXPECTED}")
-        listed = {_by_folder(image, splits)[0] for image in rows}
+        by_folder = cache(partial(_by_folder, splits))
+        listed = {by_folder(os.path.dirname(image))[0] for image in rows}
         found: dict[str, list[tuple[str, str]]] = {}  # by split, the class and the path of each image; class "": none
         for image in tree.images:
-            split, label = _by_folder(image, splits)
+            split, label = by_folder(image.rpartition(os.sep)[0])
             if row := rows.get(image):
                 split, label = self._split(row.split) or split, row.label
             elif split in listed:
@@ -110,9 +112,9 @@ class Folder(ImageSet):
                 raise UserError(f"no images in '{path / folder}'; expected files such as .png or .jpg, or remove it")
 
 
-def _by_folder(image: str, splits: dict[str, str]) -> tuple[str, str]:
-    """Tell split and class of an image by the folders that it lies in; empty where they do not tell."""
-    above = image.split(os.sep)[:-1]
+def _by_folder(splits: dict[str, str], folder: str) -> tuple[str, str]:
+    """Tell split and class of the images in a folder; empty where it does not tell."""
+    above = folder.split(os.sep) if folder else []
     split = TRAIN
     if splits:
         split = splits.get(above[0], "") if above else ""
