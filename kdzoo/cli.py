@@ -44,7 +44,8 @@ def cli() -> None:
 @flag(
     "--data",
     "data.name",
-    help="Data set: a name of 'kdzoo list data', or the path of a Python file that holds one (default: digits).",
+    help="Data set: a name of 'kdzoo list data', folder:PATH, or the path of a Python file that holds one "
+    "(default: digits).",
 )
 @flag(
     "--protocol",

@@ -64,7 +64,7 @@ class ImageSet:
         """Return a text that changes with the images or labels: a run on other data is another run.
 
         None, the default: kdzoo reads and hashes what ``load`` gives. A set whose name and options decide everything
-        returns an empty text, and a large set that has a version of its own may return that.
+        returns an empty text, and a large set may return the version that it carries.
 
         Args:
             root: the folder of ``data.root``.

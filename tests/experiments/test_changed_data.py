@@ -134,6 +134,19 @@ def test_a_suite_reads_its_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert loads.read_text() == "x"
 
 
+def test_a_suite_on_changed_data_trains_other_runs_and_says_so(tmp_path: Path, cache: Path, said: io.StringIO) -> None:
+    root, suite = write_tree(tmp_path / "tree"), tmp_path / "suite.yaml"
+    suite.write_text(f"{{data: 'folder:{root}', pairs: [[resnet14, resnet8]], distillers: [none, kd]}}")
+    one, again = (kdzoo.bench(suite, tmp_path / "runs", overrides=TINY) for _ in range(2))
+    assert one.finished == again.finished
+    assert "data differ" not in said.getvalue()
+    relabel(root)
+    other = kdzoo.bench(suite, tmp_path / "runs", overrides=TINY)
+    assert said.getvalue().count("data differ from those of") == 1
+    assert not set(one.finished) & set(other.finished)
+    assert len(set(kdzoo.table(tmp_path / "runs")["data"])) == 2
+
+
 def test_the_fingerprint_is_nothing_to_set(tmp_path: Path) -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}}
     with pytest.raises(UserError, match=r"data\.fingerprint is no setting"):
