@@ -43,17 +43,12 @@ class Looks:
     damaged: dict[int, str]
 
     @classmethod
-    def blank(cls, count: int) -> "Looks":
-        """Make room for so many images."""
-        return cls(np.zeros((count, 2), np.int64), np.zeros((count, HEIGHT, WIDTH, 3), np.uint8), {})
-
-    @classmethod
     def joined(cls, parts: Sequence["Looks"]) -> "Looks":
         """Join what consecutive images show."""
-        if not parts:
-            return cls.blank(0)
+        sizes = [np.zeros((0, 2), np.int64), *(part.sizes for part in parts)]
+        thumbs = [np.zeros((0, HEIGHT, WIDTH, 3), np.uint8), *(part.thumbs for part in parts)]
         damaged = {row: reason for part in parts for row, reason in part.damaged.items()}
-        return cls(np.concatenate([part.sizes for part in parts]), np.concatenate([p.thumbs for p in parts]), damaged)
+        return cls(np.concatenate(sizes), np.concatenate(thumbs), damaged)
 
 
 class _Chunks(Dataset[Looks]):
@@ -67,16 +62,20 @@ class _Chunks(Dataset[Looks]):
 
     def __getitem__(self, number: int) -> Looks:
         rows = range(number * _CHUNK, min((number + 1) * _CHUNK, len(self.pictures)))
-        found = Looks.blank(len(rows))
+        sizes, thumbs, damaged = [], [], {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow says of metadata, without a file's name
-            for place, row in enumerate(rows):
+            for row in rows:
                 try:
-                    image, found.sizes[place] = self.pictures.seen(row, 8 * WIDTH)
-                    found.thumbs[place] = np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+                    image, size = self.pictures.seen(row, 8 * WIDTH)
+                    thumb = image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR).tobytes()
                 except UserError as error:
-                    found.damaged[row] = _reason(error.__cause__ or error)
-        return found
+                    damaged[row] = _reason(error.__cause__ or error)
+                    size, thumb = (0, 0), bytes(HEIGHT * WIDTH * 3)
+                sizes.append(size)
+                thumbs.append(thumb)
+        pixels = np.frombuffer(b"".join(thumbs), np.uint8).reshape(-1, HEIGHT, WIDTH, 3)
+        return Looks(np.array(sizes, np.int64), pixels, damaged)
 
 
 def look(pictures: Pictures, split: str, workers: int = 0, report: Report | None = None) -> Looks:

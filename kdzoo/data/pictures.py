@@ -190,8 +190,8 @@ class Files:
                     return None
         return first
 
-    def _path(self, name: bytes) -> Path:
-        return self.root / os.fsdecode(name)
+    def _path(self, name: bytes) -> str:
+        return os.path.join(self.root, os.fsdecode(name))
 
     def _size(self, name: bytes) -> tuple[int, int]:
         path = self._path(name)
@@ -224,5 +224,5 @@ def _state(path: bytes) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: str, error: Exception) -> UserError:
     return UserError(f"cannot read image '{path}' ({type(error).__name__}); replace or remove it")
