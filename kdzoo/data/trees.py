@@ -10,6 +10,8 @@ from PIL import Image, ImageFile
 
 from kdzoo.errors import UserError
 
+TRAIN = "train"
+TESTS = ("val", "valid", "validation", "eval", "test")  # the first that holds images is the test split
 LEFTOVERS = ("__MACOSX", "@eaDir")  # of archives made on a Mac, and of Synology's disks
 
 
@@ -20,6 +22,12 @@ class Tree:
     images: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by their suffix
+
+
+def split_of(name: str) -> str:
+    """Give the split that a name stands for, in any case of its letters; empty where it stands for none."""
+    name = name.casefold()
+    return name if name == TRAIN or name in TESTS else ""
 
 
 @cache

@@ -9,12 +9,10 @@ from unicodedata import normalize
 from kdzoo import ImageSet
 from kdzoo.data.labels import Table, read_annotations, read_table, rows_of
 from kdzoo.data.pictures import warn_once
-from kdzoo.data.trees import Tree, walk
+from kdzoo.data.trees import TESTS, TRAIN, Tree, split_of, walk
 from kdzoo.errors import UserError, unknown
 from kdzoo.image_set import Loaded, Split
 
-TRAIN = "train"
-TESTS = ("val", "valid", "validation", "eval", "test")  # the first that holds images is the test split
 ARCHIVES = {".tar", ".zip", ".gz", ".tgz", ".7z"}
 EXPECTED = "expected train/CLASS/* with val or test beside train, or CLASS/* with data.val=0.1"
 
@@ -51,7 +49,7 @@ class Folder(ImageSet):
             raise UserError(f"no folder '{self.path}'; {EXPECTED}")
         path = self.path.resolve()
         tree = walk(path)
-        splits = {name: _split_of(name) for name in tree.folders if os.sep not in name and _split_of(name)}
+        splits = {name: split_of(name) for name in tree.folders if os.sep not in name and split_of(name)}
         rows = rows_of(self._tables(path, splits, tree), tree.images)
         if splits and TRAIN not in splits.values() and not any(row.split for row in rows.values()):
             raise UserError(f"no folder 'train' in '{path}'; {EXPECTED}")
@@ -95,9 +93,9 @@ class Folder(ImageSet):
             yield read_table(file, f"data.labels={self.labels}")
 
     def _split(self, name: str) -> str:
-        if name and not _split_of(name):
+        if name and not split_of(name):
             raise unknown("split", name, [TRAIN, *TESTS], f"in data.labels={self.labels}")
-        return _split_of(name)
+        return split_of(name)
 
     def _check_folders(self, path: Path, tree: Tree, splits: dict[str, str], classes: list[str]) -> None:
         """Check that there are classes, and that each training folder that looks like one holds images."""
@@ -126,12 +124,6 @@ def _split(path: Path, images: list[tuple[str, str]], places: dict[str, int]) ->
     """Sort the images that have a class by class and path: absolute paths, and labels."""
     ordered = sorted((places[label], image) for label, image in images if label)
     return [f"{path}{os.sep}{image}" for _, image in ordered], [label for label, _ in ordered]
-
-
-def _split_of(name: str) -> str:
-    """Give the split that a folder's name stands for; empty where it stands for none."""
-    name = name.casefold()
-    return name if name == TRAIN or name in TESTS else ""
 
 
 def _one_form(name: str) -> str:

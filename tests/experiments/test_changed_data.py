@@ -86,6 +86,26 @@ def test_an_unchanged_tree_is_shown_again_and_a_changed_one_is_another_run(
     assert len(teachers(cache)) == 2
 
 
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("changes", [False, True])
+def test_an_interrupted_run_is_not_continued_on_other_data(
+    tmp_path: Path, said: io.StringIO, monkeypatch: pytest.MonkeyPatch, changes: bool
+) -> None:
+    root = write_tree(tmp_path / "tree")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kdzoo.experiments.run.train_one", interrupt)
+        distil(root)
+    [begun] = (tmp_path / "runs").iterdir()
+    if changes:
+        relabel(root)
+    assert (distil(root).folder == begun) is not changes
+    assert (f"data differ from those of {begun}" in said.getvalue()) is changes
+
+
 def test_two_projects_with_one_name_for_their_data_share_no_teacher(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
