@@ -61,7 +61,8 @@ def cli() -> None:
 @flag(
     "--data",
     "data.name",
-    help="Data set: a name of 'kdzoo list data', or the path of a Python file that holds one (default: digits).",
+    help="Data set: a name of 'kdzoo list data', folder:PATH, or the path of a Python file that holds one "
+    "(default: digits).",
 )
 @flag(
     "--protocol",
@@ -129,12 +130,13 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
                 values.setdefault(section, {})[name] = value
             else:
                 values[section] = value
-    with Progress() as progress, progress.doing("loading torch"):
+    with Progress() as progress, progress.doing("loading torch") as rename:
         from kdzoo.engine.ranks import is_first
         from kdzoo.experiments.run import execute
         from kdzoo.results.last_screen import next_steps, result_table
         from kdzoo.settings import resolve
 
+        rename("reading settings and data")
         made = resolve(values, overrides)
     result = execute(made, fresh=not resume)
     if is_first():
@@ -190,7 +192,7 @@ def bench(
     """
     from kdzoo.engine.progress import Progress
 
-    with Progress() as progress, progress.doing("loading torch"):
+    with Progress() as progress, progress.doing("loading torch") as rename:
         from kdzoo.experiments import bench as engine
         from kdzoo.experiments import suites, workers
         from kdzoo.experiments.estimate import estimate
@@ -200,6 +202,7 @@ def bench(
         from kdzoo.store.folder import find_runs
 
         executor = workers.find(on, jobs, gpus_per_group)
+        rename("reading settings and data")
         found = suites.load(suite, seeds or 0, overrides)
     folder = out or Path("runs") / found.name
     if dry_run:
@@ -310,6 +313,31 @@ def spectrum(
         raise UserError("expected finished runs, or both --teacher and --student without any run")
     for file in spectrum_plot.save(found, out):
         click.echo(f"wrote {file}")
+
+
+@cli.command("data")
+@click.argument("name", metavar="NAME|folder:PATH")
+@DEBUG
+@OVERRIDES
+def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
+    """Decode every image of a data set once, and show what it holds.
+
+    Lists all damaged images, the number of images of each class, and test images that training images repeat. Settings
+    of the data may follow as KEY=VALUE: data.val=0.1 data.labels=FILE
+    """
+    from kdzoo.engine.progress import Progress
+
+    with Progress() as progress, progress.doing("loading torch") as rename:
+        from kdzoo.results.data_page import inspected, page
+        from kdzoo.settings import resolve_data
+
+        rename(f"reading the files of {name}")
+        found = inspected(resolve_data(name, overrides), rename)
+    click.echo(page(name, found))
+    if found.damaged:
+        raise UserError(
+            f"damaged images: {len(found.damaged)}; replace or remove them, or train with data.skip_damaged=true"
+        )
 
 
 @cli.command("list")

@@ -11,7 +11,7 @@ from kdzoo.errors import UserError
 
 Images = NDArray[np.uint8] | Sequence[str | Path]
 Split = tuple[Images, NDArray[np.integer[Any]] | Sequence[int]]
-Loaded = tuple[Sequence[str], Split, Split]
+Loaded = tuple[Sequence[str], Split, Split | None]
 
 
 class ImageSet:
@@ -52,9 +52,21 @@ class ImageSet:
         """Load class names, training images with their labels, and test images with theirs.
 
         Images are an array (N, S, S, 3) of uint8, or (N, S, S) for gray ones; or a list of image files of any size,
-        relative to ``root`` or absolute. Labels are whole numbers (N,), the positions in the class names.
+        relative to ``root`` or absolute. Labels are whole numbers (N,), the positions in the class names. None instead
+        of the test images says that there are none, so that ``data.val`` must hold out a share of the others.
 
         Args:
             root: the folder of ``data.root``, where sets that are files may lie.
         """
         raise UserError(f"{type(self).__name__} has no load(root); help(kdzoo.ImageSet) shows what it returns")
+
+    def fingerprint(self, root: Path) -> str | None:
+        """Return a text that changes with the images or labels: a run on other data is another run.
+
+        None, the default: kdzoo reads and hashes what ``load`` gives. A set whose name and options decide everything
+        returns an empty text, and a large set may return the version that it carries.
+
+        Args:
+            root: the folder of ``data.root``.
+        """
+        return None

@@ -9,7 +9,15 @@ from typing import Any
 
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError
-from kdzoo.settings import Settings, StudentSettings, TeacherSettings, distiller_settings, preset, read_protocol
+from kdzoo.settings import (
+    DataSettings,
+    Settings,
+    StudentSettings,
+    TeacherSettings,
+    distiller_settings,
+    preset,
+    read_protocol,
+)
 
 ALONE = "-"  # the teacher of a student that has none
 
@@ -81,11 +89,13 @@ def _protocol(settings: Mapping[str, Any]) -> str:
 
 
 def _data(settings: Mapping[str, Any]) -> str:
-    """Name a data set with what sets it apart: options and a limit."""
+    """Name a data set with what sets it apart: options, a limit, and how its images are read."""
     limit, given = settings["limit"], settings["options"]
     usual: dict[str, Any] = {}
     with suppress(UserError):  # a set that is not there any more is named with all its options
         usual = option_settings(settings["name"], {}) if given else {}
     changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
     changed += [f"{limit} images"] if limit else []
+    others = {key: value for key, value in settings.items() if key not in ("name", "limit", "options", "fingerprint")}
+    changed += _changes(others, asdict(DataSettings()))
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

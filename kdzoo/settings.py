@@ -66,6 +66,16 @@ class DataSettings:
     name: str = "digits"
     limit: int | None = None  # this many training images at most
     options: dict[str, Any] = field(default_factory=dict)  # keywords of what makes the set, where it has any
+    classes: str | None = None  # their order: text, natural, or a file with one name a line; None: the set's own
+    val: float = 0.0  # share of the training images held out to measure on, instead of the test images
+    exif: bool = True  # images of files are turned as their camera noted
+    alpha: str = "white"  # the colour that transparent pixels are laid on
+    skip_damaged: bool = False  # image files that cannot be decoded are left out
+    fingerprint: str = ""  # of images and labels; found by itself, empty where name and options decide them
+
+    def opening(self) -> dict[str, Any]:
+        """Return the keywords of ``open_dataset`` that decide images and labels."""
+        return {key: value for key, value in asdict(self).items() if key != "fingerprint"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ def apart(plain: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return what, where
 
 
-def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerprint: str | None = None) -> Run:
     """Make a run from nested ``values`` (flags, a suite) and ``key=value`` strings, the latter winning.
 
     Keywords that are not given come from the published preset for this pair, if there is one, else from the method's
@@ -199,35 +209,87 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
     A protocol is given by ``protocol.name``; its file is read first and its keys may be overridden. Where
     ``protocol.epochs`` is overridden alone, milestones and warm-up shrink or grow with it.
 
+    Args:
+        values: by section and key.
+        overrides: further settings.
+        fingerprint: of the data, where it is known already; None: it is computed.
+
     Raises:
         UserError: an unknown key, name or protocol (with the nearest), a value of the wrong type.
     """
-    from kdzoo.data import option_settings  # here, so that lists and help texts need no torch
-
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
-    with explained():
-        merged = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides)))
-        given: dict[str, Any] = OmegaConf.to_container(merged)  # type: ignore[assignment]  # a mapping gives a mapping
+    given = _merged(values, overrides)
     keywords = given.pop("distiller", {}) or {}
     if not isinstance(keywords, dict) or not keywords.get("name"):
         raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
     recipe = given.pop("protocol", {})
     if "files" in given:
         raise UserError("files is no setting; the files that a run names are found by themselves")
-    run = _typed(given)
+    run = _with_data(given)
     settings = replace(run.settings, protocol=_protocol(recipe))
     names = settings.data.name, settings.protocol.name, settings.teacher.name, settings.student.name
     usual = preset(str(keywords["name"]), *names)
     settings = replace(
         settings,
-        data=replace(settings.data, options=option_settings(settings.data.name, settings.data.options)),
         distiller=distiller_settings({**usual, **keywords}),
     )
     if not settings.student.name:
         raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
+    if fingerprint is None:
+        fingerprint = fingerprint_of(settings.data, run.place.data.root)
+    settings = replace(settings, data=replace(settings.data, fingerprint=fingerprint))
     return Run(replace(settings, files=files_of(settings)), run.place)
+
+
+def resolve_data(name: str, overrides: Sequence[str] = ()) -> Run:
+    """Make a run's data settings, and the place where the data lie, without a method or a network.
+
+    Raises:
+        UserError: as by ``resolve``.
+    """
+    run = _with_data(_merged({"data": {"name": name}}, overrides))
+    fingerprint = fingerprint_of(run.settings.data, run.place.data.root)
+    return run._replace(settings=replace(run.settings, data=replace(run.settings.data, fingerprint=fingerprint)))
+
+
+def _merged(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Join nested values and ``key=value`` strings, the latter winning."""
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
+    with explained():
+        merged = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged)  # type: ignore[return-value]  # a mapping gives a mapping
+
+
+def _with_data(given: Mapping[str, Any]) -> Run:
+    """Check a run's mapping as ``_typed`` does, and fill in all options of its data set.
+
+    An option may stand beside the set's name, ``data.labels=FILE``, as well as below ``data.options``.
+    """
+    from kdzoo.data import option_settings  # here, so that lists and help texts need no torch
+
+    data = given.get("data", {})
+    if isinstance(data, dict) and isinstance(data.get("options", {}), dict):
+        known = option_settings(str(data.get("name", DataSettings.name)), {}).keys() - DECISIVE["data"]
+        options = {**data.get("options", {}), **{key: value for key, value in data.items() if key in known}}
+        data = {key: value for key, value in data.items() if key not in known}
+        given = {**given, "data": {**data, "options": options} if options else data}
+    run = _typed(given)
+    settings = run.settings.data
+    if settings.fingerprint:
+        raise UserError("data.fingerprint is no setting; it is computed from images and labels")
+    options = option_settings(settings.name, settings.options)
+    return run._replace(settings=replace(run.settings, data=replace(settings, options=options)))
+
+
+def fingerprint_of(data: DataSettings, root: str) -> str:
+    """Compute the fingerprint of the data; empty where they cannot be read, which opening them explains."""
+    from kdzoo.data import fingerprint
+
+    try:
+        return fingerprint(data.name, root, options=data.options, classes=data.classes, val=data.val)
+    except UserError:
+        return ""
 
 
 def stored(plain: Mapping[str, Any]) -> Run:
@@ -262,6 +324,8 @@ def _typed(given: Mapping[str, Any]) -> Run:
     for role, network in (("teacher", teacher), ("student", settings.student)):
         if network.weights and network.pretrained:
             raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
+    if not 0 <= settings.data.val < 1:
+        raise UserError(f"data.val={settings.data.val:g}: expected a share of the training images, from 0 and below 1")
     if settings.engine.accumulate < 1:
         raise UserError(f"engine.accumulate={settings.engine.accumulate}: expected how many parts a batch has, from 1")
     return Run(settings, place)
@@ -285,6 +349,7 @@ def files_of(settings: Settings) -> dict[str, str]:
         elif colon:
             modules.append(origin)
         found |= _weights(network.weights or "")
+    found |= _weights(settings.data.classes or "")
     found |= own_code.sources(modules)
     states = {name: path.stat() for name, path in found.items()}
     return {name: _digest(found[name], state.st_size, state.st_mtime_ns) for name, state in states.items()}

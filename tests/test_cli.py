@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from kdzoo.cli import main
 
@@ -119,3 +120,18 @@ def test_lists(kdzoo, kind):
     code, out, _ = kdzoo("list", kind)
     assert code == 0
     assert out.strip()
+
+
+def test_data_are_looked_at_and_damaged_ones_are_an_error(kdzoo, tmp_path):
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "1.png")
+    code, out, _ = kdzoo("data", f"folder:{tmp_path}")
+    assert code == 0
+    assert "2 classes, 2 training and 2 test images" in out
+    (tmp_path / "train" / "ant" / "2.png").write_text("not a picture")
+    code, out, err = kdzoo("data", f"folder:{tmp_path}", "data.alpha=black")
+    assert code == 2
+    assert "train/ant/2.png" in out
+    assert "damaged images: 1; replace or remove them, or train with data.skip_damaged=true" in err

@@ -69,7 +69,9 @@ def test_sets_are_listed_and_described_without_being_imported() -> None:
         "assert not {'torch', 'numpy', 'kdzoo.data', 'kdzoo.datasets.digits'} & set(sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert [line.split()[0] for line in said.splitlines()] == ["bands", "cifar10", "cifar100", "digits", "folder:PATH"]
+    assert [line.split()[0] for line in said.splitlines()] == [
+        *("bands", "cifar10", "cifar100", "digits", "folder:PATH", "hf:PATH")
+    ]
     assert all(len(line.split()) > 5 for line in said.splitlines())
 
 

@@ -5,19 +5,23 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdzoo.data.dataset import Dataset
+from kdzoo.data.fingerprint import fingerprint
+from kdzoo.data.inspection import without_damaged
 from kdzoo.data.loader import Loader
+from kdzoo.data.pictures import Reading
 from kdzoo.data.prepare import prepare
 from kdzoo.data.sources import image_set, open_source, option_settings
 from kdzoo.distiller import DataSpec
 from kdzoo.files import cache_folder
 
-__all__ = ["Dataset", "Loader", "open_dataset", "option_settings", "outline"]
+__all__ = ["Dataset", "Loader", "fingerprint", "open_dataset", "option_settings", "outline"]
 
 
 def open_dataset(
@@ -31,6 +35,11 @@ def open_dataset(
     report: Callable[[str], object] | None = None,
     stream: bool | None = None,
     options: Mapping[str, Any] | None = None,
+    classes: str | None = None,
+    val: float = 0.0,
+    exif: bool = True,
+    alpha: str = "white",
+    skip_damaged: bool = False,
     workers: int = 0,
 ) -> Dataset:
     """Open a data set.
@@ -48,14 +57,25 @@ def open_dataset(
         stream: True decodes images each time they are used, False keeps the set on the device; None: keeps it if it
             fits.
         options: keywords of the set's constructor, where it has any.
-        workers: processes that decode streamed images; 0: this process does.
+        classes: order of the classes: ``text``, ``natural`` (2 before 10), or the path of a file with one name a line;
+            None: the set's own. It decides which output of a network means which class.
+        val: the share of the training images that is held out, of each class alike, to measure on instead of the test
+            images; 0: none.
+        exif: whether images of files are turned and mirrored as their camera noted.
+        alpha: the colour that transparent pixels of image files are laid on, such as ``white`` or ``#808080``.
+        skip_damaged: whether to leave out image files that cannot be decoded, instead of stopping at the first.
+        workers: processes that decode streamed images, and look for damaged ones; 0: this process does.
 
     Raises:
         UserError: an unknown name or option, files that are missing or damaged, a cache that cannot be written.
     """
     device = torch.device(device)
-    source = open_source(name, Path(root), options).limited(limit)
-    ready = prepare(source, image_size, device, cache or cache_folder() / "data", report, stream)
+    folder = cache or cache_folder() / "data"
+    choose = partial(without_damaged, folder=folder, workers=workers, report=report) if skip_damaged else None
+    reading = Reading(exif, alpha)
+    source = open_source(name, Path(root), options, classes=classes, val=val, reading=reading, choose=choose)
+    source = source.limited(limit)
+    ready = prepare(source, image_size, device, folder, report, stream)
     spec = DataSpec(
         name=name,
         num_classes=len(source.class_names),

@@ -1,34 +1,39 @@
 """Check what a data set loads: class names, and images with their labels for training and test."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdzoo.data.pictures import Files, Pictures, Pixels
+from kdzoo.data.pictures import USUAL, Files, Pictures, Pixels, Reading
 from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
 
 
-def checked(name: str, image_set: ImageSet, loaded: Any, root: Path) -> tuple[tuple[str, ...], Pictures, Pictures]:
-    """Check what ``image_set.load`` gave, and return class names, training images and test images.
+def checked(
+    name: str, image_set: ImageSet, loaded: Any, root: Path, reading: Reading = USUAL
+) -> tuple[tuple[str, ...], Pictures, Pictures]:
+    """Check what ``image_set.load`` gave, and return class names, training images and test images, if any.
 
     Args:
         name: how the user named the set.
         image_set: its number of classes and image size must be right where it tells them.
         loaded: what its ``load`` gave.
         root: where relative paths of image files start.
+        reading: how image files are read.
 
     Raises:
         UserError: a part is missing, or has another shape or type.
     """
     try:
-        class_names, (train, train_labels), (test, test_labels) = loaded
-        images = {"train": train, "test": test}
-        labels = {"train": np.asarray(train_labels), "test": np.asarray(test_labels)}
+        class_names, trained, tested = loaded
+        splits = {"train": trained} if tested is None else {"train": trained, "test": tested}
+        images = {split: given for split, (given, _) in splits.items()}
+        labels = {split: np.asarray(given) for split, (_, given) in splits.items()}
         sizes = {split: len(each) for split, each in images.items()}
     except (TypeError, ValueError) as error:
         expected = "(class names, (training images, labels), (test images, labels))"
@@ -40,11 +45,13 @@ def checked(name: str, image_set: ImageSet, loaded: Any, root: Path) -> tuple[tu
         raise _wrong(name, f"load gives {count} class names", f"{image_set.num_classes}, as num_classes says")
     for split, each in labels.items():
         labels[split] = _labels(name, split, each, sizes[split], count)
+    found: Mapping[str, Pictures]
     if all(isinstance(each, list | tuple) for each in images.values()):
-        train, test = _files(name, images, labels, root)
+        found = _files(name, images, labels, root, reading)
     else:
-        train, test = _arrays(name, images, labels, image_set.image_size)
-    return tuple(class_names), train, test
+        found = _arrays(name, images, labels, image_set.image_size)
+    train = found["train"]
+    return tuple(class_names), train, found.get("test") or train.take(np.zeros(0, np.int64))
 
 
 def _labels(name: str, split: str, labels: NDArray[Any], images: int, classes: int) -> NDArray[np.int64]:
@@ -56,29 +63,35 @@ def _labels(name: str, split: str, labels: NDArray[Any], images: int, classes: i
     return labels.astype(np.int64, copy=False)
 
 
-def _files(name: str, images: dict[str, Any], labels: dict[str, NDArray[np.int64]], root: Path) -> Iterator[Files]:
+def _files(
+    name: str, images: dict[str, Any], labels: dict[str, NDArray[np.int64]], root: Path, reading: Reading
+) -> dict[str, Files]:
     for split, given in images.items():
         for path in given:
             if not isinstance(path, str | os.PathLike):
                 raise _wrong(
                     name, f"{split} images are a list that holds {_kind(path)}", "an array, or a list of paths"
                 )
-    paths = {split: [os.path.abspath(root / path) for path in given] for split, given in images.items()}
-    everything = [*paths["train"], *paths["test"]]
+    start = os.path.abspath(root)
+    paths = {
+        split: [os.path.normpath(path if os.path.isabs(path) else os.path.join(start, path)) for path in given]
+        for split, given in images.items()
+    }
+    everything = list(chain.from_iterable(paths.values()))
     # Folders that the first and the last path by name have in common are those of all paths.
     above = Path(os.path.commonpath([os.path.dirname(path) for path in (min(everything), max(everything))]))
-    return (Files.below(above, paths[split], labels[split], split) for split in images)
+    return {split: Files.below(above, paths[split], labels[split], split, reading) for split in images}
 
 
 def _arrays(
     name: str, images: dict[str, Any], labels: dict[str, NDArray[np.int64]], side: int | None
-) -> Iterator[Pixels]:
+) -> dict[str, Pixels]:
     pixels = {split: _pixels(name, split, given) for split, given in images.items()}
     sides = {split: each.shape[1] for split, each in pixels.items()}
     if len({*sides.values()} | {side or sides["train"]}) > 1:
-        found = f"sides of {sides['train']} (train) and {sides['test']} (test) pixels"
+        found = f"sides of {' and '.join(f'{each} ({split})' for split, each in sides.items())} pixels"
         raise _wrong(name, found, f"{side or 'the same'} in both")
-    return (Pixels(pixels[split], labels[split]) for split in images)
+    return {split: Pixels(pixels[split], labels[split]) for split in images}
 
 
 def _pixels(name: str, split: str, given: Any) -> NDArray[np.uint8]:

@@ -1,18 +1,98 @@
 """Hold the images of one split: in memory as one array, or on disk as one file each."""
 
+import logging
+import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
 from kdzoo.errors import UserError
+
+_ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow keeps what a camera said
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Log a warning, if this process has not logged it yet; workers leave it to the process that started them."""
+    if multiprocessing.parent_process() is None:
+        _log.warning(text)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Say how a picture becomes RGB.
+
+    Args:
+        exif: whether it is turned and mirrored as its camera noted.
+        alpha: the colour that transparent pixels are laid on: a name, or ``#rrggbb``.
+
+    Raises:
+        UserError: a colour that Pillow does not know.
+    """
+
+    exif: bool = True
+    alpha: str = "white"
+
+    def __post_init__(self) -> None:
+        try:
+            ImageColor.getrgb(self.alpha)
+        except ValueError as error:
+            raise UserError(f"data.alpha={self.alpha}: expected a colour, such as white, black or '#808080'") from error
+
+    def rgb(self, image: Image.Image) -> Image.Image:
+        """Convert an image to RGB of 8 bits: turned, scaled to 256 shades, and without transparency."""
+        if self._orientation(image) != 1:
+            warn_once("images are turned as their EXIF orientation says; data.exif=false reads them as they are stored")
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":
+            image = _in_256_shades(image)
+        if image.has_transparency_data:
+            background = Image.new("RGBA", image.size, self.alpha)
+            background.alpha_composite(image.convert("RGBA"))
+            image = background
+        return image.convert("RGB")
+
+    def size(self, image: Image.Image) -> tuple[int, int]:
+        """Tell the (width, height) that ``rgb`` will give, by the header."""
+        return image.size if self._orientation(image) < 5 else image.size[::-1]
+
+    def _orientation(self, image: Image.Image) -> int:
+        if not self.exif or not any(key in image.info for key in _ORIENTED):
+            return 1
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+USUAL = Reading()
+
+
+def _in_256_shades(image: Image.Image) -> Image.Image:
+    """Scale gray values of 16 or 32 bits, or floats, to 8 bits.
+
+    Integers of 16 bits span 0 to 65535. Of other values the range tells what they span: 0 to 1 (floats), 0 to 255 or
+    0 to 65535; beyond that, those of the image span from its darkest to its brightest.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16") or image.format == "PNG" or (low >= 0 and 255 < high <= 65535):
+        scaled = values / 257
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        scaled = values * 255
+    elif low >= 0 and high <= 255:
+        scaled = values
+    else:
+        scaled = (values - low) * (255 / max(high - low, 1e-9))
+    return Image.fromarray(scaled.round().astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -29,6 +109,15 @@ class Pixels:
         """Convert one image to Pillow's; ``side`` is ignored, as the pixels are already decoded."""
         return Image.fromarray(self.array[row])
 
+    def seen(self, row: int, side: int) -> tuple[Image.Image, tuple[int, int]]:
+        """Convert one image, and tell its width and height."""
+        image = self.decoded(row, side)
+        return image, image.size
+
+    def title(self, row: int) -> str:
+        """Name an image."""
+        return f"image {row}"
+
     def take(self, rows: NDArray[np.int64]) -> "Pixels":
         """Keep the images of these rows."""
         return Pixels(self.array[rows], self.labels[rows])
@@ -42,12 +131,15 @@ class Files:
     names: NDArray[np.bytes_]  # (N,) paths below root; one array, as worker processes share it without copies
     labels: NDArray[np.int64]  # (N,)
     split: str  # "train" or "test"; with its number of images where only some were taken
+    reading: Reading = USUAL
 
     @classmethod
-    def below(cls, root: Path, paths: Sequence[str], labels: NDArray[np.int64], split: str) -> "Files":
+    def below(
+        cls, root: Path, paths: Sequence[str], labels: NDArray[np.int64], split: str, reading: Reading = USUAL
+    ) -> "Files":
         """List the files of these absolute paths, all below ``root``."""
         start = len(os.path.join(root, ""))
-        return cls(root, np.array([os.fsencode(path[start:]) for path in paths]), labels, split)
+        return cls(root, np.array([os.fsencode(path[start:]) for path in paths]), labels, split, reading)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,28 +149,33 @@ class Files:
 
         Decoding is most of a worker's time, and a scaled decoder never computes the pixels that a resize drops.
         """
+        return self.seen(row, side)[0]
+
+    def seen(self, row: int, side: int) -> tuple[Image.Image, tuple[int, int]]:
+        """Decode one image as ``decoded`` does, and tell the width and height that it has in full."""
         path = self._path(self.names[row])
         try:
             with Image.open(path) as image:
+                size = self.reading.size(image)
                 image.draft(None, (side, side))  # None keeps the mode
-                return image.convert("RGB")
+                image.load()
+                return self.reading.rgb(image), size
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             raise _unreadable(path, error) from error
 
+    def title(self, row: int) -> str:
+        """Name an image by its path."""
+        return os.fsdecode(self.names[row])
+
     def take(self, rows: NDArray[np.int64]) -> "Files":
         """Keep the images of these rows."""
-        return Files(self.root, self.names[rows], self.labels[rows], f"{self.split}-{len(rows)}")
+        return replace(self, names=self.names[rows], labels=self.labels[rows], split=f"{self.split}-{len(rows)}")
 
     def digest(self) -> str:
         """Hash every file's path, size, time of change and label."""
-        digest = blake2b(digest_size=16)
-        for name, label in zip(self.names, self.labels, strict=True):
-            path = self._path(name)
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                raise _unreadable(path, error) from error
-            digest.update(b"%b\0" % name + f"{stat.st_size}\0{stat.st_mtime_ns}\0{label}\n".encode())
+        digest = blake2b(b"\0".join(self.names.tolist()), digest_size=16)
+        digest.update(states_of(self.root, self.names)[:, :2].tobytes())
+        digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
     def common_size(self) -> tuple[int, int] | None:
@@ -93,14 +190,14 @@ class Files:
                     return None
         return first
 
-    def _path(self, name: bytes) -> Path:
-        return self.root / os.fsdecode(name)
+    def _path(self, name: bytes) -> str:
+        return os.path.join(self.root, os.fsdecode(name))
 
     def _size(self, name: bytes) -> tuple[int, int]:
         path = self._path(name)
         try:
             with Image.open(path) as image:
-                return image.size
+                return self.reading.size(image)
         except Exception as error:
             raise _unreadable(path, error) from error
 
@@ -108,5 +205,24 @@ class Files:
 Pictures = Pixels | Files
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def paths_of(root: Path, names: NDArray[np.bytes_]) -> list[bytes]:
+    """Join names of files to their folder."""
+    start = os.fsencode(os.path.join(root, ""))
+    return [start + name for name in names.tolist()]
+
+
+def states_of(root: Path, names: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """Look up size, times of change of content and of state, and inode of files: (N, 4); zeros where there is none."""
+    return np.array([_state(path) for path in paths_of(root, names)], np.int64).reshape(-1, 4)
+
+
+def _state(path: bytes) -> tuple[int, int, int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
     return UserError(f"cannot read image '{path}' ({type(error).__name__}); replace or remove it")

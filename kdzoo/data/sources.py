@@ -1,7 +1,7 @@
 """Find a data set by name and load its labels and images, before any image is decoded."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdzoo import registry
+from kdzoo.data.classes import in_order
 from kdzoo.data.loaded import checked
-from kdzoo.data.pictures import Files, Pictures
+from kdzoo.data.pictures import USUAL, Files, Pictures, Reading
 from kdzoo.data.superclasses import superclasses_of
 from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
@@ -26,13 +27,40 @@ class Source:
     name: str
     class_names: tuple[str, ...]
     train: Pictures
-    test: Pictures
+    test: Pictures  # empty where the set has none
     key: str  # the folder of its decoded images; empty where all are in memory
 
     @property
     def superclasses(self) -> tuple[int, ...]:
         """(K,) the superclass of each class; empty where none are defined."""
         return superclasses_of(self.class_names)
+
+    def holding_out(self, val: float) -> "Source":
+        """Take this share of the training images, of each class alike, as the test images; 0 keeps the set's own."""
+        if not val:
+            if not len(self.test):
+                raise UserError(
+                    f"data '{self.name}' has images for training alone, neither 'val' nor 'test'; set data.val=0.1 to "
+                    "hold out a tenth of them"
+                )
+            return self
+        held = stratified(self.train.labels, max(1, round(len(self.train) * val)))
+        kept = np.delete(np.arange(len(self.train)), held)
+        if not len(kept):
+            raise UserError(f"data.val={val:g} of {len(self.train)} images leaves none to train on")
+        test = self.train.take(held)
+        if isinstance(test, Files):
+            test = replace(test, split="test")
+        return replace(self, train=self.train.take(kept), test=test)
+
+    def ordered(self, classes: str | None) -> "Source":
+        """Bring the classes into another order, see ``kdzoo.data.classes``; None keeps the set's own."""
+        if classes is None:
+            return self
+        names = in_order(self.class_names, classes)
+        places = np.array([names.index(name) for name in self.class_names])
+        train, test = (replace(split, labels=places[split.labels]) for split in (self.train, self.test))
+        return replace(self, class_names=names, train=train, test=test)
 
     def limited(self, limit: int | None) -> "Source":
         """Keep ``limit`` training images, spread over the classes as in the whole set."""
@@ -76,21 +104,41 @@ def image_set(name: str, options: Mapping[str, Any] | None = None) -> ImageSet:
     return kind(*argument, **_options(name, kind, options or {}))
 
 
-def open_source(name: str, root: Path, options: Mapping[str, Any] | None = None) -> Source:
-    """Load the data set of this name with these options, see ``image_set``; ``root`` is ``data.root``.
+def open_source(
+    name: str,
+    root: Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    classes: str | None = None,
+    val: float = 0.0,
+    reading: Reading = USUAL,
+    choose: Callable[["Source"], "Source"] | None = None,
+) -> Source:
+    """Load the data set of this name with these options, see ``image_set`` and ``open_dataset``.
+
+    Args:
+        name: of the set.
+        root: ``data.root``.
+        options: keywords of its constructor.
+        classes: the order of the classes.
+        val: the share of training images that is held out.
+        reading: how image files are read.
+        choose: selects images before any are held out.
 
     Raises:
-        UserError: as by ``image_set``, or a set that gives something else than class names, images and labels.
+        UserError: as by ``image_set``, a set that gives something else than class names, images and labels, an order
+            of other classes, or no test images and no share of the others.
     """
     kind, argument = _find(name)
     settings = _options(name, kind, options or {})
     found = kind(*argument, **settings)
-    class_names, train, test = checked(name, found, found.load(root), root)
+    class_names, train, test = checked(name, found, found.load(root), root, reading)
     key = ""
     if isinstance(train, Files):  # another set, or other options, may list other files of the same folder
-        what = f"{type(found).__module__} {settings} {train.root}"
+        what = f"{type(found).__module__} {settings} {classes} {val} {reading} {choose is None} {train.root}"
         key = f"{train.root.name}-{blake2b(os.fsencode(what), digest_size=6).hexdigest()}"
-    return Source(name, class_names, train, test, key)
+    source = Source(name, class_names, train, test, key)
+    return (source if choose is None else choose(source)).holding_out(val).ordered(classes)
 
 
 def _find(name: str) -> tuple[type[ImageSet], tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Accuracy of a network on the test images."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdzoo.data import Dataset
 from kdzoo.distiller import DataSpec
@@ -9,7 +9,12 @@ from kdzoo.precision import PRECISIONS, autocast
 
 
 def evaluate(
-    network: nn.Module, dataset: Dataset, precision: str, test_crop: float = 1.0, batch_size: int | None = None
+    network: nn.Module,
+    dataset: Dataset,
+    precision: str,
+    test_crop: float = 1.0,
+    batch_size: int | None = None,
+    confusion: Tensor | None = None,
 ) -> tuple[float, float]:
     """Measure top-1 and top-5 accuracy on the test set, in percent; top-5 is top-K where there are fewer classes.
 
@@ -21,6 +26,8 @@ def evaluate(
         precision: of the network, by its name.
         test_crop: share of the resized side that the test crop keeps.
         batch_size: images of a pass; None: ``test_rows``.
+        confusion: (K, K) int64 on the device, to which every test image adds one at its label's row and the column of
+            the class that the network takes it for.
     """
     training = network.training
     network.eval()
@@ -31,7 +38,10 @@ def evaluate(
         for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
             with autocast(images.device.type, PRECISIONS[precision]):
                 logits = network(images).logits
-            found = logits.topk(best).indices == labels[:, None]
+            answers = logits.topk(best).indices
+            if confusion is not None:
+                confusion.index_put_((labels, answers[:, 0]), torch.ones_like(labels), accumulate=True)
+            found = answers == labels[:, None]
             hits += torch.stack([found[:, 0].sum(), found.sum()])
             count += len(labels)
     network.train(training)

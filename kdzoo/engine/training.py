@@ -23,6 +23,7 @@ from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import StorageError, UserError
+from kdzoo.files import write_text
 from kdzoo.naming import names_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
@@ -198,11 +199,13 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         seconds=round(lane.seconds, 1),
         images_per_second=median(record["images_per_second"] for record in history),
         names=names_of(settings),
+        fingerprint=settings.data.fingerprint,
         parameters=count(shipped),
         extra_parameters=count(lane.trained) - count(shipped),
         peak_memory=peak_memory(lane.device),
     )
     lane.ranks.once(models.save_weights, shipped, lane.folder.student)
+    lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result

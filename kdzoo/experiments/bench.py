@@ -95,6 +95,8 @@ def bench(
     with Progress(quiet) as progress:
         runs = placed(suite, out, executor, progress)
         own(out, suite)
+        if other := next(filter(None, (RunFolder.of(run).of_other_data(run) for run in runs)), None):
+            progress.say(f"data differ from those of {other.path}: runs on them are other runs")
         for run in runs:
             check_folder(run)
             if retry:

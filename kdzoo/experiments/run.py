@@ -21,7 +21,7 @@ from kdzoo.engine.training import build, network_of, train_one
 from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
 from kdzoo.precision import PRECISIONS
-from kdzoo.settings import EnginePlace, Run, files_of, resolve
+from kdzoo.settings import EnginePlace, Run, files_of, fingerprint_of, resolve
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock
@@ -121,7 +121,9 @@ def run(
         "output": {"root": str(out)},
         "seed": seed,
     }
-    return execute(resolve(values, overrides), fresh=fresh, quiet=quiet)
+    with Progress(quiet) as progress, progress.doing(f"reading the settings and {data}"):
+        made = resolve(values, overrides)
+    return execute(made, fresh=fresh, quiet=quiet)
 
 
 def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
@@ -154,6 +156,8 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
                 if finished is not None:
                     progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
                     return finished
+                if other := folder.of_other_data(run):
+                    progress.say(f"data differ from those of {other.path}: this is another run")
                 ranks.once(folder.open, run)
                 dataset = open_data(run, device, progress)
                 has_teacher = run.settings.teacher.name is not None
@@ -170,13 +174,11 @@ def open_data(run: Run, device: torch.device, progress: Progress) -> data.Datase
     wanted = run.settings.data
     with progress.doing(f"opening {wanted.name}") as report:
         return data.open_dataset(
-            wanted.name,
+            **wanted.opening(),
             root=run.place.data.root,
             image_size=run.settings.protocol.image_size,
-            limit=wanted.limit,
             device=device,
             report=report,
-            options=wanted.options,
             workers=run.place.data.workers,
         )
 
@@ -196,6 +198,9 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
         settings = run.settings
         with folder.home():
             dataset = open_data(run, use(run.place), progress)
+            if settings.data.fingerprint not in ("", fingerprint_of(settings.data, run.place.data.root)):
+                progress.say(f"data differ from those of {path}: its own numbers are of other images")
+            check_classes(folder, dataset.spec.class_names)
             deployed = shipped(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
             deployed.to(dataset.device).to(memory_format=torch.channels_last)
@@ -219,3 +224,16 @@ def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progre
         network, _ = network_of(student, spec, fetch=False)
     models.load_weights(network, folder.student)
     return network
+
+
+def check_classes(folder: RunFolder, class_names: Sequence[str]) -> None:
+    """Check that the outputs of a run's student stand for these classes, in this order.
+
+    Raises:
+        UserError: they stand for others.
+    """
+    if folder.classes.is_file() and folder.classes.read_text(encoding="utf-8").splitlines() != list(class_names):
+        raise UserError(
+            f"the classes of the data are not those of {folder.classes}, or stand in another order; bring back the "
+            "data, or the file of data.classes, that the run was trained with"
+        )

@@ -274,8 +274,7 @@ def _distilled(settings: Settings) -> bool:
 
 def _images(settings: Settings) -> tuple[Any, ...]:
     """What decides the test images."""
-    data, protocol = settings.data, settings.protocol
-    return data.name, data.options, protocol.image_size, protocol.test_crop
+    return replace(settings.data, limit=None), settings.protocol.image_size, settings.protocol.test_crop
 
 
 def _teacher(settings: Settings) -> tuple[Any, ...]:

@@ -104,6 +104,7 @@ def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], override
     runs: list[Run] = []
     seen: set[str] = set()
     for data in _list(content["data"]):
+        fingerprint = None  # computed once for all runs on these data
         for pair in content["pairs"]:
             teacher, student, protocol = _pair(title, pair, content["protocol"])
             for network in (teacher, student):
@@ -121,7 +122,9 @@ def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], override
                             "seed": seed,
                         },
                         overrides,
+                        fingerprint=fingerprint,
                     )
+                    fingerprint = run.settings.data.fingerprint
                     if run.settings.identity() in seen:
                         raise UserError(
                             f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}; "

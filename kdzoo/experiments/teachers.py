@@ -1,6 +1,6 @@
 """Where teachers come from: a file, the teachers trained before, timm's weights, or training now."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from math import sqrt
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from kdzoo.engine.measure import evaluate
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, network_of, train_one
 from kdzoo.errors import UserError
+from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder
 from kdzoo.randomness import seed_of
 from kdzoo.settings import OutputPlace, Run, StudentSettings, resolve
@@ -40,8 +41,11 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     with progress.doing(f"measuring teacher {wanted.name} on {spec.name}"):
-        top1, _ = evaluate(network, dataset, settings.engine.precision, settings.protocol.test_crop)
+        confusion = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=device)
+        precision, test_crop = settings.engine.precision, settings.protocol.test_crop
+        top1, _ = evaluate(network, dataset, precision, test_crop, confusion=confusion)
     progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({origin})")
+    check_order(wanted.name, spec.class_names, confusion.cpu().numpy())
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not run.place.teacher.allow_weak:
         raise UserError(
             f"teacher {wanted.name} reaches {top1:.2f} % on {spec.name}, near the chance of "
@@ -76,10 +80,11 @@ def recipe(run: Run, dataset: Dataset) -> Run:
         {
             "distiller": {"name": "none"},
             "student": {key.name: getattr(wanted, key.name) for key in fields(StudentSettings)},
-            "data": asdict(settings.data),
+            "data": settings.data.opening(),
             "protocol": protocol,
             "seed": wanted.seed,
-        }
+        },
+        fingerprint=settings.data.fingerprint,
     )
     # A teacher is the same however many devices its students have.
     engine = replace(settings.engine, devices=1)

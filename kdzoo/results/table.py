@@ -70,9 +70,15 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
                 "precision": machine.get("precision") or "unknown",
             }
         )
+    if not found:
+        return pd.DataFrame()
     table = pd.DataFrame(found)
-    for name in (*NUMBERS, *COUNTS) if found else ():
+    for name in (*NUMBERS, *COUNTS):
         table[name] = pd.to_numeric(table[name], errors="coerce")
+    # Other data under one name are another section.
+    fingerprints = table.pop("fingerprint")
+    differ = fingerprints.groupby(table["data"]).transform("nunique") > 1
+    table.loc[differ, "data"] += " [" + fingerprints[differ].str[:6].replace("", "unknown") + "]"
     return table
 
 

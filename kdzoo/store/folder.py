@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,7 @@ from kdzoo.errors import UserError
 from kdzoo.files import MOVE_AWAY, read_json, read_text, slug, write_text
 from kdzoo.keywords import read_yaml, typed
 from kdzoo.naming import Names
-from kdzoo.settings import Run, stored
+from kdzoo.settings import Run, apart, stored
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Result:
     seconds: float  # of training and measuring, without the teacher's training
     images_per_second: float  # the median over epochs
     names: Names  # of its parts, as tables show them
+    fingerprint: str = ""  # of the data; empty where their name and options decide them
     parameters: int | None = None  # of the student that ships; None: not counted, as in results of older versions
     extra_parameters: int | None = None  # that the method trains beside the student
     peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
@@ -72,6 +73,7 @@ class RunFolder:
         self.student = path / "student.safetensors"
         self.environment = path / "environment.json"
         self.failure = path / "failed.txt"
+        self.classes = path / "classes.txt"  # the class that each output of the student stands for, one a line
 
     @classmethod
     def of(cls, run: Run) -> "RunFolder":
@@ -80,6 +82,19 @@ class RunFolder:
         names = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller.name)
         title = "-".join(slug(name.removesuffix(".py")) for name in names if name)
         return cls(Path(place.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
+
+    def of_other_data(self, run: Run) -> "RunFolder | None":
+        """Find a run beside this one that has the same settings and read other data under the same name."""
+        if self.config.exists() or not run.settings.data.fingerprint:
+            return None
+        wanted = run.settings.plain()
+        wanted["data"].pop("fingerprint")
+        for path in sorted(self.path.parent.glob(f"{self.path.name.removesuffix(run.settings.identity())}*")):
+            with suppress(UserError):
+                found, _ = apart(RunFolder(path).read_config())
+                if found["data"].pop("fingerprint", "") and found == wanted:
+                    return RunFolder(path)
+        return None
 
     def open(self, run: Run) -> None:
         """Make the folder and write what is known before the first step."""
@@ -168,7 +183,15 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what kdzoo wrote here, and nothing else."""
-        for file in (self.result, self.history, self.student, self.environment, self.config, self.failure):
+        for file in (
+            self.result,
+            self.history,
+            self.student,
+            self.environment,
+            self.config,
+            self.failure,
+            self.classes,
+        ):
             file.unlink(missing_ok=True)
         for file in self.path.glob("events.out.tfevents.*"):
             file.unlink()

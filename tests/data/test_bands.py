@@ -162,7 +162,7 @@ def test_a_wrong_knob_is_one_line(options: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar100", "folder:images"])
+@pytest.mark.parametrize("name", ["digits", "cifar100"])
 def test_sets_without_options_refuse_them(name: str) -> None:
     with pytest.raises(UserError, match=rf"data '{name}' has no options, and data.options.low was given; leave it out"):
         open_dataset(name, options={"low": 1.0})

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from kdzoo.data import Dataset, open_dataset
-from kdzoo.datasets.folder import SUFFIXES
 from kdzoo.errors import UserError
 from kdzoo.recipe import Augmentation, Protocol
 
@@ -56,7 +55,11 @@ def test_equal_images_keep_their_size_and_their_pixels(make_tree: MakeTree) -> N
 
 
 def test_mixed_sizes_and_formats_become_224_pixels(make_tree: MakeTree) -> None:
-    root = make_tree(sizes=[(40, 30), (20, 50), (33, 33), (64, 48), (31, 47)], suffixes=SUFFIXES, test="val")
+    root = make_tree(
+        sizes=[(40, 30), (20, 50), (33, 33), (64, 48), (31, 47)],
+        suffixes=[".png", ".jpg", ".jpeg", ".webp", ".bmp"],
+        test="val",
+    )
     data = open_tree(root)
     assert data.spec.image_size == 224
     batch = next(data.loader(Protocol(batch_size=4), seed=0).batches())

@@ -1,0 +1,47 @@
+"""Put class names in order: as text, by the numbers in them, or as a file lists them."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+from kdzoo.errors import UserError
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Make the key by which names sort as people count: class 2 before class 10."""
+    parts = re.split("([0-9]+)", name)
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
+
+
+ORDERS: dict[str, Callable[[str], Any]] = {"text": str, "natural": natural}
+
+
+def in_order(names: Sequence[str], order: str) -> tuple[str, ...]:
+    """Sort class names.
+
+    Args:
+        names: of the classes.
+        order: ``text``, as torchvision sorts folders; ``natural``, by the numbers in them, as timm does; or the path of
+            a file with one name a line.
+
+    Raises:
+        UserError: there is no such file, or it names other classes.
+    """
+    if order in ORDERS:
+        return tuple(sorted(names, key=ORDERS[order]))
+    path = Path(order).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.classes={order}: expected text, natural, or a file with one class name a line")
+    lines = normalize("NFC", path.read_text(encoding="utf-8-sig")).splitlines()
+    listed = [line.strip() for line in lines if line.strip()]
+    known = {normalize("NFC", name): name for name in names}
+    for given, others, said in ((known, listed, "lacks"), (listed, known, "lists")):
+        if extra := [name for name in given if name not in others]:
+            other = "" if said == "lacks" else ", which the data do not have"
+            raise UserError(f"data.classes={order} {said} {len(extra)} classes, such as '{extra[0]}'{other}")
+    if len(listed) != len(known):
+        twice = next(name for name in listed if listed.count(name) > 1)
+        raise UserError(f"data.classes={order} lists the class '{twice}' twice; remove one")
+    return tuple(known[name] for name in listed)

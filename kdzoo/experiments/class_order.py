@@ -1,0 +1,42 @@
+"""Notice a teacher that knows the classes in another order: it is right, and every answer counts as wrong."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from kdzoo.data.classes import ORDERS, in_order
+from kdzoo.errors import UserError
+
+
+def check_order(teacher: str, class_names: Sequence[str], confusion: NDArray[np.int64]) -> None:
+    """Check that a teacher's outputs stand for the classes of the same position.
+
+    Args:
+        teacher: its name.
+        class_names: (K,) the classes in the data's order.
+        confusion: (K, K) how many images of each class (row) it takes for each class (column).
+
+    Raises:
+        UserError: renaming its classes one to one makes it much better, so that it was trained with another order.
+    """
+    rows, columns = linear_sum_assignment(confusion, maximize=True)
+    images = confusion.sum()
+    right, renamed = confusion.trace() / images, confusion[rows, columns].sum() / images
+    error = np.sqrt(renamed * (1 - renamed) / images)
+    if renamed < 0.5 or renamed - right < max(0.01, 3 * error):
+        return
+    first = int(np.flatnonzero(rows != columns)[0])
+    # Its output ``columns[k]`` answers for class k, so its own k-th class is the one whose images it answers k for.
+    theirs = [class_names[k] for k in np.argsort(columns)]
+    known = next((order for order in ORDERS if list(in_order(class_names, order)) == theirs), None)
+    if known:
+        todo = f"its order is the {known} one: set data.classes={known}"
+    else:
+        todo = "set data.classes=FILE, with the class names in its order, one a line"
+    raise UserError(
+        f"teacher {teacher} reaches {100 * right:.2f} %, and {100 * renamed:.2f} % once its classes are renamed one to "
+        f"one, such as '{class_names[columns[first]]}' to '{class_names[first]}': it was trained with its classes in "
+        f"another order; {todo}"
+    )

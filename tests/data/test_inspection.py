@@ -1,0 +1,112 @@
+"""``kdzoo data``: all damaged files, the number of images of each class and split, and images that are repeated."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdzoo.data.inspection import Inspection, near
+from kdzoo.errors import UserError
+from kdzoo.results.data_page import inspected, page
+from kdzoo.settings import resolve_data
+
+MakeTree = Callable[..., Path]
+
+
+def inspect(root: Path, *overrides: str) -> Inspection:
+    return inspected(resolve_data(f"folder:{root}", overrides))
+
+
+def photograph(seed: int, side: int = 96) -> Image.Image:
+    """A smooth picture that is like no other."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def thumbs(*images: Image.Image) -> np.ndarray:
+    return np.stack([np.asarray(image.resize((9, 8), Image.Resampling.BILINEAR)) for image in images])
+
+
+def test_every_damaged_file_is_listed(make_tree: MakeTree) -> None:
+    root = make_tree()
+    assert inspect(root).damaged == {}
+    cut = root / "train" / "bee" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    (root / "test" / "ant" / "1.png").write_text("not a picture")
+    (root / "train" / "cat" / "2.png").write_bytes(b"")
+    found = inspect(root).damaged
+    assert list(found) == ["train/bee/3.png", "train/cat/2.png", "test/ant/1.png"]
+    assert all(
+        reason.split(":")[0] in ("OSError", "SyntaxError", "UnidentifiedImageError") for reason in found.values()
+    )
+    lines = page("mine", inspect(root)).splitlines()
+    assert "damaged images: 3" in lines
+    assert [line.split()[0] for line in lines if line.endswith(")")] == list(found)
+
+
+def test_images_are_counted_by_class_and_split(make_tree: MakeTree) -> None:
+    root = make_tree(sizes=[(12, 12), (40, 30)])
+    (root / "train" / "ant" / "0.png").unlink()
+    shutil.rmtree(root / "test" / "bee")
+    found = inspect(root)
+    assert {split: counts.tolist() for split, counts in found.counts.items()} == {"train": [5, 6, 6], "test": [2, 0, 2]}
+    assert (found.smallest, found.largest) == ((12, 12), (40, 30))
+    text = page("mine", found)
+    assert "3 classes, 17 training and 4 test images" in text
+    assert "size: 12 x 12 pixels to 40 x 30" in text
+    assert ["bee", "6", "0"] in [line.split() for line in text.splitlines()]
+    assert f"fingerprint: {found.fingerprint}" in text
+
+
+def test_the_settings_of_the_data_hold(make_tree: MakeTree) -> None:
+    found = inspect(make_tree(), "data.val=0.5", "data.classes=natural")
+    assert found.counts["train"].tolist() == found.counts["test"].tolist() == [3, 3, 3]
+    with pytest.raises(UserError, match=r"unknown setting 'data\.vall'"):
+        inspect(Path(), "data.vall=0.5")
+
+
+def test_a_test_image_that_training_repeats_is_found(make_tree: MakeTree) -> None:
+    root = make_tree()
+    for number in range(8):
+        photograph(number).save(root / "train" / "ant" / f"photo {number}.png")
+    photograph(20).save(root / "test" / "ant" / "new.png")
+    photograph(3).save(root / "test" / "ant" / "copied.png")
+    photograph(4, side=40).save(root / "test" / "bee" / "smaller.jpg", quality=60)
+    assert inspect(root).doubles == {
+        "test/ant/copied.png": "train/ant/photo 3.png",
+        "test/bee/smaller.jpg": "train/ant/photo 4.png",
+    }
+
+
+def test_the_nearest_of_several_is_named() -> None:
+    bright = Image.eval(photograph(1), lambda shade: min(255, shade + 6))
+    assert near(thumbs(photograph(1)), thumbs(photograph(5), bright, photograph(1))) == {0: 2}
+    assert near(thumbs(photograph(1)), thumbs(photograph(5), bright)) == {0: 1}
+    assert near(thumbs(photograph(1)), thumbs(photograph(5))) == {}
+
+
+def test_flat_images_of_other_shades_are_not_the_same() -> None:
+    gray = [Image.new("RGB", (9, 8), (shade,) * 3) for shade in (0, 100, 200)]
+    assert near(thumbs(gray[1]), thumbs(gray[0], gray[2])) == {}
+    assert near(thumbs(gray[1]), thumbs(gray[0], gray[1], gray[2])) == {0: 1}
+
+
+def test_a_set_that_is_in_memory_is_counted_too() -> None:
+    found = inspected(resolve_data("bands", ["data.options.train=3", "data.options.test=2"]))
+    assert found.counts["train"].tolist() == [3] * 8
+    assert (found.smallest, found.largest, found.fingerprint) == ((32, 32), (32, 32), "")
+
+
+# Since Python 3.12 a fork beside other threads warns; the workers of torch's loader are forks on Linux.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_change_nothing(make_tree: MakeTree) -> None:
+    root = make_tree(classes=["ant"])
+    for number in range(1100):
+        Image.new("RGB", (4, 4), (number % 250, number // 250, 0)).save(root / "train" / "ant" / f"x{number}.png")
+    (root / "train" / "ant" / "x777.png").write_text("not a picture")
+    alone, helped = (inspect(root, f"data.workers={workers}") for workers in (0, 2))
+    assert list(alone.damaged) == list(helped.damaged) == ["train/ant/x777.png"]
+    assert alone.doubles == helped.doubles
