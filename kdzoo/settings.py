@@ -16,7 +16,20 @@ from omegaconf import OmegaConf
 from kdzoo import own_code, registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import read_text, shipped_folder
-from kdzoo.keywords import explained, keyword_settings, read_yaml, typed
+from kdzoo.keywords import (
+    at_least,
+    between,
+    each,
+    explained,
+    fraction,
+    keyword_settings,
+    not_negative,
+    positive,
+    read_yaml,
+    setting,
+    share,
+    typed,
+)
 from kdzoo.recipe import Protocol
 
 
@@ -35,9 +48,12 @@ class StudentSettings:
     name: str = ""
     weights: str | None = None  # start from this file of weights; a head of other classes is left out
     pretrained: bool = False  # start from timm's pretrained weights
-    image_size: int | None = None  # side in pixels that it reads; None: its weights' own, else the data's
-    mean: tuple[float, ...] | None = None  # subtracted from images in [0, 1]; None: its weights' own, else the data's
-    std: tuple[float, ...] | None = None  # by which images are divided after that; None: the same
+    # Side in pixels that it reads; None: its weights' own, else the data's.
+    image_size: int | None = setting(None, between, 1, 4096)
+    # Subtracted from images in [0, 1]; None: its weights' own, else the data's.
+    mean: tuple[float, ...] | None = setting(None, each, share)
+    # By which images are divided after that; None: the same.
+    std: tuple[float, ...] | None = setting(None, each, positive)
     taps: tuple[str, ...] | None = None  # four submodules, shallow to deep, whose outputs are its stages; None: found
 
 
@@ -48,15 +64,15 @@ class TeacherSettings:
     name: str | None = None
     weights: str | None = None  # a file of weights instead of training
     pretrained: bool = False  # timm's pretrained weights; fine-tuned where the classes differ
-    image_size: int | None = None  # as the student's
-    mean: tuple[float, ...] | None = None  # as the student's
-    std: tuple[float, ...] | None = None  # as the student's
+    image_size: int | None = setting(None, between, 1, 4096)  # as the student's
+    mean: tuple[float, ...] | None = setting(None, each, share)  # as the student's
+    std: tuple[float, ...] | None = setting(None, each, positive)  # as the student's
     taps: tuple[str, ...] | None = None  # as the student's
     finetune: bool = False  # train the weights of the file on, with a new head where the classes differ
     protocol: str | None = None  # its recipe; None: finetune where it starts from weights, else the run's file
-    epochs: int | None = None  # None: the recipe's
-    lr: float | None = None  # None: the recipe's
-    seed: int = 0
+    epochs: int | None = setting(None, between, 1, 10**6)  # None: the recipe's
+    lr: float | None = setting(None, positive)  # None: the recipe's
+    seed: int = setting(0, between, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -64,10 +80,11 @@ class DataSettings:
     """What the networks see; the size of the images is the protocol's."""
 
     name: str = "digits"
-    limit: int | None = None  # this many training images at most
+    limit: int | None = setting(None, at_least, 1)  # this many training images at most
     options: dict[str, Any] = field(default_factory=dict)  # keywords of what makes the set, where it has any
     classes: str | None = None  # their order: text, natural, or a file with one name a line; None: the set's own
-    val: float = 0.0  # share of the training images held out to measure on, instead of the test images
+    # Share of the training images held out to measure on, instead of the test images.
+    val: float = setting(0.0, fraction)
     exif: bool = True  # images of files are turned as their camera noted
     alpha: str = "white"  # the colour that transparent pixels are laid on
     skip_damaged: bool = False  # image files that cannot be decoded are left out
@@ -83,8 +100,10 @@ class EngineSettings:
     """How a run computes, as far as that changes its result."""
 
     precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of the networks; auto: bf16 where fast
-    accumulate: int = 1  # parts of a batch that go through one by one, each a batch to norms and losses
-    devices: int = 1  # that share every batch of one run; protocol.batch_size counts the images of all
+    # Parts of a batch that go through one by one, each a batch to norms and losses.
+    accumulate: int = setting(1, between, 1, 2**20)
+    # That share every batch of one run; protocol.batch_size counts the images of all.
+    devices: int = setting(1, between, 1, 4096)
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     protocol: Protocol = field(default_factory=Protocol)
     engine: EngineSettings = field(default_factory=EngineSettings)
-    seed: int = 0
+    seed: int = setting(0, between, 0, 2**63 - 1)
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of the user's that the others name
 
     def plain(self) -> dict[str, Any]:
@@ -119,10 +138,12 @@ class EnginePlace:
     graph: bool = True  # the step as CUDA graphs, where it can be
     compile: bool = False  # the networks by torch.compile
     checkpoint_activations: bool = False  # the student's maps are computed again for the backward pass, not kept
-    threads: int = 0  # 0: as many as there are cores
-    lanes: int = 0  # at most so many runs of a suite make a group; 0: all that can, side by side as memory holds
-    memory: float = 1.0  # the share of the device's memory that they may take; lowered where groups share it
-    checkpoint_seconds: float = 60.0  # at most this much work is lost when killed
+    threads: int = setting(0, between, 0, 1024)  # 0: as many as there are cores
+    # At most so many runs of a suite make a group; 0: all that can, side by side as memory holds.
+    lanes: int = setting(0, between, 0, 10**6)
+    # The share of the device's memory that they may take; lowered where groups share it.
+    memory: float = setting(1.0, between, 0.001, 1)
+    checkpoint_seconds: float = setting(60.0, not_negative)  # at most this much work is lost when killed
 
 
 @dataclass(frozen=True)
@@ -130,7 +151,7 @@ class DataPlace:
     """Where data lie, and who decodes them."""
 
     root: str = "data"  # where torchvision's sets lie
-    workers: int = 2  # decoding processes of sets too large for memory
+    workers: int = setting(2, between, 0, 128)  # decoding processes of sets too large for memory
 
 
 @dataclass(frozen=True)
@@ -146,7 +167,8 @@ class OutputPlace:
 
     root: str = "runs"
     tensorboard: bool = False
-    measure_every: int = 1  # epochs between measurements of the student; the last is always measured
+    # Epochs between measurements of the student; the last is always measured.
+    measure_every: int = setting(1, between, 1, 10**6)
 
 
 @dataclass(frozen=True)
@@ -311,12 +333,6 @@ def _typed(given: Mapping[str, Any]) -> Run:
             raise UserError(f"{section}={given[section]}: expected {section}.KEY=value")
     what, where = apart(given)
     place: Place = typed(Place, where, "", also=Settings)
-    if place.output.measure_every < 1:
-        raise UserError(f"output.measure_every={place.output.measure_every}: expected a number of epochs from 1")
-    if place.engine.lanes < 0:
-        raise UserError(f"engine.lanes={place.engine.lanes}: expected a number of runs, or 0 for all")
-    if not 0 < place.engine.memory <= 1:
-        raise UserError(f"engine.memory={place.engine.memory:g}: expected a share of memory, above 0 and up to 1")
     settings: Settings = typed(Settings, what, "", also=Place)
     teacher = settings.teacher
     if teacher.finetune and not (teacher.weights or teacher.pretrained):
@@ -324,10 +340,6 @@ def _typed(given: Mapping[str, Any]) -> Run:
     for role, network in (("teacher", teacher), ("student", settings.student)):
         if network.weights and network.pretrained:
             raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
-    if not 0 <= settings.data.val < 1:
-        raise UserError(f"data.val={settings.data.val:g}: expected a share of the training images, from 0 and below 1")
-    if settings.engine.accumulate < 1:
-        raise UserError(f"engine.accumulate={settings.engine.accumulate}: expected how many parts a batch has, from 1")
     return Run(settings, place)
 
 

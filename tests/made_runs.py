@@ -33,6 +33,7 @@ def write(root, top1, seed, *overrides, distiller="kd", **found):
         "seconds": 1.0,
         "images_per_second": 100.0,
         "names": names_of(run.settings),
+        "fingerprint": run.settings.data.fingerprint,
     }
     folder.write_result(Result(folder=folder.path, **{**values, **found}))
     return folder

@@ -59,7 +59,7 @@ def test_every_shipped_protocol_is_valid(name):
         ("protocol.augmentation.flp=true", "protocol.augmentation.flip"),
         ("distiller.ce=much", "distiller.ce: Value 'much'"),
         ("protocol.epochs=x", "protocol.epochs: Value 'x'"),
-        ("protocol.epochs=0", "at least 1 epoch"),
+        ("protocol.epochs=0", "protocol.epochs=0: expected a number from 1 to"),
         ("protocol.optimizer=adam", "expected one of ['sgd', 'adamw', 'muon']"),
         ("engine.precision=half", "expected one of"),
         ("protocol=3", "expected protocol.KEY=value"),

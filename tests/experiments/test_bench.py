@@ -68,7 +68,7 @@ def test_groups_are_no_larger_than_asked_for_and_about_equal(suite, lanes, sizes
 
 
 def test_groups_of_less_than_nothing_are_refused(suite, tmp_path):
-    with pytest.raises(UserError, match=r"engine\.lanes=-1: expected a number of runs"):
+    with pytest.raises(UserError, match=r"engine\.lanes=-1: expected a number from 0"):
         suites.load(str(tmp_path / "mine.yaml"), overrides=["engine.lanes=-1"])
 
 
