@@ -21,7 +21,7 @@ from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
-from kdzoo.experiments.run import elsewhere, open_data, shape_of_shipped
+from kdzoo.experiments.run import compare_data, elsewhere, open_data, shape_of_shipped
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run, Settings, resolve
@@ -256,6 +256,7 @@ def of_runs(paths: Sequence[Path], batches: int = 0) -> pd.DataFrame:
         taught = teachers.obtain(first, dataset, progress)
         networks: dict[str, nn.Module] = {f"teacher {shared.teacher.name}": taught.network}
         for name, (folder, run) in zip(_names(runs), runs, strict=True):
+            compare_data(run, folder, dataset, progress)
             networks[name] = shape_of_shipped(run, dataset)
             models.load_weights(networks[name], folder.student)
         with progress.doing("comparing the networks"):
