@@ -77,7 +77,7 @@ class Folder(ImageSet):
         return classes, _split(path, found[TRAIN], places), _split(path, found[test], places) if test else None
 
     def _tables(self, path: Path, splits: Iterable[str], tree: Tree) -> Iterator[Table]:
-        """Read the tables that give images their classes, those in the tree first."""
+        """Read the tables that give images their classes, and no longer count them as left out of the tree."""
         for name in splits:
             file = path / name / f"{name}_annotations.txt"
             if file.is_file():
