@@ -126,7 +126,7 @@ class Settings:
         return json.loads(json.dumps(plain))
 
     def identity(self) -> str:
-        """Hash the settings; files count by their content, so an edited distiller makes another run."""
+        """Hash the settings; files and data count by their content: an edited distiller or image makes another run."""
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from kdzoo.errors import UserError
 
 WIDTH, HEIGHT = 9, 8  # of a thumbnail: its neighbours side by side make 64 bits
 CLOSE_BITS = 6  # of 64 that may differ between images that are nearly the same
+NEIGHBOURS = 16  # in mean brightness, either way, that an image is compared with
 CLOSE_SHADES = 8.0  # of 255, and their mean difference
 _CHUNK = 256  # images that a process looks at before it tells of them
-_PAIRS = 2**20  # compared at a time
 _BITS = np.array([bin(number).count("1") for number in range(2**16)], np.uint8)
 
 Report = Callable[[str], object]
@@ -128,35 +128,43 @@ def without_damaged(source: Source, folder: Path, workers: int = 0, report: Repo
     lost = len(source.train) - len(train) + len(source.test) - len(test)
     if lost:
         warn_once(f"data '{source.name}': left out: {lost} damaged images; 'kdzoo data {source.name}' lists them")
-    for label, name in enumerate(source.class_names):
-        if label not in train.labels and label in source.train.labels:
-            raise UserError(f"data '{source.name}': every training image of class '{name}' is damaged; replace them")
+    left, before = (np.bincount(split.labels, minlength=len(source.class_names)) for split in (train, source.train))
+    for label in np.flatnonzero((left == 0) & (before > 0)):
+        name = source.class_names[label]
+        raise UserError(f"data '{source.name}': every training image of class '{name}' is damaged; replace them")
     return replace(source, train=train, test=test)
 
 
 def near(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> dict[int, int]:
     """Find for each of ``ours`` the one of ``theirs`` that is nearly the same, where there is one, by their rows.
 
-    Whether a pixel is brighter than its left neighbour makes 64 bits. Images that share one of four groups of 16 are
-    compared by all bits, then by their shades. So images that differ in up to three bits are always compared.
+    Whether a pixel is brighter than its left neighbour makes 64 bits, in four groups. An image is compared with those
+    that share a group and are the nearest in mean brightness: first by all bits, then by shades. So blank images, which
+    share every group, cost no more than others.
 
     Args:
         ours: thumbnails (N, 8, 9, 3).
         theirs: thumbnails (M, 8, 9, 3).
     """
-    found: dict[int, int] = {}
+    found = np.full(len(ours), -1)
     best = np.full(len(ours), CLOSE_SHADES)
     bits, others = _bits(ours), _bits(theirs)
-    for group in range(bits.shape[1]):
-        for mine, other in _pairs(bits[:, group], others[:, group]):
-            close = _BITS[bits[mine] ^ others[other]].sum(1) <= CLOSE_BITS
-            mine, other = mine[close], other[close]
-            shades = np.abs(ours[mine].astype(np.int16) - theirs[other]).mean((1, 2, 3))
-            for row in np.flatnonzero(shades < best[mine]).tolist():
-                if shades[row] < best[mine[row]]:
-                    best[mine[row]] = shades[row]
-                    found[int(mine[row])] = int(other[row])
-    return dict(sorted(found.items()))
+    for group in range(bits.shape[1] if len(theirs) else 0):
+        keys = _keys(theirs, others[:, group])
+        order = np.argsort(keys)
+        places = np.searchsorted(keys[order], _keys(ours, bits[:, group]))
+        for step in range(-NEIGHBOURS, NEIGHBOURS):
+            other = order[(places + step).clip(0, len(order) - 1)]
+            mine = np.flatnonzero(_BITS[bits ^ others[other]].sum(1) <= CLOSE_BITS)
+            shades = np.abs(ours[mine].astype(np.int16) - theirs[other[mine]]).mean((1, 2, 3))
+            better = shades < best[mine]
+            best[mine[better]], found[mine[better]] = shades[better], other[mine[better]]
+    return {row: int(found[row]) for row in np.flatnonzero(found >= 0).tolist()}
+
+
+def _keys(thumbs: NDArray[np.uint8], group: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Make numbers that sort images (N,) by a group of their bits, then by their mean brightness."""
+    return (group.astype(np.int64) << 16) + (thumbs.mean((1, 2, 3)) * 64).astype(np.int64)
 
 
 def _bits(thumbs: NDArray[np.uint8]) -> NDArray[np.uint16]:
@@ -164,32 +172,6 @@ def _bits(thumbs: NDArray[np.uint8]) -> NDArray[np.uint16]:
     gray = thumbs.astype(np.uint16).sum(3)
     brighter = np.packbits((gray[:, :, 1:] > gray[:, :, :-1]).reshape(len(thumbs), -1), axis=1)
     return brighter.view(np.uint16)
-
-
-def _pairs(
-    ours: NDArray[np.uint16], theirs: NDArray[np.uint16]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield the rows (i, j), some at a time, at which ``ours[i] == theirs[j]``."""
-    order = np.argsort(theirs, kind="stable")
-    low, high = (np.searchsorted(theirs[order], ours, side) for side in ("left", "right"))
-    rows = iter(np.flatnonzero(high > low).tolist())
-    counts = high - low
-    while some := _some(rows, counts):
-        chosen = np.array(some)
-        mine = np.repeat(chosen, counts[chosen])
-        starts = np.repeat(low[chosen] - np.cumsum(counts[chosen]) + counts[chosen], counts[chosen])
-        yield mine, order[starts + np.arange(len(mine))]
-
-
-def _some(rows: Iterator[int], counts: NDArray[np.int64]) -> list[int]:
-    """Take rows until their counts reach the number of pairs that are compared at a time."""
-    taken, total = [], 0
-    for row in rows:
-        taken.append(row)
-        total += int(counts[row])
-        if total >= _PAIRS:
-            break
-    return taken
 
 
 @dataclass(frozen=True)

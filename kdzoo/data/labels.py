@@ -57,20 +57,20 @@ class Table:
 
 
 class _Names:
-    """Images by path, by name and by stem."""
+    """Images by path, by name and by name without its suffix, in one Unicode form."""
 
     def __init__(self, images: Iterable[str]):
-        self.paths = set(images)
+        self.paths = {normalize("NFC", path): path for path in images}
         self.short: dict[str, list[str]] = {}
-        for path in self.paths:
+        for path, image in self.paths.items():
             name = os.path.basename(path)
             for key in {name, os.path.splitext(name)[0]}:
-                self.short.setdefault(key, []).append(path)
+                self.short.setdefault(key, []).append(image)
 
     def find(self, path: str, title: str) -> str | None:
         path = os.path.normpath(path)
         if path in self.paths:
-            return path
+            return self.paths[path]
         candidates = self.short.get(os.path.basename(path), [])
         if len(candidates) > 1:
             raise UserError(f"{title}: '{path}' may be '{candidates[0]}' or '{candidates[1]}'; give the whole path")
@@ -78,7 +78,7 @@ class _Names:
 
 
 def read_table(file: Path, title: str) -> Table:
-    """Read a CSV file; columns are separated by commas, semicolons or tabs.
+    """Read a CSV file, in one Unicode form; columns are separated by commas, semicolons or tabs.
 
     Raises:
         UserError: a column is missing, or a row has no label.

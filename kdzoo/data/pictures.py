@@ -13,10 +13,19 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor
 
 from kdzoo.errors import UserError
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
 _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow keeps what a camera said
 
 _log = logging.getLogger(__name__)
@@ -52,25 +61,32 @@ class Reading:
 
     def rgb(self, image: Image.Image) -> Image.Image:
         """Convert an image to RGB of 8 bits: turned, scaled to 256 shades, and without transparency."""
-        if self._orientation(image) != 1:
-            warn_once("images are turned as their EXIF orientation says; data.exif=false reads them as they are stored")
-            ImageOps.exif_transpose(image, in_place=True)
+        turn = TURNS.get(self._orientation(image))
         if image.mode[0] in "IF":
             image = _in_256_shades(image)
         if image.has_transparency_data:
             background = Image.new("RGBA", image.size, self.alpha)
             background.alpha_composite(image.convert("RGBA"))
             image = background
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        if turn is None:
+            return image
+        warn_once("images are turned as their EXIF orientation says; data.exif=false reads them as they are stored")
+        return image.transpose(turn)
 
     def size(self, image: Image.Image) -> tuple[int, int]:
         """Tell the (width, height) that ``rgb`` will give, by the header."""
         return image.size if self._orientation(image) < 5 else image.size[::-1]
 
     def _orientation(self, image: Image.Image) -> int:
+        """Read the EXIF orientation, 1 to 8: 1 is as it is stored, and 5 to 8 lie on their sides."""
         if not self.exif or not any(key in image.info for key in _ORIENTED):
             return 1
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        try:
+            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # a damaged note, on which Pillow raises nearly anything, says nothing
+            return 1
+        return found if found in TURNS else 1
 
 
 USUAL = Reading()

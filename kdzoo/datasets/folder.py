@@ -70,14 +70,14 @@ class Folder(ImageSet):
         _tell(path, tree, [image for images in found.values() for label, image in images if not label])
         classes = sorted({label for label, _ in found.get(TRAIN, ()) if label})
         self._check_folders(path, tree, splits, classes)
-        for label, image in found.get(test, ()) if test else ():
-            if label and label not in classes:
-                raise unknown("test class", label, classes, f"('{path / image}' is of a class that is not in train)")
         places = {name: place for place, name in enumerate(classes)}
+        for label, image in found.get(test, ()) if test else ():
+            if label and label not in places:
+                raise unknown("test class", label, classes, f"('{path / image}' is of a class that is not in train)")
         return classes, _split(path, found[TRAIN], places), _split(path, found[test], places) if test else None
 
     def _tables(self, path: Path, splits: Iterable[str], tree: Tree) -> Iterator[Table]:
-        """Read the tables that give images their classes, those in the tree first."""
+        """Read the tables that give images their classes, and no longer count them as left out of the tree."""
         for name in splits:
             file = path / name / f"{name}_annotations.txt"
             if file.is_file():

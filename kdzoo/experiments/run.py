@@ -198,9 +198,7 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
         settings = run.settings
         with folder.home():
             dataset = open_data(run, use(run.place), progress)
-            if settings.data.fingerprint not in ("", fingerprint_of(settings.data, run.place.data.root)):
-                progress.say(f"data differ from those of {path}: its own numbers are of other images")
-            check_classes(folder, dataset.spec.class_names)
+            compare_data(run, folder, dataset, progress)
             deployed = shipped(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
             deployed.to(dataset.device).to(memory_format=torch.channels_last)
@@ -226,12 +224,15 @@ def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progre
     return network
 
 
-def check_classes(folder: RunFolder, class_names: Sequence[str]) -> None:
-    """Check that the outputs of a run's student stand for these classes, in this order.
+def compare_data(run: Run, folder: RunFolder, dataset: data.Dataset, progress: Progress) -> None:
+    """Say so where the data of a finished run have changed since.
 
     Raises:
-        UserError: they stand for others.
+        UserError: the outputs of its student stand for other classes, or in another order.
     """
+    wanted, class_names = run.settings.data, dataset.spec.class_names
+    if wanted.fingerprint not in ("", fingerprint_of(wanted, run.place.data.root)):
+        progress.say(f"data differ from those of {folder.path}: its own numbers are of other images")
     if folder.classes.is_file() and folder.classes.read_text(encoding="utf-8").splitlines() != list(class_names):
         raise UserError(
             f"the classes of the data are not those of {folder.classes}, or stand in another order; bring back the "

@@ -21,7 +21,7 @@ from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
-from kdzoo.experiments.run import HERE, Here, open_data, shipped
+from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run, Settings, resolve
@@ -260,6 +260,7 @@ def of_runs(paths: Sequence[Path], batches: int = 0, here: Here = HERE) -> pd.Da
         networks: dict[str, nn.Module] = {f"teacher {shared.teacher.name}": teacher.network}
         for name, (folder, run) in zip(_names(runs), runs, strict=True):
             with folder.home():
+                compare_data(run, folder, dataset, progress)
                 networks[name] = shipped(run, dataset, folder, progress)
         with progress.doing("comparing the networks"):
             table = compare(networks, dataset, batches, shared.engine.precision, shared.protocol.test_crop)

@@ -74,7 +74,8 @@ def command_without_teacher(result: "Result") -> str:
     parts = ("student", "data", "protocol")
     given: dict[str, dict[str, Any]] = {part: {"name": settings[part]["name"]} for part in parts}
     given["protocol"]["epochs"] = settings["protocol"]["epochs"]  # which milestones and warm-up follow
-    usual = _flat(resolve({**given, "distiller": {"name": "none"}}).plain())
+    known = settings["data"].get("fingerprint", "")  # of the same data, and nothing to give
+    usual = _flat(resolve({**given, "distiller": {"name": "none"}}, fingerprint=known).plain())
     usual["protocol.epochs"] = read_protocol(result.protocol).epochs
     used = _flat({part: settings[part] for part in parts})
     words = ["kdzoo", "run", "--distiller", "none", "--student", result.student]

@@ -88,6 +88,13 @@ def test_the_nearest_of_several_is_named() -> None:
     assert near(thumbs(photograph(1)), thumbs(photograph(5))) == {}
 
 
+def test_many_blank_images_hide_no_copy() -> None:
+    blank = thumbs(*[Image.new("RGB", (9, 8), (shade,) * 3) for shade in range(200)])
+    many = np.concatenate([blank[:100].repeat(50, 0), thumbs(photograph(1)), blank[100:].repeat(50, 0)])
+    assert near(np.concatenate([blank[150:151], thumbs(photograph(1), photograph(2))]), many)[1] == 5000
+    assert (many[near(blank, many)[150]] == 150).all()
+
+
 def test_flat_images_of_other_shades_are_not_the_same() -> None:
     gray = [Image.new("RGB", (9, 8), (shade,) * 3) for shade in (0, 100, 200)]
     assert near(thumbs(gray[1]), thumbs(gray[0], gray[2])) == {}

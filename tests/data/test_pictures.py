@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from kdzoo.data import open_dataset
 from kdzoo.data.pictures import warn_once
@@ -109,6 +109,26 @@ def test_images_are_turned_as_their_camera_noted(
         first(root, stream=True)
     assert caplog.text.count("data.exif=false reads them as they are stored") == 1
     assert torch.equal(first(root, stream=stream, exif=False), shades(RAMP))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_what_pillow_makes_of_it(make_tree: MakeTree, orientation: int) -> None:
+    root, exif = make_tree(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = root / "test" / "ant" / "0.png"
+    Image.fromarray(RAMP.astype(np.uint8)).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert torch.equal(first(root), shades(expected))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("note", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nonsense" * 9])
+def test_a_damaged_note_of_the_camera_says_nothing(make_tree: MakeTree, note: bytes) -> None:
+    root = make_tree(suffixes=[".jpg"])
+    path = root / "test" / "ant" / "0.jpg"
+    Image.fromarray(RAMP.astype(np.uint8)).save(path, exif=note, quality=100)
+    assert (first(root) - shades(RAMP)).abs().max() <= 2
 
 
 def test_the_size_of_a_set_is_that_of_its_turned_images(make_tree: MakeTree) -> None:

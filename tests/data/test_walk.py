@@ -107,6 +107,13 @@ def test_class_names_are_compared_in_one_unicode_form(make_tree: MakeTree) -> No
     assert classes_of(root)[1] == [composed] * 2 + ["tea"] * 2
 
 
+def test_a_table_finds_an_image_in_any_unicode_form(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    draw(tmp_path / "images" / f"{apart}.png", tmp_path / "images" / "tea.png")
+    (tmp_path / "labels.csv").write_text(f"path,label,split\nimages/{composed}.png,{composed},train\ntea,{apart},val\n")
+    assert classes_of(tmp_path, options={"labels": "labels.csv"}) == ([composed], [composed])
+
+
 def test_a_share_of_every_class_is_held_out_where_there_is_no_test(make_tree: MakeTree, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     draw(*(flat / name / f"{i}.png" for name in ("ant", "bee") for i in range(20)))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from kdzoo.cli import main
@@ -48,6 +49,18 @@ def test_the_path_is_one_line_however_narrow_the_console_is(tmp_path, monkeypatc
     lines = screen(found).splitlines()
     assert f"  {found.folder}" in lines
     assert max(len(line) for line in lines if "│" in line) <= int(columns)
+
+
+def test_the_command_for_the_student_alone_reads_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ant", "bee"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "tree" / name / f"{number}.png")
+    found = result(tmp_path / "runs", "data.name=folder:tree", "data.val=0.5", data="folder:tree")
+    [line] = [line for line in next_steps(found).splitlines() if "--distiller none" in line]
+    assert "data.val=0.5" in line
+    assert "fingerprint" not in line
 
 
 def test_a_path_inside_the_working_folder_starts_there(tmp_path, monkeypatch):
