@@ -23,7 +23,7 @@ from kdzoo.recipe import Augmentation
 
 AHEAD = 4  # batches that each worker prepares in advance, so that one slow image delays nothing
 
-# What torch says where a worker cannot hand over a batch, by an error of its own or by its death.
+# What torch says where a worker cannot hand over a batch, by an error or by its death.
 OUT_OF_SHARED_MEMORY = ("shared memory", "No space left on device", "Bus error")
 
 Transform = Callable[[Image.Image], Image.Image]  # any size -> a square
