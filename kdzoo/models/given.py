@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from kdzoo.distiller import DataSpec
 from kdzoo.errors import UserError
 from kdzoo.models import names
+from kdzoo.models.adapt import SMALL
 from kdzoo.models.by_name import create, pretrained_classes
 from kdzoo.models.network import Network
 from kdzoo.models.weights import load_weights
@@ -32,7 +33,7 @@ def load_given(
 
     It reads images as its weights were trained to: a file that kdzoo wrote says how. Any other is tried in the network
     as its weights are published, at their image size and with their statistics, and then in the one that is adapted to
-    the data, which reads its statistics.
+    the data, which reads its statistics; the other way round where a small ``image_size`` is asked for.
 
     Args:
         name: as in ``create``.
@@ -51,10 +52,12 @@ def load_given(
     own = {key: written.get(key) for key in ("image_size", "mean", "std")}
     asked = {"image_size": image_size, "mean": mean, "std": std}
     options |= {key: own[key] if value is None else value for key, value in asked.items()}
+    small = image_size is not None and image_size <= SMALL
+    orders = ((False, True) if small else (True, False)) if pretrained_classes(name) is not None else (False,)
     state = torch.get_rng_state()
     refused: list[UserError] = []
     for drop in (False, True) if drop_head else (False,):
-        for published in (True, False) if pretrained_classes(name) is not None else (False,):
+        for published in orders:
             torch.set_rng_state(state)
             chosen = dict(options)
             if not published and chosen["image_size"] is None:

@@ -105,9 +105,9 @@ class Network(nn.Module):
 
     @property
     def reads(self) -> str:
-        """What it makes of images before it reads them: their size, mean and standard deviation."""
+        """What it makes of images before it reads them, and what of it was adapted to their size."""
         mean, std = (" ".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (self.mean, self.std))
-        return f"{self.image_size} px, mean {mean}, std {std}"
+        return ", ".join([f"{self.image_size} px", f"mean {mean}", f"std {std}", *self.facts()["adapted"]])
 
     def facts(self) -> dict[str, Any]:
         """Describe what its weights must be read with: size, mean, standard deviation, and what of it was adapted."""

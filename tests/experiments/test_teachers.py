@@ -1,0 +1,170 @@
+"""Teachers that come with weights: what they read, how they are trained on, and what is said of them."""
+
+import re
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+import kdzoo
+from kdzoo import DataSpec
+from kdzoo.engine.training import network_of
+from kdzoo.errors import UserError
+from kdzoo.experiments import teachers
+from kdzoo.models import create, load_given, save_weights
+from kdzoo.settings import StudentSettings, read_protocol, resolve
+
+DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SHORT = ["protocol.epochs=1", "data.limit=128", "teacher.epochs=1", "teacher.allow_weak=true", "engine.device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def statistics(network):
+    return tuple(tuple(part.flatten().tolist()) for part in (network.mean, network.std))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A file as timm's own training code leaves it, of a network whose published weights read 224 pixels."""
+    torch.manual_seed(1)
+    body = timm.create_model("resnet10t", num_classes=10).eval()
+    file = tmp_path_factory.mktemp("weights") / "best.pth"
+    torch.save(body.state_dict(), file)
+    return body, file
+
+
+def test_weights_of_a_published_network_are_read_at_its_size_with_its_statistics(published):
+    body, file = published
+    size = timm.get_pretrained_cfg("resnet10t").input_size[-1]
+    network, line = load_given("resnet10t", DATA, file)
+    network.eval()
+    assert size == network.image_size == 176
+    assert statistics(network) == tuple(tuple(torch.tensor(part).tolist()) for part in IMAGENET)
+    assert "best.pth" in line
+    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in IMAGENET)
+    shown = F.interpolate(IMAGES, (size, size), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(network(IMAGES).logits, body((shown - mean) / std))
+
+
+def test_what_a_teacher_reads_can_be_set(published):
+    _, file = published
+    network, _ = load_given("resnet10t", DATA, file, image_size=96, mean=(0.5,), std=(0.25,))
+    assert network.reads == "96 px, mean 0.5 0.5 0.5, std 0.25 0.25 0.25"
+    assert network(IMAGES).logits.shape == (2, 10)
+
+
+def test_weights_that_fit_the_network_adapted_to_the_data_only_are_read_in_it(tmp_path):
+    adapted = create("resnet18", DATA).eval()
+    torch.save(adapted.body.state_dict(), tmp_path / "mine")
+    network, _ = load_given("resnet18", DATA, tmp_path / "mine")
+    assert (network.image_size, network.facts()["adapted"]) == (32, adapted.facts()["adapted"])
+    torch.testing.assert_close(network.eval()(IMAGES).logits, adapted(IMAGES).logits)
+
+
+def test_where_weights_fit_both_the_image_size_chooses_and_the_line_says_which(tmp_path):
+    adapted = create("mobilenetv2", DATA).eval()
+    torch.save(adapted.body.state_dict(), tmp_path / "mine")
+    assert "stride 2 -> 3x3 stride 1" not in load_given("mobilenetv2", DATA, tmp_path / "mine")[0].reads
+    network, _ = load_given("mobilenetv2", DATA, tmp_path / "mine", image_size=32)
+    assert "stride 2 -> 3x3 stride 1" in network.reads
+    network.normalise(DATA.mean, DATA.std)
+    torch.testing.assert_close(network.eval()(IMAGES).logits, adapted(IMAGES).logits)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2", "test_vit", "resnet10t"])
+def test_a_file_that_kdzoo_wrote_is_read_as_it_was_on_any_data(name, tmp_path):
+    written = create(name, DATA).eval()
+    save_weights(written, tmp_path / "student.safetensors")
+    larger = DATA._replace(image_size=64, mean=(0.1, 0.1, 0.1))
+    network, _ = load_given(name, larger, tmp_path / "student.safetensors")
+    assert network.facts() == written.facts()
+    torch.testing.assert_close(network.eval()(IMAGES).logits, written(IMAGES).logits)
+
+
+def test_weights_of_another_network_are_refused(published):
+    with pytest.raises(UserError, match=r"best\.pth"):
+        load_given("resnet8", DATA, published[1])
+
+
+def test_teacher_and_student_may_read_different_sizes_from_one_batch(published):
+    teacher, _ = load_given("resnet10t", DATA._replace(image_size=96), published[1])
+    student = create("resnet8", DATA._replace(image_size=96), image_size=32)
+    images = torch.rand(2, 3, 96, 96)
+    assert (teacher.image_size, student.image_size) == (176, 32)
+    assert teacher(images).logits.shape == student(images).logits.shape == (2, 10)
+    shown = F.interpolate(images, (32, 32), mode="bilinear", align_corners=False, antialias=True)
+    torch.testing.assert_close(student.eval()(images).logits, student(shown).logits)
+
+
+def test_a_published_token_network_reads_smaller_images_with_the_patches_it_has():
+    network = create("vit_small_patch14_dinov2", DATA, pretrained=True, fetch=False, image_size=98)
+    assert network.image_size == 98
+    assert network.body.patch_embed.patch_size == (14, 14)
+    fresh = create("test_vit", DATA)
+    assert fresh.body.patch_embed.patch_size != timm.create_model("test_vit").patch_embed.patch_size  # those adapt
+
+
+def trained_by(*overrides, dataset):
+    run = resolve(
+        {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}, "teacher": {"name": "resnet18"}}, overrides
+    )
+    return teachers.recipe(run, dataset).settings
+
+
+def test_a_teacher_that_starts_from_weights_is_fine_tuned_and_one_that_does_not_is_trained(dataset):
+    scratch, tuned = trained_by(dataset=dataset), trained_by("teacher.pretrained=true", dataset=dataset)
+    assert (scratch.protocol.name, tuned.protocol.name) == ("quick", "finetune")
+    usual = {"adamw": read_protocol("ofa-vit").lr, "sgd": read_protocol("ofa-cnn").lr}[tuned.protocol.optimizer]
+    assert 10 <= usual / tuned.protocol.lr <= 20
+    chosen = trained_by("teacher.pretrained=true", "teacher.protocol=crd", "teacher.lr=0.003", dataset=dataset)
+    assert (chosen.protocol.name, chosen.protocol.lr, chosen.protocol.lr_of) == ("crd", 0.003, {})
+
+
+def test_a_teachers_settings_reach_the_run_that_trains_it(dataset):
+    keys = ["teacher.image_size=16", "teacher.mean=[0.5]", "teacher.std=[0.25]"]
+    student = trained_by(*keys, dataset=dataset).student
+    assert (student.name, student.image_size, list(student.mean), list(student.std)) == ("resnet18", 16, [0.5], [0.25])
+
+
+def test_weights_with_another_head_start_a_network_with_a_new_one(published):
+    _, file = published
+    wanted = StudentSettings(name="resnet10t", weights=str(file))
+    network, _ = network_of(wanted, DATA._replace(num_classes=7))
+    whole = torch.load(file, weights_only=True)
+    state = network.body.state_dict()
+    assert state["fc.weight"].shape[0] == 7
+    assert all(value.equal(whole[key]) for key, value in state.items() if not key.startswith("fc."))
+    kept, _ = network_of(wanted, DATA)
+    assert kept.body.state_dict()["fc.weight"].equal(whole["fc.weight"])
+
+
+def test_a_file_of_another_head_is_trained_on_where_that_is_asked_for(tmp_path, capsys):
+    body = create("resnet14", DATA._replace(num_classes=7, image_size=8))
+    file = tmp_path / "seven"
+    torch.save(body.body.state_dict(), file)
+    given = [*SHORT, f"teacher.weights={file}"]
+    with pytest.raises(UserError, match="seven"):
+        kdzoo.run("kd", "resnet8", "resnet14", out=tmp_path / "runs", overrides=given, quiet=True)
+    result = kdzoo.run("kd", "resnet8", "resnet14", out=tmp_path / "runs", overrides=[*given, "teacher.finetune=true"])
+    assert result.teacher_top1 is not None
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"teacher resnet14: top-1 [\d.]+ % on digits, reads 8 px, mean [\d. ]+, std [\d. ]+ \(", said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["teacher.finetune=true"], "expected weights to start from"),
+        (["student.weights=a.pt", "student.pretrained=true"], "both set"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_line(overrides, said):
+    with pytest.raises(UserError, match=said):
+        resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, overrides)
