@@ -23,6 +23,9 @@ def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where a finished run is looked at, and on what."""
     for option in (
         click.option(
+            "--trust-code", is_flag=True, help="Run the Python files that the run names, though they are not yours."
+        ),
+        click.option(
             "--precision",
             help="Precision of the networks: float32, tf32 or bf16 (default: that of the run if possible).",
         ),

@@ -36,16 +36,17 @@ class Here(NamedTuple):
     root: str | None = None  # where torchvision's sets lie, where it is another folder than the run's
     device: str = "auto"
     precision: str | None = None  # None: the run's, or float32 where this machine lacks it
+    trust_code: bool = False  # import the files and modules that the run names, whoever wrote them
 
     def place(self, folder: RunFolder) -> Run:
         """Read the run of a folder and place it here.
 
         Raises:
-            UserError: the device is not there, or it has no such precision.
+            UserError: the device is not there or has no such precision, or the run names code that is not trusted.
         """
-        name = "" if self.data is None else _absolute(self.data)
+        name, working = "" if self.data is None else _absolute(self.data), Path.cwd()
         with folder.home():
-            settings, place = folder.run()
+            settings, place = folder.run(self.trust_code, working)
             images = settings.data
             if name:
                 kept = images.options if name.partition(":")[0] == images.name.partition(":")[0] else {}

@@ -17,6 +17,7 @@ from kdzoo.files import MOVE_AWAY, read_json, read_text, slug, write_text
 from kdzoo.keywords import read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.settings import Run, apart, stored
+from kdzoo.store.trust import check_code
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,20 @@ class RunFolder:
                 raise UserError(f"{self.config} is damaged (it has no {part}.name); {MOVE_AWAY}")
         return config
 
-    def run(self) -> Run:
-        """Read what the run was made with, checked against what is installed now."""
-        return stored(self.read_config())
+    def run(self, trust_code: bool = False, working: Path | None = None) -> Run:
+        """Read what the run was made with, checked against what is installed now.
+
+        Args:
+            trust_code: import the files and modules that it names, whoever wrote them.
+            working: the user's working folder, by default the one of now: code in it that is as it was is trusted.
+
+        Raises:
+            UserError: there are no such settings, or they name code that is not trusted.
+        """
+        config = self.read_config()
+        if not trust_code:
+            check_code(config, self.path, working or Path.cwd())
+        return stored(config)
 
     @contextmanager
     def home(self) -> Iterator[None]:

@@ -1,0 +1,57 @@
+"""Code that a run's settings name runs when they are used, so it runs only where it is one's own or trusted."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdzoo import own_code
+from kdzoo.errors import UserError
+
+ORIGINS = ("torchvision", "timm", "hf-hub", "local-dir")  # of networks whose names name no code
+
+
+def check_code(plain: Mapping[str, Any], run: Path, working: Path) -> None:
+    """Check that all code which a run's settings name is the user's: in the working folder, and as it was recorded.
+
+    Nothing is imported. Files are looked for where the run was made, modules in the working folder of then too.
+
+    Args:
+        plain: the run's settings, as they stand in its file.
+        run: its folder, in which nothing is the user's own.
+        working: the user's working folder.
+
+    Raises:
+        UserError: some is not; names each, and the option that trusts it.
+    """
+    recorded = plain.get("files")
+    known = recorded if isinstance(recorded, Mapping) else {}
+    found: dict[str, dict[str, Path]] = {}  # by what is named: its files, by the names that they are recorded under
+    for part in ("distiller", "data"):
+        name = str(plain[part]["name"]).partition(":")[0] if part == "data" else str(plain[part]["name"])
+        file = Path(name).expanduser()
+        if name.endswith(".py"):
+            found[name] = (
+                {name: file, **own_code.sources(own_code.imported(file), file.parent)} if file.is_file() else {}
+            )
+    for part in ("teacher", "student"):
+        origin, colon, _ = str(plain[part]["name"] or "").partition(":")
+        if colon and origin not in ORIGINS:
+            found[str(plain[part]["name"])] = own_code.sources([origin])
+    strange = [
+        name
+        for name, files in found.items()
+        if not files or not all(_is_own(file, run, working, known.get(key)) for key, file in files.items())
+    ]
+    if strange:
+        raise UserError(
+            f"{run} names code that would run here: {', '.join(strange)}. It is not in this working folder as it was "
+            "when the run was made; read it, and pass --trust-code (trust_code=True) if you trust it"
+        )
+
+
+def _is_own(file: Path, run: Path, working: Path, digest: object) -> bool:
+    place = file.resolve()
+    if not place.is_relative_to(working.resolve()) or place.is_relative_to(run.resolve()):
+        return False
+    return hashlib.sha256(place.read_bytes()).hexdigest() == digest
