@@ -150,10 +150,7 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
             ),
         ):
             with ranks.in_turn():
-                if fresh:
-                    ranks.once(folder.clear)
-                    ranks.once(checkpoint.remove, folder.checkpoints)
-                finished = folder.read_result()
+                finished = None if fresh else folder.read_result()
                 if finished is not None:
                     progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
                     return finished
@@ -167,6 +164,9 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
                     with progress.doing(f"checking that {run.settings.distiller.name} fits the pair"):
                         build(run, dataset, TeacherPasses(teachers.untrained(run, dataset)), fetch=False)
                 teacher = teachers.obtain(run, dataset, progress) if has_teacher else None
+                if fresh:  # now that nothing is missing
+                    ranks.once(folder.set_aside)
+                    ranks.once(checkpoint.remove, folder.checkpoints)
             return train_one(run, dataset, teacher, progress, ranks)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, suppress
@@ -74,6 +75,7 @@ class RunFolder:
         self.student = path / "student.safetensors"
         self.environment = path / "environment.json"
         self.failure = path / "failed.txt"
+        self.before = path / "before"  # a finished run that this one replaces, until it is finished itself
         self.classes = path / "classes.txt"  # the class that each output of the student stands for, one a line
 
     @classmethod
@@ -170,6 +172,7 @@ class RunFolder:
     def write_result(self, result: Result) -> None:
         """Finish the run: with this file it is done and is not run again."""
         write_text(self.result, json.dumps(result.plain(), indent=2) + "\n")
+        shutil.rmtree(self.before, ignore_errors=True)
 
     def read_result(self) -> Result | None:
         """Read the result; None where the run is not finished."""
@@ -193,20 +196,20 @@ class RunFolder:
             "that its environment.json names, or run the same command again with another --out"
         )
 
-    def clear(self) -> None:
-        """Remove what kdzoo wrote here, and nothing else."""
-        for file in (
-            self.result,
-            self.history,
-            self.student,
-            self.environment,
-            self.config,
-            self.failure,
-            self.classes,
-        ):
+    def set_aside(self) -> None:
+        """Make room for another start: move a finished run into ``before``, where it stays until this one is finished.
+
+        What an unfinished run left is removed; of all other files in the folder none is touched.
+        """
+        kept = (self.config, self.environment, self.student, self.history, self.classes)
+        if self.result.is_file():
+            shutil.rmtree(self.before, ignore_errors=True)
+            self.before.mkdir()
+            for file in filter(Path.is_file, kept):
+                shutil.copy2(file, self.before)
+            self.result.replace(self.before / self.result.name)  # at this moment it is there, and no longer here
+        for file in (self.student, self.history, self.classes, self.failure, *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
-        for file in self.path.glob("events.out.tfevents.*"):
-            file.unlink()
 
 
 def environment(run: Run) -> dict[str, Any]:

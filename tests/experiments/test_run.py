@@ -19,7 +19,7 @@ from kdzoo.experiments.teachers import near_chance
 from kdzoo.files import cache_folder
 from kdzoo.settings import DistillerSettings
 from kdzoo.store import checkpoint
-from kdzoo.store.folder import RunFolder
+from kdzoo.store.folder import RunFolder, find_runs
 
 QUICK = ["protocol.batch_size=64", "teacher.epochs=2", "protocol.epochs=2", "protocol.augmentation.flip=true"]
 
@@ -244,3 +244,28 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         distil(tmp_path / "file")
+
+
+def test_a_finished_run_stays_until_the_one_that_replaces_it_is_finished(tmp_path, monkeypatch):
+    whole = distil(tmp_path)
+    folder = RunFolder(whole.folder)
+    for moment in (
+        "kdzoo.experiments.run.open_data",
+        "kdzoo.experiments.run.train_one",
+        "kdzoo.engine.loop.finish_epoch",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(moment, gone)
+            with pytest.raises(KeyboardInterrupt):
+                distil(tmp_path, fresh=True)
+        [found] = find_runs([tmp_path])
+        assert found.read_result().top1 == whole.top1
+        assert found.student.is_file()
+    again = distil(tmp_path, fresh=True)
+    assert find_runs([tmp_path])[0].path == folder.path
+    assert len(find_runs([tmp_path])) == 1
+    assert again.top1 == whole.top1
+
+
+def gone(*_, **__):
+    raise KeyboardInterrupt
