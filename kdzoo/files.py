@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +25,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not by the process alone: in two containers that share a folder two processes may have one number.
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

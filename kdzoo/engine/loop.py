@@ -168,7 +168,14 @@ def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
         return None
     start = max(common)
     for lane, steps in zip(lanes, whole, strict=True):
-        lane.load_state_dict(checkpoint.load(steps[start]))
+        state = checkpoint.load(steps[start])
+        try:
+            lane.load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{steps[start]} belongs to another run than {lane.folder.path.name}, or was written by another version "
+                f"of kdzoo; move {steps[start].parent} away and run the same command again"
+            ) from error
         lane.ranks.once(lane.folder.write_history, lane.history)
     progress.say(f"resumed at step {start}")
     return start

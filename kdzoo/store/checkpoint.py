@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from kdzoo.files import write_atomically
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 KEPT = 2
+_AGAIN = "move {} away and run the same command again"
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors and plain values) as the checkpoint of ``step``, and keep the last two."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({"step": step, "state": state}, buffer)
     content = buffer.getbuffer()
     name = f"step-{step:09d}-{_digest(content)}.pt"
     write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
@@ -47,9 +49,20 @@ def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """Read the state that ``save`` was given, on the CPU."""
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    return state
+    """Read the state that ``save`` was given, on the CPU.
+
+    Raises:
+        UserError: the file holds something else, or the state of another step.
+    """
+    match = _NAME.fullmatch(file.name)
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if match is not None and saved["step"] == int(match[1]):
+            state: dict[str, Any] = saved["state"]
+            return state
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no checkpoint of kdzoo; {_AGAIN.format(file.parent)}") from error
+    raise UserError(f"{file} holds the state of another step than its name says; {_AGAIN.format(file.parent)}")
 
 
 def remove(folder: Path) -> None:
@@ -60,7 +73,7 @@ def remove(folder: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     """List the checkpoints, newest first."""
-    return sorted((f for f in folder.glob("step-*.pt") if _NAME.fullmatch(f.name)), reverse=True)
+    return sorted((f for f in folder.glob("step-*.pt") if _NAME.fullmatch(f.name) and f.is_file()), reverse=True)
 
 
 def _digest(content: bytes | memoryview) -> str:

@@ -255,7 +255,7 @@ def test_a_finished_run_stays_until_the_one_that_replaces_it_is_finished(tmp_pat
         "kdzoo.engine.loop.finish_epoch",
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(moment, gone)
+            patch.setattr(f"kdzoo.{moment}", gone)
             with pytest.raises(KeyboardInterrupt):
                 distil(tmp_path, fresh=True)
         [found] = find_runs([tmp_path])

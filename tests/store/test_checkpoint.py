@@ -61,7 +61,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
 
     checkpoint.save(tmp_path, 1, {"evil": Evil()})
     whole, _ = checkpoint.whole(tmp_path)
-    with pytest.raises(Exception, match="weights_only"):
+    with pytest.raises(UserError, match="is no checkpoint of kdzoo"):
         checkpoint.load(whole[1])
 
 
@@ -83,3 +83,29 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_text(tmp_path / "file" / "below" / "result.json", "{}")
+
+
+def test_a_checkpoint_that_was_renamed_to_another_step_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, {})
+    [file] = tmp_path.iterdir()
+    moved = file.rename(file.with_name(file.name.replace("000000001", "000000009")))
+    whole, _ = checkpoint.whole(tmp_path)
+    assert whole == {9: moved}
+    with pytest.raises(UserError, match="the state of another step than its name says"):
+        checkpoint.load(moved)
+
+
+def test_folders_and_dangling_links_with_a_checkpoints_name_are_none(tmp_path):
+    (tmp_path / "step-000000001-0123456789abcdef.pt").mkdir()
+    (tmp_path / "step-000000002-0123456789abcdef.pt").symlink_to("nowhere")
+    assert checkpoint.whole(tmp_path) == ({}, [])
+    checkpoint.save(tmp_path, 3, {})
+    assert list(checkpoint.whole(tmp_path)[0]) == [3]
+
+
+def test_two_writers_of_one_process_number_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    names = set()
+    for _ in range(2):
+        write_atomically(tmp_path / "file", lambda temporary: (names.add(temporary.name), temporary.write_text("x")))
+    assert len(names) == 2
