@@ -173,8 +173,8 @@ def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
             lane.load_state_dict(state)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{steps[start]} belongs to another run than {lane.folder.path.name}, or was written by another version "
-                f"of kdzoo; move {steps[start].parent} away and run the same command again"
+                f"{steps[start]} belongs to another run, or was written by another version of kdzoo; move "
+                f"{steps[start].parent} away and run the same command again"
             ) from error
         lane.ranks.once(lane.folder.write_history, lane.history)
     progress.say(f"resumed at step {start}")
