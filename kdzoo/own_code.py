@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -73,12 +74,21 @@ def sources(names: Iterable[str], folder: Path | None = None) -> dict[str, Path]
     return dict(sorted(found.items()))
 
 
-def imported(file: Path, package: str = "") -> Iterator[str]:
+def imported(file: Path, package: str = "") -> tuple[str, ...]:
     """List the modules that a source file of ``package`` imports, by their full names; some may be no modules."""
+    return _imported(package, *_state(file))
+
+
+@cache
+def _imported(package: str, file: str, size: int, changed: int) -> tuple[str, ...]:
+    """Read the imports of a file in this state, once for all runs of a suite."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        return tuple(dict.fromkeys(_imports(ast.parse(Path(file).read_text(encoding="utf-8")), package)))
     except (SyntaxError, ValueError):  # importing it will say so
-        return
+        return ()
+
+
+def _imports(tree: ast.Module, package: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -107,7 +117,7 @@ def _find(module: str, folder: Path) -> ModuleSpec | None:
 
 def _is_own(file: Path) -> bool:
     installed = "site-packages" in file.parts or "dist-packages" in file.parts
-    return file.suffix == ".py" and not installed and not file.is_relative_to(sysconfig.get_paths()["stdlib"])
+    return file.suffix == ".py" and not installed and not file.is_relative_to(sysconfig.get_path("stdlib"))
 
 
 def _state(file: Path) -> tuple[str, int, int]:

@@ -56,6 +56,7 @@ def load_given(
     orders = ((False, True) if small else (True, False)) if pretrained_classes(name) is not None else (False,)
     state = torch.get_rng_state()
     refused: list[UserError] = []
+    others: list[UserError] = []
     for drop in (False, True) if drop_head else (False,):
         for published in orders:
             torch.set_rng_state(state)
@@ -68,13 +69,14 @@ def load_given(
                 was = written.get("adapted", adapted)
                 if adapted != was:
                     said = "; ".join(was) or "nothing adapted"
-                    raise UserError(
-                        f"'{file}' was written for '{name}' with {said}; pass the image size it was made for"
+                    others.append(
+                        UserError(f"'{file}' was written for '{name}' with {said}, which no image size here has")
                     )
+                    continue
                 return network, load_weights(network, file, drop_head=drop)
             except UserError as error:
                 refused.append(error)
-    raise refused[0]
+    raise [*refused, *others][0]
 
 
 def written_facts(file: Path) -> Mapping[str, Any]:

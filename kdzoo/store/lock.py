@@ -102,6 +102,11 @@ class RunLock:
 
 
 def _beat(owner: Path, released: Event) -> None:
+    if os.utime not in os.supports_fd:  # Windows, where a file that is open cannot be removed either
+        with suppress(OSError):
+            while not released.wait(HEARTBEAT):
+                os.utime(owner)
+        return
     with suppress(OSError), owner.open() as file:  # this very file, even if another owner puts its own in its place
         while not released.wait(HEARTBEAT):
             os.utime(file.fileno())

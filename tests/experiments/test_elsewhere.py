@@ -188,6 +188,23 @@ def test_a_script_without_a_main_guard_may_start_processes(project):
     assert done.stdout.splitlines() == ["script", "3 batches"], done.stderr
 
 
+TWO_DEVICES = """
+import kdzoo
+
+print("script")
+more = ["engine.devices=2", "protocol.epochs=1", "data.limit=128", "engine.device=cpu"]
+print(kdzoo.run("none", "resnet8", overrides=more, quiet=True).epochs, "epoch")
+"""
+
+
+@pytest.mark.slow(reason="starts two processes, each of which imports torch")
+def test_a_script_without_a_main_guard_may_train_on_several_devices(tmp_path):
+    pytest.importorskip("lightning_fabric")
+    (tmp_path / "script.py").write_text(TWO_DEVICES)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["script", "1 epoch"], done.stderr
+
+
 @pytest.mark.parametrize("sign", OUT_OF_SHARED_MEMORY)
 def test_a_shared_memory_that_is_too_small_is_one_line(project, monkeypatch, sign):
     def fails(self):

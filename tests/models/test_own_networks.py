@@ -1,6 +1,7 @@
 """Networks of the user's own: what they may return, where their stages are, how many channels they read."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, distill
+from kdzoo import Batch, DataSpec, distill
 from kdzoo.distiller import EVERYTHING
 from kdzoo.errors import UserError
-from kdzoo.models import wrap
+from kdzoo.models import create, wrap
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-STAGES = ["0", "1", "2", "3"]
+DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10))
 
 
 def four_stages(channels=3, classes=10):
@@ -184,3 +185,43 @@ def test_a_network_that_ends_in_a_softmax_is_refused():
     with pytest.raises(UserError, match="ends in a softmax"):
         wrap(nn.Sequential(four_stages(), nn.Softmax(1)), image_size=32, num_classes=10)
     wrap(nn.Sequential(four_stages(), nn.LogSoftmax(1)), image_size=32, num_classes=10)  # is its own logits
+
+
+FACTORIES = """
+from torch import nn
+
+def bare():
+    return nn.Linear(3, 10)
+
+def net(num_classes, width=8):
+    first = nn.Sequential(nn.Conv2d(3, width, 4, 4), nn.ReLU())
+    return nn.Sequential(first, nn.Conv2d(width, 8, 4, 4), nn.Flatten(), nn.Linear(32, num_classes))
+"""
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    (tmp_path / "ownfactories.py").write_text(FACTORIES)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    yield "ownfactories"
+    sys.modules.pop("ownfactories", None)
+
+
+def test_a_factory_that_fails_is_shown_with_the_call_that_was_tried(factories):
+    with pytest.raises(UserError, match=r"bare\(num_classes=10\) failed \(TypeError.*takes num_classes"):
+        create(f"{factories}:bare", DATA)
+    with pytest.raises(UserError, match=r"net\(num_classes=10, depth=3\) failed"):
+        create(f"{factories}:net", DATA, depth=3)
+    assert create(f"{factories}:net", DATA, width=12).body[0][0].out_channels == 12
+
+
+@pytest.mark.parametrize("name", ["ownfactories:net", "resnet8", "torchvision:resnet18"])
+def test_taps_may_be_named_for_any_network(factories, name):
+    bare = create(name, DATA)
+    first = next(part for part, module in bare.body.named_modules() if isinstance(module, nn.Conv2d))
+    named = create(name, DATA, taps=[first] * 4).eval()
+    maps = named(IMAGES, EVERYTHING).features
+    assert len(maps) == 4
+    assert all(one.equal(maps[0]) for one in maps)
+    assert len(bare(IMAGES, EVERYTHING).features) == (0 if name.startswith("own") else 4)

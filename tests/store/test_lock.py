@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from threading import Semaphore
+from threading import Event, Semaphore
 
 import pytest
 
@@ -81,3 +81,19 @@ def test_the_heart_of_an_owner_beats_until_it_gives_the_lock_up(tmp_path, monkey
         assert beats.acquire(timeout=60)
         assert beats.acquire(timeout=60)
     assert not RunLock(tmp_path).owner.exists()
+
+
+@pytest.mark.parametrize("by_handle", [True, False])
+def test_an_owner_shows_that_it_lives_by_an_open_file_or_by_its_path(tmp_path, monkeypatch, by_handle):
+    beaten, touched = Event(), []
+
+    def utime(file):
+        touched.append(file)
+        beaten.set()
+
+    monkeypatch.setattr("kdzoo.store.lock.HEARTBEAT", 0.001)
+    monkeypatch.setattr(os, "utime", utime)
+    monkeypatch.setattr(os, "supports_fd", {utime} if by_handle else set())
+    with RunLock(tmp_path):
+        assert beaten.wait(60)
+    assert isinstance(touched[0], int) == by_handle
