@@ -28,8 +28,7 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
     assert wanted.name is not None
     if wanted.weights:
         network = untrained(run, dataset)
-        models.load_weights(network, wanted.weights)
-        origin = wanted.weights
+        origin = models.load_weights(network, wanted.weights, role="teacher")
     elif is_published(run, dataset):
         origin = "timm's pretrained weights"
         with progress.doing(f"loading the pretrained weights of {wanted.name}"):

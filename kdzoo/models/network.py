@@ -89,6 +89,24 @@ class Network(nn.Module):
         layer = None if self._reader.classifier is None else self.body.get_submodule(self._reader.classifier)
         return layer if isinstance(layer, nn.Linear) else None
 
+    def normalise(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        """Set the mean and standard deviation, per channel or for all, of the images it is given; None keeps them."""
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            if values is not None:
+                buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
+
+    @property
+    def reads(self) -> str:
+        """What it makes of images before it reads them, and what of it was adapted to their size."""
+        mean, std = (" ".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (self.mean, self.std))
+        return ", ".join([f"{self.image_size} px", f"mean {mean}", f"std {std}", *self.facts()["adapted"]])
+
+    def facts(self) -> dict[str, Any]:
+        """Describe what its weights must be read with: size, mean, standard deviation, and what of it was adapted."""
+        adapted = [change for change in self.adapted if not change.startswith("images resized")]  # not of the network
+        mean, std = (part.flatten().tolist() for part in (self.mean, self.std))
+        return {"image_size": self.image_size, "mean": mean, "std": std, "adapted": adapted}
+
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of storing them: less memory, more work.
 
