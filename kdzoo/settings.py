@@ -33,7 +33,9 @@ class StudentSettings:
     """The network that learns."""
 
     name: str = ""
+    weights: str | None = None  # start from this file of weights; a head of other classes is left out
     pretrained: bool = False  # start from timm's pretrained weights
+    options: dict[str, Any] = field(default_factory=dict)  # keywords of the network's own, such as drop_path_rate
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class TeacherSettings:
     name: str | None = None
     weights: str | None = None  # a file of weights instead of training
     pretrained: bool = False  # timm's pretrained weights; fine-tuned where the classes differ
+    options: dict[str, Any] = field(default_factory=dict)  # keywords of the network's own, as the student's
     protocol: str | None = None  # the recipe it is trained by; None: the run's, as it stands in its file
     epochs: int | None = None  # None: the recipe's
     seed: int = 0
@@ -245,6 +248,10 @@ def _typed(given: Mapping[str, Any]) -> Run:
     if not 0 < place.engine.memory <= 1:
         raise UserError(f"engine.memory={place.engine.memory:g}: expected a share of memory, above 0 and up to 1")
     settings: Settings = typed(Settings, what, "", also=Place)
+    for role, network in (("teacher", settings.teacher), ("student", settings.student)):
+        for key in ("name", "pretrained", "fetch", "num_classes"):
+            if key in network.options:
+                raise UserError(f"{role}.options.{key} is no keyword to set: expected those of the network's own")
     if settings.engine.accumulate < 1:
         raise UserError(f"engine.accumulate={settings.engine.accumulate}: expected how many parts a batch has, from 1")
     return Run(settings, place)
@@ -253,7 +260,8 @@ def _typed(given: Mapping[str, Any]) -> Run:
 def _files_of(settings: Settings) -> dict[str, str]:
     """Compute the SHA-256 of each file that the settings name: a method, weights, a data set of the user's."""
     found = {}
-    for name in (settings.distiller.name, settings.teacher.weights, settings.data.name.partition(":")[0]):
+    weights = settings.teacher.weights, settings.student.weights
+    for name in (settings.distiller.name, *weights, settings.data.name.partition(":")[0]):
         path = Path(name or "").expanduser()
         if name and path.suffix and path.is_file():
             state = path.stat()

@@ -46,7 +46,10 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     """
     spec, (settings, place) = dataset.spec, run
     torch.manual_seed(seed_of(settings.seed, "student"))
-    student = models.create(settings.student.name, spec, pretrained=settings.student.pretrained, fetch=fetch)
+    wanted = settings.student
+    student = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **wanted.options)
+    if wanted.weights:
+        models.load_weights(student, wanted.weights, drop_head=True, role="student")
     if dataset.device.type == "cpu":
         models.unfuse_attention(student)
     torch.manual_seed(seed_of(settings.seed, "distiller"))

@@ -164,6 +164,7 @@ def shape_of_shipped(run: Run, dataset: data.Dataset) -> nn.Module:
     """Make the module that a run ships, its weights yet to be loaded; a teacher is fetched only where it ships too."""
     settings = run.settings
     if registry.load(settings.distiller.name).deploy is Distiller.deploy:
-        return models.create(settings.student.name, dataset.spec, pretrained=settings.student.pretrained, fetch=False)
+        wanted = settings.student
+        return models.create(wanted.name, dataset.spec, pretrained=wanted.pretrained, fetch=False, **wanted.options)
     teacher = teachers.obtain(run, dataset, Progress(quiet=True))
     return build(run, dataset, TeacherPasses(teacher.network), fetch=False).deploy()

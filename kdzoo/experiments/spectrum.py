@@ -278,7 +278,8 @@ def _teacher(settings: Settings) -> tuple[Any, ...]:
     """What decides the teacher's weights."""
     wanted = settings.teacher
     recipe = wanted.protocol or settings.protocol.name
-    return wanted.name, wanted.weights, wanted.pretrained, recipe, wanted.epochs, wanted.seed, settings.data.limit
+    made = wanted.name, wanted.weights, wanted.pretrained, wanted.options
+    return *made, recipe, wanted.epochs, wanted.seed, settings.data.limit
 
 
 def _names(runs: Sequence[tuple[RunFolder, Run]]) -> list[str]:

@@ -73,7 +73,7 @@ def recipe(run: Run, dataset: Dataset) -> Run:
     own = resolve(
         {
             "distiller": {"name": "none"},
-            "student": {"name": wanted.name, "pretrained": wanted.pretrained},
+            "student": {"name": wanted.name, "pretrained": wanted.pretrained, "options": wanted.options},
             "data": asdict(settings.data),
             "protocol": protocol,
             "seed": wanted.seed,
@@ -126,4 +126,4 @@ def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network
     wanted = run.settings.teacher
     assert wanted.name is not None
     torch.manual_seed(seed_of(wanted.seed, "student"))
-    return models.create(wanted.name, dataset.spec, pretrained=wanted.pretrained, fetch=fetch)
+    return models.create(wanted.name, dataset.spec, pretrained=wanted.pretrained, fetch=fetch, **wanted.options)

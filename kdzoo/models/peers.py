@@ -188,8 +188,8 @@ OTHERS = (
     (
         {"features.0.0.weight", "features.1.conv.0.0.weight"},
         "its names are those of MobileNetV2 in torchvision and in chenyaofo's pytorch-cifar-models, which have the "
-        "same shapes but other strides (chenyaofo's keeps the resolution in its second stage), so this is another network; "
-        "torchvision's is torchvision:mobilenet_v2, and the other is given as your own module, mymodule:factory",
+        "same shapes but other strides (chenyaofo's keeps the resolution in its second stage), so this is another "
+        "network; torchvision's is torchvision:mobilenet_v2, and the other is given as a module, mymodule:factory",
     ),
     (
         {"pre.0.weight", "stage1.residual.0.weight"},

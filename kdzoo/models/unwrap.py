@@ -64,7 +64,7 @@ class Misfit(NamedTuple):
     unexpected: list[str]
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many tensors do not fit."""
         return len(self.differing) + len(self.missing) + len(self.unexpected)
 
@@ -98,11 +98,14 @@ def candidates(tensors: Mapping[str, Tensor], body: nn.Module) -> Iterator[Found
     for name in tensors:
         parts = name.split(".")
         counts.update(".".join(parts[:depth]) for depth in range(len(parts)))
-    for path, count in sorted(counts.items()):
-        if count < needed // 2:
-            continue
-        inner = {key[len(path) + 1 if path else 0 :]: value for key, value in tensors.items() if _below(key, path)}
+    places = {
+        path: {key[len(path) + 1 if path else 0 :]: value for key, value in tensors.items() if _below(key, path)}
+        for path, count in sorted(counts.items())
+        if count >= needed // 2
+    }
+    for path, inner in places.items():
         yield from _read_as(path, inner, body)
+    for path, inner in places.items():  # where only some names have a prefix, or it stands inside of them
         bare = {_bare(key): value for key, value in inner.items()}
         if bare.keys() != inner.keys() and len(bare) == len(inner):
             taken = sorted({part for key in inner for part in key.split(".") if part in WRAPPERS})
@@ -121,7 +124,7 @@ def choose(fitting: list[Found], role: str, file: str) -> Found:
         if any(not torch.equal(first.state[key], other.state[key]) for key in first.state.keys() & other.state.keys()):
             raise UserError(
                 f"'{file}' holds several networks that fit, under {first.path or 'no name'} and under "
-                f"{other.path or 'no name'}; save the one that you mean to a file of its own"
+                f"{other.path or 'no name'}; save the one that you mean to a file by itself"
             )
     return first
 

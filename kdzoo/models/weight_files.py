@@ -70,7 +70,7 @@ EXTRA_MAPPINGS = (
     "lightning_fabric.utilities.data.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict",
 )
-ALLOWED = [*((Extra, name) for name in EXTRAS), *((ExtraMapping, name) for name in EXTRA_MAPPINGS)]
+ALLOWED: list[Any] = [*((Extra, name) for name in EXTRAS), *((ExtraMapping, name) for name in EXTRA_MAPPINGS)]
 
 
 def find_file(given: Path) -> Path:
@@ -102,7 +102,7 @@ def read_file(path: Path) -> Any:
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols, which either load or do not
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged files, torch's reader raises whatever their bytes lead to
+    except Exception as error:  # on damaged files, torch's reader raises errors of many kinds
         raise UserError(_refusal(path, str(error))) from error
 
 

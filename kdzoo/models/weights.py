@@ -66,7 +66,7 @@ def load_weights(
     expected = body.state_dict()
     head = _head(network, body) if drop_head else ""
     known = list(candidates(tensors, body))
-    fitting = [found for found in known if not misfit(found.state, expected, head).count]
+    fitting = [found for found in known if not misfit(found.state, expected, head).total]
     if not fitting:
         raise UserError(f"'{path}' does not fit {_name(network, body)}: {_misfit(known, tensors, expected, head)}")
     chosen = choose(fitting, role, str(path))
@@ -114,7 +114,7 @@ def _misfit(known: list[Found], tensors: Mapping[str, Tensor], expected: Mapping
     """Say how the nearest reading of a file differs from the network, and why."""
     nearest = min(
         (found.state for found in known),
-        key=lambda state: misfit(state, expected, head).count,
+        key=lambda state: misfit(state, expected, head).total,
         default=dict(tensors),
     )
     differing, missing, unexpected = misfit(nearest, expected, head)
