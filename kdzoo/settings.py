@@ -55,6 +55,7 @@ class StudentSettings:
     # By which images are divided after that; None: the same.
     std: tuple[float, ...] | None = setting(None, each, positive)
     taps: tuple[str, ...] | None = None  # four submodules, shallow to deep, whose outputs are its stages; None: found
+    options: dict[str, Any] = field(default_factory=dict)  # keywords of the network's own, such as drop_path_rate
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class TeacherSettings:
     mean: tuple[float, ...] | None = setting(None, each, share)  # as the student's
     std: tuple[float, ...] | None = setting(None, each, positive)  # as the student's
     taps: tuple[str, ...] | None = None  # as the student's
+    options: dict[str, Any] = field(default_factory=dict)  # as the student's
     finetune: bool = False  # train the weights of the file on, with a new head where the classes differ
     protocol: str | None = None  # its recipe; None: finetune where it starts from weights, else the run's file
     epochs: int | None = setting(None, between, 1, 10**6)  # None: the recipe's
@@ -340,6 +342,9 @@ def _typed(given: Mapping[str, Any]) -> Run:
     for role, network in (("teacher", teacher), ("student", settings.student)):
         if network.weights and network.pretrained:
             raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
+        for key in ("name", "data", "pretrained", "fetch", "num_classes", "image_size", "mean", "std", "taps"):
+            if key in network.options:
+                raise UserError(f"{role}.options.{key} is no keyword to set: expected those of the network's own")
     return Run(settings, place)
 
 

@@ -50,9 +50,10 @@ def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> t
         "mean": wanted.mean,
         "std": wanted.std,
         "taps": wanted.taps,
+        **wanted.options,
     }
     if wanted.weights:
-        return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, **reading)
+        return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, role="student", **reading)
     network = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **reading)
     return network, "its pretrained weights" if wanted.pretrained else "weights drawn at random"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -49,10 +50,11 @@ def create(
     that size, with images resized inside; pretrained networks read the size they were trained at.
 
     Args:
-        name: a short name, any timm name, ``torchvision:NAME``, or ``package.module:factory``, called as
-            ``factory(num_classes=K, **options)``.
+        name: a short name, any timm name, ``timm/NAME``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH``,
+            ``torchvision:NAME``, or ``package.module:factory``, called as ``factory(num_classes=K, **options)``.
         data: classes, image size, and channel statistics.
-        pretrained: whether to start from timm's published weights, with their normalisation.
+        pretrained: whether to start from the published weights of timm or torchvision, or from those of the hub's or
+            local folder, with their normalisation. torchvision's are its default ones, or those of ``weights=NAME``.
         fetch: whether to download the pretrained weights. False builds the same architecture without them, to load a
             fine-tuned checkpoint into.
         image_size: side in pixels that it reads; None: the one it was pretrained at, else the data's.
@@ -65,32 +67,19 @@ def create(
         UserError: an unknown name or option, a factory that fails, or weights that cannot be downloaded.
     """
     check(name)
-    origin, colon, member = name.partition(":")
     if image_size is not None:
         options["img_size"] = image_size
-    network = _made(name, origin, colon, member, data, pretrained, fetch, taps, options)
+    origin, _, member = name.partition(":")
+    if names.is_timms(name):
+        network = _from_timm(name, data, pretrained, fetch, taps, options)
+    elif origin == "torchvision":
+        network = _from_torchvision(name, member, data, pretrained, fetch, taps, options)
+    elif pretrained:
+        raise UserError(f"'{name}' has no pretrained weights here; pass a timm name, or weights from a file")
+    else:
+        network = _from_factory(name, origin, member, data, taps, options)
     network.normalise(mean, std)
     return network
-
-
-def _made(
-    name: str,
-    origin: str,
-    colon: str,
-    member: str,
-    data: DataSpec,
-    pretrained: bool,
-    fetch: bool,
-    taps: Sequence[str] | None,
-    options: dict[str, Any],
-) -> Network:
-    if colon and pretrained:
-        raise UserError(f"'{name}' has no pretrained weights here; pass a timm name, or weights from a file")
-    if not colon:
-        return _from_timm(name, data, pretrained, fetch, taps, options)
-    if origin == "torchvision":
-        return _from_torchvision(name, member, data, taps, options)
-    return _from_factory(name, origin, member, data, taps, options)
 
 
 def check(name: str) -> None:
@@ -100,12 +89,47 @@ def check(name: str) -> None:
         raise unknown("model", name, names.known())
     if colon and origin == "torchvision" and member not in (known := _torchvision_models()):
         raise unknown("torchvision model", member, known)
+    if colon and origin == "hf-hub" and "/" not in member:
+        raise UserError(f"'{name}' names no model of the hub; expected hf-hub:OWNER/NAME")
+    if colon and origin == "local-dir" and not (Path(member).expanduser() / "config.json").is_file():
+        raise UserError(f"'{name}': no config.json in folder '{member}'; expected a model that timm saved for the hub")
 
 
 def pretrained_classes(name: str) -> int | None:
-    """Return the number of classes of timm's published weights for this network; None if there are none."""
-    facts = timm.get_pretrained_cfg(names.resolve(name)) if ":" not in name else None
+    """Return the number of classes of a network's published weights; None if there are none.
+
+    Raises:
+        UserError: the hub or folder that says so cannot be read.
+    """
+    origin, colon, member = name.partition(":")
+    if origin == "torchvision":
+        return len(_torchvision_weights(name, member, "DEFAULT").meta["categories"])
+    if colon and names.is_timms(name):
+        return int(_bare(name, {}).num_classes)
+    facts = None if colon else timm.get_pretrained_cfg(names.resolve(name))
     return facts.num_classes if facts and facts.has_weights else None
+
+
+def _torchvision_weights(name: str, member: str, which: str) -> Any:
+    known = torchvision.models.get_model_weights(member)
+    if which not in known.__members__:
+        raise unknown("weights", which, known.__members__, f"of {name}")
+    return known[which]
+
+
+def _bare(name: str, keywords: Mapping[str, Any]) -> Any:
+    """Make a timm network on the meta device, without weights."""
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        bare = _told(name, lambda: timm.create_model(_entry(name), **keywords))
+    torch.set_rng_state(state)
+    return bare
+
+
+def _entry(name: str) -> str:
+    """Return what timm calls a network, with the user's folder as a whole path."""
+    origin, colon, member = name.partition(":")
+    return f"{origin}:{Path(member).expanduser()}" if colon else names.resolve(name)
 
 
 def _torchvision_models() -> list[str]:
@@ -120,17 +144,14 @@ def _from_timm(
     taps: Sequence[str] | None,
     options: dict[str, Any],
 ) -> Network:
-    entry = names.resolve(name)
-    facts = _told(name, lambda: timm.get_pretrained_cfg(entry))
-    native = facts.input_size[-1] if facts else 224
+    entry = _entry(name)
+    keywords = {"num_classes": data.num_classes, **{key: options[key] for key in options if key != "img_size"}}
+    bare = _bare(name, keywords)
+    facts = bare.pretrained_cfg
+    native = facts.get("input_size", (3, 224, 224))[-1]
     wanted = options.pop("img_size", None)
     size = wanted or (native if pretrained else data.image_size)
-    keywords = {"num_classes": data.num_classes, **options}
-    statistics = (facts.mean, facts.std) if pretrained else (data.mean, data.std)
-    state = torch.get_rng_state()
-    with torch.device("meta"):
-        bare = _told(name, lambda: timm.create_model(entry, **keywords))
-    torch.set_rng_state(state)
+    statistics = (facts["mean"], facts["std"]) if pretrained else (data.mean, data.std)
 
     def build(side: int, stem: bool) -> tuple[nn.Module, list[str]]:
         chosen, adapted = (keywords, []) if side == native else token_options(bare, side, keywords, pretrained)
@@ -160,21 +181,48 @@ def _with_patches(entry: str, bare: nn.Module, side: int, keywords: dict[str, An
 
 
 def _from_torchvision(
-    name: str, member: str, data: DataSpec, taps: Sequence[str] | None, options: dict[str, Any]
+    name: str,
+    member: str,
+    data: DataSpec,
+    pretrained: bool,
+    fetch: bool,
+    taps: Sequence[str] | None,
+    options: dict[str, Any],
 ) -> Network:
-    size = options.pop("img_size", None) or data.image_size
-    keywords: dict[str, Any] = {"num_classes": data.num_classes, "weights": None, **options}
+    which = options.pop("weights", "DEFAULT")
+    weights = _torchvision_weights(name, member, which) if pretrained else None
+    facts = weights.transforms() if weights else None
+    native = facts.crop_size[0] if facts else 299 if member == "inception_v3" else 224
+    size = options.pop("img_size", None) or (native if pretrained else data.image_size)
+    keywords: dict[str, Any] = {"num_classes": data.num_classes, **options}
     if member in ("googlenet", "inception_v3"):  # their training output is a tuple unless told otherwise
-        keywords = {"aux_logits": False, "init_weights": True, **keywords}
+        keywords = {"aux_logits": False, "init_weights": not pretrained, "transform_input": pretrained, **keywords}
 
     def build(side: int, stem: bool) -> tuple[nn.Module, list[str]]:
-        body = torchvision.models.get_model(member, **keywords)
-        return body, shrink_stem(body) if stem else []
+        body = torchvision.models.get_model(member, weights=None, **keywords)
+        if weights and fetch:
+            _fill(name, body, weights)
+        return body, shrink_stem(body) if stem and not pretrained else []
 
     with torch.device("meta"):
-        _told(name, lambda: torchvision.models.get_model(member, **keywords))
-    native = 299 if member == "inception_v3" else 224
-    return _fitted(name, data, size, native, build, (data.mean, data.std), True, taps)
+        _told(name, lambda: torchvision.models.get_model(member, weights=None, **keywords))
+    statistics = (facts.mean, facts.std) if facts else (data.mean, data.std)
+    return _fitted(name, data, size, native, build, statistics, True, taps)
+
+
+def _fill(name: str, body: nn.Module, weights: Any) -> None:
+    """Load torchvision's weights into a network, but for a head of other classes and the auxiliary ones."""
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # its download raises kinds of several libraries
+        raise UserError(
+            f"no pretrained weights for '{name}' ({_line(error)}); connect, or load weights from a file"
+        ) from error
+    expected = body.state_dict()
+    head = next(key for key in reversed(expected) if key.endswith(".weight")).removesuffix("weight")
+    fits = len(weights.meta["categories"]) == len(expected[f"{head}weight"])
+    kept = {key: value for key, value in state.items() if key in expected and (fits or not key.startswith(head))}
+    body.load_state_dict({**expected, **kept})
 
 
 def _from_factory(

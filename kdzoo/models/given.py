@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -24,6 +24,7 @@ def load_given(
     file: str | Path,
     *,
     drop_head: bool = False,
+    role: Literal["student", "teacher", ""] = "",
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -40,6 +41,7 @@ def load_given(
         data: the same.
         file: the weights.
         drop_head: whether a head of other classes is left out.
+        role: which network of a file that holds both student and teacher.
         image_size: side in pixels that it reads, if another than its own.
         mean: per channel of images in [0, 1], if another than its own.
         std: the same.
@@ -73,7 +75,7 @@ def load_given(
                         UserError(f"'{file}' was written for '{name}' with {said}, which no image size here has")
                     )
                     continue
-                return network, load_weights(network, file, drop_head=drop)
+                return network, load_weights(network, file, drop_head=drop, role=role)
             except UserError as error:
                 refused.append(error)
     raise [*refused, *others][0]

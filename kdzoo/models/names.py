@@ -63,9 +63,18 @@ def short_names() -> dict[str, str]:
     return dict(SHORT)
 
 
+SOURCES = ("hf-hub", "local-dir")  # from which timm reads a network's name, its keywords and its weights
+
+
 def resolve(name: str) -> str:
-    """Return timm's name for a network; a name that is not a short one stays as it is."""
-    return SHORT.get(name, name)
+    """Return timm's name for a network; ``timm/NAME`` is timm's own where a short name is the same."""
+    return SHORT.get(name, name.removeprefix("timm/"))
+
+
+def is_timms(name: str) -> bool:
+    """Tell whether timm makes the network: by a name, or from a folder or hub that says which it is."""
+    origin, colon, _ = name.partition(":")
+    return not colon or origin in SOURCES
 
 
 def known() -> set[str]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdzoo.errors import UserError
 from kdzoo.files import write_atomically
+from kdzoo.models.peers import known_as
+from kdzoo.models.unwrap import Found, candidates, choose, misfit, tensors_of
+from kdzoo.models.weight_files import find_file, read_file, written_by_kdzoo
 
-NESTS = ("state_dict", "model", "student")  # under which trainers put the weights
 SHOWN = 3  # mismatching tensors named in an error
 
 
@@ -32,39 +33,56 @@ def save_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
     write_atomically(Path(file), lambda temporary: temporary.write_bytes(save(state, metadata)))
 
 
-def load_weights(network: nn.Module, file: str | os.PathLike[str], *, drop_head: bool = False) -> str:
-    """Load a checkpoint (safetensors, .pt or .pth) into ``network.body``, or into the module itself.
+def load_weights(
+    network: nn.Module,
+    file: str | os.PathLike[str],
+    *,
+    drop_head: bool = False,
+    role: Literal["student", "teacher", ""] = "",
+) -> str:
+    """Load a checkpoint of any training code into ``network.body``, or into the module itself.
 
-    Nests such as ``{"state_dict": ...}`` and prefixes such as ``module.`` are taken off. Pickled code is not
-    run.
+    Containers such as ``{"state_dict": ...}`` and prefixes such as ``module.`` are taken off, a moving average is
+    preferred, and the names of RepDistiller, mdistiller, pytorch-cifar-models, pytorch-cifar100 and earlier versions of
+    timm are translated where the architecture is the same. Pickled code is not run.
+
+    Args:
+        network: what to load into.
+        file: safetensors or what ``torch.save`` wrote, or a folder with ``model.safetensors`` or ``pytorch_model.bin``.
+        drop_head: whether the classifier stays as it is.
+        role: which network of a file that holds both student and teacher.
+
+    Returns:
+        A line that says what was loaded, and what was taken off and translated.
 
     Raises:
         UserError: no such file, no weights in it, or weights of another network.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"weights '{path}' not found; expected a .safetensors, .pt or .pth file")
-    state = _unwrapped(_read(path))
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+    path = find_file(Path(file))
+    tensors = tensors_of(read_file(path))
+    if not tensors:
         raise UserError(f"'{path}' holds no weights; expected a mapping from names to tensors")
     body = _bare(network)
     expected = body.state_dict()
-    if drop_head:  # minimal
-        state = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
-        state = {**expected, **state}
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    differing = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    if missing or unexpected or differing:
-        shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}" for k in differing[:SHOWN]]
-        named = shapes or [f"{k} is missing" for k in sorted(missing)[:SHOWN]]
-        named = named or [f"{k} is unexpected" for k in sorted(unexpected)[:SHOWN]]
+    head = _head(network, body) if drop_head else ""
+    known = list(candidates(tensors, body))
+    fitting = [found for found in known if not misfit(found.state, expected, head).total]
+    if not fitting:
+        raise UserError(f"'{path}' does not fit {_name(network, body)}: {_misfit(known, tensors, expected, head)}")
+    chosen = choose(fitting, role, str(path))
+    _check_kind(path, chosen.state)
+    stem = _hidden_stem(network)
+    if stem and not written_by_kdzoo(path):
         raise UserError(
-            f"'{path}' does not fit {getattr(network, 'name', type(body).__name__)}: {'; '.join(named)} "
-            f"({len(differing)} differ, {len(missing)} missing, {len(unexpected)} unexpected); pass the weights of "
-            "the same network, classes and image size"
+            f"'{path}' was made with another stem than {_name(network, body)} has here ({stem}): the shapes agree, and "
+            "the outputs would not; make the network for the image size of the weights (image_size=224)"
         )
-    body.load_state_dict(state)
-    return f"{path}"
+    # What is not in the file, counters and a head that is left out, stays as it is.
+    kept = {
+        key: value for key, value in chosen.state.items() if key in expected and not (head and key.startswith(head))
+    }
+    body.load_state_dict({**expected, **kept})
+    return _line(path, chosen, head, tensors, network)
 
 
 def _bare(network: nn.Module) -> nn.Module:
@@ -72,28 +90,70 @@ def _bare(network: nn.Module) -> nn.Module:
     return body if isinstance(body, nn.Module) else network
 
 
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"'{path}' cannot be read as weights ({reason[:120]}); expected safetensors, or a .pt or .pth file of "
-            "tensors alone"
-        ) from error
+def _name(network: nn.Module, body: nn.Module) -> str:
+    return getattr(network, "name", type(body).__name__)
 
 
-def _unwrapped(state: Any) -> dict[str, Any]:
-    while isinstance(state, Mapping):
-        nest = next((n for n in NESTS if isinstance(state.get(n), Mapping)), None)
-        if nest is None:
-            break
-        state = state[nest]
-    if not isinstance(state, Mapping):
-        return {}
-    for prefix in ("module.", "body.", "_orig_mod."):
-        if state and all(str(k).startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return dict(state)
+def _head(network: nn.Module, body: nn.Module) -> str:
+    """Return what the names of the classifier's parameters begin with.
+
+    Raises:
+        UserError: the network does not show which layer it is.
+    """
+    getter = getattr(body, "get_classifier", None)
+    layer = getter() if getter else getattr(network, "classifier", None)
+    if layer is None:
+        layer = next((module for module in reversed(list(body.modules())) if isinstance(module, nn.Linear)), None)
+    name = next((name for name, module in body.named_modules() if module is layer), "")
+    if not name:
+        raise UserError(f"{_name(network, body)} shows no classifier to leave out; load weights of the same classes")
+    return name + "."
+
+
+def _misfit(known: list[Found], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: str) -> str:
+    """Say how the nearest reading of a file differs from the network, and why."""
+    nearest = min(
+        (found.state for found in known),
+        key=lambda state: misfit(state, expected, head).total,
+        default=dict(tensors),
+    )
+    differing, missing, unexpected = misfit(nearest, expected, head)
+    if missing and (reason := next(filter(None, (known_as(found.state) for found in known)), "")):
+        return reason
+    shapes = [f"{k} is {tuple(nearest[k].shape)}, expected {tuple(expected[k].shape)}" for k in differing[:SHOWN]]
+    layers = {key.rpartition(".")[0] for key in differing}
+    only_head = len(layers) == 1 and not missing and not unexpected and list(expected)[-1] in differing
+    named = shapes or [f"{k} is missing" for k in missing[:SHOWN]] or [f"{k} is unexpected" for k in unexpected[:SHOWN]]
+    return (
+        f"{'; '.join(named)} ({len(differing)} differ, {len(missing)} missing, {len(unexpected)} unexpected); pass the "
+        "weights of the same network, classes and image size"
+        + (", or leave the head out and train on (teacher.finetune=true)" if only_head else "")
+    )
+
+
+def _check_kind(path: Path, state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        kind = "quantised" if value.is_quantized else "meta" if value.is_meta else "sparse"
+        if kind != "sparse" or value.layout != torch.strided:
+            raise UserError(f"'{path}': {name} is a {kind} tensor; expected dense ones, as state_dict() gives them")
+
+
+def _hidden_stem(network: nn.Module) -> str:
+    """Return how a stem was adapted where the weights' shapes do not show it; else nothing."""
+    changes = [change for change in getattr(network, "adapted", ()) if change.startswith("stem")]
+    kernels = [re.findall(r"(\d+)x\d+", change) for change in changes]
+    return "; ".join(changes) if all(len(set(sides)) <= 1 for sides in kernels) else ""
+
+
+def _line(path: Path, found: Found, head: str, tensors: Mapping[str, Tensor], network: nn.Module) -> str:
+    """Say what was loaded."""
+    said = [f"under {found.path}" if found.path else ""]
+    if found.averaged:
+        said.append("a moving average (EMA)")
+    if found.translated:
+        said.append(f"names translated from those of {found.translated}")
+    if head:
+        said.append(f"without its head {head.removesuffix('.')}")
+    stem = [change for change in getattr(network, "adapted", ()) if change.startswith("stem")]
+    said.append("; ".join(stem) if stem else "stem as defined")
+    return f"weights of {path} ({', '.join(filter(None, said))})"
