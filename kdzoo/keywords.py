@@ -93,7 +93,7 @@ def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
         yield
     except ConfigKeyError as error:
         raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
         said = str(error).split("\n")[0]
         key = getattr(error, "full_key", None)
         raise UserError(f"{prefix}{key}: {said}" if key else said) from error
@@ -158,9 +158,10 @@ def matching(pattern: str, expected: str, **keyword: str) -> str:
 def rising(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
     """Apply one of the checks above to each of several values, none below the one before; there may be none."""
     ((name, values),) = keyword.items()
-    if any(one > two for one, two in pairwise(values)):
+    checked = tuple(check(*arguments, **{name: value}) for value in values)
+    if any(one > two for one, two in pairwise(checked)):
         raise UserError(f"{name}={list(values)}: expected values in rising order")
-    return tuple(check(*arguments, **{name: value}) for value in values)
+    return checked
 
 
 def odd(**keyword: int) -> int:
@@ -186,7 +187,7 @@ def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -
 
 def _checked(keyword: dict[str, Any], holds: Callable[[Any], bool], expected: str) -> Any:
     ((name, value),) = keyword.items()
-    if not (math.isfinite(value) and holds(value)):
+    if not (isinstance(value, int | float) and math.isfinite(value) and holds(value)):
         raise UserError(f"{name}={value}: expected {expected}")
     return value
 
