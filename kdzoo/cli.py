@@ -102,7 +102,7 @@ def cli() -> None:
 @flag(
     "--teacher-weights",
     "teacher.weights",
-    help="File with the teacher's weights, .safetensors or .pt (default: train the teacher once).",
+    help="Checkpoint with the teacher's weights, a file or folder (default: train the teacher once).",
 )
 @flag(
     "--allow-weak-teacher",

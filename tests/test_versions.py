@@ -10,8 +10,18 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 LINES = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
 OLDEST = {line.partition("==")[0]: Version(line.partition("==")[2]) for line in LINES if not line.startswith("#")}
-UNTRIED = {"ray"}  # too large to install twice; its tests are slow, too
-TOOLS = {"mypy", "pandas-stubs", "pytest", "pytest-xdist", "ruff", "scipy-stubs", "types-psutil", "types-PyYAML"}
+UNTRIED = {"ray", "datasets"}  # too large to install twice
+TOOLS = {
+    "hypothesis",
+    "mypy",
+    "pandas-stubs",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "scipy-stubs",
+    "types-psutil",
+    "types-PyYAML",
+}
 
 
 def requirements() -> list[Requirement]:

@@ -91,25 +91,31 @@ def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], left: st
     )
 
 
-def candidates(tensors: Mapping[str, Tensor], body: nn.Module) -> Iterator[Found]:
-    """List the ways to read a file's tensors as the weights of a network, whether they fit or not."""
+def candidates(tensors: Mapping[str, Tensor], body: nn.Module) -> Iterator[list[Found]]:
+    """List the ways to read a file's tensors as the weights of a network, the plainest first, whether they fit or not.
+
+    These are the tensors below each container or prefix, first by their own names, then by translated ones, and at last
+    without prefixes that only some of them have.
+    """
     needed = sum(not key.endswith(COUNTERS) for key in body.state_dict())
     counts: Counter[str] = Counter()
     for name in tensors:
         parts = name.split(".")
         counts.update(".".join(parts[:depth]) for depth in range(len(parts)))
-    places = {
-        path: {key[len(path) + 1 if path else 0 :]: value for key, value in tensors.items() if _below(key, path)}
+    places = [
+        (path, {key[len(path) + 1 if path else 0 :]: value for key, value in tensors.items() if _below(key, path)})
         for path, count in sorted(counts.items())
         if count >= needed // 2
-    }
-    for path, inner in places.items():
-        yield from _read_as(path, inner, body)
-    for path, inner in places.items():  # where only some names have a prefix, or it stands inside of them
+    ]
+    stripped = []
+    for path, inner in places:
         bare = {_bare(key): value for key, value in inner.items()}
         if bare.keys() != inner.keys() and len(bare) == len(inner):
             taken = sorted({part for key in inner for part in key.split(".") if part in WRAPPERS})
-            yield from _read_as(".".join(filter(None, [path, *taken])), bare, body)
+            stripped.append((".".join(filter(None, [path, *taken])), bare))
+    for found in (places, stripped):
+        yield [Found(path, "", state) for path, state in found]
+        yield [translated for path, state in found for translated in _translated(path, state, body)]
 
 
 def choose(fitting: list[Found], role: str, file: str) -> Found:
@@ -141,8 +147,7 @@ def _bare(key: str) -> str:
     return ".".join(part for part in parts if part not in INSIDE)
 
 
-def _read_as(path: str, state: dict[str, Tensor], body: nn.Module) -> Iterator[Found]:
-    yield Found(path, "", state)
+def _translated(path: str, state: dict[str, Tensor], body: nn.Module) -> Iterator[Found]:
     for dialect in dialects(body):
         translated = {dialect.translate(key): value for key, value in state.items()}
         if translated.keys() != state.keys() and len(translated) == len(state):

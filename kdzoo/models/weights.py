@@ -65,8 +65,13 @@ def load_weights(
     body = _bare(network)
     expected = body.state_dict()
     head = _head(network, body) if drop_head else ""
-    known = list(candidates(tensors, body))
-    fitting = [found for found in known if not misfit(found.state, expected, head).total]
+    known: list[Found] = []
+    fitting: list[Found] = []
+    for ways in candidates(tensors, body):
+        known += ways
+        fitting = [found for found in ways if not misfit(found.state, expected, head).total]
+        if fitting:
+            break
     if not fitting:
         raise UserError(f"'{path}' does not fit {_name(network, body)}: {_misfit(known, tensors, expected, head)}")
     chosen = choose(fitting, role, str(path))

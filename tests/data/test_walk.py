@@ -143,7 +143,7 @@ def test_no_image_is_both_held_out_and_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}}
-    with pytest.raises(UserError, match=r"data\.val=.*expected a share"):
+    with pytest.raises(UserError, match=r"data\.val=.*expected a number from 0 to below 1"):
         resolve(base, [f"data.val={share}"])
 
 

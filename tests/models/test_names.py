@@ -25,7 +25,8 @@ def folder(tmp_path_factory):
     """A network as timm saves it for the hub, of 10 classes and with statistics of its own."""
     path = tmp_path_factory.mktemp("hub") / "model"
     body = timm.create_model("resnet18", num_classes=10)
-    save_for_hf(body, path, model_config={"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 64, 64)})
+    body.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 64, 64))
+    save_for_hf(body, path)
     return path, body.state_dict()
 
 
@@ -46,9 +47,10 @@ def test_a_folder_that_timm_saved_gives_its_network_and_its_weights(folder):
 def test_a_folder_gives_the_architecture_alone_where_its_weights_are_not_asked_for(folder):
     path, state = folder
     network = create(f"local-dir:{path}", DATA)
-    assert network.image_size == 32
     assert not same(network.body.state_dict(), state)
-    wider = create(f"local-dir:{path}", DATA._replace(num_classes=7, names=tuple("abcdefg")), pretrained=True).body
+    wider = create(
+        f"local-dir:{path}", DATA._replace(num_classes=7, class_names=tuple("abcdefg")), pretrained=True
+    ).body
     assert wider.fc.weight.shape == (7, 512)
     assert wider.layer1[0].conv1.weight.equal(state["layer1.0.conv1.weight"])
 
@@ -92,7 +94,7 @@ def published(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
 def test_torchvisions_published_weights_come_with_their_size_and_statistics(name, published):
-    thousand = DATA._replace(num_classes=1000, names=tuple(map(str, range(1000))))
+    thousand = DATA._replace(num_classes=1000, class_names=tuple(map(str, range(1000))))
     network = create(f"torchvision:{name}", thousand, pretrained=True)
     assert same(network.body.state_dict(), published[name])
     assert (network.image_size, network.adapted) == (224, ("images resized to 224 inside",))
