@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 LINES = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
 OLDEST = {line.partition("==")[0]: Version(line.partition("==")[2]) for line in LINES if not line.startswith("#")}
 UNTRIED = {"ray", "datasets"}  # too large to install twice
-TOOLS = {
+TOOLS = {"hypothesis", "mypy", "pandas-stubs", "pytest", "pytest-xdist", "ruff"}
+TOOLS |= {"scipy-stubs", "types-psutil", "types-PyYAML"}
     "hypothesis",
     "mypy",
     "pandas-stubs",

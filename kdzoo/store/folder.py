@@ -60,7 +60,7 @@ class Result:
         return values
 
 
-FORMAT = 2  # of config.yaml; another version's folders are refused
+FORMAT = 3  # of config.yaml; another version's folders are refused
 
 
 class RunFolder:

@@ -111,7 +111,7 @@ def test_a_run_of_another_machine_is_measured_on_what_this_one_has(finished, tmp
 
 def test_a_folder_of_another_version_is_refused_in_one_line(finished, tmp_path):
     moved = RunFolder(Path(shutil.copytree(finished.folder, tmp_path / "moved")))
-    moved.config.write_text(moved.config.read_text().replace("format: 2\n", ""))
+    moved.config.write_text(moved.config.read_text().replace("format: 3\n", ""))
     found = json.loads(moved.result.read_text())
     moved.result.write_text(json.dumps({key: value for key, value in found.items() if key != "names"}))
     for read in (evaluate_run, kdzoo.table):
