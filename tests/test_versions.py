@@ -13,16 +13,6 @@ OLDEST = {line.partition("==")[0]: Version(line.partition("==")[2]) for line in 
 UNTRIED = {"ray", "datasets"}  # too large to install twice
 TOOLS = {"hypothesis", "mypy", "pandas-stubs", "pytest", "pytest-xdist", "ruff"}
 TOOLS |= {"scipy-stubs", "types-psutil", "types-PyYAML"}
-    "hypothesis",
-    "mypy",
-    "pandas-stubs",
-    "pytest",
-    "pytest-xdist",
-    "ruff",
-    "scipy-stubs",
-    "types-psutil",
-    "types-PyYAML",
-}
 
 
 def requirements() -> list[Requirement]:
