@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses, writes
 from kdzoo.errors import UserError
 from kdzoo.settings import Run
+
+if TYPE_CHECKING:
+    from kdzoo.engine.lane import Lane
 
 LIBRARY = str(Path(torch.__file__).parent)
 
@@ -109,8 +112,18 @@ class Shared:
         counted["the teacher's weights"] = writes(self.weights)
         return counted
 
+    def was_written_by(self, lane: "Lane") -> bool:
+        """Tell whether the lane, whose step was the last, wrote to what is shared; that is its failure then."""
+        if (written := self.written()) is None:
+            return False
+        lane.failure = UserError(
+            f"distiller '{lane.run.settings.distiller.name}' changed {written} in step {lane.at}, which the methods "
+            "beside it read too; compute on a copy"
+        )
+        return True
+
     def written(self) -> str | None:
-        """Name what the last lane wrote to, and restore what outlives the batch; None where it wrote to nothing."""
+        """Name what was written to since the last look, and restore what outlives the batch; None for nothing."""
         if torch.get_default_dtype() != self.dtype:
             torch.set_default_dtype(self.dtype)
             return "torch's default dtype"

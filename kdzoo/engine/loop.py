@@ -47,11 +47,7 @@ def train(
         for lane in alive(lanes):
             with lane.failing_alone():
                 steps.step(lane, batch, step)
-            if written := shared.written():
-                lane.failure = UserError(
-                    f"distiller '{lane.run.settings.distiller.name}' changed {written} in step {step}, which the "
-                    "methods beside it read too; compute on a copy"
-                )
+            if shared.was_written_by(lane):
                 batch = steps.begin(next(loader.batches(step)))  # drawn again, for the lanes after it
                 shared.watch(batch)
         steps.end()
