@@ -179,11 +179,11 @@ class Progress:
 
     def group(self, number: int, text: str) -> None:
         """Begin the suite's group of this number, from 0; those before it are done. ``text`` says what it is."""
-        self.worth(0.0)
+        self.count_next(0.0)
         self.number, self.before = number, sum(self.works[:number])
         self.say(f"group {number + 1}/{len(self.works)}: {text}{self.left()}")
 
-    def worth(self, work: float) -> None:
+    def count_next(self, work: float) -> None:
         """Count the next training as this much of the suite's work; a teacher's own training is none of it."""
         self.before += self.here * self.share
         self.trained += self.here * (self.share - self.start)

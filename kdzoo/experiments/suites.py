@@ -109,7 +109,7 @@ def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], override
             teacher, student, protocol = _pair(title, pair, content["protocol"])
             for network in (teacher, student):
                 if network is not None:
-                    models.check(network)
+                    models.check_name(network)
             for seed in seeds or content["seeds"]:
                 for distiller in content["distillers"]:
                     run = resolve(

@@ -118,7 +118,7 @@ def title(group: Sequence[Run]) -> str:
 def train_together(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> None:
     """Train runs side by side; those that memory did not hold are tried again, half as many at a time."""
     for lanes in by_checkpoint(runs):
-        progress.worth(sum(run.settings.protocol.epochs for run in lanes))
+        progress.count_next(sum(run.settings.protocol.epochs for run in lanes))
         outcomes = dict(enumerate(train_lanes(lanes, dataset, teacher, progress)))
         full = [i for i, outcome in outcomes.items() if isinstance(outcome, OutOfMemory) and len(lanes) > 1]
         for i in outcomes.keys() - set(full):

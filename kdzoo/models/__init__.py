@@ -3,7 +3,7 @@
 # These register the 32x32 nets and the small transformers with timm.
 from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transformers, wrn  # noqa: F401
 from kdzoo.models.adapt import unfuse_attention
-from kdzoo.models.by_name import check, create, pretrained_classes
+from kdzoo.models.by_name import check_name, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
 from kdzoo.models.given import load_given, written_facts
 from kdzoo.models.names import short_names
@@ -13,7 +13,7 @@ from kdzoo.models.weights import load_weights, save_weights
 __all__ = [
     "Network",
     "cast_weights",
-    "check",
+    "check_name",
     "create",
     "describe",
     "load_given",

@@ -66,7 +66,7 @@ def create(
     Raises:
         UserError: an unknown name or option, a factory that fails, or weights that cannot be downloaded.
     """
-    check(name)
+    check_name(name)
     if image_size is not None:
         options["img_size"] = image_size
     origin, _, member = name.partition(":")
@@ -82,7 +82,7 @@ def create(
     return network
 
 
-def check(name: str) -> None:
+def check_name(name: str) -> None:
     """Check that ``create`` knows the name. Factories of one's own are not imported for this."""
     origin, colon, member = name.partition(":")
     if not colon and not timm.is_model(names.resolve(name)):

@@ -39,7 +39,7 @@ def test_without_a_terminal_every_epoch_of_every_lane_is_a_line():
     with Progress(console=console(terminal=False)) as progress:
         progress.suite([4])
         progress.group(0, "resnet14 on digits")
-        progress.worth(4)
+        progress.count_next(4)
         progress.begin("training kd", 10, 20, 0, ["kd", "lfcc"])
         for epoch in (1, 2):
             progress.epoch(record(epoch, 50.0), "kd")
@@ -55,7 +55,7 @@ def test_on_a_terminal_the_view_shows_groups_lanes_accuracies_and_losses():
     progress = Progress(console=console(terminal=True))
     progress.suite([4, 4])
     progress.group(0, "resnet14 on digits")
-    progress.worth(4)
+    progress.count_next(4)
     progress.begin("training kd", 10, 20, 0, ["kd", "lfcc"])
     progress.epoch(record(1, 50.25), "kd")
     progress.show(12, {"ce": 0.75}, 900.0, "lfcc")
@@ -81,7 +81,7 @@ def test_an_epoch_that_was_not_measured_says_so_and_the_last_accuracy_stays():
 def test_the_view_replaces_the_lines_of_all_epochs_but_the_last():
     progress = Progress(console=console(terminal=True))
     progress.suite([2])
-    progress.worth(2)
+    progress.count_next(2)
     progress.begin("training kd", 10, 20, 0, ["kd"])
     progress.epoch(record(1, 50.0), "kd")
     assert "epoch   1/2" not in progress.console.file.getvalue()
@@ -103,7 +103,7 @@ def test_the_time_left_is_that_of_the_whole_suite():
     progress = Progress(console=console(terminal=True), clock=clock)
     progress.suite([4, 12])
     progress.group(0, "first")
-    progress.worth(4)
+    progress.count_next(4)
     progress.begin("training kd", 10, 20, 0, ["kd", "lfcc"])
     assert progress.left() == ""
     clock.now = 60.0
@@ -124,7 +124,7 @@ def test_a_teachers_training_counts_nothing_and_what_was_done_before_says_nothin
     progress.begin("training kd", 10, 20, 0, ["none"])
     progress.show(20, {}, 1.0, "none")
     assert progress.left() == ""
-    progress.worth(8)
+    progress.count_next(8)
     progress.begin("training kd", 10, 40, 20, ["kd"])  # resumed half-way
     assert progress.left() == ""
     clock.now = 60.0
@@ -146,7 +146,7 @@ def test_quiet_shows_nothing(capsys):
     with Progress(quiet=True) as progress:
         progress.suite([1])
         progress.group(0, "first")
-        progress.worth(1)
+        progress.count_next(1)
         progress.begin("training kd", 10, 10, 0, ["kd"])
         progress.epoch(record(1, 50.0), "kd")
     assert capsys.readouterr() == ("", "")
@@ -254,7 +254,7 @@ def test_many_runs_share_one_line_with_their_mean_loss_and_the_best_of_them(plai
 
 def test_the_line_of_a_suite_ends_with_the_time_left_in_all(plain, clock):
     plain.suite([2, 2])
-    plain.worth(2)
+    plain.count_next(2)
     plain.begin("training kd", 10, 20, 0, ["kd"])
     clock.now = 60.0
     plain.show(10, {"ce": 1.0}, 1.0, "kd")

@@ -10,7 +10,7 @@ from timm.models import save_for_hf
 
 from kdzoo import DataSpec
 from kdzoo.errors import UserError
-from kdzoo.models import check, create, pretrained_classes
+from kdzoo.models import check_name, create, pretrained_classes
 from kdzoo.settings import resolve
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10))
@@ -66,7 +66,7 @@ def test_a_folder_gives_the_architecture_alone_where_its_weights_are_not_asked_f
 )
 def test_names_that_lead_nowhere_are_refused(name, said):
     with pytest.raises(UserError, match=said):
-        check(name)
+        check_name(name)
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
