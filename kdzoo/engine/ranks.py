@@ -203,7 +203,8 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
         max_restarts=0,
     )
     try:
-        with script_hidden():
+        # A function of the script itself can only be found by running it again.
+        with nullcontext() if work.__module__ == "__main__" else script_hidden():
             elastic_launch(config, _work_as_rank)(work, run, *arguments)
     except SignalException as error:
         if error.sigval == signal.SIGINT:

@@ -24,7 +24,7 @@ PROGRAM = str(Path(__file__).with_name("two_ranks.py"))
 # crd draws each of the 112 images of other classes once, so that no draw is left to chance.
 ALIKE = ["none", "kd", "ctkd", "lfcc", "figkd:class_order=confusion", "crd:negatives=112,width=16"]
 APART = ["mlld", "simkd"]  # one compares the images of a batch, the other has batch norms
-WRITTEN = {"config.yaml", "environment.json", "metrics.jsonl", "result.json", "student.safetensors"}
+WRITTEN = {"classes.txt", "config.yaml", "environment.json", "metrics.jsonl", "result.json", "student.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
             ["engine.devices=3", "protocol.batch_size=64"],
             "batch of 64 images cannot be shared evenly by 3 devices; set protocol.batch_size",
         ),
-        (["engine.devices=0"], "--devices 0: expected a number from 1"),
+        (["engine.devices=0"], "engine.devices=0: expected a number from 1"),
         (["engine.devices=2", "engine.device=cuda"], "no cuda device"),
     ],
 )

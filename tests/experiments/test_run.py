@@ -250,9 +250,9 @@ def test_a_finished_run_stays_until_the_one_that_replaces_it_is_finished(tmp_pat
     whole = distil(tmp_path)
     folder = RunFolder(whole.folder)
     for moment in (
-        "kdzoo.experiments.run.open_data",
-        "kdzoo.experiments.run.train_one",
-        "kdzoo.engine.loop.finish_epoch",
+        "experiments.run.open_data",
+        "experiments.run.train_one",
+        "engine.loop.finish_epoch",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"kdzoo.{moment}", gone)
