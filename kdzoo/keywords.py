@@ -107,7 +107,7 @@ def read_yaml(text: str, title: str) -> dict[str, Any]:
     """
     try:
         content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{title} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{title} holds no mapping; expected keys with their values")
