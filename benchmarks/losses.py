@@ -28,7 +28,7 @@ from kdzoo.distiller import EVERYTHING, LOGITS
 from kdzoo.engine.optim import Optimizer
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.settings import read_protocol
+from kdzoo.resolve import read_protocol
 
 PAIRS = ("vit_s:resnet18", "resnet32x4:resnet8x4")
 SIZE = 32

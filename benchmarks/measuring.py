@@ -23,7 +23,8 @@ from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.training import build, common_loader, shared_passes
 from kdzoo.files import slug, write_text
-from kdzoo.settings import Place, Run, Settings, resolve
+from kdzoo.resolve import resolve
+from kdzoo.settings import Place, Run, Settings
 from kdzoo.store.folder import RunFolder
 
 CLASSES = 100

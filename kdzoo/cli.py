@@ -23,7 +23,9 @@ def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
     """Options that say where a finished run is looked at, and on what."""
     for option in (
         click.option(
-            "--trust-code", is_flag=True, help="Run the Python files that the run names, though they are not yours."
+            "--trust-code",
+            is_flag=True,
+            help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
         ),
         click.option(
             "--precision",
@@ -32,7 +34,8 @@ def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", default="auto", help="Device to compute on (default: the first GPU, else the CPU)."),
         click.option("--data-root", "root", help="Folder of downloaded data sets (default: the one of the run)."),
         click.option(
-            "--data", help="Data set, or where it lies now, such as folder:PATH (default: the one of the run)."
+            "--data",
+            help="Data set, or where it lies now, such as folder:PATH (default: the run's; digits without a run).",
         ),
     ):
         command = option(command)
@@ -50,13 +53,15 @@ def cli() -> None:
     "--distiller",
     "distiller.name",
     required=True,
-    help="Method: a name of 'kdzoo list distillers', or the path of a Python file that holds one.",
+    help="Distillation method: a name of 'kdzoo list distillers', or the path of a Python file that holds one; none "
+    "trains the student on labels alone.",
 )
 @flag(
     "--student",
     "student.name",
     required=True,
-    help="Network to train: a short name, any name of timm, torchvision:NAME, or your own package.module:factory.",
+    help="Network to train: a name of 'kdzoo list models', any name of timm, torchvision:NAME, or your own "
+    "package.module:factory.",
 )
 @flag(
     "--teacher", "teacher.name", help="Network to learn from, named in the same way (not needed by --distiller none)."
@@ -76,7 +81,8 @@ def cli() -> None:
     "--epochs",
     "protocol.epochs",
     type=int,
-    help="Number of epochs; milestones and warm-up are scaled with it (default: the protocol's).",
+    help="Number of epochs; the milestones and the warm-up of the learning rate are scaled with it (default: the "
+    "protocol's).",
 )
 @flag(
     "--batch-size", "protocol.batch_size", type=int, help="Total batch size over all devices (default: the protocol's)."
@@ -102,26 +108,31 @@ def cli() -> None:
 @flag(
     "--teacher-weights",
     "teacher.weights",
-    help="Checkpoint with the teacher's weights, a file or folder (default: train the teacher once).",
+    help="Checkpoint with the teacher's weights, a file or folder (default: train the teacher on the same data, "
+    "and keep "
+    "it in the cache for later runs).",
 )
 @flag(
     "--allow-weak-teacher",
     "teacher.allow_weak",
     is_flag=True,
     default=None,
-    help="Accept a teacher whose accuracy is close to chance.",
+    help="Distil even from a teacher whose accuracy is close to guessing (default: stop).",
 )
 @click.option(
     "--resume/--fresh",
     default=True,
-    help="Continue an interrupted run, or start again from nothing (default: continue).",
+    help="Continue an interrupted run, or start again; a finished result stays until the new one is there (default: "
+    "continue).",
 )
 @DEBUG
 @OVERRIDES
 def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     """Distil one student from one teacher.
 
-    Any setting may follow as KEY=VALUE: distiller.size=5 protocol.lr=0.1 data.limit=2000
+    The run's folder then holds the student and its accuracy on the test images, after the last epoch and the best.
+    Any setting may follow as KEY=VALUE: protocol.lr=0.1 data.limit=2000 distiller.size=5 ('kdzoo show uhkd' lists a
+    method's).
     """
     from kdzoo.engine.progress import Progress
 
@@ -136,8 +147,8 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     with Progress() as progress, progress.doing("loading torch") as rename:
         from kdzoo.engine.ranks import is_first
         from kdzoo.experiments.run import execute
+        from kdzoo.resolve import resolve
         from kdzoo.results.last_screen import next_steps, result_table
-        from kdzoo.settings import resolve
 
         rename("reading settings and data")
         made = resolve(values, overrides)
@@ -188,9 +199,11 @@ def bench(
     worker: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train every method, pair and seed of a suite, then print the table.
+    """Train every method, teacher-student pair and seed of a suite, then print the table.
 
-    The same command continues a suite that was stopped, and several processes may work on one suite. Settings may
+    SUITE is a name of 'kdzoo list suites', or the path of a YAML file. Runs that share teacher, data, protocol and seed
+    are a group, trained side by side. The same command continues a suite that was stopped, and several processes
+    may work on one suite. Settings may
     follow as KEY=VALUE; they apply to every run.
     """
     from kdzoo.engine.progress import Progress
@@ -234,7 +247,8 @@ def bench(
 def evaluate(folder: Path, **here: Any) -> None:
     """Measure the student of a finished run again.
 
-    The run may come from another machine. Its paths mean what they meant in the folder it was made in.
+    Prints its top-1 and top-5 on the test images. The run may come from another machine: its relative paths are looked
+    up in the folder where it was made, if that is there, else in the working folder.
     """
     from kdzoo.experiments.run import Here, evaluate_run
 
@@ -247,7 +261,9 @@ def evaluate(folder: Path, **here: Any) -> None:
 @click.option("--format", "style", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown")
 @click.option("--baseline", metavar="METHOD", help="Method that the others are compared with (default: kd).")
 @click.option(
-    "--pivot", is_flag=True, help="Show one row for each method and one column for each pair, compared over all pairs."
+    "--pivot",
+    is_flag=True,
+    help="Show one row for each method and one column for each teacher-student pair, compared over all pairs.",
 )
 @click.option(
     "--ranks",
@@ -257,7 +273,10 @@ def evaluate(folder: Path, **here: Any) -> None:
 )
 @DEBUG
 def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bool, ranks: Path | None) -> None:
-    """Print a table of finished runs: means over seeds, tested differences, published numbers."""
+    """Print a table of finished runs: means over seeds, differences by paired t-tests, published numbers.
+
+    RUNS are folders of runs, or folders that hold some.
+    """
     from kdzoo.results import layout, table
     from kdzoo.results.ranks import draw
     from kdzoo.store.folder import find_runs
@@ -298,7 +317,7 @@ def spectrum(
     out: Path,
     **here: Any,
 ) -> None:
-    """Show the energy of teacher and students in each frequency band, and where they agree.
+    """Show what teacher and students hold in each frequency band of their feature maps, and where they agree.
 
     Give finished runs that share a teacher, or two networks before training. Add a run of --distiller none to see the
     student without a teacher.
@@ -331,8 +350,8 @@ def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
     from kdzoo.engine.progress import Progress
 
     with Progress() as progress, progress.doing("loading torch") as rename:
+        from kdzoo.resolve import resolve_data
         from kdzoo.results.data_page import inspected, page
-        from kdzoo.settings import resolve_data
 
         rename(f"reading the files of {name}")
         found = inspected(resolve_data(name, overrides), rename)
@@ -373,7 +392,10 @@ def show(name: str, data: str) -> None:
 @click.argument("name", metavar="NAME|FILE.py")
 @DEBUG
 def check(name: str) -> None:
-    """Check that a method keeps the promises of a distiller."""
+    """Check that a method does what training relies on.
+
+    Each check is a line: shapes, gradients, seeds, precision, compilation, learning, and others.
+    """
     from kdzoo.checks import Outcome
     from kdzoo.checks import check as check_all
 

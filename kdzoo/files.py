@@ -1,6 +1,7 @@
 """Atomic file writes, and the folders that kdzoo reads from and writes to."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -81,6 +83,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged (it holds no mapping); {MOVE_AWAY}")
     return values
+
+
+def digest(path: Path) -> str:
+    """Compute the SHA-256 of a file's content; while its size and time stay, it is read once."""
+    state = path.stat()
+    return _digest(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def slug(name: str) -> str:

@@ -9,15 +9,8 @@ from typing import Any
 
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError
-from kdzoo.settings import (
-    DataSettings,
-    Settings,
-    StudentSettings,
-    TeacherSettings,
-    distiller_settings,
-    preset,
-    read_protocol,
-)
+from kdzoo.resolve import distiller_settings, preset, read_protocol
+from kdzoo.settings import DataSettings, Settings, StudentSettings, TeacherSettings
 
 ALONE = "-"  # the teacher of a student that has none
 
@@ -51,7 +44,10 @@ def names_of(settings: Settings) -> Names:
 
 def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:
     """Name a part of the settings, with what differs from its defaults."""
-    defaults = json.loads(json.dumps(defaults_of(settings["name"])))
+    try:
+        defaults = json.loads(json.dumps(defaults_of(settings["name"])))
+    except UserError:  # a file that it comes from is gone since the run began
+        return str(settings["name"])
     changed = [change for change in _changes(settings, defaults) if not change.startswith("name=")]
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])
 
@@ -80,10 +76,7 @@ def _protocol(settings: Mapping[str, Any]) -> str:
     """Name a recipe with what sets it apart: its epochs, but not the milestones and the warm-up that follow."""
 
     def usual(name: str) -> dict[str, Any]:
-        try:
-            return {**asdict(read_protocol(name, settings["epochs"])), "epochs": read_protocol(name).epochs}
-        except UserError:  # the recipe's file is gone since the run began
-            return dict(settings)
+        return {**asdict(read_protocol(name, settings["epochs"])), "epochs": read_protocol(name).epochs}
 
     return _named(settings, usual)
 

@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+LIBRARIES = ("torchvision", "timm", "hf-hub", "local-dir")  # before the colon of a network that names no code
+
 _states: dict[str, tuple[str, int, int]] = {}  # of modules imported here: file, size and time of change
 
 
@@ -72,6 +74,29 @@ def sources(names: Iterable[str], folder: Path | None = None) -> dict[str, Path]
             package = module if spec.submodule_search_locations else module.rpartition(".")[0]
             waiting += imported(found[module], package)
     return dict(sorted(found.items()))
+
+
+def named(distiller: str, data: str, networks: Iterable[str | None]) -> dict[str, dict[str, Path]]:
+    """Find the source files of all code that a run's settings name, by that name; none where it is not found.
+
+    Args:
+        distiller: a method's name, or the path of a file.
+        data: a data set's, or the path of a file with its argument after a colon.
+        networks: their names; ``module:factory`` is code.
+
+    Returns:
+        For each name its files, by the path or the module that each is recorded under.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for name in (distiller, data.partition(":")[0]):
+        file = Path(name).expanduser()
+        if file.suffix == ".py":
+            found[name] = {name: file, **sources(imported(file), file.parent)} if file.is_file() else {}
+    for network in networks:
+        origin, colon, _ = (network or "").partition(":")
+        if network and colon and origin not in LIBRARIES:
+            found[network] = sources([origin])
+    return found
 
 
 def imported(file: Path, package: str = "") -> tuple[str, ...]:

@@ -130,7 +130,7 @@ class Registry(Generic[Base]):
         plugin, base = self.find(name), resolve_name(self.base)
         try:
             module = _import(plugin)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{plugin.file} could not be imported: {type(error).__name__}: {error}") from error
         if plugin.attribute:
             classes = [getattr(module, plugin.attribute)]

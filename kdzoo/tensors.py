@@ -1,13 +1,21 @@
-"""Tensor helpers: conversion to full precision, and communication between the ranks of a distributed run."""
+"""Tensor helpers: precision, nested structures, and communication between the ranks of a distributed run."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._pytree import tree_leaves
 
 
 def full_precision(tensor: Tensor) -> Tensor:
     """Convert half precision to float32; leave float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def leaves(nested: Any) -> list[Tensor]:
+    """List all tensors in nested tuples, lists and dictionaries, always in the same order."""
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 import pandas as pd
 
 from kdzoo.naming import names_of
+from kdzoo.resolve import resolve
 from kdzoo.results import table
-from kdzoo.settings import resolve
 from kdzoo.store.folder import Result, RunFolder, find_runs
 
 

@@ -3,7 +3,7 @@
 Epochs and batches are named here, so that changes of the quick protocol change no test.
 """
 
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 
 SHORT = ["protocol.epochs=2", "protocol.batch_size=64", "data.limit=320"]
 SHORT += ["engine.device=cpu", "engine.precision=float32"]

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kdzoo.errors import UserError
-from kdzoo.settings import Place, Settings, resolve
+from kdzoo.resolve import resolve
+from kdzoo.settings import Place, Settings
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}, "teacher": {"name": "resnet14"}}
 

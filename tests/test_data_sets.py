@@ -15,8 +15,8 @@ from PIL import Image
 import kdzoo
 from kdzoo import UserError, registry
 from kdzoo.data import open_dataset, outline
+from kdzoo.resolve import resolve
 from kdzoo.results import table
-from kdzoo.settings import resolve
 from kdzoo.store.folder import find_runs
 
 from . import made_runs

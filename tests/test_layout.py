@@ -15,6 +15,7 @@ FLOORS = (
     ("losses", "spectral", "distiller", "image_set", "registry"),
     ("connectors", "models", "data", "datasets"),
     ("distillation", "settings"),
+    ("resolve",),
     ("naming", "toys"),
     ("store",),
     ("checks", "engine"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdzoo.own_code import import_module, sources
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 
 BASE = {"distiller": {"name": "none"}, "student": {"name": "ownnets:plain"}}
 FACTORY = "import torch\nfrom ownlayers import WIDTH\ndef plain(num_classes):\n    return WIDTH, num_classes\n"

@@ -14,7 +14,8 @@ import kdzoo
 from kdzoo import DataSpec, models, registry
 from kdzoo.errors import UserError
 from kdzoo.files import shipped_folder
-from kdzoo.settings import DistillerSettings, Place, protocol_names, read_protocol, resolve, stored
+from kdzoo.resolve import protocol_names, read_protocol, resolve, stored
+from kdzoo.settings import DistillerSettings, Place
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}}
 
@@ -221,6 +222,6 @@ def test_networks_with_four_stages_and_a_stem_of_their_own_are_matched_in_all_of
 
 def test_a_checkout_that_is_installed_elsewhere_too_finds_its_own_recipes(tmp_path):
     (tmp_path / "kdzoo").symlink_to(Path(kdzoo.__file__).parent)
-    code = "from kdzoo.settings import protocol_names; print(protocol_names())"
+    code = "from kdzoo.resolve import protocol_names; print(protocol_names())"
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "quick" in said.stdout

@@ -10,7 +10,6 @@ from inspect import Parameter, signature
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from kdzoo import toys
 from kdzoo.checks.expect import (
@@ -29,6 +28,7 @@ from kdzoo.checks.running import promise
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Fidelity, Output
 from kdzoo.keywords import keyword_settings
+from kdzoo.tensors import leaves
 
 
 def _keywords(distiller: Callable[..., Distiller]) -> dict[str, Parameter]:
@@ -214,7 +214,7 @@ def check_inputs_unchanged(distiller: type[Distiller]) -> None:
     seen: list[tuple[Tensor, Tensor]] = []  # what a distiller is given, and a copy of it
 
     def keep(given: Batch | Output) -> None:
-        seen.extend((leaf, leaf.detach().clone()) for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+        seen.extend((leaf, leaf.detach().clone()) for leaf in leaves(given))
 
     keep(batch)
     for network in together.student, together.teacher:

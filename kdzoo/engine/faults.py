@@ -13,10 +13,12 @@ from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses, writes
 from kdzoo.errors import UserError
 from kdzoo.settings import Run
+from kdzoo.tensors import leaves
 
 if TYPE_CHECKING:
     from kdzoo.engine.lane import Lane
 
+WEIGHTS = "the teacher's weights"
 LIBRARY = str(Path(torch.__file__).parent)
 
 
@@ -71,9 +73,12 @@ def check_finite(module: nn.Module, what: str) -> None:
     Raises:
         UserError: one is; names it.
     """
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{what} is not finite: {name}; lower protocol.lr or a term's weight, or set protocol.clip")
+    state = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    if not state:
+        return
+    finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()  # one wait for the device
+    if bad := [name for name, whole in zip(state, finite, strict=True) if not whole]:
+        raise UserError(f"{what} is not finite: {bad[0]}; lower protocol.lr or a term's weight, or set protocol.clip")
 
 
 def _described(value: object) -> str:
@@ -92,47 +97,54 @@ class Shared:
 
     def __init__(self, teacher: TeacherPasses | None, lanes: int):
         self.teacher = teacher
-        self.weights = [] if teacher is None else list(teacher.fast.state_dict().values())
-        self.copies = [tensor.clone() for tensor in self.weights] if lanes > 1 else []
+        modules = [] if teacher is None else [teacher.network, teacher.fast]
+        tensors = [tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()]
+        self.weights = list({id(tensor): tensor for tensor in tensors}.values())
+        self.copies = [tensor.detach().clone() for tensor in self.weights] if lanes > 1 else []
         self.dtype = torch.get_default_dtype()
+        self.parts: dict[str, list[Tensor]] = {}
         self.before: dict[str, int] = {}
-        self.batch: Batch | None = None
+        self.watch(None)
 
-    def watch(self, batch: Batch) -> None:
-        """Begin to watch another batch."""
-        self.batch = batch
+    def watch(self, batch: Batch | None) -> None:
+        """Begin to watch another batch; None before the first."""
+        named = {} if batch is None else batch._asdict()
+        self.parts = {f"the batch's {name}": leaves(value) for name, value in named.items()}
+        self.parts[WEIGHTS] = self.weights
         self.before = self.counts()
 
     def counts(self) -> dict[str, int]:
         """Count the writes to each part of what is shared; of a pass, those since it was made."""
-        assert self.batch is not None
-        counted = {f"the batch's {name}": writes(value) for name, value in self.batch._asdict().items()}
+        counted = {name: writes(tensors) for name, tensors in self.parts.items()}
         passes = [] if self.teacher is None else self.teacher.made.values()
-        counted["the teacher's outputs"] = sum(writes(made.output) - made.writes for made in passes)
-        counted["the teacher's weights"] = writes(self.weights)
+        counted["the teacher's outputs"] = sum(writes(made.tensors) - made.writes for made in passes)
         return counted
 
     def was_written_by(self, lane: "Lane") -> bool:
-        """Tell whether the lane, whose step was the last, wrote to what is shared; that is its failure then."""
+        """Tell whether the lane, which was the last at work, wrote to what is shared; that is its failure then."""
         if (written := self.written()) is None:
             return False
         lane.failure = UserError(
-            f"distiller '{lane.run.settings.distiller.name}' changed {written} in step {lane.at}, which the methods "
-            "beside it read too; compute on a copy"
+            f"distiller '{lane.run.settings.distiller.name}' changed {written} {lane.when}, which the methods beside "
+            "it read too; compute on a copy"
         )
         return True
 
     def written(self) -> str | None:
         """Name what was written to since the last look, and restore what outlives the batch; None for nothing."""
+        found = []
         if torch.get_default_dtype() != self.dtype:
             torch.set_default_dtype(self.dtype)
-            return "torch's default dtype"
+            found.append("torch's default dtype")
         if not torch.is_grad_enabled():
             torch.set_grad_enabled(True)
-            return "whether torch computes gradients"
-        found = next((name for name, count in self.counts().items() if count != self.before[name]), None)
-        if found == "the teacher's weights":
+            found.append("whether torch computes gradients")
+        now = self.counts()
+        found += [name for name in now if now[name] != self.before[name]]
+        if WEIGHTS in found:
             with torch.no_grad():
-                for tensor, copy in zip(self.weights, self.copies, strict=False):
+                for tensor, copy in zip(self.weights, self.copies, strict=False):  # alone, it has none
                     tensor.copy_(copy)
-        return found
+        if found:
+            self.before = self.counts()
+        return found[0] if found else None

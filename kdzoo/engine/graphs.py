@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from kdzoo.distiller import Batch
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.precision import PRECISIONS, autocast
+from kdzoo.tensors import leaves
 
 WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and all else that is made when first used
 
@@ -87,7 +88,7 @@ class Graphed(Plain):
         if self.batch is None:
             self.batch = tree_map_only(Tensor, Tensor.clone, batch)
         else:
-            for still, new in zip(tensors(self.batch), tensors(batch), strict=True):
+            for still, new in zip(leaves(self.batch), leaves(batch), strict=True):
                 still.copy_(new, non_blocking=True)
         if self.begun <= WARM_UP:
             return super().begin(self.batch)
@@ -99,7 +100,7 @@ class Graphed(Plain):
         """Make the teacher's passes that the last plain step asked for, on the batch of this one."""
         if self.teach is None:
             # Only of memory that holds the next batch too: what a method made of the images is its lane's own.
-            ours = {tensor.untyped_storage().data_ptr() for tensor in tensors(self.batch)}
+            ours = {tensor.untyped_storage().data_ptr() for tensor in leaves(self.batch)}
             shown = [one.images for one in teacher.made.values() if one.images.untyped_storage().data_ptr() in ours]
             work = partial(self.pass_through, teacher, shown)
             try:
@@ -248,11 +249,6 @@ def kept(module: nn.Module) -> dict[str, Any]:
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """List the names whose values differ."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
-
-
-def tensors(batch: Batch | None) -> list[Tensor]:
-    """List all tensors of a batch, always in the same order."""
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def first_line(error: BaseException) -> str:

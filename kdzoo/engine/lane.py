@@ -138,6 +138,11 @@ class Lane:
             return "activation checkpointing keeps the generator's state on the host"
         return self.optimizer.host_bound
 
+    @property
+    def when(self) -> str:
+        """Say where in its training the lane is."""
+        return "before training" if self.at is None else f"at step {self.at}"
+
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
         """Take any error inside as this lane's failure and continue after it; a full disk stops all lanes."""
@@ -146,8 +151,7 @@ class Lane:
         except StorageError:
             raise
         except (Exception, SystemExit) as error:
-            when = "before training" if self.at is None else f"at step {self.at}"
-            self.failure = fault(error, self.run, when)
+            self.failure = fault(error, self.run, self.when)
 
     def record(self, found: dict[str, Any]) -> None:
         """Write an epoch down."""

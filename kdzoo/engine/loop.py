@@ -31,15 +31,16 @@ def train(
     settings, place = lanes[0].run
     check_micro_batches(loader, settings.engine.accumulate)
     per_epoch = loader.steps_per_epoch
-    start = resume(lanes, progress)
+    start, shared = resume(lanes, progress), Shared(teacher, len(lanes))
     if start is None:
         start = 0
         for lane in lanes:
             with progress.doing(f"phase of {lane.title} before training"), lane.failing_alone():
                 lane.prepare(loader, teacher)
+            shared.was_written_by(lane)
     progress.begin(describe(lanes), per_epoch, loader.total_steps, start, [lane.title for lane in lanes])
     steps = graphs.steps(lanes[0], teacher, progress.say)
-    shared, clock = Shared(teacher, len(lanes)), Clock()
+    clock = Clock()
 
     for step, batch in enumerate(loader.batches(start), start):
         batch = steps.begin(batch)
@@ -121,7 +122,6 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     """Measure the student, where it is due, and write the epoch down."""
     settings, place = lane.run
     terms, epoch = lane.meter.read(), (step + 1) // lane.steps_per_epoch
-    check_finite(lane.trained, f"after step {step}, a weight or statistic")
     top1 = top5 = None
     if epoch % place.output.measure_every == 0 or epoch == settings.protocol.epochs:
         with progress.doing(f"measuring {settings.student.name} ({lane.title}) after epoch {epoch}"):
@@ -140,8 +140,9 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
 
 
 def save(lane: Lane, step: int, seconds: float) -> None:
-    """Write a checkpoint, unless a term has gone bad since the last."""
+    """Write a checkpoint, unless a term or a weight has gone bad since the last."""
     lane.meter.read()
+    check_finite(lane.trained, f"a weight or statistic before step {step}")
     state = {**lane.state_dict(), "seconds": lane.seconds + seconds}
     lane.ranks.once(checkpoint.save, lane.folder.checkpoints, step, state)
 

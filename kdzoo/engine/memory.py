@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from kdzoo.distiller import Batch
 from kdzoo.errors import OutOfMemory
 from kdzoo.settings import Run
+from kdzoo.tensors import leaves
 
 if TYPE_CHECKING:
     from kdzoo.engine.lane import Lane
@@ -110,7 +110,7 @@ def packed(costs: Sequence[Cost], room: float) -> list[list[int]]:
 
 def bytes_of(state: Any) -> int:
     """Count the bytes of all tensors in nested dictionaries and lists."""
-    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    return sum(leaf.nbytes for leaf in leaves(state))
 
 
 def out_of_memory(error: BaseException, run: Run) -> OutOfMemory | None:

@@ -1,18 +1,19 @@
 """The teacher's passes, which all lanes share."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from kdzoo.distiller import LOGITS, Output, Show
 from kdzoo.models import Network
+from kdzoo.tensors import leaves
 
 
-def writes(tensors: Any) -> int:
-    """Count the writes in place that nested tensors have seen, which costs nothing on their device."""
-    return sum(leaf._version for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
+def writes(tensors: Iterable[Tensor]) -> int:
+    """Count the writes in place that tensors have seen, which costs nothing on their device."""
+    return sum(tensor._version for tensor in tensors)
 
 
 class Pass(NamedTuple):
@@ -20,7 +21,8 @@ class Pass(NamedTuple):
 
     images: Tensor  # kept so that their memory is not used again
     output: Output
-    writes: int  # to the output, when it was made
+    tensors: list[Tensor]  # of the output
+    writes: int  # to these, when they were made
 
 
 class TeacherPasses:
@@ -46,7 +48,8 @@ class TeacherPasses:
         key = images.data_ptr(), images.shape, images.stride(), images.dtype  # the same slice, whoever cut it
         if key not in self.made:
             output = self.fast(images, self.show)
-            self.made[key] = Pass(images, output, writes(output))
+            tensors = leaves(output)
+            self.made[key] = Pass(images, output, tensors, writes(tensors))
         return self.made[key].output.only(show)
 
     def forget(self) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import median
-from typing import Any
 
 import psutil
 import torch
@@ -45,16 +44,9 @@ def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> t
 
     Without ``fetch`` a pretrained network is only made to fit its weights, as in ``models.create``.
     """
-    reading: dict[str, Any] = {
-        "image_size": wanted.image_size,
-        "mean": wanted.mean,
-        "std": wanted.std,
-        "taps": wanted.taps,
-        **wanted.options,
-    }
     if wanted.weights:
-        return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, role="student", **reading)
-    network = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **reading)
+        return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, role="student", **wanted.making())
+    network = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **wanted.making())
     return network, "its pretrained weights" if wanted.pretrained else "weights drawn at random"
 
 

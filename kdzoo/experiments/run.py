@@ -21,7 +21,8 @@ from kdzoo.engine.training import build, network_of, train_one
 from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
 from kdzoo.precision import PRECISIONS
-from kdzoo.settings import EnginePlace, Run, files_of, fingerprint_of, resolve
+from kdzoo.resolve import files_of, fingerprint_of, resolve
+from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock

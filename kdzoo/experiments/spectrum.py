@@ -24,7 +24,8 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
-from kdzoo.settings import Run, Settings, resolve
+from kdzoo.resolve import resolve
+from kdzoo.settings import Run, Settings
 from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
 from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.tensors import full_precision

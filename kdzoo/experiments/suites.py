@@ -23,7 +23,8 @@ from typing import Any
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import shipped_folder
 from kdzoo.keywords import read_yaml
-from kdzoo.settings import Run, resolve
+from kdzoo.resolve import resolve
+from kdzoo.settings import Run
 
 LISTS = {"pairs": "[[vit_s, resnet18]]", "distillers": "[none, kd]", "seeds": "[0, 1, 2]"}
 DEFAULTS: dict[str, Any] = {

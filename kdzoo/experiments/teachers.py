@@ -1,6 +1,6 @@
 """Where teachers come from: a file, the teachers trained before, timm's weights, or training now."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from math import sqrt
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder
 from kdzoo.randomness import seed_of
-from kdzoo.settings import OutputPlace, Run, StudentSettings, resolve
+from kdzoo.resolve import resolve
+from kdzoo.settings import OutputPlace, Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
@@ -79,7 +80,7 @@ def recipe(run: Run, dataset: Dataset) -> Run:
     own = resolve(
         {
             "distiller": {"name": "none"},
-            "student": {key.name: getattr(wanted, key.name) for key in fields(StudentSettings)},
+            "student": asdict(wanted.untrained()),
             "data": settings.data.opening(),
             "protocol": protocol,
             "seed": wanted.seed,
@@ -134,22 +135,11 @@ def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network
     """Make the teacher's network as it is before any training, its pretrained weights only to ``fetch``."""
     wanted = run.settings.teacher
     torch.manual_seed(seed_of(wanted.seed, "student"))
-    start = StudentSettings(**{key.name: getattr(wanted, key.name) for key in fields(StudentSettings)})
-    return network_of(start, dataset.spec, fetch)[0]
+    return network_of(wanted.untrained(), dataset.spec, fetch)[0]
 
 
 def given(run: Run, dataset: Dataset, file: str | Path) -> tuple[models.Network, str]:
     """Make the teacher's network with the weights of a file, and say what was loaded."""
     wanted = run.settings.teacher
     assert wanted.name is not None
-    return models.load_given(
-        wanted.name,
-        dataset.spec,
-        file,
-        role="teacher",
-        image_size=wanted.image_size,
-        mean=wanted.mean,
-        std=wanted.std,
-        taps=wanted.taps,
-        **wanted.options,
-    )
+    return models.load_given(wanted.name, dataset.spec, file, role="teacher", **wanted.making())

@@ -232,6 +232,8 @@ def _from_factory(
         home = own_code.import_module(module)
     except ImportError as error:
         raise UserError(f"model '{name}': cannot import '{module}' ({error}); pass package.module:factory") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"model '{name}': importing '{module}' failed ({_line(error)}); correct that file") from error
     factory = getattr(home, member, None)
     if not callable(factory):
         raise unknown("factory", member, (n for n in vars(home) if callable(getattr(home, n))), f"in {module}")
@@ -240,7 +242,7 @@ def _from_factory(
         body = factory(num_classes=data.num_classes, **options)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         call = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": data.num_classes, **options}.items())
         raise UserError(
             f"model '{name}' cannot be built: {member}({call}) failed ({_line(error)}); expected a function that takes "

@@ -72,6 +72,6 @@ def listing(kind: str, style: str) -> str:
         width = max(len(each.title) for each in found)
         return "\n".join(f"{each.title:{width}}  {each.summary}" for each in found)
     from kdzoo.experiments import suites
-    from kdzoo.settings import protocol_names
+    from kdzoo.resolve import protocol_names
 
     return "\n".join(protocol_names() if kind == "protocols" else suites.shipped())

@@ -67,7 +67,7 @@ def without_teacher(result: "Result") -> "Result | None":
 
 def command_without_teacher(result: "Result") -> str:
     """Write the command that trains a run's student without a teacher, by the same recipe on the same data."""
-    from kdzoo.settings import read_protocol, resolve
+    from kdzoo.resolve import read_protocol, resolve
     from kdzoo.store.folder import RunFolder
 
     settings = RunFolder(result.folder).read_config()

@@ -17,7 +17,8 @@ from kdzoo.errors import UserError
 from kdzoo.files import MOVE_AWAY, read_json, read_text, slug, write_text
 from kdzoo.keywords import read_yaml, typed
 from kdzoo.naming import Names
-from kdzoo.settings import Run, apart, stored
+from kdzoo.resolve import stored
+from kdzoo.settings import Run, apart
 from kdzoo.store.trust import check_code
 
 
@@ -150,7 +151,7 @@ class RunFolder:
 
     def is_done(self, retry: bool = False) -> bool:
         """Tell whether a bench leaves the run as it is: it is finished, or it failed and is not to be retried."""
-        return self.read_result() is not None or (self.failure.is_file() and not retry)
+        return self.result.is_file() or (self.failure.is_file() and not retry)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history, one line an epoch."""

@@ -1,14 +1,12 @@
 """Code that a run's settings name runs when they are used, so it runs only where it is one's own or trusted."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdzoo import own_code
 from kdzoo.errors import UserError
-
-ORIGINS = ("torchvision", "timm", "hf-hub", "local-dir")  # of networks whose names name no code
+from kdzoo.files import digest
 
 
 def check_code(plain: Mapping[str, Any], run: Path, working: Path) -> None:
@@ -26,18 +24,8 @@ def check_code(plain: Mapping[str, Any], run: Path, working: Path) -> None:
     """
     recorded = plain.get("files")
     known = recorded if isinstance(recorded, Mapping) else {}
-    found: dict[str, dict[str, Path]] = {}  # by what is named: its files, by the names that they are recorded under
-    for part in ("distiller", "data"):
-        name = str(plain[part]["name"]).partition(":")[0] if part == "data" else str(plain[part]["name"])
-        file = Path(name).expanduser()
-        if name.endswith(".py"):
-            found[name] = (
-                {name: file, **own_code.sources(own_code.imported(file), file.parent)} if file.is_file() else {}
-            )
-    for part in ("teacher", "student"):
-        origin, colon, _ = str(plain[part]["name"] or "").partition(":")
-        if colon and origin not in ORIGINS:
-            found[str(plain[part]["name"])] = own_code.sources([origin])
+    names = {part: str(plain[part]["name"] or "") for part in ("distiller", "data", "teacher", "student")}
+    found = own_code.named(names["distiller"], names["data"], [names["teacher"], names["student"]])
     strange = [
         name
         for name, files in found.items()
@@ -50,8 +38,8 @@ def check_code(plain: Mapping[str, Any], run: Path, working: Path) -> None:
         )
 
 
-def _is_own(file: Path, run: Path, working: Path, digest: object) -> bool:
+def _is_own(file: Path, run: Path, working: Path, recorded: object) -> bool:
     place = file.resolve()
     if not place.is_relative_to(working.resolve()) or place.is_relative_to(run.resolve()):
         return False
-    return hashlib.sha256(place.read_bytes()).hexdigest() == digest
+    return digest(place) == recorded

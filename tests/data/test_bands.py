@@ -8,7 +8,7 @@ import pytest
 from kdzoo.data import open_dataset
 from kdzoo.datasets.bands import CUT, Bands, shape, texture
 from kdzoo.errors import UserError
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 
 CHANCE = 1 / 8
 

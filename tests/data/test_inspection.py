@@ -10,8 +10,8 @@ from PIL import Image
 
 from kdzoo.data.inspection import Inspection, near
 from kdzoo.errors import UserError
+from kdzoo.resolve import resolve_data
 from kdzoo.results.data_page import inspected, page
-from kdzoo.settings import resolve_data
 
 MakeTree = Callable[..., Path]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from kdzoo.data import open_dataset
 from kdzoo.data.pictures import warn_once
 from kdzoo.errors import UserError
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 
 MakeTree = Callable[..., Path]
 

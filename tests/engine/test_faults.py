@@ -45,6 +45,17 @@ class Foreign(Distiller):
         return terms
 '''
 
+BREAK_TEACHER = """
+TEACHER = []
+
+def break_teacher():
+    with torch.no_grad():
+        for weight in TEACHER[0].parameters():
+            weight.zero_()
+
+
+"""
+
 
 def method(folder, build="pass", prepare="pass", loss="pass"):
     file = folder / "foreign.py"
@@ -77,12 +88,12 @@ def weights(outcome):
         ({"loss": "terms = {'new': terms['match']}"}, "has the terms new in place of ce, match"),
         ({"prepare": "raise ValueError('unready')"}, r"failed before training: ValueError: unready \(foreign.py"),
         ({"build": "raise IndexError('misbuilt')"}, r"failed while it was built: IndexError: misbuilt \(foreign.py"),
-        ({"loss": "teacher.logits.clamp_(min=0)"}, "changed the teacher's outputs in step 3"),
-        ({"loss": "batch.images.zero_()"}, "changed the batch's images in step 3"),
-        ({"loss": "batch.labels.zero_()"}, "changed the batch's labels in step 3"),
-        ({"loss": "batch.targets.zero_()"}, "changed the batch's targets in step 3"),
-        ({"loss": "torch.set_default_dtype(torch.float64)"}, "changed torch's default dtype in step 3"),
-        ({"loss": "torch.set_grad_enabled(False)"}, "changed whether torch computes gradients in step 3"),
+        ({"loss": "teacher.logits.clamp_(min=0)"}, "changed the teacher's outputs at step 3"),
+        ({"loss": "batch.images.zero_()"}, "changed the batch's images at step 3"),
+        ({"loss": "batch.labels.zero_()"}, "changed the batch's labels at step 3"),
+        ({"loss": "batch.targets.zero_()"}, "changed the batch's targets at step 3"),
+        ({"loss": "torch.set_default_dtype(torch.float64)"}, "changed torch's default dtype at step 3"),
+        ({"loss": "torch.set_grad_enabled(False)"}, "changed whether torch computes gradients at step 3"),
     ],
 )
 def test_a_broken_promise_is_one_line_and_no_other_method_notices(tmp_path, dataset, teacher, harm, said):
@@ -93,6 +104,30 @@ def test_a_broken_promise_is_one_line_and_no_other_method_notices(tmp_path, data
     with pytest.raises(UserError, match=said):
         raise failed
     assert "\n" not in str(failed)
+    [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
+    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
+
+
+@pytest.mark.parametrize("harm", ["torch.set_default_dtype(torch.float64)", "torch.set_grad_enabled(False)"])
+def test_all_that_a_method_changed_is_put_back(tmp_path, dataset, teacher, harm):
+    """Of two things changed in one step the first is named, and neither reaches the methods beside it."""
+    foreign = method(tmp_path, prepare="TEACHER.append(teacher.network)", loss=f"{harm}; break_teacher()")
+    text = (tmp_path / "foreign.py").read_text().replace("class Foreign", BREAK_TEACHER + "class Foreign")
+    (tmp_path / "foreign.py").write_text(text)
+    runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]
+    failed, sound = train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    assert "at step 3" in str(failed)
+    [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
+    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
+
+
+def test_a_phase_before_training_that_writes_to_the_teacher_is_that_methods_failure(tmp_path, dataset, teacher):
+    foreign = method(tmp_path, prepare="TEACHER.append(teacher.network); break_teacher()")
+    text = (tmp_path / "foreign.py").read_text().replace("class Foreign", BREAK_TEACHER + "class Foreign")
+    (tmp_path / "foreign.py").write_text(text)
+    runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]
+    failed, sound = train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    assert "changed the teacher's weights before training" in str(failed)
     [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
     assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
 
@@ -116,7 +151,7 @@ def test_a_teacher_that_was_written_to_is_restored_for_the_others(tmp_path, data
     (tmp_path / "foreign.py").write_text(text)
     runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]
     failed, sound = train_lanes(runs, dataset, teacher, Progress(quiet=True))
-    assert "changed the teacher's weights in step 3" in str(failed)
+    assert "changed the teacher's weights at step 3" in str(failed)
     [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
     assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
 

@@ -16,7 +16,7 @@ from kdzoo.engine import ranks
 from kdzoo.errors import UserError
 from kdzoo.experiments import suites
 from kdzoo.experiments.bench import bench
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 from kdzoo.store.folder import RunFolder
 
 pytestmark = pytest.mark.slow(reason="starts processes, each of which imports torch and trains")

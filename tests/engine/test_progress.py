@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kdzoo.engine.lane import titles
 from kdzoo.engine.progress import EVERY, FIRST, Progress, every_second
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 
 
 def record(epoch, top1, steps=10):

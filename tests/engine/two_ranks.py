@@ -16,7 +16,8 @@ from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.teachers import obtain
-from kdzoo.settings import Run, resolve
+from kdzoo.resolve import resolve
+from kdzoo.settings import Run
 
 SETTINGS = [
     "data.name=bands",

@@ -14,8 +14,8 @@ from kdzoo import UserError
 from kdzoo.engine.progress import Progress
 from kdzoo.experiments import suites
 from kdzoo.experiments.run import evaluate_run
+from kdzoo.resolve import resolve
 from kdzoo.results import table
-from kdzoo.settings import resolve
 from kdzoo.store.folder import Result, find_runs
 
 from .. import made_runs

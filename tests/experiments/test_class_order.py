@@ -12,7 +12,7 @@ from kdzoo import UserError
 from kdzoo.data import open_dataset
 from kdzoo.experiments.class_order import check_order
 from kdzoo.experiments.run import evaluate_run
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 
 NUMBERS = [str(number) for number in range(12)]
 TEXT = ["0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9"]

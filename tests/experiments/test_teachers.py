@@ -13,7 +13,8 @@ from kdzoo.engine.training import network_of
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
 from kdzoo.models import create, load_given, save_weights
-from kdzoo.settings import StudentSettings, read_protocol, resolve
+from kdzoo.resolve import read_protocol, resolve
+from kdzoo.settings import StudentSettings
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

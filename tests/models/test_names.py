@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from kdzoo import DataSpec
 from kdzoo.errors import UserError
 from kdzoo.models import check_name, create, pretrained_classes
-from kdzoo.settings import resolve
+from kdzoo.resolve import resolve
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10))
 

@@ -3,8 +3,8 @@
 import pytest
 
 from kdzoo.models import names
+from kdzoo.resolve import protocol_names
 from kdzoo.results import published
-from kdzoo.settings import protocol_names
 
 CRD = {"data": "cifar100", "protocol": "crd", "teacher": "resnet32x4", "student": "resnet8x4"}
 
