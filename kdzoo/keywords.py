@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -47,11 +48,17 @@ def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | Non
     Raises:
         UserError: an unknown key, with the nearest, or a value of another type.
     """
-    _refuse_markers(values, prefix)
-    with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
-        made = OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
-    _check_fields(made, prefix)
-    return made
+    given = schema, repr(values), prefix
+    if given not in _typed:
+        _refuse_markers(values, prefix)
+        with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
+            made = OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
+        _check_fields(made, prefix)
+        _typed[given] = made
+    return deepcopy(_typed[given])
+
+
+_typed: dict[tuple[type, str, str], Any] = {}  # what was made already: the runs of a suite differ in little
 
 
 def setting(default: Any, check: Callable[..., Any], *arguments: Any) -> Any:

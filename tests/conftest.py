@@ -44,10 +44,14 @@ def dataset() -> Dataset:
     return open_dataset("digits", limit=320)
 
 
-@pytest.fixture
-def teacher(dataset) -> Teacher:
+def untrained_teacher(dataset: Dataset) -> Teacher:
     torch.manual_seed(0)
     return Teacher(models.create("resnet14", dataset.spec).eval().requires_grad_(False), top1=10.0)
+
+
+@pytest.fixture
+def teacher(dataset) -> Teacher:
+    return untrained_teacher(dataset)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
 
+from ..conftest import untrained_teacher
 from ..short_runs import settings
 
 METHOD = '''
@@ -67,6 +68,14 @@ def weights(outcome):
     return load_file(outcome.folder / "student.safetensors")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, dataset):
+    """The weights of the sound method's student, trained with no other beside it."""
+    runs = [settings(tmp_path_factory.mktemp("alone"), "kd")]
+    [outcome] = train_lanes(runs, dataset, untrained_teacher(dataset), Progress(quiet=True))
+    return weights(outcome)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -96,7 +105,7 @@ def weights(outcome):
         ({"loss": "torch.set_grad_enabled(False)"}, "changed whether torch computes gradients at step 3"),
     ],
 )
-def test_a_broken_promise_is_one_line_and_no_other_method_notices(tmp_path, dataset, teacher, harm, said):
+def test_a_broken_promise_is_one_line_and_no_other_method_notices(tmp_path, dataset, teacher, alone, harm, said):
     foreign = method(tmp_path, **harm)
     runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]
     failed, sound = train_lanes(runs, dataset, teacher, Progress(quiet=True))
@@ -104,12 +113,12 @@ def test_a_broken_promise_is_one_line_and_no_other_method_notices(tmp_path, data
     with pytest.raises(UserError, match=said):
         raise failed
     assert "\n" not in str(failed)
-    [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
-    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
+    assert weights(sound).keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in weights(sound).items())
 
 
 @pytest.mark.parametrize("harm", ["torch.set_default_dtype(torch.float64)", "torch.set_grad_enabled(False)"])
-def test_all_that_a_method_changed_is_put_back(tmp_path, dataset, teacher, harm):
+def test_all_that_a_method_changed_is_put_back(tmp_path, dataset, teacher, alone, harm):
     """Of two things changed in one step the first is named, and neither reaches the methods beside it."""
     foreign = method(tmp_path, prepare="TEACHER.append(teacher.network)", loss=f"{harm}; break_teacher()")
     text = (tmp_path / "foreign.py").read_text().replace("class Foreign", BREAK_TEACHER + "class Foreign")
@@ -117,19 +126,19 @@ def test_all_that_a_method_changed_is_put_back(tmp_path, dataset, teacher, harm)
     runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]
     failed, sound = train_lanes(runs, dataset, teacher, Progress(quiet=True))
     assert "at step 3" in str(failed)
-    [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
-    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
+    assert weights(sound).keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in weights(sound).items())
 
 
-def test_a_phase_before_training_that_writes_to_the_teacher_is_that_methods_failure(tmp_path, dataset, teacher):
+def test_a_phase_before_training_that_writes_to_the_teacher_is_that_methods_failure(tmp_path, dataset, teacher, alone):
     foreign = method(tmp_path, prepare="TEACHER.append(teacher.network); break_teacher()")
     text = (tmp_path / "foreign.py").read_text().replace("class Foreign", BREAK_TEACHER + "class Foreign")
     (tmp_path / "foreign.py").write_text(text)
     runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]
     failed, sound = train_lanes(runs, dataset, teacher, Progress(quiet=True))
     assert "changed the teacher's weights before training" in str(failed)
-    [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
-    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
+    assert weights(sound).keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in weights(sound).items())
 
 
 def test_a_method_that_breaks_nothing_ends_well(tmp_path, dataset, teacher):
@@ -144,7 +153,7 @@ def test_labels_that_a_method_keeps_are_its_own(tmp_path, dataset, teacher):
     assert torch.equal(dataset.spec.labels, before)
 
 
-def test_a_teacher_that_was_written_to_is_restored_for_the_others(tmp_path, dataset, teacher):
+def test_a_teacher_that_was_written_to_is_restored_for_the_others(tmp_path, dataset, teacher, alone):
     harm = "with torch.no_grad(): [p.zero_() for p in TEACHER[0].parameters()]"
     foreign = method(tmp_path, prepare="TEACHER.append(teacher.network)", loss=harm)
     text = (tmp_path / "foreign.py").read_text().replace("class Foreign", "TEACHER = []\n\nclass Foreign")
@@ -152,8 +161,8 @@ def test_a_teacher_that_was_written_to_is_restored_for_the_others(tmp_path, data
     runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]
     failed, sound = train_lanes(runs, dataset, teacher, Progress(quiet=True))
     assert "changed the teacher's weights at step 3" in str(failed)
-    [alone] = train_lanes([settings(tmp_path / "alone", "kd")], dataset, teacher, Progress(quiet=True))
-    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(sound).items())
+    assert weights(sound).keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in weights(sound).items())
 
 
 @pytest.mark.parametrize("when", [3, 9])  # in between, and in the last step, after which no loss is computed

@@ -23,11 +23,11 @@ from kdzoo.store.lock import RunLock
 
 SUITE = """
 data: {name: digits, limit: 320}
-protocol: {name: quick, epochs: 2}
+protocol: {name: quick, epochs: 1, batch_size: 64}
 pairs: [[resnet14, resnet8], [resnet14, resnet14]]
 distillers: [none, kd, {name: kd, temperature: 1}]
 seeds: [0, 1]
-teacher: {epochs: 4}
+teacher: {epochs: 1, allow_weak: true}
 """
 QUICK = ["engine.precision=float32", "engine.device=cpu"]
 
@@ -90,7 +90,7 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
         "bench.bench(suite, Path(sys.argv[2]), quiet=True)"
     )
     killed = tmp_path / "killed"
-    for left in (25, 50):
+    for left in (20, 25):
         command = [sys.executable, "-c", code, str(tmp_path / "mine.yaml"), str(killed), str(left)]
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     report = bench(suite, killed, quiet=True)
@@ -146,7 +146,7 @@ def test_a_run_that_was_edited_or_half_deleted_is_an_error_and_nothing_is_lost(s
     report = bench(suite, tmp_path / "runs", quiet=True)
     folder = RunFolder(report.finished[0])
     text = folder.config.read_text()
-    folder.config.write_text(text.replace("epochs: 2", "epochs: 3"))
+    folder.config.write_text(text.replace("epochs: 1", "epochs: 3"))
     with pytest.raises(UserError, match="edited by hand"):
         bench(suite, tmp_path / "runs", quiet=True)
     folder.config.write_text(text)

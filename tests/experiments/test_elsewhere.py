@@ -181,6 +181,7 @@ print(len(list(loader.batches())), "batches")
 """
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch")
 def test_a_script_without_a_main_guard_may_start_processes(project):
     folder, _, _ = project
     (folder / "script.py").write_text(UNGUARDED)

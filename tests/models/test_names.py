@@ -30,9 +30,12 @@ def folder(tmp_path_factory):
     return path, body.state_dict()
 
 
+@pytest.mark.slow(reason="timm's vgg11, the smallest that shares a name, has 130 million weights")
 def test_timms_own_network_is_made_where_a_short_name_is_the_same():
-    assert type(create("timm/vgg13", DATA).body) is type(timm.create_model("vgg13", num_classes=10))
-    assert type(create("vgg13", DATA).body) is not type(create("timm/vgg13", DATA).body)
+    ours, timms = (type(create(name, DATA).body) for name in ("vgg11", "timm/vgg11"))
+    with torch.device("meta"):
+        assert timms is type(timm.create_model("vgg11", num_classes=10))
+    assert timms is not ours
 
 
 def test_a_folder_that_timm_saved_gives_its_network_and_its_weights(folder):
