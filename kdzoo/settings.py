@@ -45,6 +45,11 @@ class StudentSettings(NetworkSettings):
 
     name: str = ""
 
+    @property
+    def is_started(self) -> bool:
+        """Whether it starts from weights, of a file or published."""
+        return self.pretrained or self.weights is not None
+
 
 @dataclass(frozen=True)
 class TeacherSettings(NetworkSettings):

@@ -18,6 +18,7 @@ from kdzoo.engine import loop
 from kdzoo.engine.device import current
 from kdzoo.engine.faults import check_finite, fault
 from kdzoo.engine.lane import Lane, titles
+from kdzoo.engine.measure import evaluate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
@@ -39,15 +40,14 @@ class Teacher:
     top1: float  # in percent, on the test set
 
 
-def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> tuple[models.Network, str]:
-    """Make a network with the weights it starts from, and say where they come from.
+def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> models.Network:
+    """Make a network with the weights it starts from.
 
     Without ``fetch`` a pretrained network is only made to fit its weights, as in ``models.create``.
     """
     if wanted.weights:
         return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, role="student", **wanted.making())
-    network = models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **wanted.making())
-    return network, "its pretrained weights" if wanted.pretrained else "weights drawn at random"
+    return models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **wanted.making())
 
 
 def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool = True) -> Distillation:
@@ -62,7 +62,7 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     (settings, place), labels = run, dataset.spec.labels.clone()  # which a method may keep, and write to
     spec = dataset.spec._replace(labels=labels)
     torch.manual_seed(seed_of(settings.seed, "student"))
-    student, _ = network_of(settings.student, spec, fetch)
+    student = network_of(settings.student, spec, fetch)
     if dataset.device.type == "cpu":
         models.unfuse_attention(student)
     torch.manual_seed(seed_of(settings.seed, "distiller"))
@@ -146,6 +146,7 @@ def train_lanes(
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks) for i in built}
         for lane in lanes.values():
             ranks.once(lane.folder.open, lane.run)
+        ranks.once(say_origins, lanes.values(), dataset, progress)
         with current(device):
             loop.train(list(lanes.values()), shared, dataset, loader, progress)
         for i, lane in lanes.items():
@@ -155,6 +156,21 @@ def train_lanes(
             if lane.failure is not None:
                 outcomes[i] = lane.failure
     return [outcomes[i] for i in range(len(runs))]
+
+
+def say_origins(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> None:
+    """Say once for each student that starts from weights which they are, what it reads, and its top-1 so far."""
+    starting = {str(lane.run.settings.student): lane for lane in lanes if lane.run.settings.student.is_started}
+    for lane in starting.values():
+        (settings, _), student = lane.run, lane.distillation.student
+        with progress.doing(f"measuring student {settings.student.name} before training"):
+            student.eval()
+            top1, _ = evaluate(student, dataset, settings.engine.precision, settings.protocol.test_crop)
+            student.train()
+        progress.say(
+            f"student {settings.student.name}: top-1 {top1:.2f} % before training, reads {student.reads}  "
+            f"({student.origin})"
+        )
 
 
 def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks = ALONE) -> Result:

@@ -219,9 +219,9 @@ def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progre
         teacher = teachers.obtain(run, dataset, Progress(quiet=True))
         network: nn.Module = build(run, dataset, TeacherPasses(teacher.network), fetch=False).deploy()
     elif models.written_facts(folder.student):
-        return models.load_given(student.name, spec, folder.student, taps=student.taps)[0]
+        return models.load_given(student.name, spec, folder.student, taps=student.taps)
     else:  # of an older version, which wrote no facts
-        network, _ = network_of(student, spec, fetch=False)
+        network = network_of(student, spec, fetch=False)
     models.load_weights(network, folder.student)
     return network
 

@@ -30,22 +30,21 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
     settings, wanted, spec = run.settings, run.settings.teacher, dataset.spec
     assert wanted.name is not None
     if is_published(run, dataset):
-        origin = "its pretrained weights"
         with progress.doing(f"loading the pretrained weights of {wanted.name}"):
             network = untrained(run, dataset, fetch=True)
     elif wanted.weights and not wanted.finetune:
-        network, origin = given(run, dataset, wanted.weights)
+        network = given(run, dataset, wanted.weights)
     else:
         folder = trained(run, dataset, progress)
-        network, _ = given(run, dataset, folder.student)
-        origin = str(folder.path)
+        network = given(run, dataset, folder.student)
+        network.origin = str(folder.path)
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     with progress.doing(f"measuring teacher {wanted.name} on {spec.name}"):
         confusion = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=device)
         precision, test_crop = settings.engine.precision, settings.protocol.test_crop
         top1, _ = evaluate(network, dataset, precision, test_crop, confusion=confusion)
-    progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({origin})")
+    progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({network.origin})")
     check_order(wanted.name, spec.class_names, confusion.cpu().numpy())
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not run.place.teacher.allow_weak:
         raise UserError(
@@ -135,11 +134,11 @@ def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network
     """Make the teacher's network as it is before any training, its pretrained weights only to ``fetch``."""
     wanted = run.settings.teacher
     torch.manual_seed(seed_of(wanted.seed, "student"))
-    return network_of(wanted.untrained(), dataset.spec, fetch)[0]
+    return network_of(wanted.untrained(), dataset.spec, fetch)
 
 
-def given(run: Run, dataset: Dataset, file: str | Path) -> tuple[models.Network, str]:
-    """Make the teacher's network with the weights of a file, and say what was loaded."""
+def given(run: Run, dataset: Dataset, file: str | Path) -> models.Network:
+    """Make the teacher's network with the weights of a file."""
     wanted = run.settings.teacher
     assert wanted.name is not None
     return models.load_given(wanted.name, dataset.spec, file, role="teacher", **wanted.making())

@@ -79,6 +79,8 @@ def create(
     else:
         network = _from_factory(name, origin, member, data, taps, options)
     network.normalise(mean, std)
+    if pretrained and fetch:
+        network.origin = "its pretrained weights"
     return network
 
 

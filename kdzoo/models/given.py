@@ -29,8 +29,8 @@ def load_given(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     **options: Any,
-) -> tuple[Network, str]:
-    """Make the network that a file of weights belongs to, load them, and return it with a line about what was loaded.
+) -> Network:
+    """Make the network that a file of weights belongs to, and load them; its ``origin`` says what was loaded.
 
     It reads images as its weights were trained to: a file that kdzoo wrote says how. Any other is tried in the network
     as its weights are published, at their image size and with their statistics, and then in the one that is adapted to
@@ -75,7 +75,8 @@ def load_given(
                         UserError(f"'{file}' was written for '{name}' with {said}, which no image size here has")
                     )
                     continue
-                return network, load_weights(network, file, drop_head=drop, role=role)
+                network.origin = load_weights(network, file, drop_head=drop, role=role)
+                return network
             except UserError as error:
                 refused.append(error)
     raise [*refused, *others][0]

@@ -59,6 +59,7 @@ class Network(nn.Module):
     ):
         super().__init__()
         self.name, self.image_size, self.adapted, self.stageless = name, image_size, tuple(adapted), stageless
+        self.origin = "weights drawn at random"  # a line about where its weights come from
         self.body = body
         self._resize = resize
         first = next((module for module in body.modules() if isinstance(module, nn.Conv2d)), None)

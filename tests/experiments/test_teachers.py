@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import kdzoo
@@ -44,11 +45,11 @@ def published(tmp_path_factory):
 def test_weights_of_a_published_network_are_read_at_its_size_with_its_statistics(published):
     body, file = published
     size = timm.get_pretrained_cfg("resnet10t").input_size[-1]
-    network, line = load_given("resnet10t", DATA, file)
+    network = load_given("resnet10t", DATA, file)
     network.eval()
     assert size == network.image_size == 176
     assert statistics(network) == tuple(tuple(torch.tensor(part).tolist()) for part in IMAGENET)
-    assert "best.pth" in line
+    assert "best.pth" in network.origin
     mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in IMAGENET)
     shown = F.interpolate(IMAGES, (size, size), mode="bilinear", align_corners=False)
     torch.testing.assert_close(network(IMAGES).logits, body((shown - mean) / std))
@@ -56,7 +57,7 @@ def test_weights_of_a_published_network_are_read_at_its_size_with_its_statistics
 
 def test_what_a_teacher_reads_can_be_set(published):
     _, file = published
-    network, _ = load_given("resnet10t", DATA, file, image_size=96, mean=(0.5,), std=(0.25,))
+    network = load_given("resnet10t", DATA, file, image_size=96, mean=(0.5,), std=(0.25,))
     assert network.reads == "96 px, mean 0.5 0.5 0.5, std 0.25 0.25 0.25"
     assert network(IMAGES).logits.shape == (2, 10)
 
@@ -64,7 +65,7 @@ def test_what_a_teacher_reads_can_be_set(published):
 def test_weights_that_fit_the_network_adapted_to_the_data_only_are_read_in_it(tmp_path):
     adapted = create("resnet18", DATA).eval()
     torch.save(adapted.body.state_dict(), tmp_path / "mine")
-    network, _ = load_given("resnet18", DATA, tmp_path / "mine")
+    network = load_given("resnet18", DATA, tmp_path / "mine")
     assert (network.image_size, network.facts()["adapted"]) == (32, adapted.facts()["adapted"])
     torch.testing.assert_close(network.eval()(IMAGES).logits, adapted(IMAGES).logits)
 
@@ -73,9 +74,9 @@ def test_weights_of_unknown_origin_never_go_into_a_stem_that_their_shapes_do_not
     adapted = create("mobilenetv2", DATA).eval()
     torch.save(adapted.body.state_dict(), tmp_path / "mine")
     for size in (None, 32):
-        network, line = load_given("mobilenetv2", DATA, tmp_path / "mine", image_size=size)
+        network = load_given("mobilenetv2", DATA, tmp_path / "mine", image_size=size)
         assert "stride 2 -> 3x3 stride 1" not in network.reads
-        assert "stem as defined" in line
+        assert "stem as defined" in network.origin
     assert "stride 2 -> 3x3 stride 1" in adapted.reads
 
 
@@ -84,7 +85,7 @@ def test_a_file_that_kdzoo_wrote_is_read_as_it_was_on_any_data(name, tmp_path):
     written = create(name, DATA).eval()
     save_weights(written, tmp_path / "student.safetensors")
     larger = DATA._replace(image_size=64, mean=(0.1, 0.1, 0.1))
-    network, _ = load_given(name, larger, tmp_path / "student.safetensors")
+    network = load_given(name, larger, tmp_path / "student.safetensors")
     assert network.facts() == written.facts()
     torch.testing.assert_close(network.eval()(IMAGES).logits, written(IMAGES).logits)
 
@@ -95,7 +96,7 @@ def test_weights_of_another_network_are_refused(published):
 
 
 def test_teacher_and_student_may_read_different_sizes_from_one_batch(published):
-    teacher, _ = load_given("resnet10t", DATA._replace(image_size=96), published[1])
+    teacher = load_given("resnet10t", DATA._replace(image_size=96), published[1])
     student = create("resnet8", DATA._replace(image_size=96), image_size=32)
     images = torch.rand(2, 3, 96, 96)
     assert (teacher.image_size, student.image_size) == (176, 32)
@@ -137,12 +138,12 @@ def test_a_teachers_settings_reach_the_run_that_trains_it(dataset):
 def test_weights_with_another_head_start_a_network_with_a_new_one(published):
     _, file = published
     wanted = StudentSettings(name="resnet10t", weights=str(file))
-    network, _ = network_of(wanted, DATA._replace(num_classes=7))
+    network = network_of(wanted, DATA._replace(num_classes=7))
     whole = torch.load(file, weights_only=True)
     state = network.body.state_dict()
     assert state["fc.weight"].shape[0] == 7
     assert all(value.equal(whole[key]) for key, value in state.items() if not key.startswith("fc."))
-    kept, _ = network_of(wanted, DATA)
+    kept = network_of(wanted, DATA)
     assert kept.body.state_dict()["fc.weight"].equal(whole["fc.weight"])
 
 
@@ -157,6 +158,21 @@ def test_a_file_of_another_head_is_trained_on_where_that_is_asked_for(tmp_path, 
     assert result.teacher_top1 is not None
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"teacher resnet14: top-1 [\d.]+ % on digits, reads 8 px, mean [\d. ]+, std [\d. ]+ \(", said)
+
+
+def test_a_student_starts_from_the_weights_of_a_file_and_says_so(tmp_path, capsys):
+    file = tmp_path / "start.pth"
+    start = create("resnet8", DATA._replace(image_size=8)).body.state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in start.items()}}, file)
+    still = [*SHORT, "protocol.lr=1e-20", "protocol.min_lr=0", "protocol.weight_decay=0", "protocol.ema=0"]
+    for out, more in (("drawn", []), ("started", [f"student.weights={file}"])):
+        kdzoo.run("none", "resnet8", out=tmp_path / out, overrides=[*still, *more])
+        said = " ".join(capsys.readouterr().err.split())
+        line = re.search(r"student resnet8: top-1 [\d.]+ % before training, reads 8 px, .*start\.pth", said)
+        assert bool(line) == bool(more)
+        ends = load_file(next((tmp_path / out).rglob("student.safetensors")))
+        trained = [key for key in start if "running" not in key and "tracked" not in key]
+        assert all(ends[key].allclose(start[key]) for key in trained) == bool(more)
 
 
 @pytest.mark.parametrize(
