@@ -21,7 +21,7 @@ from kdzoo.engine.training import build, network_of, train_one
 from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
 from kdzoo.precision import PRECISIONS
-from kdzoo.resolve import files_of, fingerprint_of, resolve
+from kdzoo.resolve import files_of, fingerprint_of, resolve, stored
 from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
@@ -40,7 +40,7 @@ class Here(NamedTuple):
     trust_code: bool = False  # import the files and modules that the run names, whoever wrote them
 
     def place(self, folder: RunFolder) -> Run:
-        """Read the run of a folder and place it here.
+        """Read the run of a folder and place it here; its fingerprint is that of the data that lie here.
 
         Raises:
             UserError: the device is not there or has no such precision, or the run names code that is not trusted.
@@ -60,6 +60,8 @@ class Here(NamedTuple):
         engine = replace(settings.engine, precision=precision)  # type: ignore[arg-type]  # checked above
         root = place.data.root if self.root is None else str(Path(self.root).expanduser().resolve())
         place = replace(place, engine=EnginePlace(device=self.device), data=replace(place.data, root=root))
+        with folder.home():
+            images = replace(images, fingerprint=fingerprint_of(images, root))
         return resolve_auto(Run(replace(settings, engine=engine, data=images), place))
 
 
@@ -216,7 +218,7 @@ def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progre
         progress.say(f"{folder.path.name}: {', '.join(changed)} changed since this run was made")
     student = settings.student
     if registry.load(settings.distiller.name).deploy is not Distiller.deploy:
-        teacher = teachers.obtain(run, dataset, Progress(quiet=True))
+        teacher = teachers.obtain(run, dataset, Progress(quiet=True), made=stored(folder.read_config()).settings)
         network: nn.Module = build(run, dataset, TeacherPasses(teacher.network), fetch=False).deploy()
     elif models.written_facts(folder.student):
         return models.load_given(student.name, spec, folder.student, taps=student.taps)
@@ -232,8 +234,8 @@ def compare_data(run: Run, folder: RunFolder, dataset: data.Dataset, progress: P
     Raises:
         UserError: the outputs of its student stand for other classes, or in another order.
     """
-    wanted, class_names = run.settings.data, dataset.spec.class_names
-    if wanted.fingerprint not in ("", fingerprint_of(wanted, run.place.data.root)):
+    made, class_names = stored(folder.read_config()).settings.data, dataset.spec.class_names
+    if made.fingerprint not in ("", run.settings.data.fingerprint):
         progress.say(f"data differ from those of {folder.path}: its own numbers are of other images")
     if folder.classes.is_file() and folder.classes.read_text(encoding="utf-8").splitlines() != list(class_names):
         raise UserError(

@@ -24,7 +24,7 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
-from kdzoo.resolve import resolve
+from kdzoo.resolve import resolve, stored
 from kdzoo.settings import Run, Settings
 from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
 from kdzoo.store.folder import RunFolder, find_runs
@@ -257,7 +257,7 @@ def of_runs(paths: Sequence[Path], batches: int = 0, here: Here = HERE) -> pd.Da
     with torch.random.fork_rng(), Progress() as progress:
         with home.home():
             dataset = open_data(first, use(first.place), progress)
-            teacher = teachers.obtain(first, dataset, progress)
+            teacher = teachers.obtain(first, dataset, progress, made=stored(home.read_config()).settings)
         networks: dict[str, nn.Module] = {f"teacher {shared.teacher.name}": teacher.network}
         for name, (folder, run) in zip(_names(runs), runs, strict=True):
             with folder.home():

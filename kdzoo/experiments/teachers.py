@@ -16,13 +16,20 @@ from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder
 from kdzoo.randomness import seed_of
 from kdzoo.resolve import resolve
-from kdzoo.settings import OutputPlace, Run
+from kdzoo.settings import OutputPlace, Run, Settings
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
 
-def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
+def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None = None) -> Teacher:
     """Get the teacher of a run, on its device and measured.
+
+    Args:
+        run: the run that is trained, or looked at again.
+        dataset: its data.
+        progress: where the user is told about it.
+        made: what a finished run was made with, maybe under another name of the data or in another precision: its
+            teacher is taken where it is kept here and the data are the same.
 
     Raises:
         UserError: its weights are missing or do not fit, or it is hardly better than chance.
@@ -35,7 +42,7 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
     elif wanted.weights and not wanted.finetune:
         network = given(run, dataset, wanted.weights)
     else:
-        folder = trained(run, dataset, progress)
+        folder = (made and _kept(run, made, dataset)) or trained(run, dataset, progress)
         network = given(run, dataset, folder.student)
         network.origin = str(folder.path)
     device = dataset.device
@@ -53,6 +60,14 @@ def obtain(run: Run, dataset: Dataset, progress: Progress) -> Teacher:
             "or insist with --allow-weak-teacher"
         )
     return Teacher(network, top1)
+
+
+def _kept(run: Run, made: Settings, dataset: Dataset) -> RunFolder | None:
+    """Find the teacher that was trained for a run as it was made; None where it is not here, or the data differ."""
+    now, then = run.settings.data, made.data
+    same = now.fingerprint == then.fingerprint if now.fingerprint else now == then
+    as_made = run._replace(settings=made)
+    return RunFolder.of(recipe(as_made, dataset)) if same and lacking(as_made, dataset) is None else None
 
 
 def near_chance(num_classes: int, tests: int) -> float:

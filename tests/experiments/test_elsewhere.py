@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kdzoo.data.stream import OUT_OF_SHARED_MEMORY
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.training import peak_memory
 from kdzoo.errors import UserError
+from kdzoo.experiments import spectrum
 from kdzoo.experiments.run import Here, evaluate_run
 from kdzoo.models import create
 from kdzoo.store.folder import RunFolder
@@ -116,6 +118,34 @@ def test_the_command_takes_where_and_on_what(project, tmp_path):
     arguments = ["--data", f"folder:{pictures}", "--device", "cpu", "--precision", "float32"]
     result = CliRunner().invoke(cli, ["eval", str(run.path), *arguments], catch_exceptions=False)
     assert f"top-1 {measured[0]:.2f} %" in result.output
+
+
+@pytest.mark.parametrize("more", [[], ["--data-root", "."], ["--precision", "bf16"], ["--trust-code"]])
+def test_a_spectrum_elsewhere_takes_the_teacher_that_was_trained(project, tmp_path, cache, more, monkeypatch):
+    folder, _, _ = project
+    monkeypatch.chdir(folder)
+    short = [*SHORT, "teacher.epochs=1", "teacher.allow_weak=true"]
+    made = kdzoo.run("kd", "resnet8", "resnet8", data="folder:pictures", out="kd", overrides=short, quiet=True)
+    kept = sorted((cache / "teachers").iterdir())
+    pictures = shutil.move(folder / "pictures", tmp_path / "images")
+    arguments = ["--data", f"folder:{pictures}", "--device", "cpu", "--out", str(tmp_path / "seen"), *more]
+    result = CliRunner().invoke(cli, ["spectrum", str(made.folder), *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert sorted((cache / "teachers").iterdir()) == kept
+    found = pd.read_csv(tmp_path / "seen.csv").query("measure == 'top1'").set_index("network").value
+    assert found["resnet8 by kd"] == pytest.approx(made.top1, abs=10 if more[-1:] == ["bf16"] else 1e-3)
+
+
+def test_a_spectrum_of_other_data_has_another_teacher_and_says_so(project, cache, monkeypatch, capsys):
+    folder, _, _ = project
+    monkeypatch.chdir(folder)
+    short = [*SHORT, "teacher.epochs=1", "teacher.allow_weak=true"]
+    made = kdzoo.run("kd", "resnet8", "resnet8", data="folder:pictures", out="kd", overrides=short, quiet=True)
+    kept = sorted((cache / "teachers").iterdir())
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(folder / "pictures" / "train" / "dark" / "0.png")
+    spectrum.of_runs([made.folder], here=Here(device="cpu"))
+    assert len(sorted((cache / "teachers").iterdir())) == len(kept) + 1
+    assert "data differ from those of" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_module_that_was_edited_since_is_named(project, capsys):
