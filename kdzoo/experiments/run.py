@@ -20,6 +20,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, network_of, train_one
 from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
+from kdzoo.files import path_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import files_of, fingerprint_of, resolve
 from kdzoo.settings import EnginePlace, Run
@@ -58,7 +59,7 @@ class Here(NamedTuple):
         if precision not in ("auto", *PRECISIONS):
             raise unknown("precision", precision, ("auto", *PRECISIONS))
         engine = replace(settings.engine, precision=precision)  # type: ignore[arg-type]  # checked above
-        root = place.data.root if self.root is None else str(Path(self.root).expanduser().resolve())
+        root = place.data.root if self.root is None else str(path_of(self.root).resolve())
         place = replace(place, engine=EnginePlace(device=self.device), data=replace(place.data, root=root))
         return resolve_auto(Run(replace(settings, engine=engine, data=images), place))
 
@@ -70,9 +71,9 @@ def _absolute(name: str) -> str:
     """Make the path in a data set's name absolute, where it is one."""
     head, colon, argument = name.partition(":")
     if head.endswith(".py"):
-        head = str(Path(head).expanduser().resolve())
-    if argument and Path(argument).expanduser().exists():
-        argument = str(Path(argument).expanduser().resolve())
+        head = str(path_of(head).resolve())
+    if argument and path_of(argument).exists():
+        argument = str(path_of(argument).resolve())
     return f"{head}{colon}{argument}"
 
 

@@ -17,11 +17,10 @@ A suite is a mapping::
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any
 
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import shipped_folder
+from kdzoo.files import path_of, shipped_folder
 from kdzoo.keywords import read_yaml
 from kdzoo.resolve import resolve
 from kdzoo.settings import Run
@@ -75,7 +74,7 @@ def load(name: str, seeds: int = 0, overrides: Sequence[str] = ()) -> Suite:
     Raises:
         UserError: an unknown suite, key, method, network option or data set; a run that stands there twice.
     """
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"no file {name}; expected a YAML file with the keys {', '.join(KEYS)}")

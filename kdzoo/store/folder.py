@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from kdzoo.errors import UserError
-from kdzoo.files import MOVE_AWAY, read_json, read_text, slug, write_text
+from kdzoo.files import MOVE_AWAY, path_of, read_json, read_text, slug, write_text
 from kdzoo.keywords import read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.resolve import stored
@@ -61,6 +61,7 @@ class Result:
         return values
 
 
+LONGEST_TITLE = 200  # of the 255 bytes that a folder's name may have
 FORMAT = 3  # of config.yaml; another version's folders are refused
 
 
@@ -84,8 +85,8 @@ class RunFolder:
         """Name the folder of a run."""
         settings, place = run
         names = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller.name)
-        title = "-".join(slug(name.removesuffix(".py")) for name in names if name)
-        return cls(Path(place.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
+        title = "-".join(slug(name.removesuffix(".py")) for name in names if name)[:LONGEST_TITLE]
+        return cls(path_of(place.output.root) / f"{title}-s{settings.seed}-{settings.identity()}")
 
     def of_other_data(self, run: Run) -> "RunFolder | None":
         """Find a run beside this one that has the same settings and read other data under the same name."""
