@@ -108,6 +108,7 @@ def _check_fields(made: Any, given: Any, prefix: str) -> None:
 
 
 def _check_finite(value: Any, name: str) -> None:
+    """Check the numbers in a value: none is infinite, and tensors can hold those that are whole."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _check_finite(inner, f"{name}.{key}")
@@ -116,6 +117,8 @@ def _check_finite(value: Any, name: str) -> None:
             _check_finite(inner, name)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}={value}: expected a finite number")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{name}={value}: expected a number below 2^63")
 
 
 def refuse_markers(values: Any, where: str) -> None:

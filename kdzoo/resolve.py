@@ -151,15 +151,27 @@ def files_of(settings: Settings) -> dict[str, str]:
 
     These are methods, data sets, weights and networks, with the user's own modules that they import.
     """
-    networks = settings.teacher, settings.student
-    names = [network.name for network in networks]
-    found: dict[str, Path] = {}
-    for files in own_code.named(settings.distiller.name, settings.data.name, names).values():
-        found |= files
-    folders = [(name or "").removeprefix("local-dir:") for name in names if (name or "").startswith("local-dir:")]
-    for weights in (*folders, *(network.weights for network in networks), settings.data.classes):
-        found |= _weights(weights or "")
-    return {name: digest(file) for name, file in found.items()}
+    return {name: digest(file) for part in files_by_part(settings).values() for name, file in part.items()}
+
+
+def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
+    """Find the user's files that the method, the data, the teacher and the student consist of."""
+    found = {
+        "method": _code(settings.distiller.name),
+        "data": _code("", settings.data.name) | _weights(settings.data.classes or ""),
+    }
+    for role, network in (("teacher", settings.teacher), ("student", settings.student)):
+        name = network.name or ""
+        folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else ""
+        found[role] = _code(networks=(name,)) | _weights(folder) | _weights(network.weights or "")
+    return found
+
+
+def _code(distiller: str = "", data: str = "", networks: Sequence[str] = ()) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for named in own_code.named(distiller, data, networks).values():
+        files |= named
+    return files
 
 
 def _weights(name: str) -> dict[str, Path]:
