@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kdzoo import Batch, Distiller, Fidelity, Needs, Output
-from kdzoo.keywords import positive
+from kdzoo.keywords import not_negative, positive
 from kdzoo.losses import cross_entropy
 
 
@@ -56,7 +56,7 @@ class DIST(Distiller):
         temperature: float = 4.0,
     ):
         super().__init__(ce=ce, dist=dist)
-        self.inter, self.intra = inter, intra
+        self.inter, self.intra = not_negative(inter=inter), not_negative(intra=intra)
         self.temperature = positive(temperature=temperature)
         self.fewest_classes = 2 if intra else 3
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, Distiller, Fidelity, Needs, Output
-from kdzoo.keywords import positive, share
+from kdzoo.keywords import not_negative, positive, share
 from kdzoo.losses import cross_entropy, true_class, warm_up
 
 
@@ -69,7 +69,7 @@ class DKD(Distiller):
         warmup: float = 20 / 240,
     ):
         super().__init__(ce=ce, dkd=dkd)
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta = not_negative(alpha=alpha), not_negative(beta=beta)
         self.temperature, self.warmup = positive(temperature=temperature), share(warmup=warmup)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:

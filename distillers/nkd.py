@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, Distiller, Fidelity, Needs, Output
-from kdzoo.keywords import positive
+from kdzoo.keywords import not_negative, positive
 from kdzoo.losses import cross_entropy, true_class
 
 
@@ -49,7 +49,7 @@ class NKD(Distiller):
 
     def __init__(self, *, ce: float = 1.0, nkd: float = 1.0, gamma: float = 1.5, temperature: float = 1.0):
         super().__init__(ce=ce, nkd=nkd)
-        self.gamma, self.temperature = gamma, positive(temperature=temperature)
+        self.gamma, self.temperature = not_negative(gamma=gamma), positive(temperature=temperature)
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         given = student.logits, teacher.logits, true_class(batch.targets)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.keywords import at_least
+from kdzoo.keywords import at_least, not_negative
 from kdzoo.losses import cross_entropy
 
 
@@ -46,7 +46,7 @@ class RSD(Distiller):
 
     def __init__(self, *, ce: float = 1.0, rsd: float = 0.1, kappa: float = 0.01, expansion: int = 2):
         super().__init__(ce=ce, rsd=rsd)
-        self.kappa, self.expansion = kappa, at_least(1, expansion=expansion)
+        self.kappa, self.expansion = not_negative(kappa=kappa), at_least(1, expansion=expansion)
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         inputs, outputs = student.embedding.shape[1], teacher.embedding.shape[1]

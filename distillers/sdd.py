@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.connectors import CellLogits
-from kdzoo.keywords import at_least, each, positive
+from kdzoo.keywords import at_least, each, not_negative, positive
 from kdzoo.losses import cross_entropy
 
 
@@ -73,7 +73,7 @@ class SDD(Distiller):
     ):
         super().__init__(ce=ce, sdd=sdd)
         self.temperature = positive(temperature=temperature)
-        self.complementary = complementary
+        self.complementary = not_negative(complementary=complementary)
         self.scales = each(at_least, 1, scales=scales)
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:

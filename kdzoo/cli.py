@@ -219,7 +219,7 @@ def bench(
 
         executor = workers.find(on, jobs, gpus_per_group)
         rename("reading settings and data")
-        found = suites.load(suite, seeds or 0, overrides)
+        found = suites.load(suite, seeds or 0, overrides, rename)
     folder = out or Path("runs") / found.name
     if dry_run:
         with Progress() as progress:
@@ -417,16 +417,18 @@ def main() -> None:
     """The entry point: the user's mistakes are one line and exit code 2."""
     try:
         code = cli(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except (UserError, click.ClickException) as error:
+    except (UserError, click.ClickException, SystemExit) as error:
         if "--debug" in sys.argv:
             raise
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        if isinstance(error, SystemExit):  # click returns its own
+            message = f"code of a method, a network or a data set called exit({error}); --debug shows where"
         click.echo(f"error: {' '.join(message.split())}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

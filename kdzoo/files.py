@@ -17,8 +17,26 @@ from typing import Any
 
 from kdzoo.errors import StorageError, UserError
 
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that file systems take
 LARGEST = 2**26  # bytes of a text file that is read
 MOVE_AWAY = "move its folder away and run the same command again"
+
+
+def path_of(given: str | Path) -> Path:
+    """Make a path of what a user gives; ``~`` stands for the home folder.
+
+    Raises:
+        UserError: it can be no path: an unknown user's home, or a name that no file system takes.
+    """
+    shown = given if len(str(given)) < 100 else f"{str(given)[:40]}...{str(given)[-40:]}"
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{shown}: there is no such user; write the folder's whole path") from error
+    sizes = [len(os.fsencode(part)) for part in path.parts]
+    if max(sizes, default=0) > LONGEST_NAME or sum(sizes) + len(sizes) > LONGEST_PATH or "\0" in str(given):
+        raise UserError(f"{shown} can be no path; expected names of at most {LONGEST_NAME} bytes, without NUL")
+    return path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -119,7 +137,7 @@ def cache_folder() -> Path:
         StorageError: it cannot be made.
         UserError: others can write to it.
     """
-    folder = Path(os.environ.get("KDZOO_CACHE") or Path.home() / ".cache" / "kdzoo").expanduser()
+    folder = path_of(os.environ.get("KDZOO_CACHE") or "~/.cache/kdzoo")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

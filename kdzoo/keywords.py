@@ -50,15 +50,41 @@ def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | Non
     """
     given = schema, repr(values), prefix
     if given not in _typed:
-        _refuse_markers(values, prefix)
-        with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
-            made = OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
-        _check_fields(made, prefix)
-        _typed[given] = made
+        _typed[given] = _made(schema, values, prefix, also)
     return deepcopy(_typed[given])
 
 
-_typed: dict[tuple[type, str, str], Any] = {}  # what was made already: the runs of a suite differ in little
+_typed: dict[tuple[type, str, str], Any] = {}  # what was made before: the runs of a suite differ in little
+
+
+def _made(schema: type, values: Mapping[str, Any], prefix: str, also: type | None) -> Any:
+    refuse_markers(values, prefix)
+    with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
+        try:
+            made = OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
+        except OmegaConfBaseException as error:
+            error.full_key = error.full_key or _misfit(schema, values)
+            raise
+    _check_fields(made, values, prefix)
+    return made
+
+
+def _misfit(schema: type, values: Mapping[str, Any]) -> str:
+    """Find the key whose value does not fit, which OmegaConf does not name where that is an element of a list."""
+    for key, value in flat(values).items():
+        try:
+            OmegaConf.update(OmegaConf.structured(schema), key, value)
+        except OmegaConfBaseException:
+            return f"{key}={value}"
+    return ""
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their full keys, such as ``protocol.lr``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def setting(default: Any, check: Callable[..., Any], *arguments: Any) -> Any:
@@ -69,26 +95,51 @@ def setting(default: Any, check: Callable[..., Any], *arguments: Any) -> Any:
         check: takes ``arguments`` and one keyword.
         arguments: such as the bounds of ``between``.
     """
-    return field(default=default, metadata={"check": partial(check, *arguments)})
+    return field(default=default, metadata=checked_by(check, *arguments))
 
 
-def _check_fields(made: Any, prefix: str) -> None:
+def checked_by(check: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Make the metadata that declare a field's check, for one whose default is made by a function."""
+    return {"check": partial(check, *arguments)}
+
+
+def _check_fields(made: Any, given: Any, prefix: str) -> None:
+    """Check each field of ``made``, of which ``given`` holds the values before they were converted."""
     for column in fields(made):
-        value = getattr(made, column.name)
+        name, value = f"{prefix}{column.name}", getattr(made, column.name)
+        raw = given.get(column.name) if isinstance(given, Mapping) else None
         if is_dataclass(value):
-            _check_fields(value, f"{prefix}{column.name}.")
-        elif "check" in column.metadata and value is not None:
-            column.metadata["check"](**{f"{prefix}{column.name}": value})
+            _check_fields(value, raw, f"{name}.")
+            continue
+        if isinstance(value, bool) and isinstance(raw, int | float) and raw not in (0, 1):
+            raise UserError(f"{name}={raw}: expected true or false")
+        if "check" in column.metadata and value is not None:
+            column.metadata["check"](**{name: value})
+        _check_finite(value, name)
 
 
-def _refuse_markers(values: Any, where: str) -> None:
+def _check_finite(value: Any, name: str) -> None:
+    """Check the numbers in a value: none is infinite, and tensors can hold those that are whole."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_finite(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_finite(inner, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value}: expected a finite number")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{name}={value}: expected a number below 2^63")
+
+
+def refuse_markers(values: Any, where: str) -> None:
     """Refuse texts that OmegaConf would replace: from the environment, or as missing."""
     if isinstance(values, Mapping):
         for key, value in values.items():
-            _refuse_markers(value, f"{where}{key}.")
+            refuse_markers(value, f"{where}{key}.")
     elif isinstance(values, list | tuple):
         for value in values:
-            _refuse_markers(value, where)
+            refuse_markers(value, where)
     elif isinstance(values, str) and ("${" in values or values == "???"):
         raise UserError(f"{where.rstrip('.')}={values}: texts with ${{...}} and ??? are not replaced; write the value")
 
@@ -101,7 +152,7 @@ def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
     except ConfigKeyError as error:
         raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-        said = str(error).split("\n")[0]
+        said = str(error).split("\n")[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value in it")
         key = getattr(error, "full_key", None)
         raise UserError(f"{prefix}{key}: {said}" if key else said) from error
 
@@ -169,6 +220,20 @@ def rising(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any])
     if any(one > two for one, two in pairwise(checked)):
         raise UserError(f"{name}={list(values)}: expected values in rising order")
     return checked
+
+
+def by_name(check: Callable[..., Any], *arguments: Any, **keyword: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply one of the checks above to each value of a mapping; there may be none."""
+    ((name, values),) = keyword.items()
+    return {key: check(*arguments, **{f"{name}.{key}": value}) for key, value in values.items()}
+
+
+def per_channel(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
+    """Apply one of the checks above to a value of each channel of an image, or to one value for all."""
+    ((name, values),) = keyword.items()
+    if len(values) not in (1, 3):
+        raise UserError(f"{name}={list(values)}: expected three values, red, green and blue, or one for all")
+    return tuple(check(*arguments, **{name: value}) for value in values)
 
 
 def odd(**keyword: int) -> int:

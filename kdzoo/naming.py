@@ -1,15 +1,16 @@
 """The names of a run's parts as tables show them, with what differs from the defaults: equal names are comparable."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError
-from kdzoo.resolve import distiller_settings, preset, read_protocol
+from kdzoo.resolve import distiller_settings, files_by_part, preset, read_protocol
 from kdzoo.settings import DataSettings, Settings, StudentSettings, TeacherSettings
 
 ALONE = "-"  # the teacher of a student that has none
@@ -25,6 +26,8 @@ class Names:
     teacher: str
     student: str
     preset: bool  # whether the method has the keywords that the field uses for the pair
+    # Of the method, teacher and student that consist of files of the user's: a hash of these, by the part.
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def names_of(settings: Settings) -> Names:
@@ -39,7 +42,15 @@ def names_of(settings: Settings) -> Names:
         teacher=_teacher(plain["teacher"], plain["protocol"]["name"]) if settings.teacher.name else ALONE,
         student=_named(plain["student"], lambda _: asdict(StudentSettings())),
         preset=bool(usual) and all(keywords.get(key) == value for key, value in usual.items()),
+        versions=dict(_versions(settings)),
     )
+
+
+def _versions(settings: Settings) -> Iterator[tuple[str, str]]:
+    for part, files in files_by_part(settings).items():
+        found = [settings.files.get(name, "") for name in sorted(files)]
+        if found and part != "data":  # which have a fingerprint
+            yield part, hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
 def _named(settings: Mapping[str, Any], defaults_of: Callable[[str], dict[str, Any]]) -> str:

@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from kdzoo.files import path_of
+
 LIBRARIES = ("torchvision", "timm", "hf-hub", "local-dir")  # before the colon of a network that names no code
 
 _states: dict[str, tuple[str, int, int]] = {}  # of modules imported here: file, size and time of change
@@ -89,7 +91,7 @@ def named(distiller: str, data: str, networks: Iterable[str | None]) -> dict[str
     """
     found: dict[str, dict[str, Path]] = {}
     for name in (distiller, data.partition(":")[0]):
-        file = Path(name).expanduser()
+        file = path_of(name)
         if file.suffix == ".py":
             found[name] = {name: file, **sources(imported(file), file.parent)} if file.is_file() else {}
     for network in networks:

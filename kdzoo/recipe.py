@@ -6,6 +6,8 @@ from typing import Literal
 from kdzoo.keywords import (
     at_least,
     between,
+    by_name,
+    checked_by,
     fraction,
     matching,
     not_negative,
@@ -15,7 +17,7 @@ from kdzoo.keywords import (
     share,
 )
 
-RAND_AUGMENT = r"rand(-(m|n|p|mstd|mmax|inc|t)\d+(\.\d+)?)*"
+RAND_AUGMENT = r"rand(-(n[1-9]\d?|(m|p|mstd|mmax|inc|t)\d{1,3}(\.\d{1,9})?))*"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Protocol:
     # Muon moves each matrix once in so many steps, by turns: cheaper where batches are small.
     muon_every: int = setting(1, between, 1, 1000)
     lr: float = setting(0.05, positive)
-    lr_of: dict[str, float] = field(default_factory=dict)  # lr by network name, where the recipe has one
+    # lr by network name, where the recipe has one.
+    lr_of: dict[str, float] = field(default_factory=dict, metadata=checked_by(by_name, positive))
     momentum: float = setting(0.9, fraction)
     weight_decay: float = setting(5e-4, not_negative)
     decay_norms: bool = True  # whether norms and biases are decayed too
@@ -56,7 +59,7 @@ class Protocol:
     # Epochs after which a step schedule multiplies lr by gamma.
     milestones: tuple[int, ...] = setting((), rising, at_least, 1)
     gamma: float = setting(0.1, positive)
-    warmup: float = setting(0.0, not_negative)  # epochs of linear warm-up
+    warmup: float = setting(0.0, between, 0, 10**6)  # epochs of linear warm-up
     min_lr: float = setting(0.0, not_negative)  # where the cosine ends
     clip: float = setting(0.0, not_negative)  # largest norm of a gradient; 0: unclipped
     label_smoothing: float = setting(0.0, fraction)

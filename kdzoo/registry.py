@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdzoo import own_code
 from kdzoo.errors import UserError, unknown
+from kdzoo.files import path_of
 
 if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
@@ -115,7 +116,7 @@ class Registry(Generic[Base]):
     def find(self, name: str) -> Plugin:
         """Find the plug-in of this name, or the one in the file of this path (``./mine.py``)."""
         if name.endswith(".py"):
-            file = Path(name).expanduser().resolve()
+            file = path_of(name).resolve()
             if not file.is_file():
                 raise UserError(f"no file {name}; expected a Python file that holds one subclass of {self.base}")
             return Plugin(file.stem, f"kdzoo_file_{file.stem}", file)

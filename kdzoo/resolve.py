@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from kdzoo import own_code, registry
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import digest, read_text, shipped_folder
-from kdzoo.keywords import explained, keyword_settings, read_yaml, typed
+from kdzoo.files import digest, path_of, read_text, shipped_folder
+from kdzoo.keywords import explained, keyword_settings, read_yaml, refuse_markers, typed
 from kdzoo.recipe import Protocol
 from kdzoo.settings import DECISIVE, DataSettings, DistillerSettings, Place, Run, Settings, apart
 
@@ -75,8 +75,11 @@ def _merged(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     for override in overrides:
         if "=" not in override:
             raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
+    refuse_markers(values, "")
     with explained():
-        merged = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.from_dotlist(list(overrides)))
+        added = OmegaConf.from_dotlist(list(overrides))
+        refuse_markers(OmegaConf.to_container(added), "")
+        merged = OmegaConf.merge(OmegaConf.create(dict(values)), added)
         return OmegaConf.to_container(merged)  # type: ignore[return-value]  # a mapping gives a mapping
 
 
@@ -148,20 +151,32 @@ def files_of(settings: Settings) -> dict[str, str]:
 
     These are methods, data sets, weights and networks, with the user's own modules that they import.
     """
-    networks = settings.teacher, settings.student
-    names = [network.name for network in networks]
-    found: dict[str, Path] = {}
-    for files in own_code.named(settings.distiller.name, settings.data.name, names).values():
-        found |= files
-    folders = [(name or "").removeprefix("local-dir:") for name in names if (name or "").startswith("local-dir:")]
-    for weights in (*folders, *(network.weights for network in networks), settings.data.classes):
-        found |= _weights(weights or "")
-    return {name: digest(file) for name, file in found.items()}
+    return {name: digest(file) for part in files_by_part(settings).values() for name, file in part.items()}
+
+
+def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
+    """Find the user's files that the method, the data, the teacher and the student consist of."""
+    found = {
+        "method": _code(settings.distiller.name),
+        "data": _code("", settings.data.name) | _weights(settings.data.classes or ""),
+    }
+    for role, network in (("teacher", settings.teacher), ("student", settings.student)):
+        name = network.name or ""
+        folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else ""
+        found[role] = _code(networks=(name,)) | _weights(folder) | _weights(network.weights or "")
+    return found
+
+
+def _code(distiller: str = "", data: str = "", networks: Sequence[str] = ()) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for named in own_code.named(distiller, data, networks).values():
+        files |= named
+    return files
 
 
 def _weights(name: str) -> dict[str, Path]:
     """List a file of weights, or the files of a folder that holds some, by their names."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     if name and path.is_dir():
         return {f"{name}/{file.name}": file for file in sorted(path.iterdir()) if file.is_file()}
     return {name: path} if name and path.is_file() else {}
@@ -193,17 +208,25 @@ def protocol_names() -> list[str]:
 
 
 def distiller_settings(given: Mapping[str, Any]) -> DistillerSettings:
-    """Check a method's keywords, given beside its ``name``, against its constructor, and fill in the defaults."""
-    keywords = dict(given)
-    name = str(keywords.pop("name"))
-    return DistillerSettings(name, keyword_settings(registry.load(name), keywords))
+    """Check a method's keywords, given beside its ``name``, by its constructor, and fill in the defaults."""
+    given = dict(given)
+    name = str(given.pop("name"))
+    method = registry.load(name)
+    keywords = keyword_settings(method, given)
+    try:
+        method(**keywords)
+    except UserError as error:
+        raise UserError(f"distiller {name}: {error}") from error
+    except (Exception, SystemExit):  # a bug of the method, which is told when it is built, and stops no other
+        pass
+    return DistillerSettings(name, keywords)
 
 
 def _protocol(given: Mapping[str, Any]) -> Protocol:
     if not isinstance(given, Mapping):
         raise UserError(f"protocol={given}: expected protocol.KEY=value, or --protocol NAME")
     name = str(given.get("name", "quick"))
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"no file {name}; expected a YAML file with the keys of a protocol")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from kdzoo.keywords import at_least, between, each, fraction, not_negative, positive, setting, share
+from kdzoo.keywords import at_least, between, fraction, not_negative, per_channel, positive, setting, share
 from kdzoo.recipe import Protocol
 
 
@@ -28,9 +28,9 @@ class NetworkSettings:
     # Side in pixels that it reads; None: its weights' own, else the data's.
     image_size: int | None = setting(None, between, 1, 4096)
     # Subtracted from images in [0, 1]; None: its weights' own, else the data's.
-    mean: tuple[float, ...] | None = setting(None, each, share)
+    mean: tuple[float, ...] | None = setting(None, per_channel, share)
     # By which images are divided after that; None: the same.
-    std: tuple[float, ...] | None = setting(None, each, positive)
+    std: tuple[float, ...] | None = setting(None, per_channel, positive)
     taps: tuple[str, ...] | None = None  # four submodules, shallow to deep, whose outputs are its stages; None: found
     options: dict[str, Any] = field(default_factory=dict)  # keywords of the network's own, such as drop_path_rate
 

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
 from kdzoo.errors import UserError
+from kdzoo.files import path_of
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -31,7 +31,7 @@ def in_order(names: Sequence[str], order: str) -> tuple[str, ...]:
     """
     if order in ORDERS:
         return tuple(sorted(names, key=ORDERS[order]))
-    path = Path(order).expanduser()
+    path = path_of(order)
     if not path.is_file():
         raise UserError(f"data.classes={order}: expected text, natural, or a file with one class name a line")
     lines = normalize("NFC", path.read_text(encoding="utf-8-sig")).splitlines()

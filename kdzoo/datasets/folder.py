@@ -11,6 +11,7 @@ from kdzoo.data.labels import Table, read_annotations, read_table, rows_of
 from kdzoo.data.pictures import warn_once
 from kdzoo.data.trees import TESTS, TRAIN, Tree, split_of, walk
 from kdzoo.errors import UserError, unknown
+from kdzoo.files import path_of
 from kdzoo.image_set import Loaded, Split
 
 ARCHIVES = {".tar", ".zip", ".gz", ".tgz", ".7z"}
@@ -36,7 +37,7 @@ class Folder(ImageSet):
     argument = "PATH"
 
     def __init__(self, path: str, *, labels: str = ""):
-        self.path, self.labels = Path(path).expanduser(), labels
+        self.path, self.labels = path_of(path), labels
 
     def load(self, root: Path) -> Loaded:
         """List the images of both splits.
@@ -84,7 +85,7 @@ class Folder(ImageSet):
                 tree.left_out[file.suffix] -= 1
                 yield read_annotations(file, name)
         if self.labels:
-            given = Path(self.labels).expanduser()
+            given = path_of(self.labels)
             file = given if given.is_file() else path / given
             if not file.is_file():
                 raise UserError(f"no file data.labels={self.labels}; expected a CSV file with the columns path,label")

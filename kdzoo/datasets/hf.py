@@ -11,7 +11,7 @@ from kdzoo import ImageSet
 from kdzoo.data.classes import natural
 from kdzoo.data.trees import TESTS, TRAIN, split_of
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import cache_folder, slug
+from kdzoo.files import cache_folder, path_of, slug
 from kdzoo.image_set import Loaded
 
 
@@ -62,7 +62,7 @@ class HuggingFace(ImageSet):
             import datasets
         except ImportError as error:
             raise UserError("hf:PATH needs Hugging Face's library: pip install 'kdzoo[hf]'") from error
-        path = Path(self.path).expanduser()
+        path = path_of(self.path)
         is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
         try:
             if is_saved:

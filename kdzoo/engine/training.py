@@ -23,7 +23,7 @@ from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import write_text
+from kdzoo.files import digest, write_text
 from kdzoo.naming import names_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
@@ -189,6 +189,7 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
     """Write the student that ships, then the result."""
     settings, history, shipped = lane.run.settings, lane.history, lane.deployed()
     check_finite(shipped, "the student to ship")
+    lane.ranks.once(models.save_weights, shipped, lane.folder.student)
     best = max((record for record in history if record["top1"] is not None), key=lambda record: record["top1"])
     result = Result(
         folder=lane.folder.path,
@@ -212,8 +213,8 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         parameters=count(shipped),
         extra_parameters=count(lane.trained) - count(shipped),
         peak_memory=peak_memory(lane.device),
+        weights=digest(lane.folder.student) if lane.ranks.first else "",
     )
-    lane.ranks.once(models.save_weights, shipped, lane.folder.student)
     lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)

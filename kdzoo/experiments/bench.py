@@ -12,7 +12,7 @@ from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
 from kdzoo.experiments.workers import Executor, Local
 from kdzoo.files import write_text
-from kdzoo.settings import Run, apart
+from kdzoo.settings import Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock
@@ -138,17 +138,12 @@ def check_folder(run: Run) -> None:
     """Check what lies in a run's folder.
 
     Raises:
-        UserError: it was edited by hand, or lost its settings, its student or every whole checkpoint.
+        UserError: as by ``RunFolder.check``, or every checkpoint is damaged.
     """
     folder = RunFolder.of(run)
-    if folder.config.is_file() and apart(folder.read_config())[0] != run.settings.plain():
-        raise UserError(f"{folder.config} was edited by hand; remove the folder {folder.path} and run this again")
+    folder.check(run)
     if folder.read_result() is None:
         checkpoint.whole(folder.checkpoints)
-        return
-    for file, name in ((folder.config, "settings"), (folder.student, "student")):
-        if not file.is_file():
-            raise UserError(f"{folder.path} has lost its {name}; remove the folder and run this again")
 
 
 def survey(runs: Sequence[Run], reasons: Sequence[str] = ()) -> Report:

@@ -20,6 +20,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, network_of, train_one
 from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
+from kdzoo.files import path_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import files_of, fingerprint_of, resolve, stored
 from kdzoo.settings import EnginePlace, Run
@@ -58,7 +59,7 @@ class Here(NamedTuple):
         if precision not in ("auto", *PRECISIONS):
             raise unknown("precision", precision, ("auto", *PRECISIONS))
         engine = replace(settings.engine, precision=precision)  # type: ignore[arg-type]  # checked above
-        root = place.data.root if self.root is None else str(Path(self.root).expanduser().resolve())
+        root = place.data.root if self.root is None else str(path_of(self.root).resolve())
         place = replace(place, engine=EnginePlace(device=self.device), data=replace(place.data, root=root))
         with folder.home():
             images = replace(images, fingerprint=fingerprint_of(images, root))
@@ -72,9 +73,9 @@ def _absolute(name: str) -> str:
     """Make the path in a data set's name absolute, where it is one."""
     head, colon, argument = name.partition(":")
     if head.endswith(".py"):
-        head = str(Path(head).expanduser().resolve())
-    if argument and Path(argument).expanduser().exists():
-        argument = str(Path(argument).expanduser().resolve())
+        head = str(path_of(head).resolve())
+    if argument and path_of(argument).exists():
+        argument = str(path_of(argument).resolve())
     return f"{head}{colon}{argument}"
 
 
@@ -153,6 +154,7 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
             ),
         ):
             with ranks.in_turn():
+                folder.check_config(run) if fresh and folder.config.is_file() else folder.check(run)
                 finished = None if fresh else folder.read_result()
                 if finished is not None:
                     progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
@@ -194,7 +196,8 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
         UserError: there is no finished run at ``path``, or its data are not where they were.
     """
     folder = RunFolder(path.resolve())
-    if folder.read_result() is None:
+    result = folder.read_result()
+    if result is None:
         folder.read_config()
         raise UserError(f"{path} is not finished; run its command again, and it continues")
     with torch.random.fork_rng(), Progress() as progress:
@@ -206,12 +209,20 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
             deployed = shipped(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
             deployed.to(dataset.device).to(memory_format=torch.channels_last)
-            return evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
+            top1, top5 = evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
+        if (round(top1, 2), round(top5, 2)) != (round(result.top1, 2), round(result.top5, 2)):
+            progress.say(
+                f"{folder.result} says top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %: that differs from what is "
+                "measured now, as it may a little on another device or in another precision, and by more on other data"
+            )
+        return top1, top5
 
 
 def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progress) -> nn.Module:
     """Load the module that a run ships; a teacher is fetched only where it ships too."""
     settings, spec = run.settings, dataset.spec
+    if (result := folder.read_result()) is not None:
+        folder.check_student(result)
     now = files_of(settings)
     changed = sorted(name for name, digest in settings.files.items() if now.get(name, digest) != digest)
     if changed:

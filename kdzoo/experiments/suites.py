@@ -14,14 +14,14 @@ A suite is a mapping::
     teacher: {epochs: 30}         # settings of the teachers' own training, if any
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
-from pathlib import Path
+from math import prod
 from typing import Any
 
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import shipped_folder
+from kdzoo.files import path_of, read_text, shipped_folder
 from kdzoo.keywords import read_yaml
 from kdzoo.resolve import resolve
 from kdzoo.settings import Run
@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "teacher": {},
 }
 KEYS = tuple(DEFAULTS)
+MOST_RUNS = 10_000  # of one suite
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,25 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _files())
 
 
-def load(name: str, seeds: int = 0, overrides: Sequence[str] = ()) -> Suite:
+def load(
+    name: str, seeds: int = 0, overrides: Sequence[str] = (), report: Callable[[str], object] = lambda text: None
+) -> Suite:
     """Load a suite of ``configs/suites``, or of a YAML file by its path, as checked settings.
 
     Args:
         name: the suite.
         seeds: this many, from 0, instead of the file's.
         overrides: ``key=value`` settings for every run, such as ``protocol.epochs=30``.
+        report: is told what is read.
 
     Raises:
-        UserError: an unknown suite, key, method, network option or data set; a run that stands there twice.
+        UserError: an unknown suite, key, method, network option or data set; a run that stands there twice; too many.
     """
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"no file {name}; expected a YAML file with the keys {', '.join(KEYS)}")
-        text, title = path.read_text(encoding="utf-8"), path.stem
+        text, title = read_text(path), path.stem
     else:
         known = {f.name.removesuffix(".yaml"): f for f in _files()}
         if name not in known:
@@ -91,11 +95,20 @@ def load(name: str, seeds: int = 0, overrides: Sequence[str] = ()) -> Suite:
             raise unknown(f"key in suite {name}", key, KEYS)
         if key in LISTS and (not isinstance(value, list) or not value):
             raise UserError(f"suite {name} has no list of {key}; expected one, such as {key}: {LISTS[key]}")
-    runs = _runs(title, content, range(seeds), overrides)
+    for seed in content["seeds"]:
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise UserError(f"suite {name}: seed {seed}: expected a whole number from 0")
+    content |= {"data": _list(content["data"]), "seeds": range(seeds) if seeds else content["seeds"]}
+    size = prod(len(content[key]) for key in ("data", *LISTS))
+    if size > MOST_RUNS:
+        raise UserError(f"suite {name} has {size:,} runs; expected at most {MOST_RUNS:,}: lower --seeds, or part it")
+    runs = _runs(title, content, overrides, report)
     return Suite(title, tuple(runs), name, seeds, tuple(overrides))
 
 
-def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], overrides: Sequence[str]) -> list[Run]:
+def _runs(
+    title: str, content: Mapping[str, Any], overrides: Sequence[str], report: Callable[[str], object]
+) -> list[Run]:
     from kdzoo import models  # which imports torch and timm
 
     if not isinstance(content["teacher"], Mapping) or "name" in content["teacher"]:
@@ -104,28 +117,35 @@ def _runs(title: str, content: Mapping[str, Any], seeds: Sequence[int], override
         )
     runs: list[Run] = []
     seen: set[str] = set()
-    for data in _list(content["data"]):
+    for data in content["data"]:
         fingerprint = None  # computed once for all runs on these data
         for pair in content["pairs"]:
             teacher, student, protocol = _pair(title, pair, content["protocol"])
             for network in (teacher, student):
                 if network is not None:
                     models.check_name(network)
-            for seed in seeds or content["seeds"]:
-                for distiller in content["distillers"]:
-                    run = resolve(
-                        {
-                            "data": _named(title, "data", data),
-                            "protocol": _named(title, "protocol", protocol),
-                            "teacher": {**content["teacher"], "name": teacher},
-                            "student": {"name": student},
-                            "distiller": _named(title, "distiller", distiller),
-                            "seed": seed,
-                        },
-                        overrides,
-                        fingerprint=fingerprint,
-                    )
-                    fingerprint = run.settings.data.fingerprint
+            report(f"reading suite {title}: {teacher} -> {student}")
+            first = content["seeds"][0]
+            resolved = []
+            for distiller in content["distillers"]:
+                run = resolve(
+                    {
+                        "data": _named(title, "data", data),
+                        "protocol": _named(title, "protocol", protocol),
+                        "teacher": {**content["teacher"], "name": teacher},
+                        "student": {"name": student},
+                        "distiller": _named(title, "distiller", distiller),
+                        "seed": first,
+                    },
+                    overrides,
+                    fingerprint=fingerprint,
+                )
+                fingerprint = run.settings.data.fingerprint
+                resolved.append(run)
+            for seed in content["seeds"]:
+                for distiller, run in zip(content["distillers"], resolved, strict=True):
+                    if run.settings.seed == first:  # else an override gives every run one seed
+                        run = run._replace(settings=replace(run.settings, seed=seed))
                     if run.settings.identity() in seen:
                         raise UserError(
                             f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}; "

@@ -112,7 +112,8 @@ def trained(run: Run, dataset: Dataset, progress: Progress) -> RunFolder:
     own = recipe(run, dataset)
     name = own.settings.student.name
     folder = RunFolder.of(own)
-    if folder.read_result() is not None:
+    if (result := folder.read_result()) is not None:
+        folder.check_student(result)
         return folder
     lock = RunLock(folder.path)
     if not lock.acquire():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from kdzoo import own_code
 from kdzoo.distiller import DataSpec
 from kdzoo.errors import UserError, unknown
+from kdzoo.files import path_of
 from kdzoo.models import names
 from kdzoo.models.adapt import (
     LARGE,
@@ -93,7 +93,7 @@ def check_name(name: str) -> None:
         raise unknown("torchvision model", member, known)
     if colon and origin == "hf-hub" and "/" not in member:
         raise UserError(f"'{name}' names no model of the hub; expected hf-hub:OWNER/NAME")
-    if colon and origin == "local-dir" and not (Path(member).expanduser() / "config.json").is_file():
+    if colon and origin == "local-dir" and not (path_of(member) / "config.json").is_file():
         raise UserError(f"'{name}': no config.json in folder '{member}'; expected a model that timm saved for the hub")
 
 
@@ -131,7 +131,7 @@ def _bare(name: str, keywords: Mapping[str, Any]) -> Any:
 def _entry(name: str) -> str:
     """Return what timm calls a network, with the user's folder as a whole path."""
     origin, colon, member = name.partition(":")
-    return f"{origin}:{Path(member).expanduser()}" if colon else names.resolve(name)
+    return f"{origin}:{path_of(member)}" if colon else names.resolve(name)
 
 
 def _torchvision_models() -> list[str]:

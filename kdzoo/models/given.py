@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from kdzoo.distiller import DataSpec
 from kdzoo.errors import UserError
+from kdzoo.files import path_of
 from kdzoo.models import names
 from kdzoo.models.adapt import SMALL
 from kdzoo.models.by_name import create, pretrained_classes
@@ -50,7 +51,7 @@ def load_given(
     Raises:
         UserError: the weights cannot be read, or are of another network.
     """
-    written = written_facts(Path(file).expanduser())
+    written = written_facts(path_of(file))
     own = {key: written.get(key) for key in ("image_size", "mean", "std")}
     asked = {"image_size": image_size, "mean": mean, "std": std}
     options |= {key: own[key] if value is None else value for key, value in asked.items()}

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from kdzoo.errors import UserError
+from kdzoo.files import path_of
 
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as the Hugging Face hub names them
 
@@ -79,7 +80,7 @@ def find_file(given: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = given.expanduser()
+    path = path_of(given)
     if path.is_dir():
         found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
         if found is None:

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from kdzoo.errors import UserError
+from kdzoo.keywords import flat
 from kdzoo.quantities import duration
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def command_without_teacher(result: "Result") -> str:
     given: dict[str, dict[str, Any]] = {part: {"name": settings[part]["name"]} for part in parts}
     given["protocol"]["epochs"] = settings["protocol"]["epochs"]  # which milestones and warm-up follow
     known = settings["data"].get("fingerprint", "")  # of the same data, and nothing to give
-    usual = _flat(resolve({**given, "distiller": {"name": "none"}}, fingerprint=known).plain())
+    usual = flat(resolve({**given, "distiller": {"name": "none"}}, fingerprint=known).plain())
     usual["protocol.epochs"] = read_protocol(result.protocol).epochs
-    used = _flat({part: settings[part] for part in parts})
+    used = flat({part: settings[part] for part in parts})
     words = ["kdzoo", "run", "--distiller", "none", "--student", result.student]
     for option, value, default in (
         ("--data", result.data, "digits"),
@@ -103,11 +103,3 @@ def _same_student(folder: Path) -> dict[str, Any]:
 
     settings, _ = apart(RunFolder(folder).read_config())
     return {key: settings[key] for key in ("student", "protocol", "data")}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

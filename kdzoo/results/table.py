@@ -75,11 +75,17 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
     table = pd.DataFrame(found)
     for name in (*NUMBERS, *COUNTS):
         table[name] = pd.to_numeric(table[name], errors="coerce")
-    # Other data under one name are another section.
-    fingerprints = table.pop("fingerprint")
-    differ = fingerprints.groupby(table["data"]).transform("nunique") > 1
-    table.loc[differ, "data"] += " [" + fingerprints[differ].str[:6].replace("", "unknown") + "]"
+    versions = table.pop("versions")
+    _tell_apart(table, "data", table.pop("fingerprint"))
+    for part in ("method", *PAIR):
+        _tell_apart(table, part, versions.map(lambda found, part=part: found.get(part, "")))
     return table
+
+
+def _tell_apart(table: pd.DataFrame, column: str, contents: pd.Series) -> None:
+    """Add the first digits of its hash to each name in a column that stands for different contents."""
+    differ = contents.groupby(table[column]).transform("nunique") > 1
+    table.loc[differ, column] += " [" + contents[differ].str[:6].replace("", "unknown") + "]"
 
 
 def repeated(runs: pd.DataFrame) -> int:

@@ -39,12 +39,16 @@ def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
     for file in _files(folder):
         match = _NAME.fullmatch(file.name)
         assert match is not None
-        if _digest(file.read_bytes()) == match[2]:
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:  # the process that is at work on the run has written newer ones since
+            continue
+        if _digest(content) == match[2]:
             found[int(match[1])] = file
         else:
             damaged.append(f"checkpoint {file} is damaged (its checksum differs); using the one before it")
     if damaged and not found:
-        raise UserError(f"every checkpoint in {folder} is damaged; remove that folder and run the same command again")
+        raise UserError(f"every checkpoint in {folder} is damaged; {_AGAIN.format('it')}")
     return found, damaged
 
 

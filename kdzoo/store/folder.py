@@ -4,9 +4,9 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from kdzoo.errors import UserError
-from kdzoo.files import MOVE_AWAY, read_json, read_text, slug, write_text
-from kdzoo.keywords import read_yaml, typed
+from kdzoo.files import MOVE_AWAY, digest, path_of, read_json, read_text, slug, write_text
+from kdzoo.keywords import flat, read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.resolve import stored
-from kdzoo.settings import Run, apart
+from kdzoo.settings import Place, Run, Settings, apart
 from kdzoo.store.trust import check_code
 
 
@@ -53,6 +53,7 @@ class Result:
     parameters: int | None = None  # of the student that ships; None: not counted, as in results of older versions
     extra_parameters: int | None = None  # that the method trains beside the student
     peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
+    weights: str = ""  # SHA-256 of the student's file; empty in results of older versions
 
     def plain(self) -> dict[str, Any]:
         """Return the values as JSON holds them; the folder is not among them."""
@@ -61,6 +62,7 @@ class Result:
         return values
 
 
+LONGEST_TITLE = 200  # of the 255 bytes that a folder's name may have
 FORMAT = 3  # of config.yaml; another version's folders are refused
 
 
@@ -84,8 +86,8 @@ class RunFolder:
         """Name the folder of a run."""
         settings, place = run
         names = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller.name)
-        title = "-".join(slug(name.removesuffix(".py")) for name in names if name)
-        return cls(Path(place.output.root).expanduser() / f"{title}-s{settings.seed}-{settings.identity()}")
+        title = "-".join(slug(name.removesuffix(".py")) for name in names if name)[:LONGEST_TITLE]
+        return cls(path_of(place.output.root) / f"{title}-s{settings.seed}-{settings.identity()}")
 
     def of_other_data(self, run: Run) -> "RunFolder | None":
         """Find a run beside this one that has the same settings and read other data under the same name."""
@@ -118,11 +120,51 @@ class RunFolder:
         except UserError as error:
             raise UserError(f"{self.config} is damaged ({error}); {MOVE_AWAY}") from error
         if config and config.pop("format", None) != FORMAT:
-            raise self._of_another_version()
+            raise self._of_another_version("format")
         for part in ("distiller", "student", "teacher", "data", "protocol"):
             if not isinstance(config.get(part), dict) or "name" not in config[part]:
                 raise UserError(f"{self.config} is damaged (it has no {part}.name); {MOVE_AWAY}")
         return config
+
+    def check(self, run: Run) -> None:
+        """Check that what lies here is this run's and whole; a folder that is not there yet is.
+
+        Raises:
+            UserError: the settings were edited or written by another version, or files of a finished run are lost.
+        """
+        result = self.read_result()
+        if result is not None:
+            self.check_student(result)
+            if not self.config.is_file():
+                raise UserError(f"{self.path} has lost its {self.config.name}; {MOVE_AWAY}")
+        if self.config.is_file():
+            self.check_config(run)
+
+    def check_config(self, run: Run) -> None:
+        """Check that the settings that stand here are this run's.
+
+        Raises:
+            UserError: they were edited, or written by another version.
+        """
+        config = self.read_config()
+        found, wanted = flat(apart(config)[0]), flat(run.settings.plain())
+        if strange := [*_unknown(config), *(wanted.keys() ^ found.keys())]:
+            raise self._of_another_version(strange[0])
+        if changed := [key for key, value in wanted.items() if found[key] != value]:
+            raise UserError(
+                f"{self.config} was edited by hand ({', '.join(changed)}); write back what stood there, or {MOVE_AWAY}"
+            )
+
+    def check_student(self, result: Result) -> None:
+        """Check that the student of a finished run is as it was written.
+
+        Raises:
+            UserError: it is lost or damaged.
+        """
+        if not self.student.is_file():
+            raise UserError(f"{self.path} has lost its {self.student.name}; {MOVE_AWAY}")
+        if result.weights not in ("", digest(self.student)):
+            raise UserError(f"{self.student} is damaged (its checksum differs); {MOVE_AWAY}")
 
     def run(self, trust_code: bool = False, working: Path | None = None) -> Run:
         """Read what the run was made with, checked against what is installed now.
@@ -132,11 +174,13 @@ class RunFolder:
             working: the user's working folder, by default the one of now: code in it that is as it was is trusted.
 
         Raises:
-            UserError: there are no such settings, or they name code that is not trusted.
+            UserError: there are no such settings, another version wrote them, or they name code that is not trusted.
         """
         config = self.read_config()
         if not trust_code:
             check_code(config, self.path, working or Path.cwd())
+        if strange := next(_unknown(config), None):
+            raise self._of_another_version(strange)
         return stored(config)
 
     @contextmanager
@@ -179,9 +223,11 @@ class RunFolder:
         """Read the result; None where the run is not finished."""
         if not self.result.is_file():
             return None
-        values = read_json(self.result)
-        if "names" not in values:
-            raise self._of_another_version()
+        values = _known(Result, read_json(self.result))  # a newer version may have written more
+        if isinstance(values.get("names"), dict):
+            values["names"] = _known(Names, values["names"])
+        if missing := sorted(REQUIRED - values.keys()):
+            raise self._of_another_version(missing[0])
         try:
             result: Result = typed(Result, {**values, "folder": self.path}, "")
         except UserError as error:
@@ -191,10 +237,10 @@ class RunFolder:
             raise UserError(f"{self.result} is damaged (a value is no accuracy, or of another type); {MOVE_AWAY}")
         return result
 
-    def _of_another_version(self) -> UserError:
+    def _of_another_version(self, key: str) -> UserError:
         return UserError(
-            f"{self.path} was made by another version of kdzoo, which this one cannot read; read it with the version "
-            "that its environment.json names, or run the same command again with another --out"
+            f"{self.path} was written by another version of kdzoo, which this one cannot read ({key} differs); read it "
+            f"with the version that its {self.environment.name} names, or move it away, or choose another --out"
         )
 
     def set_aside(self) -> None:
@@ -211,6 +257,24 @@ class RunFolder:
             self.result.replace(self.before / self.result.name)  # at this moment it is there, and no longer here
         for file in (self.student, self.history, self.classes, self.failure, *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
+
+
+REQUIRED = {key.name for key in fields(Result) if key.default is MISSING} - {"folder"}
+KNOWN = {**Run(Settings(), Place()).plain(), "distiller": {}}
+
+
+def _known(schema: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Keep the values of the keys that a dataclass has."""
+    return {key.name: values[key.name] for key in fields(schema) if key.name in values}
+
+
+def _unknown(config: Mapping[str, Any], known: Mapping[str, Any] = KNOWN, prefix: str = "") -> Iterator[str]:
+    """Find the settings that this version does not have; where it has an empty mapping, any key may stand."""
+    for key, value in config.items():
+        if key not in known:
+            yield prefix + key
+        elif isinstance(value, Mapping) and isinstance(known[key], Mapping) and known[key]:
+            yield from _unknown(value, known[key], f"{prefix}{key}.")
 
 
 def environment(run: Run) -> dict[str, Any]:
