@@ -35,7 +35,7 @@ def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--data-root", "root", help="Folder of downloaded data sets (default: the one of the run)."),
         click.option(
             "--data",
-            help="Data set, or where it lies now, such as folder:PATH (default: the run's; digits without a run).",
+            help="Data set, or where it lies now, such as folder:PATH (default: that of the run).",
         ),
     ):
         command = option(command)
@@ -45,7 +45,13 @@ def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kdzoo")
 def cli() -> None:
-    """Distil any teacher into any student with any method, and compare methods fairly."""
+    """Distil any teacher into any student with any method, and compare methods fairly.
+
+    A first look, on small pictures of digits that need no download (minutes on a laptop):
+
+    \b
+      kdzoo run --distiller uhkd --teacher vit_s --student resnet18
+    """
 
 
 @cli.command()
@@ -72,6 +78,7 @@ def cli() -> None:
     help="Data set: a name of 'kdzoo list data', folder:PATH, or the path of a Python file that holds one "
     "(default: digits).",
 )
+@flag("--data-root", "data.root", help="Folder of downloaded data sets (default: data).")
 @flag(
     "--protocol",
     "protocol.name",
@@ -131,8 +138,15 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     """Distil one student from one teacher.
 
     The run's folder then holds the student and its accuracy on the test images, after the last epoch and the best.
-    Any setting may follow as KEY=VALUE: protocol.lr=0.1 data.limit=2000 distiller.size=5 ('kdzoo show uhkd' lists a
-    method's).
+    Without --data and --protocol it is a first look: digits of 8 x 8 pixels, and a recipe of few epochs. The teacher is
+    trained once, and runs of all methods and seeds share it.
+
+    Any setting may follow as KEY=VALUE: 'kdzoo list settings' lists them, 'kdzoo show METHOD' those of a method.
+
+    \b
+      kdzoo run --distiller uhkd --teacher vit_s --student resnet18
+      kdzoo run --distiller kd --teacher resnet50 --teacher-weights best.pth --student resnet18 --data folder:pictures
+      kdzoo run --distiller crd --teacher resnet32x4 --student resnet8x4 --data cifar100 --protocol crd seed=1
     """
     from kdzoo.engine.progress import Progress
 
@@ -201,10 +215,13 @@ def bench(
 ) -> None:
     """Train every method, teacher-student pair and seed of a suite, then print the table.
 
+    \b
+      kdzoo bench digits --dry-run
+      kdzoo bench mine.yaml --seeds 3 protocol.epochs=100
+
     SUITE is a name of 'kdzoo list suites', or the path of a YAML file. Runs that share teacher, data, protocol and seed
     are a group, trained side by side. The same command continues a suite that was stopped, and several processes
-    may work on one suite. Settings may
-    follow as KEY=VALUE; they apply to every run.
+    may work on one suite. Settings may follow as KEY=VALUE, as in 'kdzoo run'; they apply to every run.
     """
     from kdzoo.engine.progress import Progress
 
@@ -247,6 +264,9 @@ def bench(
 def evaluate(folder: Path, **here: Any) -> None:
     """Measure the student of a finished run again.
 
+    \b
+      kdzoo eval runs/digits-none-resnet8-s0-0123456789ab --device cpu
+
     Prints its top-1 and top-5 on the test images. The run may come from another machine: its relative paths are looked
     up in the folder where it was made, if that is there, else in the working folder.
     """
@@ -276,6 +296,10 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
     """Print a table of finished runs: means over seeds, differences by paired t-tests, published numbers.
 
     RUNS are folders of runs, or folders that hold some.
+
+    \b
+      kdzoo table runs/digits --baseline kd
+      kdzoo table runs/cifar100-crd --pivot --format latex
     """
     from kdzoo.results import layout, table
     from kdzoo.results.ranks import draw
@@ -319,8 +343,13 @@ def spectrum(
 ) -> None:
     """Show what teacher and students hold in each frequency band of their feature maps, and where they agree.
 
-    Give finished runs that share a teacher, or two networks before training. Add a run of --distiller none to see the
-    student without a teacher.
+    It tells which bands a method passes on from teacher to student, and which are left to improve. Give finished runs
+    that share a teacher, or two networks before training, which see digits unless --data names others. Add a run of
+    --distiller none to see the student without a teacher.
+
+    \b
+      kdzoo spectrum runs/digits
+      kdzoo spectrum --teacher vit_s --student resnet18
     """
     from kdzoo.experiments import spectrum
     from kdzoo.experiments.run import Here
@@ -345,7 +374,12 @@ def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
     """Decode every image of a data set once, and show what it holds.
 
     Lists all damaged images, the number of images of each class, and test images that training images repeat. Settings
-    of the data may follow as KEY=VALUE: data.val=0.1 data.labels=FILE
+    of the data may follow as KEY=VALUE: data.val=0.1 measures on a tenth of the training images, data.labels=FILE takes
+    the classes from a CSV file with the columns path and label.
+
+    \b
+      kdzoo data folder:pictures
+      kdzoo data folder:pictures data.labels=labels.csv data.val=0.1
     """
     from kdzoo.engine.progress import Progress
 
@@ -363,11 +397,11 @@ def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command("list")
-@click.argument("kind", type=click.Choice(["distillers", "models", "data", "protocols", "suites"]))
+@click.argument("kind", type=click.Choice(["distillers", "models", "data", "protocols", "suites", "settings"]))
 @click.option("--format", "style", type=click.Choice(["text", "markdown"]), default="text")
 @DEBUG
 def list_names(kind: str, style: str) -> None:
-    """List the names of methods, models, data sets, protocols or suites."""
+    """List the names of methods, models, data sets, protocols or suites, or every setting with its default."""
     from kdzoo.results.catalogue import listing
 
     click.echo(listing(kind, style))
@@ -382,7 +416,14 @@ def list_names(kind: str, style: str) -> None:
 )
 @DEBUG
 def show(name: str, data: str) -> None:
-    """Explain a method (uhkd, ./mine.py) or a network (swin_t)."""
+    """Explain a method or a network.
+
+    For a method: its paper, its formula and its keywords. For a network: its size and its feature maps.
+
+    \b
+      kdzoo show uhkd
+      kdzoo show swin_t --data cifar100
+    """
     from kdzoo.results.catalogue import distiller_page, is_distiller, model_page
 
     _print(distiller_page(name) if is_distiller(name) else model_page(name, data))
@@ -394,7 +435,11 @@ def show(name: str, data: str) -> None:
 def check(name: str) -> None:
     """Check that a method does what training relies on.
 
-    Each check is a line: shapes, gradients, seeds, precision, compilation, learning, and others.
+    Each check is a line: shapes, gradients, seeds, precision, compilation, learning, and others. 'kdzoo show kd' names a
+    file to begin from.
+
+    \b
+      kdzoo check ./mine.py
     """
     from kdzoo.checks import Outcome
     from kdzoo.checks import check as check_all

@@ -87,20 +87,30 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def setting(default: Any, check: Callable[..., Any], *arguments: Any) -> Any:
-    """Declare a dataclass's field with its default and one of the checks below, which ``typed`` applies; None passes.
+def setting(default: Any, means: str, check: Callable[..., Any] | None = None, *arguments: Any) -> Any:
+    """Declare a dataclass's field with its default, its meaning, and a check that ``typed`` applies to all but None.
 
     Args:
-        default: the default.
-        check: takes ``arguments`` and one keyword.
+        default: the default; ``dict`` for an empty one.
+        means: what the field is, as ``kdzoo list settings`` prints it.
+        check: one of the checks below, which takes ``arguments`` and one keyword.
         arguments: such as the bounds of ``between``.
     """
-    return field(default=default, metadata=checked_by(check, *arguments))
+    metadata = {"means": means} | ({} if check is None else {"check": partial(check, *arguments)})
+    return (
+        field(default_factory=dict, metadata=metadata) if default is dict else field(default=default, metadata=metadata)
+    )
 
 
-def checked_by(check: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Make the metadata that declare a field's check, for one whose default is made by a function."""
-    return {"check": partial(check, *arguments)}
+def described(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """List the fields of a dataclass that ``setting`` declared, with their defaults and meanings, also nested ones."""
+    made = schema()
+    for column in fields(schema):
+        value = getattr(made, column.name)
+        if is_dataclass(value):
+            yield from described(type(value), f"{prefix}{column.name}.")
+        elif "means" in column.metadata:
+            yield f"{prefix}{column.name}", value, column.metadata["means"]
 
 
 def _check_fields(made: Any, given: Any, prefix: str) -> None:

@@ -246,6 +246,7 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
         **asdict(recipe),
         "milestones": [max(1, round(milestone * scale)) for milestone in recipe.milestones],
         "warmup": recipe.warmup * scale,
+        "lr_of": {} if "lr" in given else recipe.lr_of,
     }
     augmentation = {**scaled["augmentation"], **augmentation}
     result: Protocol = typed(Protocol, {**scaled, **given, "augmentation": augmentation, "name": name}, "protocol.")

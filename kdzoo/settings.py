@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from kdzoo.keywords import at_least, between, fraction, not_negative, per_channel, positive, setting, share
+from kdzoo.keywords import at_least, between, described, fraction, not_negative, per_channel, positive, setting, share
 from kdzoo.recipe import Protocol
 
 
@@ -14,7 +14,7 @@ from kdzoo.recipe import Protocol
 class DistillerSettings:
     """The method, and its keywords: all of them, in the order of its constructor."""
 
-    name: str = ""
+    name: str = setting("", "Distillation method: a name of 'kdzoo list distillers', or a Python file")
     keywords: dict[str, Any] = field(default_factory=dict)
 
 
@@ -23,16 +23,31 @@ class NetworkSettings:
     """A network, the weights it starts from, and what it makes of images before it reads them."""
 
     name: Any = None
-    weights: str | None = None  # a file of weights to start from
-    pretrained: bool = False  # published weights; a head of other classes is left out
-    # Side in pixels that it reads; None: its weights' own, else the data's.
-    image_size: int | None = setting(None, between, 1, 4096)
-    # Subtracted from images in [0, 1]; None: its weights' own, else the data's.
-    mean: tuple[float, ...] | None = setting(None, per_channel, share)
-    # By which images are divided after that; None: the same.
-    std: tuple[float, ...] | None = setting(None, per_channel, positive)
-    taps: tuple[str, ...] | None = None  # four submodules, shallow to deep, whose outputs are its stages; None: found
-    options: dict[str, Any] = field(default_factory=dict)  # keywords of the network's own, such as drop_path_rate
+    weights: str | None = setting(
+        None, "File or folder with its weights; a student starts from them, a teacher keeps them"
+    )
+    pretrained: bool = setting(
+        False, "Start from the weights published for this network; a head of other classes is new"
+    )
+    image_size: int | None = setting(
+        None, "Side in pixels of the images it reads (null: that of its weights, else the data's)", between, 1, 4096
+    )
+    mean: tuple[float, ...] | None = setting(
+        None,
+        "Mean of each colour, from 0 to 1, subtracted from images (null: that of its weights, else the data's)",
+        per_channel,
+        share,
+    )
+    std: tuple[float, ...] | None = setting(
+        None,
+        "Standard deviation of each colour, by which images are divided (null: that of its weights, else the data's)",
+        per_channel,
+        positive,
+    )
+    taps: tuple[str, ...] | None = setting(
+        None, "Names of four submodules, shallow to deep, whose outputs are its stages (null: found by themselves)"
+    )
+    options: dict[str, Any] = setting(dict, "Keywords of the network's constructor, such as options.drop_path_rate=0.1")
 
     def making(self) -> dict[str, Any]:
         """Return the keywords of ``models.create`` that decide the network and what it reads."""
@@ -43,7 +58,9 @@ class NetworkSettings:
 class StudentSettings(NetworkSettings):
     """The network that learns."""
 
-    name: str = ""
+    name: str = setting(
+        "", "Network that is trained: a name of 'kdzoo list models', of timm, or package.module:factory"
+    )
 
     @property
     def is_started(self) -> bool:
@@ -58,12 +75,14 @@ class TeacherSettings(NetworkSettings):
     Weights of a file are taken instead of training; published ones are fine-tuned where the classes differ.
     """
 
-    name: str | None = None
-    finetune: bool = False  # train the weights of the file on, with a new head where the classes differ
-    protocol: str | None = None  # its recipe; None: finetune where it starts from weights, else the run's file
-    epochs: int | None = setting(None, between, 1, 10**6)  # None: the recipe's
-    lr: float | None = setting(None, positive)  # None: the recipe's
-    seed: int = setting(0, between, 0, 2**63 - 1)
+    name: str | None = setting(None, "Network that the student learns from, named in the same way (null: none)")
+    finetune: bool = setting(False, "Train the weights of teacher.weights on, with a new head where the classes differ")
+    protocol: str | None = setting(
+        None, "Recipe of the teacher's training (null: finetune where it starts from weights, else the student's file)"
+    )
+    epochs: int | None = setting(None, "Epochs of the teacher's training (null: its recipe's)", between, 1, 10**6)
+    lr: float | None = setting(None, "Learning rate of the teacher's training (null: its recipe's)", positive)
+    seed: int = setting(0, "Seed of the teacher's training; students of all seeds share it", between, 0, 2**63 - 1)
 
     def untrained(self) -> StudentSettings:
         """Return the same network as one that learns: what is trained to be the teacher."""
@@ -74,15 +93,20 @@ class TeacherSettings(NetworkSettings):
 class DataSettings:
     """What the networks see; the size of the images is the protocol's."""
 
-    name: str = "digits"
-    limit: int | None = setting(None, at_least, 1)  # this many training images at most
-    options: dict[str, Any] = field(default_factory=dict)  # keywords of what makes the set, where it has any
-    classes: str | None = None  # their order: text, natural, or a file with one name a line; None: the set's own
-    # Share of the training images held out to measure on, instead of the test images.
-    val: float = setting(0.0, fraction)
-    exif: bool = True  # images of files are turned as their camera noted
-    alpha: str = "white"  # the colour that transparent pixels are laid on
-    skip_damaged: bool = False  # image files that cannot be decoded are left out
+    name: str = setting("digits", "Data set: a name of 'kdzoo list data', folder:PATH, or a Python file")
+    limit: int | None = setting(None, "Number of training images to use (null: all)", at_least, 1)
+    options: dict[str, Any] = setting(
+        dict, "Keywords of the data set, such as options.split=letters; data.split works too"
+    )
+    classes: str | None = setting(
+        None, "Order of the classes: text, natural (2 before 10), or a file with one name a line (null: the set's own)"
+    )
+    val: float = setting(
+        0.0, "Share of the training images that is held out and measured on, instead of the test images", fraction
+    )
+    exif: bool = setting(True, "Turn photographs upright, as their camera noted")
+    alpha: str = setting("white", "Colour that transparent pixels are laid on")
+    skip_damaged: bool = setting(False, "Leave out image files that cannot be decoded, and count them")
     fingerprint: str = ""  # of images and labels; found by itself, empty where name and options decide them
 
     def opening(self) -> dict[str, Any]:
@@ -94,11 +118,17 @@ class DataSettings:
 class EngineSettings:
     """How a run computes, as far as that changes its result."""
 
-    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of the networks; auto: bf16 where fast
-    # Parts of a batch that go through one by one, each a batch to norms and losses.
-    accumulate: int = setting(1, between, 1, 2**20)
-    # That share every batch of one run; protocol.batch_size counts the images of all.
-    devices: int = setting(1, between, 1, 4096)
+    precision: Literal["auto", "float32", "tf32", "bf16"] = setting(
+        "auto", "Precision of the networks: float32, tf32 (CUDA only) or bf16; auto is bf16 where the hardware has it"
+    )
+    accumulate: int = setting(
+        1,
+        "Number of parts that a batch goes through the networks in, one after another, to save memory",
+        between,
+        1,
+        2**20,
+    )
+    devices: int = setting(1, "Number of devices that share every batch of a run, one process each", between, 1, 4096)
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,9 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     protocol: Protocol = field(default_factory=Protocol)
     engine: EngineSettings = field(default_factory=EngineSettings)
-    seed: int = setting(0, between, 0, 2**63 - 1)
+    seed: int = setting(
+        0, "Seed of the initial weights, and of the order and augmentation of the batches", between, 0, 2**63 - 1
+    )
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file of the user's that the others name
 
     def plain(self) -> dict[str, Any]:
@@ -129,41 +161,50 @@ class Settings:
 class EnginePlace:
     """The device, and how it is used."""
 
-    device: str = "auto"
-    graph: bool = True  # the step as CUDA graphs, where it can be
-    compile: bool = False  # the networks by torch.compile
-    checkpoint_activations: bool = False  # the student's maps are computed again for the backward pass, not kept
-    threads: int = setting(0, between, 0, 1024)  # 0: as many as there are cores
-    # At most so many runs of a suite make a group; 0: all that can, side by side as memory holds.
-    lanes: int = setting(0, between, 0, 10**6)
-    # The share of the device's memory that they may take; lowered where groups share it.
-    memory: float = setting(1.0, between, 0.001, 1)
-    checkpoint_seconds: float = setting(60.0, not_negative)  # at most this much work is lost when killed
+    device: str = setting("auto", "Device to train on: cpu, cuda, cuda:1 or mps; auto is the first GPU, else the CPU")
+    graph: bool = setting(True, "Run training steps as CUDA graphs, where that is possible")
+    compile: bool = setting(False, "Compile the networks with torch.compile")
+    checkpoint_activations: bool = setting(
+        False, "Compute the student's feature maps again in the backward pass instead of keeping them, to save memory"
+    )
+    threads: int = setting(0, "Number of CPU threads (0: one for each core)", between, 0, 1024)
+    lanes: int = setting(
+        0, "Number of runs of a suite that may be trained side by side (0: as many as memory holds)", between, 0, 10**6
+    )
+    memory: float = setting(1.0, "Share of the device's memory that runs side by side may take", between, 0.001, 1)
+    checkpoint_seconds: float = setting(
+        60.0, "Seconds between checkpoints: at most so much work is lost when a run is killed", not_negative
+    )
 
 
 @dataclass(frozen=True)
 class DataPlace:
     """Where data lie, and who decodes them."""
 
-    root: str = "data"  # where torchvision's sets lie
-    workers: int = setting(2, between, 0, 128)  # decoding processes of sets too large for memory
+    root: str = setting("data", "Folder of the data sets that torchvision downloads")
+    workers: int = setting(2, "Number of processes that decode images of sets too large for memory", between, 0, 128)
 
 
 @dataclass(frozen=True)
 class TeacherPlace:
     """What is asked of a teacher before anything is distilled."""
 
-    allow_weak: bool = False  # distil from a teacher near chance all the same
+    allow_weak: bool = setting(False, "Distil even from a teacher whose accuracy is close to guessing")
 
 
 @dataclass(frozen=True)
 class OutputPlace:
     """Where results go."""
 
-    root: str = "runs"
-    tensorboard: bool = False
-    # Epochs between measurements of the student; the last is always measured.
-    measure_every: int = setting(1, between, 1, 10**6)
+    root: str = setting("runs", "Folder that holds the runs")
+    tensorboard: bool = setting(False, "Also write losses and accuracies for TensorBoard")
+    measure_every: int = setting(
+        1,
+        "Number of epochs from one measurement of the student to the next; the last is always measured",
+        between,
+        1,
+        10**6,
+    )
 
 
 @dataclass(frozen=True)
@@ -215,3 +256,10 @@ def apart(plain: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if decisive:
             what[section] = {key: value for key, value in given.items() if key in decisive}
     return what, where
+
+
+def all_settings() -> list[tuple[str, Any, str]]:
+    """List every key that a user can set, with its default and its meaning, section by section."""
+    known = [*described(Settings), *described(Place)]
+    order = [section.name for section in (*fields(Settings), *fields(Place))]
+    return sorted(known, key=lambda each: order.index(each[0].partition(".")[0]))

@@ -115,7 +115,7 @@ def test_check_tells_what_a_method_breaks(kdzoo, tmp_path):
     assert "fails" in err
 
 
-@pytest.mark.parametrize("kind", ["distillers", "models", "data", "protocols"])
+@pytest.mark.parametrize("kind", ["distillers", "models", "data", "protocols", "suites", "settings"])
 def test_lists(kdzoo, kind):
     code, out, _ = kdzoo("list", kind)
     assert code == 0

@@ -14,8 +14,9 @@ import kdzoo
 from kdzoo import DataSpec, models, registry
 from kdzoo.errors import UserError
 from kdzoo.files import shipped_folder
+from kdzoo.keywords import flat
 from kdzoo.resolve import protocol_names, read_protocol, resolve, stored
-from kdzoo.settings import DistillerSettings, Place
+from kdzoo.settings import DistillerSettings, Place, all_settings
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}}
 
@@ -98,6 +99,22 @@ def test_identity_tells_runs_apart_by_what_changes_the_result():
     assert resolve(BASE, ["output.root=elsewhere", "engine.threads=1"]).settings.identity() == identity
     for override in ("seed=1", "distiller.kd=1", "protocol.lr=0.1", "data.limit=9", "student.name=resnet14"):
         assert resolve(BASE, [override]).settings.identity() != identity
+
+
+def test_a_learning_rate_that_is_given_holds_for_every_network():
+    small = {**BASE, "student": {"name": "shufflenetv1"}, "protocol": {"name": "crd"}}
+    assert resolve(small).settings.protocol.lr_of["shufflenetv1"] == 0.01
+    given = resolve(small, ["protocol.lr=0.2"]).settings.protocol
+    assert (given.lr, given.lr_of) == (0.2, {})
+    assert resolve(small, ["protocol.lr=0.2", "protocol.lr_of.resnet8=1"]).settings.protocol.lr_of == {"resnet8": 1}
+
+
+def test_every_key_that_can_be_given_is_listed_with_its_meaning():
+    usual = resolve(BASE).plain()
+    del usual["files"], usual["data"]["fingerprint"], usual["distiller"]
+    listed = {key for key, _, _ in all_settings()}
+    assert set(flat(usual)) | {"distiller.name"} == {key for key in listed if not key.endswith((".options", ".lr_of"))}
+    assert all(means for _, _, means in all_settings())
 
 
 @pytest.mark.parametrize(

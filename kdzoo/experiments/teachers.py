@@ -90,7 +90,7 @@ def recipe(run: Run, dataset: Dataset) -> Run:
     if wanted.epochs is not None:
         protocol["epochs"] = wanted.epochs
     if wanted.lr is not None:
-        protocol |= {"lr": wanted.lr, "lr_of": {}}
+        protocol["lr"] = wanted.lr
     own = resolve(
         {
             "distiller": {"name": "none"},

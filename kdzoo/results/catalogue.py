@@ -1,6 +1,7 @@
 """Answer ``kdzoo list`` and ``kdzoo show``: lists of names, and a page for one method or one network."""
 
 import inspect
+import json
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -67,6 +68,12 @@ def listing(kind: str, style: str) -> str:
         return "\n".join(
             [*sorted(models.short_names()), "and any name of timm, torchvision:NAME, package.module:factory"]
         )
+    if kind == "settings":
+        from kdzoo.settings import all_settings
+
+        known = [(f"{key}={json.dumps(value)}", means) for key, value, means in all_settings()]
+        width = max(len(key) for key, _ in known)
+        return "\n".join(f"{key:{width}}  {means}" for key, means in known)
     if kind == "data":
         found = registry.data_sets.all().values()
         width = max(len(each.title) for each in found)
