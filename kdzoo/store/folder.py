@@ -233,7 +233,8 @@ class RunFolder:
         except UserError as error:
             raise UserError(f"{self.result} is damaged ({error}); {MOVE_AWAY}") from error
         shares = [result.top1, result.top5, result.best_top1, result.teacher_top1 or 0.0]
-        if result.plain() | values != result.plain() or not all(0 <= share <= 100 for share in shares):
+        plain = flat(result.plain())
+        if plain | flat(values) != plain or not all(0 <= share <= 100 for share in shares):
             raise UserError(f"{self.result} is damaged (a value is no accuracy, or of another type); {MOVE_AWAY}")
         return result
 
