@@ -11,6 +11,7 @@ from kdzoo import __version__
 from kdzoo.errors import UserError
 
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
+UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -222,6 +223,8 @@ def bench(
     SUITE is a name of 'kdzoo list suites', or the path of a YAML file. Runs that share teacher, data, protocol and seed
     are a group, trained side by side. The same command continues a suite that was stopped, and several processes
     may work on one suite. Settings may follow as KEY=VALUE, as in 'kdzoo run'; they apply to every run.
+
+    Exit code: 0 if all runs are finished, 2 if some failed or stopped, 3 if other processes are still at work on some.
     """
     from kdzoo.engine.progress import Progress
 
@@ -233,6 +236,7 @@ def bench(
         from kdzoo.results import layout, table
         from kdzoo.results.plan import plan
         from kdzoo.store.folder import find_runs
+        from kdzoo.store.lock import RunLock
 
         executor = workers.find(on, jobs, gpus_per_group)
         rename("reading settings and data")
@@ -253,8 +257,13 @@ def bench(
     if not runs.empty:
         click.echo(layout.render(runs, "markdown"), nl=False)
     if report.elsewhere:
-        click.echo(f"{len(report.elsewhere)} runs are being trained by another process", err=True)
+        owners = engine.by_reason({path: RunLock(path).who() for path in report.elsewhere})
+        click.echo(
+            f"not finished: {len(report.elsewhere)} runs that other processes are at work on ({owners})", err=True
+        )
     report.check()
+    if report.elsewhere:
+        click.get_current_context().exit(UNFINISHED)
 
 
 @cli.command("eval")

@@ -7,11 +7,13 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from kdzoo.errors import StorageError, UserError
 
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that file systems take
 LARGEST = 2**26  # bytes of a text file that is read
+DAY = 86400.0  # seconds
+_PART = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.part")
 MOVE_AWAY = "move its folder away and run the same command again"
 
 
@@ -54,10 +58,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
+        remove_parts(path.parent, older_than=DAY)
     except BaseException as error:  # an interruption leaves nothing behind either
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise _explained(error, path) from error
+
+
+def remove_parts(folder: Path, older_than: float = -inf) -> None:
+    """Remove the temporary files of killed processes from a folder, where they are older than so many seconds."""
+    for file in folder.glob(".*.part"):
+        with suppress(OSError):  # another process may have been first
+            if _PART.fullmatch(file.name) and time.time() - file.stat().st_mtime > older_than:
+                file.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

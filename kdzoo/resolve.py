@@ -154,6 +154,12 @@ def files_of(settings: Settings) -> dict[str, str]:
     return {name: digest(file) for part in files_by_part(settings).values() for name, file in part.items()}
 
 
+def changed_files(settings: Settings) -> list[str]:
+    """List the user's files that are no longer as they were when the settings were resolved."""
+    now = files_of(settings)
+    return sorted(name for name, recorded in settings.files.items() if now.get(name, recorded) != recorded)
+
+
 def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
     """Find the user's files that the method, the data, the teacher and the student consist of."""
     found = {

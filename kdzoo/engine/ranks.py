@@ -6,6 +6,7 @@ torchrun starts the processes, or its launcher does for ``--devices``; they find
 import logging
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,8 +17,16 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdzoo.errors import UserError
@@ -192,14 +201,15 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else DDP warns of methods that leave no parameter unused
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
+    if loopback := next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     devices = run.settings.engine.devices
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=devices,
         run_id=uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        rdzv_backend=OnThisMachine.NAME,
         max_restarts=0,
     )
     try:
@@ -221,6 +231,48 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
         if said.startswith("UserError: "):
             raise UserError(said.removeprefix("UserError: ")) from error
         raise
+
+
+class OnThisMachine(RendezvousHandler):
+    """Where the processes of one machine find each other: a store that no other machine can reach."""
+
+    NAME = "kdzoo-loopback"
+
+    def __init__(self, parameters: RendezvousParameters):
+        self.run_id = parameters.run_id
+        listening = socket.create_server(("127.0.0.1", 0))
+        address, port = listening.getsockname()
+        self.place = RendezvousStoreInfo(address, port)
+        # Without a socket of ours it would listen on all interfaces.
+        self.store = TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(PrefixStore(self.run_id, self.store), 0, 1, self.place)
+
+    use_agent_store = True
+
+    def get_backend(self) -> str:
+        return self.NAME
+
+    def get_run_id(self) -> str:
+        return self.run_id
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Nothing: it ends with its process."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
+rendezvous_handler_registry.register(OnThisMachine.NAME, OnThisMachine)
 
 
 @record

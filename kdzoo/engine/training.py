@@ -27,6 +27,7 @@ from kdzoo.files import digest, write_text
 from kdzoo.naming import names_of
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import seed_of
+from kdzoo.resolve import changed_files
 from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
@@ -97,6 +98,8 @@ def build_all(
     failed: dict[int, UserError] = {}
     for i, run in enumerate(runs):
         try:
+            if changed := changed_files(run.settings):
+                raise UserError(f"{', '.join(changed)} changed since the command began; run the same command again")
             built[i] = build(run, dataset, teacher).train()
         except StorageError:
             raise

@@ -12,6 +12,7 @@ from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
 from kdzoo.experiments.workers import Executor, Local
 from kdzoo.files import write_text
+from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
@@ -46,10 +47,10 @@ class Report:
             UserError: some stopped or failed; the reasons, each with its runs, and what to do.
         """
         if self.stopped:
-            lines = _by_reason(self.stopped)
+            lines = by_reason(self.stopped)
             raise UserError(f"{len(self.stopped)} runs stopped ({lines}); the same command continues with them")
         if self.failed:
-            lines = _by_reason(self.failed)
+            lines = by_reason(self.failed)
             raise UserError(f"{len(self.failed)} runs failed ({lines}); --retry tries them again")
 
 
@@ -149,7 +150,8 @@ def check_folder(run: Run) -> None:
 def survey(runs: Sequence[Run], reasons: Sequence[str] = ()) -> Report:
     """Report how a suite's runs stand on disk; ``reasons`` say why some may have stopped."""
     report = Report()
-    for folder in map(RunFolder.of, runs):
+    for run in runs:
+        folder = RunFolder.of(run)
         if folder.read_result() is not None:
             report.finished.append(folder.path)
         elif folder.failure.is_file():
@@ -157,11 +159,13 @@ def survey(runs: Sequence[Run], reasons: Sequence[str] = ()) -> Report:
         elif RunLock(folder.path).is_held():
             report.elsewhere.append(folder.path)
         else:
-            report.stopped[folder.path] = "; ".join(reasons) or "the process that was at work on it has ended"
+            changed = changed_files(run.settings)
+            reason = f"{', '.join(changed)} changed since the suite was read" if changed else "; ".join(reasons)
+            report.stopped[folder.path] = reason or "the process that was at work on it has ended"
     return report
 
 
-def _by_reason(reasons: Mapping[Path, str]) -> str:
+def by_reason(reasons: Mapping[Path, str]) -> str:
     """Name the runs that share a reason together, each reason once."""
     runs: dict[str, list[str]] = {}
     for path, reason in reasons.items():

@@ -22,7 +22,7 @@ from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
 from kdzoo.files import path_of
 from kdzoo.precision import PRECISIONS
-from kdzoo.resolve import files_of, fingerprint_of, resolve, stored
+from kdzoo.resolve import changed_files, fingerprint_of, resolve, stored
 from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
@@ -223,9 +223,7 @@ def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progre
     settings, spec = run.settings, dataset.spec
     if (result := folder.read_result()) is not None:
         folder.check_student(result)
-    now = files_of(settings)
-    changed = sorted(name for name, digest in settings.files.items() if now.get(name, digest) != digest)
-    if changed:
+    if changed := changed_files(settings):
         progress.say(f"{folder.path.name}: {', '.join(changed)} changed since this run was made")
     student = settings.student
     if registry.load(settings.distiller.name).deploy is not Distiller.deploy:

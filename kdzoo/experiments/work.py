@@ -19,10 +19,11 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.estimate import packs
 from kdzoo.experiments.run import open_data
 from kdzoo.files import write_text
+from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
-from kdzoo.store.lock import RunLock
+from kdzoo.store.lock import RunLock, await_signs
 
 
 def grouped(runs: Iterable[Run]) -> list[list[Run]]:
@@ -43,7 +44,8 @@ def work_through(groups: Sequence[Sequence[Run]], progress: Progress, wait: bool
     """Train the runs that no other process is at work on, group by group, until none of them is left.
 
     The groups are gone through again as long as something was trained, since another process may have been lost
-    meanwhile. With ``wait``, runs that other processes hold are waited for in the end.
+    meanwhile; one on another machine is lost that gives no sign in the end. With ``wait``, runs that other processes
+    hold are waited for in the end.
 
     Raises:
         StorageError: a group's folder cannot be written; the other groups are trained first.
@@ -63,6 +65,12 @@ def work_through(groups: Sequence[Sequence[Run]], progress: Progress, wait: bool
 
     while turn():
         pass
+    held = [RunLock(RunFolder.of(run).path) for group in groups for run in group if not is_done(run)]
+    if any(lock.beat() is not None for lock in held):
+        with progress.doing("waiting for a sign of the processes on other machines that hold runs"):
+            await_signs(held)
+        while turn():
+            pass
     if wait:
         turn(wait=True)
     for error in broken.values():
@@ -81,7 +89,8 @@ def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wa
     locks = {i: RunLock(RunFolder.of(run).path) for i, run in enumerate(group) if not is_done(run)}
     try:
         mine = [group[i] for i, lock in locks.items() if lock.acquire(wait)]
-        mine = [run for run in mine if not is_done(run)]  # while we waited, another may have been there
+        # While we waited, another process may have been there, and the user's files may have been edited.
+        mine = [run for run in mine if not is_done(run) and not changed_files(run.settings)]
         if not mine:
             return 0
         progress.group(number, f"{title(group)}: {len(mine)} of {len(group)} runs to do")

@@ -55,9 +55,14 @@ def render(runs: pd.DataFrame, style: str, baseline: str = BASELINE, pivot: bool
     """
     if style == "csv":
         table = wide(runs, baseline) if pivot else summary(runs, baseline)
-        return table.to_csv(index=False, lineterminator="\n")
+        return table.map(_no_formula).to_csv(index=False, lineterminator="\n")
     sections = pivoted(runs, baseline) if pivot else long(runs, baseline)
     return {"markdown": markdown, "latex": latex, "html": page}[style](sections)
+
+
+def _no_formula(value: object) -> object:
+    """Put a quote before a text that a spreadsheet would compute."""
+    return f"'{value}" if isinstance(value, str) and len(value) > 1 and value[0] in "=+-@" else value
 
 
 def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:

@@ -72,7 +72,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
         )
     if not found:
         return pd.DataFrame()
-    table = pd.DataFrame(found)
+    table = pd.DataFrame(found).map(lambda value: visible(value) if isinstance(value, str) else value)
     for name in (*NUMBERS, *COUNTS):
         table[name] = pd.to_numeric(table[name], errors="coerce")
     versions = table.pop("versions")
@@ -86,6 +86,11 @@ def _tell_apart(table: pd.DataFrame, column: str, contents: pd.Series) -> None:
     """Add the first digits of its hash to each name in a column that stands for different contents."""
     differ = contents.groupby(table[column]).transform("nunique") > 1
     table.loc[differ, column] += " [" + contents[differ].str[:6].replace("", "unknown") + "]"
+
+
+def visible(text: str) -> str:
+    """Write characters that would not be seen, such as those that command a terminal, as ``\\x1b``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def repeated(runs: pd.DataFrame) -> int:

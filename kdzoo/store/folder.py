@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from kdzoo.errors import UserError
-from kdzoo.files import MOVE_AWAY, digest, path_of, read_json, read_text, slug, write_text
+from kdzoo.files import MOVE_AWAY, digest, path_of, read_json, read_text, remove_parts, slug, write_text
 from kdzoo.keywords import flat, read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.resolve import stored
@@ -103,7 +103,9 @@ class RunFolder:
         return None
 
     def open(self, run: Run) -> None:
-        """Make the folder and write what is known before the first step."""
+        """Make the folder and write what is known before the first step; the run's lock must be held."""
+        for folder in (self.path, self.checkpoints):
+            remove_parts(folder)
         write_text(self.config, yaml.safe_dump({"format": FORMAT, **run.plain()}, sort_keys=False))
         write_text(self.environment, json.dumps(environment(run), indent=2) + "\n")
 
@@ -233,7 +235,8 @@ class RunFolder:
         except UserError as error:
             raise UserError(f"{self.result} is damaged ({error}); {MOVE_AWAY}") from error
         shares = [result.top1, result.top5, result.best_top1, result.teacher_top1 or 0.0]
-        if result.plain() | values != result.plain() or not all(0 <= share <= 100 for share in shares):
+        plain = flat(result.plain())
+        if plain | flat(values) != plain or not all(0 <= share <= 100 for share in shares):
             raise UserError(f"{self.result} is damaged (a value is no accuracy, or of another type); {MOVE_AWAY}")
         return result
 

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -20,6 +21,7 @@ from kdzoo.files import write_text
 
 HEARTBEAT = 10.0  # seconds
 LIFETIME = 60.0  # seconds without a heartbeat after which an owner on another machine is dead
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # one for all containers of a machine, which share its locks
 
 
 class RunLock:
@@ -50,7 +52,8 @@ class RunLock:
             raise StorageError(
                 f"{self._file.parent} cannot be written ({error.strerror}); choose another folder"
             ) from error
-        write_text(self.owner, json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "machine": machine()}
+        write_text(self.owner, json.dumps(owner) + "\n")
         self._released = Event()
         Thread(target=_beat, args=(self.owner, self._released), daemon=True).start()
         return True
@@ -75,7 +78,8 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         if not self.acquire():
             raise UserError(
-                f"{self._file.parent} is being worked on by {self.who()}; wait for it, or choose another --out"
+                f"{self._file.parent} is being worked on by {self.who()}; wait for it, or choose another --out (one on "
+                f"another machine counts as lost after {LIFETIME:.0f} s without a sign)"
             )
         return self
 
@@ -90,15 +94,44 @@ class RunLock:
         except (OSError, ValueError, KeyError):
             return "another process"
 
-    def _lives_elsewhere(self) -> bool:
-        """Tell whether an owner on another machine is alive. Only the file server's clock is read."""
+    def beat(self) -> float | None:
+        """Return when an owner on another machine last showed that it lives; None where there is no such owner."""
         try:
             with self.owner.open(encoding="utf-8") as file:  # opened: what a client remembers of a file may be old
-                host, beaten = json.load(file)["host"], os.fstat(file.fileno()).st_mtime
-        except (OSError, ValueError, KeyError):
+                owner, beaten = json.load(file), os.fstat(file.fileno()).st_mtime
+            here = owner["machine"] == machine() if "machine" in owner else owner["host"] == socket.gethostname()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return None if here else beaten
+
+    def _lives_elsewhere(self) -> bool:
+        """Tell whether an owner on another machine is alive. Only the file server's clock is read."""
+        beaten = self.beat()
+        if beaten is None:
             return False
         self._file.touch()
-        return host != socket.gethostname() and self._file.stat().st_mtime - beaten < LIFETIME
+        silent = self._file.stat().st_mtime - beaten
+        if silent < -HEARTBEAT:  # a clock was set back since; an owner that lives beats again
+            with suppress(OSError):
+                os.utime(self.owner)
+        return silent < LIFETIME
+
+
+def machine() -> str:
+    """Name this machine, whatever it or a container on it is called."""
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def await_signs(locks: Iterable[RunLock]) -> None:
+    """Wait until each of these owners on other machines showed that it lives, or is dead."""
+    begun = time.monotonic()
+    seen = {lock: beaten for lock in locks if (beaten := lock.beat()) is not None}
+    while seen and time.monotonic() - begun < LIFETIME:
+        time.sleep(HEARTBEAT / 10)
+        seen = {lock: beaten for lock, beaten in seen.items() if lock.beat() == beaten}
 
 
 def _beat(owner: Path, released: Event) -> None:

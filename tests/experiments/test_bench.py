@@ -159,11 +159,11 @@ def test_a_run_that_was_edited_or_half_deleted_is_an_error_and_nothing_is_lost(s
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda folder: folder.config.unlink(), "has lost its settings"),
+        (lambda folder: folder.config.unlink(), "has lost its config.yaml"),
         (lambda folder: folder.config.write_text("a: [1"), "config.yaml is damaged"),
         (lambda folder: folder.config.write_text(""), "config.yaml is damaged"),
         (lambda folder: folder.result.write_text("{"), "result.json is damaged"),
-        (lambda folder: folder.result.write_text('{"top9": 1, "names": {}}'), "result.json is damaged"),
+        (lambda folder: folder.result.write_text('{"top9": 1, "names": {}}'), "another version"),
         (lambda folder: (folder.path.parent / "suite.json").write_text("{"), "suite.json is damaged"),
         (lambda folder: (folder.path.parent / "suite.json").write_text("[]"), "suite.json is damaged"),
     ],
@@ -187,7 +187,7 @@ def test_checkpoints_that_are_all_damaged_are_known_before_anything_is_trained(s
     last = RunFolder.of(placed(suite, tmp_path / "runs")[-1]).checkpoints
     last.mkdir(parents=True)
     (last / "step-000000005-0123456789abcdef.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; remove that folder"):
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; move it away"):
         bench(suite, tmp_path / "runs", quiet=True)
     assert not list((tmp_path / "runs").glob("*/result.json"))
 

@@ -43,7 +43,7 @@ def test_all_damaged_is_an_error(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": 1})
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
-    with pytest.raises(UserError, match="remove that folder and run the same command again"):
+    with pytest.raises(UserError, match="move it away and run the same command again"):
         checkpoint.whole(tmp_path)
 
 

@@ -34,7 +34,6 @@ def changed(**values):
         pytest.param(changed(best_epoch=1.5), id="no whole number"),
         pytest.param(changed(names="kd"), id="no names"),
         pytest.param(changed(names={"method": "kd"}), id="few names"),
-        pytest.param(changed(unheard="of"), id="unknown key"),
         pytest.param(lambda folder: folder.result.write_text("[" * 100_000), id="nested deeply"),
         pytest.param(lambda folder: folder.result.write_text('{"top1": 1' + "0" * 10_000 + "}"), id="huge number"),
         pytest.param(lambda folder: folder.result.write_text("[]"), id="no mapping"),
