@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kdzoo import __version__
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, out_of_memory_told
 
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -416,13 +416,19 @@ def _print(renderable: Any) -> None:
 def main() -> None:
     """The entry point: the user's mistakes are one line and exit code 2."""
     try:
-        code = cli(standalone_mode=False)
+        with out_of_memory_told(lambda: " ".join(["running kdzoo", *sys.argv[1:2]])):
+            code = cli(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except (UserError, click.ClickException) as error:
         if "--debug" in sys.argv:
             raise
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"error: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+    except OSError as error:  # a disk or a pipe that fails
+        if "--debug" in sys.argv:
+            raise
+        click.echo(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command continues where it stopped", err=True)

@@ -1,5 +1,6 @@
 """The training loop: one teacher pass and one batch for all lanes, read from top to bottom."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +12,7 @@ from kdzoo.engine.measure import evaluate
 from kdzoo.engine.micro_batches import check_micro_batches
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
+from kdzoo.engine.termination import ASKED, Termination
 from kdzoo.errors import UserError
 from kdzoo.store import checkpoint
 
@@ -18,7 +20,12 @@ READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host 
 
 
 def train(
-    lanes: Sequence[Lane], teacher: TeacherPasses | None, dataset: Dataset, loader: Loader, progress: Progress
+    lanes: Sequence[Lane],
+    teacher: TeacherPasses | None,
+    dataset: Dataset,
+    loader: Loader,
+    progress: Progress,
+    termination: Termination,
 ) -> None:
     """Train every lane from its newest common checkpoint to the end of the protocol.
 
@@ -26,9 +33,10 @@ def train(
     ``lane.failure``; the others continue.
 
     Raises:
+        SystemExit: the process was asked to end; checkpoints are written.
         UserError: batches cannot be cut as ``engine.accumulate`` asks.
     """
-    settings, place = lanes[0].run
+    (settings, place), ranks = lanes[0].run, lanes[0].ranks
     check_micro_batches(loader, settings.engine.accumulate)
     per_epoch = loader.steps_per_epoch
     start, shared = resume(lanes, progress), Shared(teacher, len(lanes))
@@ -72,11 +80,14 @@ def train(
                     finish_epoch(lane, dataset, step, speed, progress)
             clock.reset("epoch")
 
-        if lanes[0].ranks.agree(clock.since("save") >= place.engine.checkpoint_seconds):
+        if ranks.agree(termination.requested or clock.since("save") >= place.engine.checkpoint_seconds):
             for lane in alive(lanes):
                 with lane.failing_alone():
                     save(lane, step + 1, clock.since("start"))
             clock.reset("save")
+            if ranks.agree(termination.requested):
+                progress.say(f"asked to end: saved after step {step + 1}; the same command continues from there")
+                sys.exit(ASKED)
 
         if not any(alive(lanes)):
             break

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from kdzoo.engine.termination import ASKED
 from kdzoo.errors import UserError
 from kdzoo.own_code import script_hidden
 from kdzoo.settings import Run
@@ -209,7 +210,7 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
-        raise
+        raise SystemExit(ASKED) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

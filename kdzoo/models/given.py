@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kdzoo.distiller import DataSpec
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage
 from kdzoo.models import names
 from kdzoo.models.adapt import SMALL
 from kdzoo.models.by_name import create, pretrained_classes
@@ -86,7 +86,9 @@ def written_facts(file: Path) -> Mapping[str, Any]:
     try:
         with safe_open(file, "pt") as content:
             return json.loads((content.metadata() or {}).get("kdzoo", "{}"))
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError) as error:
+        if is_shortage(error):
+            raise
         return {}
 
 
