@@ -36,6 +36,7 @@ SHORTAGES = (
     "out of memory",
     "bad_alloc",
     "bad allocation",
+    "could not create a primitive",  # oneDNN's words
     "could not create a memory",
     "can't start new thread",
     "failed to map segment",
@@ -49,7 +50,7 @@ def is_shortage(error: BaseException | None) -> bool:
         said = str(error).lower()
         if isinstance(error, MemoryError | OutOfMemory) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
-        if isinstance(error, Exception) and any(words in said for words in SHORTAGES):
+        if not isinstance(error, UserError) and any(words in said for words in SHORTAGES):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

@@ -34,8 +34,10 @@ def main() -> int:
         while True:
             case = torture.drawn(seed, kinds, subjects)
             try:
-                print(f"{case}: {torture.run(case)}", flush=True)
+                end = torture.run(case)
+                print(f"{case}: {end}", flush=True)
                 counts["ended well"] += 1
+                counts["killed by a native library"] += "native" in end
             except Fault as fault:
                 print(f"{case}: FAULT: {fault}\n    python -m tests.torture --seed {seed}{more}", flush=True)
                 counts["faults"] += 1
