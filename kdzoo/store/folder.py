@@ -103,6 +103,9 @@ class RunFolder:
     def open(self, run: Run) -> None:
         """Make the folder and write what is known before the first step."""
         make_folder(self.path)
+        with storing(self.path):
+            for part in self.path.glob(".*.part"):  # what a kill left behind
+                part.unlink(missing_ok=True)
         write_text(self.config, yaml.safe_dump({"format": FORMAT, **run.plain()}, sort_keys=False))
         write_text(self.environment, json.dumps(environment(run), indent=2) + "\n")
 

@@ -201,7 +201,7 @@ def check_end(home: Path, end: int, harm: Harm | None, number: int = 0) -> None:
             "kill": {-signal.SIGKILL},
             "killed": {-signal.SIGKILL},
             "term": {-signal.SIGTERM, 128 + signal.SIGTERM},
-            "hangup": {-signal.SIGHUP, 128 + signal.SIGHUP},
+            "hangup": {-signal.SIGHUP, 128 + signal.SIGTERM},
             "memory": NATIVE,
             "int": {-signal.SIGINT, 128 + signal.SIGINT},
         }.get(harm.kind, set())
@@ -221,8 +221,8 @@ def found(runs: Path) -> dict[str, str]:
     """The files of all runs in a folder, each with a hash of what must be equal; values that are times are left out."""
     digests = {}
     for file in sorted(path for path in runs.rglob("*") if path.is_file()):
-        if file.name == ".lock":  # stays where anyone asked whether a run is at work
-            continue
+        if file.name in (".lock", "owner.json") or file.suffix == ".part" or file.parent.name == "checkpoints":
+            continue  # what a process that dies after its result may leave
         if file.name == "environment.json":
             content = b""
         elif file.name in ("result.json", "metrics.jsonl"):
