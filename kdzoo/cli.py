@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kdzoo import __version__
-from kdzoo.errors import UserError
+from kdzoo.errors import AskedToEnd, UserError, out_of_memory_told
 
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
@@ -444,8 +444,8 @@ def show(name: str, data: str) -> None:
 def check(name: str) -> None:
     """Check that a method does what training relies on.
 
-    Each check is a line: shapes, gradients, seeds, precision, compilation, learning, and others. 'kdzoo show kd' names a
-    file to begin from.
+    Each check is a line: shapes, gradients, seeds, precision, compilation, learning, and others. 'kdzoo show kd' names
+    a file to begin from.
 
     \b
       kdzoo check ./mine.py
@@ -470,7 +470,10 @@ def _print(renderable: Any) -> None:
 def main() -> None:
     """The entry point: the user's mistakes are one line and exit code 2."""
     try:
-        code = cli(standalone_mode=False)
+        with out_of_memory_told(lambda: " ".join(["running kdzoo", *sys.argv[1:2]])):
+            code = cli(standalone_mode=False)
+    except AskedToEnd:
+        raise
     except (UserError, click.ClickException, SystemExit) as error:
         if "--debug" in sys.argv:
             raise
@@ -478,6 +481,11 @@ def main() -> None:
         if isinstance(error, SystemExit):  # click returns its own
             message = f"code of a method, a network or a data set called exit({error}); --debug shows where"
         click.echo(f"error: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+    except OSError as error:  # a disk or a pipe that fails
+        if "--debug" in sys.argv:
+            raise
+        click.echo(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command continues where it stopped", err=True)

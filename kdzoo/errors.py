@@ -1,6 +1,9 @@
 """Errors that the user can fix: one line of what was given, what was expected and what to do next."""
 
-from collections.abc import Iterable
+import errno
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -23,8 +26,62 @@ class StorageError(UserError):
     """
 
 
+class AskedToEnd(SystemExit):
+    """A signal asked the process to end, which it does with a signal's exit code, after it saved its work."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
 class OutOfMemory(UserError):
-    """A run that does not fit into memory beside the others. It may fit alone."""
+    """Work that memory does not hold. A run that does not fit beside others may fit alone."""
+
+
+# What libraries say that found no memory, no addresses for a file of theirs, or no stack for a thread.
+SHORTAGES = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "bad allocation",
+    "could not create a primitive",  # oneDNN's words
+    "could not create a memory",
+    "can't start new thread",
+    "failed to map segment",
+    "unable to mmap",
+)
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it came from, says that memory is full."""
+    while error is not None:
+        said = str(error).lower()
+        if isinstance(error, MemoryError | OutOfMemory) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(error, UserError) and any(words in said for words in SHORTAGES):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+@contextmanager
+def out_of_memory_told(doing: Callable[[], str]) -> Iterator[None]:
+    """Raise ``OutOfMemory`` in place of any error inside this context that says that memory is full.
+
+    Args:
+        doing: says what is tried, such as "building resnet8".
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if is_shortage(error):
+            raise OutOfMemory(
+                f"out of memory while {doing()}; lower --batch-size, protocol.image_size, engine.threads or "
+                "data.workers, or give this process more memory"
+            ) from error
+        raise
 
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:

@@ -8,8 +8,8 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -46,23 +46,58 @@ def path_of(given: str | Path) -> Path:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file completely or not at all: ``write`` fills a temporary file, which is then renamed to ``path``.
 
+    No folder is made: one that was removed or renamed meanwhile does not come back with this file alone.
+
     Raises:
         StorageError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
     """
     # Not by the process alone: in two containers that share a folder two processes may have one number.
     temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    with storing(path.parent):
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+            remove_parts(path.parent, older_than=DAY)
+        except BaseException:  # an interruption leaves nothing behind either
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """Raise ``StorageError`` in place of an error of the system at work on the files of a folder.
+
+    A lack of memory stays what it is.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-        remove_parts(path.parent, older_than=DAY)
-    except BaseException as error:  # an interruption leaves nothing behind either
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _explained(error, path) from error
+        yield
+    except Exception as error:
+        said = getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said:
+            raise StorageError(
+                f"the disk of {folder} is full; free some space and run the same command again"
+            ) from error
+        if not isinstance(error, OSError) or error.errno == errno.ENOMEM:
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise StorageError(
+                f"the folder {folder} is not there; if it was removed or renamed, run the same command again"
+            ) from error
+        raise StorageError(f"{folder} cannot be written ({said}); choose another folder") from error
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        StorageError: that is not possible.
+    """
+    with storing(folder.parent):
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
 
 
 def remove_parts(folder: Path, older_than: float = -inf) -> None:
@@ -151,10 +186,7 @@ def cache_folder() -> Path:
         UserError: others can write to it.
     """
     folder = path_of(os.environ.get("KDZOO_CACHE") or "~/.cache/kdzoo")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise _explained(error, folder) from error
+    make_folder(folder, mode=0o700)
     if os.name == "posix" and folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
             f"other users can write to the cache {folder}, and could put teachers of theirs there; "
@@ -170,13 +202,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _explained(error: BaseException, path: Path) -> BaseException:
-    code = getattr(error, "errno", None)
-    said = str(error)
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said:
-        return StorageError(f"the disk of {path.parent} is full; free some space and run the same command again")
-    if isinstance(error, OSError):
-        return StorageError(f"{path.parent} cannot be written ({error.strerror or said}); choose another folder")
-    return error

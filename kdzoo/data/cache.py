@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torchvision import transforms
 
 from kdzoo.data.pictures import Files, Pixels
-from kdzoo.files import write_atomically, write_text
+from kdzoo.files import make_folder, write_atomically, write_text
 
 _CHUNK = 256  # images decoded before they are written
 
@@ -68,6 +68,7 @@ def _build(
         # Before the array is there, so that no process finds an array without them.
         write_facts(path.with_suffix(".json"), digest, {"crc32": checksum})
 
+    make_folder(path.parent)
     write_atomically(path, write)
 
 
@@ -98,4 +99,5 @@ def read_facts(path: Path, digest: str) -> dict[str, Any]:
 
 def write_facts(path: Path, digest: str, facts: dict[str, Any]) -> None:
     """Keep what was measured of the files of this digest for the next time."""
+    make_folder(path.parent)
     write_text(path, json.dumps({**facts, "digest": digest}))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdzoo.data.pictures import Files, Pictures, Pixels, paths_of, states_of
 from kdzoo.data.sources import Source, image_set, open_source
 from kdzoo.errors import StorageError
-from kdzoo.files import cache_folder, write_atomically
+from kdzoo.files import cache_folder, make_folder, write_atomically
 
 SIZE = 16  # bytes of a digest
 _CHUNK = 256  # files that a thread reads before it takes others
@@ -105,6 +105,7 @@ def file_digests(root: Path, names: NDArray[np.bytes_], cache: Path) -> list[byt
         digests[unknown] = np.frombuffer(b"".join(read), np.uint8).reshape(-1, SIZE)
         states[states[:, 1:3].max(1) > begun - _SETTLED] = 0
         with suppress(StorageError):  # then they are read again the next time
+            make_folder(notes.parent)
             write_atomically(notes, partial(_write, names, states, digests))
     return [row.tobytes() for row in digests]
 

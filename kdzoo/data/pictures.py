@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageColor
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -177,6 +177,8 @@ class Files:
                 image.load()
                 return self.reading.rgb(image), size
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            if is_shortage(error):  # an image that is whole is never left out
+                raise
             raise _unreadable(path, error) from error
 
     def title(self, row: int) -> str:
@@ -215,6 +217,8 @@ class Files:
             with Image.open(path) as image:
                 return self.reading.size(image)
         except Exception as error:
+            if is_shortage(error):
+                raise
             raise _unreadable(path, error) from error
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage
 from kdzoo.image_set import Loaded
 
 
@@ -17,7 +17,9 @@ def read(name: str, kind: Callable[..., Any], root: Path) -> Loaded:
     try:
         try:
             train, test = (kind(root, train=train) for train in (True, False))
-        except RuntimeError:  # not there, or damaged
+        except RuntimeError as error:  # not there, or damaged
+            if is_shortage(error):
+                raise
             train, test = (kind(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -11,14 +11,20 @@ from kdzoo.engine.measure import evaluate
 from kdzoo.engine.micro_batches import check_micro_batches
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
-from kdzoo.errors import UserError
+from kdzoo.engine.termination import Termination
+from kdzoo.errors import AskedToEnd, UserError
 from kdzoo.store import checkpoint
 
 READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
 
 
 def train(
-    lanes: Sequence[Lane], teacher: TeacherPasses | None, dataset: Dataset, loader: Loader, progress: Progress
+    lanes: Sequence[Lane],
+    teacher: TeacherPasses | None,
+    dataset: Dataset,
+    loader: Loader,
+    progress: Progress,
+    termination: Termination,
 ) -> None:
     """Train every lane from its newest common checkpoint to the end of the protocol.
 
@@ -26,9 +32,10 @@ def train(
     ``lane.failure``; the others continue.
 
     Raises:
+        AskedToEnd: the process was asked to end; checkpoints are written.
         UserError: batches cannot be cut as ``engine.accumulate`` asks.
     """
-    settings, place = lanes[0].run
+    (settings, place), ranks = lanes[0].run, lanes[0].ranks
     check_micro_batches(loader, settings.engine.accumulate)
     per_epoch = loader.steps_per_epoch
     start, shared = resume(lanes, progress), Shared(teacher, len(lanes))
@@ -72,11 +79,14 @@ def train(
                     finish_epoch(lane, dataset, step, speed, progress)
             clock.reset("epoch")
 
-        if lanes[0].ranks.agree(clock.since("save") >= place.engine.checkpoint_seconds):
+        if ranks.agree(termination.requested or clock.since("save") >= place.engine.checkpoint_seconds):
             for lane in alive(lanes):
                 with lane.failing_alone():
                     save(lane, step + 1, clock.since("start"))
             clock.reset("save")
+            if ranks.agree(termination.requested):
+                progress.say(f"asked to end: saved after step {step + 1}; the same command continues from there")
+                raise AskedToEnd
 
         if not any(alive(lanes)):
             break

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdzoo.distiller import Batch
-from kdzoo.errors import OutOfMemory
+from kdzoo.errors import OutOfMemory, is_shortage
 from kdzoo.settings import Run
 from kdzoo.tensors import leaves
 
@@ -32,14 +32,23 @@ class Cost(NamedTuple):
 
 
 def free(device: torch.device, share: float = 1.0) -> float:
-    """Measure the free bytes of the GPU, or of the machine or container, capped at this share of the total."""
+    """Measure the free bytes of the GPU, or of machine, container and process, capped at this share of the total."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         available, total = torch.cuda.mem_get_info(device)
         return min(available + reusable, share * total)
     machine = psutil.virtual_memory()
     limit, used = container()
-    return min(machine.available, limit - used, share * min(machine.total, limit))
+    return min(machine.available, limit - used, addresses(), share * min(machine.total, limit))
+
+
+def addresses() -> float:
+    """Measure the bytes that this process may still take by its own limit (``ulimit -v``), infinite without one."""
+    process = psutil.Process()
+    if not hasattr(psutil, "RLIMIT_AS"):  # on systems other than Linux
+        return inf
+    limit, _ = process.rlimit(psutil.RLIMIT_AS)
+    return inf if limit == psutil.RLIM_INFINITY else limit - process.memory_info().vms
 
 
 def container() -> tuple[float, float]:
@@ -118,8 +127,10 @@ def out_of_memory(error: BaseException, run: Run) -> OutOfMemory | None:
 
     It does not chain to ``error``, whose traceback would keep alive what did not fit.
     """
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    if not is_shortage(error):
         return None
+    if isinstance(error, OutOfMemory):
+        return OutOfMemory(str(error))
     return OutOfMemory(
         f"out of memory with batches of {run.settings.protocol.batch_size} on {run.place.engine.device}; "
         "lower --batch-size or protocol.image_size"

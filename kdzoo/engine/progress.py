@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kdzoo.errors import out_of_memory_told
 from kdzoo.quantities import duration
 
 FIRST, EVERY = 5.0, 13.0  # seconds without a line, when something begins and later; a ticker adds one at most
@@ -114,7 +115,10 @@ class Progress:
 
     @contextmanager
     def doing(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Name what is done inside this context, which is shown if it takes long; gives a function that renames it."""
+        """Name what is done inside this context; gives a function that renames it.
+
+        It is shown if it takes long, and named where memory does not hold it.
+        """
         begun = self.clock()
         self.due = min(self.due, begun + FIRST)
         self.activities.append((text, begun))
@@ -123,7 +127,8 @@ class Progress:
             self.activities[-1] = text, begun
 
         try:
-            yield rename
+            with out_of_memory_told(lambda: self.activities[-1][0]):
+                yield rename
         finally:
             self.activities.pop()
 

@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from kdzoo.errors import UserError
+from kdzoo.errors import AskedToEnd, UserError
 from kdzoo.own_code import script_hidden
 from kdzoo.settings import Run
 
@@ -219,7 +219,7 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
-        raise
+        raise AskedToEnd from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -19,9 +19,11 @@ from kdzoo.engine.device import current
 from kdzoo.engine.faults import check_finite, fault
 from kdzoo.engine.lane import Lane, titles
 from kdzoo.engine.measure import evaluate
+from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
+from kdzoo.engine.termination import Termination
 from kdzoo.errors import StorageError, UserError
 from kdzoo.files import digest, write_text
 from kdzoo.naming import names_of
@@ -135,8 +137,21 @@ def train_lanes(
     Each of ``ranks`` calls it alike and trains on its share of every batch.
 
     Returns:
-        For each run its result, or why it failed; no lane's failure stops another.
+        For each run its result, or why it failed; no lane's failure stops another. Where memory lacks for what they
+        share, none fits.
     """
+    try:
+        return _train_lanes(runs, dataset, teacher, progress, ranks)
+    except Exception as error:
+        full = out_of_memory(error, runs[0])
+        if full is None:
+            raise
+    return [full for _ in runs]
+
+
+def _train_lanes(
+    runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks
+) -> list[Result | UserError]:
     shared = None if teacher is None else shared_passes(teacher.network, runs[0])
     students = [run.settings.student for run in runs]
     weights = " with pretrained weights" if any(student.pretrained for student in students) else ""
@@ -150,8 +165,8 @@ def train_lanes(
         for lane in lanes.values():
             ranks.once(lane.folder.open, lane.run)
         ranks.once(say_origins, lanes.values(), dataset, progress)
-        with current(device):
-            loop.train(list(lanes.values()), shared, dataset, loader, progress)
+        with current(device), Termination() as termination:
+            loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
         for i, lane in lanes.items():
             if lane.failure is None:
                 with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():

@@ -11,7 +11,7 @@ from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
 from kdzoo.experiments.workers import Executor, Local
-from kdzoo.files import write_text
+from kdzoo.files import make_folder, write_text
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
@@ -132,6 +132,7 @@ def own(out: Path, suite: Suite) -> None:
         if other != suite.name:
             raise UserError(f"{out} holds the suite '{other}', not '{suite.name}'; choose another --out")
     else:
+        make_folder(out)
         write_text(mark, json.dumps({"name": suite.name}) + "\n")
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -188,9 +189,11 @@ def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progre
     room = memory.ROOM * memory.free(dataset.device, place.memory)
     failed: dict[int, UserError] = {}
     lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
-    with progress.doing(f"measuring the memory of {len(runs)} runs"):
+    weights: dict[int, Cost] = {}
+    full = set(range(len(runs)))  # where memory does not even hold what is measured, each is tried alone
+    with suppress(OutOfMemory), progress.doing(f"measuring the memory of {len(runs)} runs"):
         weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}
-    full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
+        full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
     costs = [weights.get(i, TOO_MUCH if i in full else NOTHING) for i in range(len(runs))]
     found = memory.packed(costs, room)
     if len(found) > 1:

@@ -18,7 +18,7 @@ from kdzoo.engine.measure import evaluate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, network_of, train_one
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import teachers
 from kdzoo.files import path_of
 from kdzoo.precision import PRECISIONS
@@ -131,6 +131,7 @@ def run(
     return execute(made, fresh=fresh, quiet=quiet)
 
 
+@out_of_memory_told(lambda: "running")
 def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
     """Train a run, or show the one that is already finished. Global random state is left as it was.
 
@@ -189,6 +190,7 @@ def open_data(run: Run, device: torch.device, progress: Progress) -> data.Datase
         )
 
 
+@out_of_memory_told(lambda: "measuring a run again")
 def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
     """Measure a finished run's shipped student again, on this machine: top-1 and top-5 in percent.
 

@@ -14,7 +14,7 @@ from kdzoo.data import Dataset
 from kdzoo.engine.device import current, use
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, train_lanes
-from kdzoo.errors import OutOfMemory, StorageError, UserError
+from kdzoo.errors import OutOfMemory, StorageError, UserError, out_of_memory_told
 from kdzoo.experiments import teachers
 from kdzoo.experiments.estimate import packs
 from kdzoo.experiments.run import open_data
@@ -97,8 +97,9 @@ def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wa
         device = use(mine[0].place)
         with current(device), torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
             try:
-                dataset = open_data(mine[0], device, progress)
-                teacher = teachers.obtain(mine[0], dataset, progress) if mine[0].settings.teacher.name else None
+                with out_of_memory_told(lambda: "getting data and teacher"):
+                    dataset = open_data(mine[0], device, progress)
+                    teacher = teachers.obtain(mine[0], dataset, progress) if mine[0].settings.teacher.name else None
             except StorageError:
                 raise
             except UserError as error:

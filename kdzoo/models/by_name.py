@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdzoo import own_code
 from kdzoo.distiller import DataSpec
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError, is_shortage, unknown
 from kdzoo.files import path_of
 from kdzoo.models import names
 from kdzoo.models.adapt import (
@@ -292,6 +292,8 @@ def _fitted(
                 return network
             reason = "a stage vanishes"
         except FAILURES as error:
+            if is_shortage(error):  # another size would be another network
+                raise
             reason = _line(error)
     raise UserError(f"'{name}' cannot read images of {size} pixels ({reason}); pass img_size=...")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdzoo.distiller import EVERYTHING
+from kdzoo.errors import is_shortage
 from kdzoo.models.network import Network
 
 # Types that autocast is known to feed with cast weights. Not what derives from them, which may do more with weights.
@@ -30,7 +31,9 @@ def cast_weights(network: Network, dtype: torch.dtype) -> Network:
     try:
         pairs = zip(_outputs(copy, dtype), _outputs(network, dtype), strict=True)
         same = all(torch.equal(one, other) for one, other in pairs)
-    except RuntimeError:  # of types that do not go together
+    except RuntimeError as error:  # of types that do not go together
+        if is_shortage(error):
+            raise
         same = False
     return copy if same else network
 

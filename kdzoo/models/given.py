@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kdzoo.distiller import DataSpec
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage
 from kdzoo.files import path_of
 from kdzoo.models import names
 from kdzoo.models.adapt import SMALL
@@ -88,7 +88,9 @@ def written_facts(file: Path) -> Mapping[str, Any]:
     try:
         with safe_open(file, "pt") as content:
             return json.loads((content.metadata() or {}).get("kdzoo", "{}"))
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError) as error:
+        if is_shortage(error):
+            raise
         return {}
 
 

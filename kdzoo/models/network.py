@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distiller import LOGITS, Output, Show
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage
 from kdzoo.models.hook_reader import HookReader
 from kdzoo.models.maps import FAILURES, CannotRead, logits_in
 from kdzoo.models.preactivations import Preactivations
@@ -230,8 +230,9 @@ def _reader(body: nn.Module, images: Tensor, taps: Sequence[str] | None) -> Timm
             reader = TimmReader(body, images)
             if reader.read(body, images, True).logits.allclose(logits_in(body(images)), rtol=1e-3, atol=1e-4):
                 return reader
-        except FAILURES:
-            pass  # hooks read what the interface does not show
+        except FAILURES as error:  # hooks read what the interface does not show
+            if is_shortage(error):  # another reader would show other features
+                raise
     return HookReader(body, images, taps)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distiller import Output
+from kdzoo.errors import is_shortage
 from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, as_map, close_to, evenly_spaced, layout_of, logits_in
 
 STEMS = ("stem", "patch_embed")  # the modules whose output makes a fourth map beside three stages
@@ -76,7 +77,9 @@ class TimmReader:
         handles = [m.register_forward_pre_hook(lambda norm, _: normed.append(norm)) for m in batch_norms]
         try:
             found = body.forward_head(self._pixel(as_map(final, layout).mean((2, 3)), layout), pre_logits=True)
-        except FAILURES:
+        except FAILURES as error:
+            if is_shortage(error):
+                raise
             return None
         finally:
             for handle in handles:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage
 from kdzoo.models.peers import dialects
 
 ROLES = ("student", "teacher")
@@ -164,7 +164,9 @@ def _by_timm(state: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor] | N
         return None
     try:
         converted: dict[str, Tensor] = convert(dict(state), body)
-    except Exception:  # of names that it does not know
+    except Exception as error:  # of names that it does not know
+        if is_shortage(error):
+            raise
         return None
     resampled = any(
         not isinstance(value, Tensor)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage
 from kdzoo.files import path_of
 
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as the Hugging Face hub names them
@@ -112,7 +112,9 @@ def written_by_kdzoo(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as content:
             return "kdzoo" in (content.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError) as error:
+        if is_shortage(error):
+            raise
         return False
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kdzoo.errors import UserError
-from kdzoo.files import write_atomically
+from kdzoo.errors import StorageError, UserError
+from kdzoo.files import storing, write_atomically
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 KEPT = 2
@@ -23,15 +23,18 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     torch.save({"step": step, "state": state}, buffer)
     content = buffer.getbuffer()
     name = f"step-{step:09d}-{_digest(content)}.pt"
-    write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
-    for file in [*_files(folder)[KEPT:], *folder.glob(".step-*.part")]:  # parts are what a kill left behind
-        file.unlink(missing_ok=True)
+    with storing(folder.parent):
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
+        for file in [*_files(folder)[KEPT:], *folder.glob(".step-*.part")]:  # parts are what a kill left behind
+            file.unlink(missing_ok=True)
 
 
 def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
     """Find the whole checkpoints in ``folder`` by their step, and give a line for each damaged one.
 
     Raises:
+        StorageError: one cannot be read.
         UserError: there are checkpoints and every one is damaged.
     """
     found: dict[int, Path] = {}
@@ -41,8 +44,10 @@ def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
         assert match is not None
         try:
             content = file.read_bytes()
-        except FileNotFoundError:  # the process that is at work on the run has written newer ones since
+        except FileNotFoundError:  # the run's owner has removed it meanwhile
             continue
+        except OSError as error:
+            raise StorageError(f"{file} cannot be read ({error.strerror}); run the same command again") from error
         if _digest(content) == match[2]:
             found[int(match[1])] = file
         else:
@@ -71,8 +76,9 @@ def load(file: Path) -> dict[str, Any]:
 
 def remove(folder: Path) -> None:
     """Delete all checkpoints in ``folder``."""
-    for file in _files(folder):
-        file.unlink(missing_ok=True)
+    with storing(folder):
+        for file in _files(folder):
+            file.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,7 +14,18 @@ from typing import Any
 import yaml
 
 from kdzoo.errors import UserError
-from kdzoo.files import MOVE_AWAY, digest, path_of, read_json, read_text, remove_parts, slug, write_text
+from kdzoo.files import (
+    MOVE_AWAY,
+    digest,
+    make_folder,
+    path_of,
+    read_json,
+    read_text,
+    remove_parts,
+    slug,
+    storing,
+    write_text,
+)
 from kdzoo.keywords import flat, read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.resolve import stored
@@ -104,8 +115,10 @@ class RunFolder:
 
     def open(self, run: Run) -> None:
         """Make the folder and write what is known before the first step; the run's lock must be held."""
-        for folder in (self.path, self.checkpoints):
-            remove_parts(folder)
+        make_folder(self.path)
+        with storing(self.path):
+            for folder in (self.path, self.checkpoints):
+                remove_parts(folder)
         write_text(self.config, yaml.safe_dump({"format": FORMAT, **run.plain()}, sort_keys=False))
         write_text(self.environment, json.dumps(environment(run), indent=2) + "\n")
 
@@ -252,14 +265,16 @@ class RunFolder:
         What an unfinished run left is removed; of all other files in the folder none is touched.
         """
         kept = (self.config, self.environment, self.student, self.history, self.classes)
-        if self.result.is_file():
-            shutil.rmtree(self.before, ignore_errors=True)
-            self.before.mkdir()
-            for file in filter(Path.is_file, kept):
-                shutil.copy2(file, self.before)
-            self.result.replace(self.before / self.result.name)  # at this moment it is there, and no longer here
-        for file in (self.student, self.history, self.classes, self.failure, *self.path.glob("events.out.tfevents.*")):
-            file.unlink(missing_ok=True)
+        with storing(self.path):
+            if self.result.is_file():
+                shutil.rmtree(self.before, ignore_errors=True)
+                self.before.mkdir()
+                for file in filter(Path.is_file, kept):
+                    shutil.copy2(file, self.before)
+                self.result.replace(self.before / self.result.name)  # at this moment it is there, and no longer here
+            curves = self.path.glob("events.out.tfevents.*")
+            for file in (self.student, self.history, self.classes, self.failure, *curves):
+                file.unlink(missing_ok=True)
 
 
 REQUIRED = {key.name for key in fields(Result) if key.default is MISSING} - {"folder"}

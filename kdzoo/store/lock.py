@@ -17,7 +17,7 @@ from threading import Event, Thread
 from filelock import FileLock, Timeout
 
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import write_text
+from kdzoo.files import make_folder, storing, write_text
 
 HEARTBEAT = 10.0  # seconds
 LIFETIME = 60.0  # seconds without a heartbeat after which an owner on another machine is dead
@@ -37,21 +37,18 @@ class RunLock:
 
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock, waiting for it if asked; return False where another process holds it."""
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=-1 if wait else 0)
+        make_folder(self._file.parent)
+        with storing(self._file.parent):
+            try:
+                self._lock.acquire(timeout=-1 if wait else 0)
+            except Timeout:
+                return False
             while self._lives_elsewhere():
                 self._lock.release()
                 if not wait:
                     return False
                 time.sleep(HEARTBEAT)
                 self._lock.acquire()
-        except Timeout:
-            return False
-        except OSError as error:
-            raise StorageError(
-                f"{self._file.parent} cannot be written ({error.strerror}); choose another folder"
-            ) from error
         owner = {"host": socket.gethostname(), "process": os.getpid(), "machine": machine()}
         write_text(self.owner, json.dumps(owner) + "\n")
         self._released = Event()
@@ -62,7 +59,8 @@ class RunLock:
         """Give the lock up, if it is held."""
         if self._lock.is_locked:
             self._released.set()
-            self.owner.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that is gone, or a disk that fails
+                self.owner.unlink(missing_ok=True)
             self._lock.release()
 
     def is_held(self) -> bool:

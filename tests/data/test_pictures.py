@@ -10,7 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from kdzoo.data import open_dataset
-from kdzoo.data.pictures import warn_once
+from kdzoo.data.pictures import Reading, warn_once
 from kdzoo.data.trees import suffixes
 from kdzoo.errors import UserError
 from kdzoo.recipe import Protocol
@@ -175,6 +175,18 @@ def test_damaged_images_are_left_out_and_counted_where_one_asks_for_it(
     assert data.spec.labels.tolist() == again.spec.labels.tolist() == [0] * 6 + [1] * 5 + [2] * 6
     assert data.test_size == 5
     next(data.loader(Protocol(batch_size=17), seed=0).batches())
+
+
+@pytest.mark.parametrize(("error", "damaged"), [(MemoryError(), False), (OSError("truncated"), True)])
+def test_an_image_for_which_memory_lacks_is_not_left_out(
+    make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch, error: Exception, damaged: bool
+) -> None:
+    def rgb(reading: Reading, image: Image.Image) -> Image.Image:
+        raise error
+
+    monkeypatch.setattr(Reading, "rgb", rgb)
+    with pytest.raises(UserError if damaged else MemoryError):
+        open_dataset(f"folder:{make_tree()}", skip_damaged=True)
 
 
 def test_an_image_that_was_repaired_is_taken_again(make_tree: MakeTree) -> None:

@@ -1,20 +1,25 @@
 """Groups are as large as memory holds: what lanes take is counted, and what does not fit waits or is tried again."""
 
+import errno
+import resource
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from kdzoo import models
-from kdzoo.engine import memory
+from kdzoo.data import Loader
+from kdzoo.engine import loop, memory
 from kdzoo.engine.memory import Cost, packed, together
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
-from kdzoo.errors import OutOfMemory
+from kdzoo.errors import OutOfMemory, UserError, is_shortage
 from kdzoo.experiments import estimate, suites, work
 from kdzoo.experiments.bench import bench
 from kdzoo.experiments.estimate import packs, stepped
+from kdzoo.models import Network
 
 from ..short_runs import settings
 
@@ -187,5 +192,100 @@ def test_a_full_memory_is_told_from_a_bug():
     run = settings("runs", "kd")
     full = torch.OutOfMemoryError("CUDA out of memory")
     assert "batches of 64 on cpu" in str(memory.out_of_memory(full, run))
-    assert memory.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"), run)
     assert memory.out_of_memory(RuntimeError("a bug"), run) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("unable to mmap 4194384 bytes from file <x.safetensors>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+)
+def test_every_library_has_its_words_for_a_full_memory(error):
+    assert is_shortage(error)
+    damaged = UserError("the file is damaged")
+    damaged.__cause__ = error
+    said = "out of memory while building resnet8; lower --batch-size"
+    with pytest.raises(OutOfMemory, match=said), Progress(quiet=True).doing("building resnet8"):
+        raise damaged
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(errno.ENOENT, "No such file"),
+        UserError("2 runs failed (kd-0: out of memory with batches of 64); --retry tries them again"),
+    ],
+)
+def test_other_errors_stay_what_they_are(error):
+    assert not is_shortage(error)
+    with pytest.raises(type(error)) as raised, Progress(quiet=True).doing("opening digits"):
+        raise error
+    assert raised.value is error
+
+
+def test_memory_that_lacks_for_what_lanes_share_sends_all_of_them_into_smaller_groups(tmp_path, monkeypatch):
+    batches, together = Loader.batches, []
+
+    def drawn(loader, *given):
+        if len(together) > 2:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes")
+        return batches(loader, *given)
+
+    def train(lanes, *rest):
+        together[:] = lanes
+        return train_loop(lanes, *rest)
+
+    train_loop = loop.train
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(Loader, "batches", drawn)
+    report = bench(suite(tmp_path), tmp_path / "runs", quiet=True)
+    assert (len(report.finished), report.failed) == (5, {})
+    assert len(together) <= 2
+
+
+def test_where_memory_does_not_hold_what_is_measured_each_run_is_tried_alone(tmp_path, dataset, teacher, monkeypatch):
+    def full(lane, batch):
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "weigh", full)
+    runs = [settings(tmp_path, name) for name in ("none", "kd")]
+    assert packs(runs, dataset, teacher, Progress(quiet=True)) == [runs[:1], runs[1:]]
+
+
+def test_the_limit_of_a_process_counts_as_its_memory():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, before[1]))
+        assert 0 < memory.free(torch.device("cpu")) <= 2**28
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert memory.free(torch.device("cpu")) > 2**28
+
+
+def test_a_network_for_which_memory_lacks_is_not_made_at_another_size(dataset, monkeypatch):
+    tried, error = [], RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes")
+
+    def shapes(network):
+        tried.append(network.image_size)
+        raise error
+
+    monkeypatch.setattr(Network, "shapes", shapes)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        models.create("test_resnet", dataset.spec)
+    assert len(tried) == 1
+    error = RuntimeError("Kernel size can't be greater than actual input size")
+    tried.clear()
+    with pytest.raises(UserError, match="cannot read images of 8 pixels"):
+        models.create("test_resnet", dataset.spec)
+    assert len(tried) > 1
