@@ -244,6 +244,7 @@ def test_lanes_start_together_only_from_a_step_that_all_have(suite, tmp_path):
 
     runs = placed(suite, tmp_path)[:4]
     for run, steps in zip(runs, [(4, 6), (6,), (), (4,)], strict=True):
+        RunFolder.of(run).path.mkdir()
         for step in steps:
             checkpoint.save(RunFolder.of(run).checkpoints, step, {})
     assert [len(together) for together in by_checkpoint(runs)] == [2, 1, 1]
