@@ -1,7 +1,7 @@
 """The training loop: one teacher pass and one batch for all lanes, read from top to bottom."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kdzoo.data import Dataset, Loader
 from kdzoo.engine import graphs
@@ -11,6 +11,7 @@ from kdzoo.engine.measure import evaluate
 from kdzoo.engine.micro_batches import check_micro_batches
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
+from kdzoo.engine.termination import Terminated
 from kdzoo.errors import UserError
 from kdzoo.store import checkpoint
 
@@ -18,7 +19,12 @@ READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host 
 
 
 def train(
-    lanes: Sequence[Lane], teacher: TeacherPasses | None, dataset: Dataset, loader: Loader, progress: Progress
+    lanes: Sequence[Lane],
+    teacher: TeacherPasses | None,
+    dataset: Dataset,
+    loader: Loader,
+    progress: Progress,
+    end: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train every lane from its newest common checkpoint to the end of the protocol.
 
@@ -26,6 +32,7 @@ def train(
     ``lane.failure``; the others continue.
 
     Raises:
+        Terminated: ``end`` told after a step that the process is asked to end; there is a checkpoint of that step.
         UserError: batches cannot be cut as ``engine.accumulate`` asks.
     """
     settings, place = lanes[0].run
@@ -40,7 +47,7 @@ def train(
             shared.was_written_by(lane)
     progress.begin(describe(lanes), per_epoch, loader.total_steps, start, [lane.title for lane in lanes])
     steps = graphs.steps(lanes[0], teacher, progress.say)
-    clock = Clock()
+    clock, agree = Clock(), lanes[0].ranks.agree
 
     for step, batch in enumerate(loader.batches(start), start):
         batch = steps.begin(batch)
@@ -72,11 +79,13 @@ def train(
                     finish_epoch(lane, dataset, step, speed, progress)
             clock.reset("epoch")
 
-        if lanes[0].ranks.agree(clock.since("save") >= place.engine.checkpoint_seconds):
+        if agree(end() or clock.since("save") >= place.engine.checkpoint_seconds):
             for lane in alive(lanes):
                 with lane.failing_alone():
                     save(lane, step + 1, clock.since("start"))
             clock.reset("save")
+            if agree(end()):
+                raise Terminated
 
         if not any(alive(lanes)):
             break

@@ -29,6 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from kdzoo.engine.termination import Terminated
 from kdzoo.errors import UserError
 from kdzoo.own_code import script_hidden
 from kdzoo.settings import Run
@@ -217,9 +218,7 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
         with nullcontext() if work.__module__ == "__main__" else script_hidden():
             elastic_launch(config, _work_as_rank)(work, run, *arguments)
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        raise
+        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -21,6 +21,7 @@ from kdzoo.engine.lane import Lane, titles
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
+from kdzoo.engine.termination import asked_to_end
 from kdzoo.errors import StorageError, UserError
 from kdzoo.files import digest, write_text
 from kdzoo.naming import names_of
@@ -149,8 +150,8 @@ def train_lanes(
         lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks) for i in built}
         for lane in lanes.values():
             ranks.once(lane.folder.open, lane.run)
-        with current(device):
-            loop.train(list(lanes.values()), shared, dataset, loader, progress)
+        with current(device), asked_to_end() as end:
+            loop.train(list(lanes.values()), shared, dataset, loader, progress, end)
         for i, lane in lanes.items():
             if lane.failure is None:
                 with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():

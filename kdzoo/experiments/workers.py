@@ -18,6 +18,7 @@ import torch
 
 from kdzoo.engine.device import resolve_auto
 from kdzoo.engine.progress import Progress
+from kdzoo.engine.termination import ended_by_sigterm
 from kdzoo.errors import UserError
 from kdzoo.experiments.suites import Suite
 from kdzoo.settings import Run
@@ -97,6 +98,7 @@ class Local:
             for device in devices
         ]
         with (
+            ended_by_sigterm(),
             ThreadPoolExecutor(len(commands)) as pool,
             ExitStack() as stack,
         ):  # workers end first, then who watches them
