@@ -60,22 +60,29 @@ _typed: dict[tuple[type, str, str], Any] = {}  # what was made before: the runs 
 def _made(schema: type, values: Mapping[str, Any], prefix: str, also: type | None) -> Any:
     refuse_markers(values, prefix)
     with explained(prefix, [key for known in (schema, also) if known for key in _keys(known)]):
+        merge = partial(_merge, schema)
         try:
-            made = OmegaConf.to_object(OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values))))
+            made = OmegaConf.to_object(merge(values))
         except OmegaConfBaseException as error:
-            error.full_key = error.full_key or _misfit(schema, values)
+            error.full_key = error.full_key or _misfit(merge, values)
             raise
     _check_fields(made, values, prefix)
     return made
 
 
-def _misfit(schema: type, values: Mapping[str, Any]) -> str:
+def _merge(schema: type, values: Mapping[str, Any]) -> Any:
+    return OmegaConf.merge(_structured(schema), OmegaConf.create(dict(values)))
+
+
+def _misfit(merge: Callable[[Mapping[str, Any]], object], values: Mapping[str, Any], prefix: str = "") -> str:
     """Find the key whose value does not fit, which OmegaConf does not name where that is an element of a list."""
-    for key, value in flat(values).items():
+    for key, value in values.items():
         try:
-            OmegaConf.update(OmegaConf.structured(schema), key, value)
+            merge({key: value})
         except OmegaConfBaseException:
-            return f"{key}={value}"
+            inner = value if isinstance(value, Mapping) else {}
+            deeper = _misfit(lambda part, key=key: merge({key: part}), inner, f"{prefix}{key}.")  # type: ignore[misc]
+            return deeper or f"{prefix}{key}={value}"
     return ""
 
 

@@ -1,15 +1,24 @@
 """Whatever is set, a run is made or one line says what is wrong with it."""
 
-from contextlib import suppress
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
+from tempfile import TemporaryDirectory
 
+import click
+import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kdzoo import registry
+from kdzoo.cli import cli, main
+from kdzoo.engine.device import resolve_auto
 from kdzoo.errors import UserError
-from kdzoo.resolve import resolve
+from kdzoo.resolve import distiller_settings, resolve
 from kdzoo.settings import Place, Settings
+from kdzoo.store.folder import RunFolder
 
 BASE = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}, "teacher": {"name": "resnet14"}}
 
@@ -40,12 +49,24 @@ VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dict
 
 
 def one_line_or_a_run(values, overrides):
-    with suppress(UserError):
-        resolve(values, overrides)
+    one_line_or(lambda: resolve(values, overrides))
+
+
+def one_line_or(make):
+    said = ""
+    try:
+        make()
+    except UserError as error:
+        said = str(error)
+    assert "$VALUE" not in said
 
 
 @given(key=st.sampled_from(KEYS), value=st.one_of(NUMBERS, WORDS))
 @example(key="protocol.batch_size", value=10**20)
+@example(key="protocol.milestones", value="[x]")
+@example(key="teacher.weights", value="~nobody-of-this-name/x.pt")
+@example(key="output.root", value="~nobody-of-this-name")
+@example(key="data.classes", value="x" * 300)
 @example(key="engine.threads", value=100000)
 @example(key="student.name", value="???")
 @example(key="protocol.augmentation", value="5")
@@ -90,3 +111,105 @@ def test_any_bytes_in_the_file_of_a_recipe(tmp_path_factory, content):
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_any_text_as_an_override(text):
     one_line_or_a_run(BASE, [text])
+
+
+def keywords_of(name):
+    return distiller_settings({"name": name}).keywords
+
+
+KEYWORDS = sorted((name, keyword) for name in registry.names() for keyword in keywords_of(name))
+
+
+@given(keyword=st.sampled_from(KEYWORDS), value=VALUES)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_value_for_any_keyword_of_any_method(keyword, value):
+    method, name = keyword
+    one_line_or(lambda: distiller_settings({"name": method, name: value}))
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_no_number_of_a_method_is_infinite_and_no_weight_negative(method):
+    found = keywords_of(method)
+    assert distiller_settings({"name": method, **found}).keywords == found  # so that what is refused is the number
+    weights = [name for name in ("ce", "kd", method) if name in found]
+    numbers = [name for name, value in found.items() if type(value) is float]
+    for name, value in [
+        *((n, v) for n in numbers for v in (float("nan"), float("inf"))),
+        *((n, -1.0) for n in weights),
+    ]:
+        with pytest.raises(UserError, match=f"{name}={value}: expected"):
+            distiller_settings({"name": method, **found, name: value})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("protocol.milestones=[x]", r"protocol\.milestones=\['x'\]: a value in it could not be converted to Integer"),
+        ("protocol.lr_of={resnet8: -1}", r"protocol\.lr_of\.resnet8=-1.0: expected a number above 0"),
+        ("data.exif=5", r"data\.exif=5: expected true or false"),
+        ("student.std=[1,2]", r"student\.std=\[1.0, 2.0\]: expected three values"),
+        ("protocol.warmup=1e20", r"protocol\.warmup=1e\+20: expected a number from 0 to 1000000"),
+        ("protocol.augmentation.rand_augment=rand-n99999", r"rand_augment=rand-n99999: expected timm's notation"),
+        ("student.name=???", r"student\.name=\?\?\?: texts with"),
+        ("engine.device=cpu:5", r"no device cpu:5"),
+        ("distiller.kd=-1", r"distiller kd: kd=-1\.0: expected a number from 0"),
+        ("teacher.weights=~nobody-of-this-name/x.pt", "~nobody-of-this-name/x.pt: there is no such user"),
+        ("output.root=" + "x" * 300, r"x{40}\.\.\.x{40} can be no path; expected names of at most 255 bytes"),
+    ],
+)
+def test_what_means_nothing_is_refused_by_its_name(override, said):
+    with pytest.raises(UserError, match=said):
+        RunFolder.of(resolve_auto(resolve(BASE, [override])))
+
+
+def options_of(command):
+    return [option.opts[0] for option in command.params if isinstance(option, click.Option) and not option.hidden]
+
+
+COMMANDS = sorted((name, option) for name, command in cli.commands.items() for option in options_of(command))
+ARGUMENTS = {"run": [], "bench": ["digits"], "list": ["data"]}
+
+
+@given(
+    command=st.sampled_from(COMMANDS), value=st.one_of(NUMBERS.map(str), WORDS.filter(lambda text: "\0" not in text))
+)
+@example(command=("bench", "--seeds"), value="100000")
+@example(command=("bench", "--out"), value="~nobody-of-this-name")
+@example(command=("run", "--student"), value=":a")
+@example(command=("run", "--student"), value=".a:b")
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_text_for_any_option_of_any_command(command, value):
+    name, option = command
+    usual = ["--distiller=kd", "--student=resnet8", "--teacher=resnet14"] if name == "run" else []
+    code, said = called(name, *ARGUMENTS.get(name, ["/nowhere"]), *usual, f"{option}={value}")
+    assert code in (0, 2)
+    assert "Traceback" not in said
+    assert code == 0 or said.splitlines()[-1].startswith("error: ")
+
+
+def test_a_command_that_ends_in_a_traceback_would_be_seen(monkeypatch):
+    monkeypatch.setattr("kdzoo.resolve.resolve", None)
+    with pytest.raises(TypeError):
+        called("run", "--distiller=kd", "--student=resnet8")
+
+
+def called(*arguments):
+    """Call the command line up to where training would begin: its exit code, and what it says to the standard error."""
+
+    def no_training(*_, **__):
+        raise UserError("training begins")
+
+    said = io.StringIO()
+    with (
+        TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stderr(said),
+        redirect_stdout(io.StringIO()),
+    ):
+        patch.chdir(folder)  # some of these texts are folders to write in
+        patch.setattr(sys, "argv", ["kdzoo", *arguments])
+        patch.setattr("kdzoo.experiments.run.execute", no_training)
+        patch.setattr("kdzoo.experiments.bench.work_through", no_training)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return ended.value.code, said.getvalue()

@@ -8,6 +8,9 @@ import pytest
 from PIL import Image
 
 from kdzoo.cli import main
+from kdzoo.experiments import suites
+from kdzoo.store.folder import RunFolder
+from kdzoo.store.lock import RunLock
 
 TINY = ["--student", "resnet8", "protocol.epochs=1", "data.limit=128"]
 
@@ -79,6 +82,14 @@ def test_a_run_prints_its_table_and_can_be_tabulated_and_measured_again(kdzoo, t
     assert f"{top1:.2f} %" in out
     code, out, _ = kdzoo("eval", folder)
     assert (code, f"top-1 {top1:.2f} %" in out) == (0, True)
+    whole = (folder / "result.json").read_text()
+    (folder / "result.json").write_text(json.dumps({**json.loads(whole), "top1": 77.7}))
+    code, out, err = kdzoo("eval", folder)
+    assert (code, f"top-1 {top1:.2f} %" in out) == (0, True)
+    assert "result.json says top-1 77.70 %" in " ".join(err.split())
+    (folder / "result.json").write_text(whole)
+    code, out, err = kdzoo("eval", folder)
+    assert (code, "result.json says" in err) == (0, False)
     code, out, _ = kdzoo("table", tmp_path)
     assert (code, f"| {top1:.2f} |" in out) == (0, True)
     code, _, err = kdzoo("run", "--distiller", "none", *TINY, "--out", tmp_path)
@@ -135,3 +146,37 @@ def test_data_are_looked_at_and_damaged_ones_are_an_error(kdzoo, tmp_path):
     assert code == 2
     assert "train/ant/2.png" in out
     assert "damaged images: 1; replace or remove them, or train with data.skip_damaged=true" in err
+
+
+@pytest.mark.parametrize("place", ["import", "load"])
+def test_code_that_ends_the_process_is_an_error_whatever_code_it_ends_with(kdzoo, tmp_path, place):
+    exit = "raise SystemExit(0)"
+    file = tmp_path / "data.py"
+    file.write_text(
+        exit
+        if place == "import"
+        else f"from kdzoo import ImageSet\nclass Mine(ImageSet):\n    def load(self, root):\n        {exit}\n"
+    )
+    code, _, err = kdzoo("run", "--distiller", "none", *TINY, "--data", file, "--out", tmp_path / "runs")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "exit" in err.lower()
+
+
+def test_runs_that_another_process_holds_are_named_and_have_an_exit_code(kdzoo, tmp_path):
+    suite = tmp_path / "one.yaml"
+    suite.write_text("{data: {name: digits, limit: 64}, pairs: [[null, resnet8]], distillers: [none]}")
+    arguments = ["bench", suite, "--out", tmp_path / "runs", "engine.device=cpu", "engine.precision=float32"]
+    [run] = suites.load(str(suite), overrides=arguments[-2:]).runs
+    folder = RunFolder.of(run.within(output={"root": str(tmp_path / "runs")})).path
+    with RunLock(folder) as lock:
+        code, _, err = kdzoo(*arguments)
+        assert code == 3
+        assert f"not finished: 1 runs that other processes are at work on ({folder.name}: {lock.who()})" in err
+
+
+def test_a_method_beside_the_script_takes_no_name_of_kdzoos(tmp_path):
+    (tmp_path / "distillers.py").write_text("raise RuntimeError('imported')")
+    code = "from kdzoo import registry; print(registry.find('kd').module)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert run.stdout == "kdzoo.distillers.kd\n"

@@ -1,12 +1,13 @@
-"""The cache is its owner's alone."""
+"""The cache is its owner's alone, paths are what users mean, and what was left half written goes."""
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import cache_folder
+from kdzoo.files import DAY, cache_folder, path_of, write_text
 
 
 def test_the_cache_is_made_for_its_owner_alone(tmp_path, monkeypatch):
@@ -35,3 +36,27 @@ def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(StorageError, match="cannot be written"):
         cache_folder()
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert path_of("~/weights.pt") == Path("/somewhere/weights.pt")
+    assert path_of("a/~b") == Path("a/~b")
+
+
+@pytest.mark.parametrize("given", ["~nobody-of-this-name/x", "x" * 256, "é" * 128, "a/" * 2500 + "b", "a\0b"])
+def test_what_can_be_no_path_is_one_line(given):
+    with pytest.raises(UserError) as caught:
+        path_of(given)
+    assert len(str(caught.value)) < 250
+    assert path_of("x" * 255).name == "x" * 255
+
+
+def test_half_written_files_go_a_day_later(tmp_path):
+    old, new, foreign = (tmp_path / name for name in (".a.1-0123abcd.part", ".b.1-0123abcd.part", ".c.part"))
+    for file in (old, new, foreign):
+        file.touch()
+    for file in (old, foreign):
+        os.utime(file, (0, new.stat().st_mtime - DAY - 1))
+    write_text(tmp_path / "a", "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [new.name, foreign.name, "a"]

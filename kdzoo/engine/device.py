@@ -37,8 +37,9 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"'{name}' is no device; expected cpu, cuda, cuda:1 or mps") from error
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         raise UserError(f"this machine has no {device.type} device that torch can use; try --device cpu")
-    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"no device {name}; this machine has {torch.cuda.device_count()} of them")
+    many = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.index is not None and device.index >= many:
+        raise UserError(f"no device {name}; this machine has {many} of them")
     return device
 
 

@@ -230,6 +230,8 @@ def _fill(name: str, body: nn.Module, weights: Any) -> None:
 def _from_factory(
     name: str, module: str, member: str, data: DataSpec, taps: Sequence[str] | None, options: dict[str, Any]
 ) -> Network:
+    if not member or not all(module.split(".")):
+        raise UserError(f"model '{name}': expected package.module:factory")
     try:
         home = own_code.import_module(module)
     except ImportError as error:

@@ -116,7 +116,7 @@ class RunLock:
 
 
 def machine() -> str:
-    """Name this machine, whatever it or a container on it is called."""
+    """Name this machine; all containers on it have the same name."""
     try:
         return _BOOT.read_text(encoding="ascii").strip()
     except OSError:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import timm
@@ -341,3 +342,52 @@ def test_teachers_of_the_heterogeneous_suites_have_published_weights(name):
 
 def test_seeds_of_the_command_replace_the_files(tmp_path, suite):
     assert {run.settings.seed for run in suites.load(str(tmp_path / "mine.yaml"), seeds=3).runs} == {0, 1, 2}
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A suite of two runs, of which one is of a method's file."""
+    method, file = tmp_path / "mine.py", tmp_path / "two.yaml"
+    method.write_text("from kdzoo.distillers.none import NoDistillation\n\nclass Mine(NoDistillation):\n    pass\n")
+    text = "{data: {name: digits, limit: 64}, protocol: {name: quick, epochs: 1}, pairs: [[null, resnet8]], "
+    file.write_text(text + f"distillers: [none, {method}]}}")
+    return suites.load(str(file), overrides=QUICK)
+
+
+def test_an_edit_of_a_method_trains_nothing_under_the_name_of_its_old_self(two, tmp_path):
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text() + "# edited")
+    report = bench(two, tmp_path / "runs", quiet=True)
+    assert len(report.finished) == 1
+    assert list(report.stopped.values()) == [f"{tmp_path}/mine.py changed since the suite was read"]
+    with pytest.raises(UserError, match="1 runs stopped"):
+        report.check()
+
+
+def test_a_run_whose_owner_on_another_machine_gives_no_sign_is_taken_over(two, tmp_path, monkeypatch):
+    first = RunFolder.of(placed(two, tmp_path / "runs")[0]).path
+    first.mkdir(parents=True)
+    owner = first / "owner.json"
+    owner.write_text('{"host": "elsewhere", "process": 1}')
+    monkeypatch.setattr("kdzoo.experiments.work.await_signs", lambda locks: os.utime(owner, (0, 0)))
+    report = bench(two, tmp_path / "runs", quiet=True)
+    assert len(report.finished) == 2
+
+
+def test_a_suite_of_too_many_runs_is_refused_at_once(two, tmp_path):
+    with pytest.raises(UserError, match=r"has 200,000 runs; expected at most 10,000: lower --seeds"):
+        suites.load(two.file, seeds=100_000)
+
+
+def test_seeds_change_nothing_else_of_a_run(two, tmp_path):
+    many = suites.load(two.file, seeds=3, overrides=QUICK).runs
+    assert [run.settings.seed for run in many] == [0, 0, 1, 1, 2, 2]
+    for run in many:
+        again = suites.load(two.file, overrides=[*QUICK, f"seed={run.settings.seed}"]).runs
+        assert run in again
+
+
+@pytest.mark.parametrize("seed", ["-1", "0.5", "true", "x", str(2**63)])
+def test_a_seed_is_a_whole_number(two, seed):
+    Path(two.file).write_text(Path(two.file).read_text().replace("distillers:", f"seeds: [0, {seed}], distillers:"))
+    with pytest.raises(UserError, match=r"seed .*: expected a whole number"):
+        suites.load(two.file)

@@ -115,7 +115,7 @@ def test_a_folder_of_another_version_is_refused_in_one_line(finished, tmp_path):
     found = json.loads(moved.result.read_text())
     moved.result.write_text(json.dumps({key: value for key, value in found.items() if key != "names"}))
     for read in (evaluate_run, kdzoo.table):
-        with pytest.raises(UserError, match=r"was made by another version of kdzoo.*environment\.json") as caught:
+        with pytest.raises(UserError, match=r"was written by another version of kdzoo.*environment\.json") as caught:
             read(moved.path)
         assert "\n" not in str(caught.value)
 

@@ -1,6 +1,7 @@
 """Teachers that come with weights: what they read, how they are trained on, and what is said of them."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -10,12 +11,17 @@ from torch.nn import functional as F
 
 import kdzoo
 from kdzoo import DataSpec
+from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import network_of
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
+from kdzoo.files import digest
 from kdzoo.models import create, load_given, save_weights
 from kdzoo.resolve import read_protocol, resolve
 from kdzoo.settings import StudentSettings
+from kdzoo.store.folder import RunFolder
+
+from ..made_runs import write
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -185,3 +191,24 @@ def test_a_student_starts_from_the_weights_of_a_file_and_says_so(tmp_path, capsy
 def test_settings_that_contradict_each_other_are_one_line(overrides, said):
     with pytest.raises(UserError, match=said):
         resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, overrides)
+
+
+def test_a_cached_teacher_that_was_damaged_is_not_used(tmp_path, monkeypatch, dataset):
+    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path))
+    values = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}, "teacher": {"name": "resnet14"}}
+    run = resolve(values, ["data.limit=320", "engine.device=cpu", "engine.precision=float32"])
+    own = teachers.recipe(run, dataset)
+    folder = RunFolder.of(own)
+
+    def train(*_):
+        folder.open(own)
+        folder.student.write_bytes(b"weights")
+        written = write(tmp_path / "made", 80.0, 0).read_result()
+        folder.write_result(replace(written, folder=folder.path, weights=digest(folder.student)))
+
+    monkeypatch.setattr(teachers, "train_one", train)
+    assert teachers.trained(run, dataset, Progress(quiet=True)).path == folder.path
+    assert teachers.trained(run, dataset, Progress(quiet=True)).path == folder.path
+    folder.student.write_bytes(b"wEights")
+    with pytest.raises(UserError, match=r"damaged \(its checksum differs\); move its folder away"):
+        teachers.trained(run, dataset, Progress(quiet=True))

@@ -1,6 +1,8 @@
 """Tables as people read them: every number in its place, every name shown as it is, every mark explained."""
 
+import csv
 import io
+import json
 import re
 
 import matplotlib
@@ -179,3 +181,27 @@ def test_the_command_prints_the_table_and_draws_the_ranks(tmp_path, capsys, monk
     )
     code, out, err = table_of("--ranks", str(tmp_path / "ranks.png"))
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("pivot", [False, True])
+@pytest.mark.parametrize("name", ["=1+2", "+1", "-1", "@SUM(A1)"])
+def test_csv_holds_no_formula(name, pivot):
+    said = layout.render(runs(("t", "s", name, 0, 70.0), ("t", "s", "kd", 0, 71.0)), "csv", pivot=pivot)
+    cells = [cell for row in csv.reader(io.StringIO(said)) for cell in row]
+    assert f"'{name}" in cells
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or (cell[:1] == "-" and not is_number(cell))]
+
+
+def is_number(cell):
+    return cell == "-" or re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?", cell)
+
+
+@pytest.mark.parametrize("style", ["markdown", "csv", "latex", "html"])
+def test_no_table_commands_the_terminal(tmp_path, style):
+    folder = write(tmp_path, 80.0, 0)
+    found = json.loads(folder.result.read_text())
+    found["names"]["method"] = "kd\x1b[2J\r\x07\u202e"
+    folder.result.write_text(json.dumps(found))
+    said = layout.render(table.rows([folder]), style, "none")
+    assert all(c.isprintable() or c == "\n" for c in said)
+    assert "x1b" in said

@@ -1,6 +1,7 @@
 """Tables: seeds are averaged, variants told apart, nothing compared that differs in data or protocol."""
 
 import json
+import re
 import statistics
 
 import pandas as pd
@@ -234,3 +235,19 @@ def test_reading_results_runs_no_code_that_a_folder_names(tmp_path, monkeypatch)
     with pytest.raises(UserError):
         registry.load(str(evil))
     assert marker.exists()  # an import would have been seen
+
+
+METHOD = "from kdzoo.distillers.kd import KD\n\nclass Mine(KD):\n    pass\n"
+
+
+def test_seeds_of_an_edited_file_are_not_averaged_with_those_of_before(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(METHOD)
+    write(tmp_path, 80.0, 0, distiller=str(file))
+    write(tmp_path, 82.0, 1, distiller=str(file))
+    assert kdzoo.table(tmp_path, baseline=str(file))["top1_mean"].tolist() == [81.0]
+    file.write_text(METHOD + "# edited")
+    write(tmp_path, 60.0, 2, distiller=str(file))
+    found = table.summary(table.rows(find_runs([tmp_path])))
+    assert sorted(zip(found["seeds"], found["top1_mean"], strict=True)) == [(1, 60.0), (2, 81.0)]
+    assert all(re.fullmatch(rf"{file} \[[0-9a-f]{{6}}\]", name) for name in found["method"])

@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is not there, and a damaged one is never used."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +110,17 @@ def test_two_writers_of_one_process_number_do_not_meet(tmp_path, monkeypatch):
     for _ in range(2):
         write_atomically(tmp_path / "file", lambda temporary: (names.add(temporary.name), temporary.write_text("x")))
     assert len(names) == 2
+
+
+def test_a_checkpoint_that_its_run_replaces_while_it_is_looked_at_is_no_harm(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"step": 1})
+    checkpoint.save(tmp_path, 2, {"step": 2})
+    read, [first, _] = Path.read_bytes, sorted(tmp_path.iterdir())
+
+    def read_late(path):
+        first.unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_late)
+    whole, damaged = checkpoint.whole(tmp_path)
+    assert (sorted(whole), damaged) == ([2], [])

@@ -1,11 +1,17 @@
 """What lies in a run's folder is checked when it is read: harm of any kind is one line that names the file."""
 
 import json
+import re
 
 import pytest
+import yaml
 
 import kdzoo
 from kdzoo.errors import UserError
+from kdzoo.experiments.run import execute
+from kdzoo.files import digest
+from kdzoo.resolve import resolve
+from kdzoo.store.folder import RunFolder
 
 from ..made_runs import write
 
@@ -66,3 +72,101 @@ def test_harmed_settings_are_one_line_at_once(tmp_path, file, content):
     with pytest.raises(UserError) as caught:
         folder.read_config() if file == "config" else kdzoo.table(tmp_path)
     assert getattr(folder, file).name in str(caught.value) or "another version" in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{"unheard": "of"}, {"names": {"unheard": "of"}}], ids=["key", "name"])
+def test_a_result_in_which_a_newer_version_wrote_more_is_read(tmp_path, more):
+    folder = write(tmp_path, 80.0, 0)
+    found = json.loads(folder.result.read_text())
+    names = {**found["names"], **more.pop("names", {})}
+    changed(**more, names=names)(folder)
+    assert kdzoo.table(tmp_path)["top1_mean"].tolist() == [80.0]
+
+
+def test_a_result_in_which_another_version_wrote_less_is_said_to_be_of_it(tmp_path):
+    folder = write(tmp_path, 80.0, 0)
+    found = json.loads(folder.result.read_text())
+    del found["top5"]
+    folder.result.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"written by another version of kdzoo.*\(top5 differs\)"):
+        folder.read_result()
+
+
+def settings_changed(change):
+    def harm(folder):
+        settings = yaml.safe_load(folder.config.read_text())
+        change(settings)
+        folder.config.write_text(yaml.safe_dump(settings))
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.update(newer=1), r"another version of kdzoo.*\(newer differs\)"),
+        (lambda s: s["protocol"].update(newer=1), r"another version of kdzoo.*\(protocol\.newer differs\)"),
+        (lambda s: s["data"].update(newer=1), r"another version of kdzoo.*\(data\.newer differs\)"),
+        (lambda s: s["protocol"].pop("ema"), r"another version of kdzoo.*\(protocol\.ema differs\)"),
+        (lambda s: s.update(format=99), r"another version of kdzoo.*\(format differs\)"),
+        (lambda s: s["protocol"].update(lr=3.0), r"was edited by hand \(protocol\.lr\); write back what stood there"),
+    ],
+)
+def test_settings_that_are_not_the_runs_say_why_and_nothing_is_to_be_removed(tmp_path, change, said):
+    folder = finished(tmp_path)
+    run = folder.run()
+    folder.check(run)
+    settings_changed(change)(folder)
+    with pytest.raises(UserError, match=said) as caught:
+        folder.check(run)
+    assert not re.search("remove|delete", str(caught.value))
+
+
+def finished(root):
+    """A finished run with a student's file, whose checksum is written down."""
+    folder = write(root, 80.0, 0)
+    folder.student.write_bytes(b"weights")
+    changed(weights=digest(folder.student))(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: folder.student.unlink(), "has lost its student.safetensors; move its folder away"),
+        (
+            lambda folder: folder.student.write_bytes(b"wEights"),
+            r"safetensors is damaged \(its checksum",
+        ),
+        (lambda folder: folder.config.unlink(), "has lost its config.yaml; move its folder away"),
+    ],
+)
+def test_a_finished_run_that_lost_something_is_not_finished_before(tmp_path, harm, said):
+    folder = finished(tmp_path)
+    run = folder.run()
+    harm(folder)
+    with pytest.raises(UserError, match=said):
+        execute(run, quiet=True)
+
+
+def test_what_killed_processes_left_half_written_is_removed_when_the_run_starts_again(tmp_path):
+    folder = write(tmp_path, 80.0, 0)
+    parts = [folder.path / ".metrics.jsonl.17-0123abcd.part", folder.checkpoints / ".step-1.pt.17-0123abcd.part"]
+    own = folder.path / ".notes.part"
+    folder.checkpoints.mkdir()
+    for file in (*parts, own):
+        file.touch()
+    folder.open(folder.run())
+    assert [file.exists() for file in (*parts, own)] == [False, False, True]
+
+
+def test_a_run_of_long_names_has_a_folder(tmp_path):
+    long = "a" * 60
+    run = resolve(
+        {"distiller": {"name": "kd"}, "student": {"name": f"{long}:{long}"}, "teacher": {"name": f"{long}:b{long}"}},
+        [f"output.root={tmp_path}", f"seed={2**63 - 1}", "engine.device=cpu"],
+    )
+    folder = RunFolder.of(run)
+    folder.open(run)
+    assert len(folder.path.name) <= 255
+    assert folder.path.name.endswith(run.settings.identity())

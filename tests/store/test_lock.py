@@ -1,10 +1,12 @@
 """A run has one owner at a time, and a dead owner holds nothing."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from threading import Event, Semaphore
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,3 +99,39 @@ def test_an_owner_shows_that_it_lives_by_an_open_file_or_by_its_path(tmp_path, m
     with RunLock(tmp_path):
         assert beaten.wait(60)
     assert isinstance(touched[0], int) == by_handle
+
+
+def test_an_owner_on_this_machine_is_dead_though_it_had_another_name(tmp_path, foreign):
+    foreign.write_text(json.dumps({"host": "elsewhere", "process": 1, "machine": lock.machine()}))
+    assert RunLock(tmp_path).acquire()
+
+
+def test_an_owner_whose_time_lies_in_the_future_is_dead_a_minute_later(tmp_path, foreign):
+    later = foreign.stat().st_mtime + 3600
+    os.utime(foreign, (later, later))
+    assert not RunLock(tmp_path).acquire()
+    seen = foreign.stat().st_mtime
+    assert seen < later - 3000
+    os.utime(foreign, (seen - 61, seen - 61))
+    assert RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_signs_of_an_owner_on_another_machine_are_waited_for_as_long_as_it_may_live(
+    tmp_path, foreign, monkeypatch, lives
+):
+    clock = [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+        if lives:
+            os.utime(foreign, (clock[0], clock[0]))
+
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    lock.await_signs([RunLock(tmp_path)])
+    assert clock[0] == pytest.approx(lock.HEARTBEAT / 10 if lives else lock.LIFETIME)
+
+
+def test_nothing_is_waited_for_where_no_other_machine_has_an_owner(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.time, "sleep", None)
+    lock.await_signs([RunLock(tmp_path)])
