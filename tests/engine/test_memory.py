@@ -214,7 +214,7 @@ def test_every_library_has_its_words_for_a_full_memory(error):
     assert is_shortage(error)
     damaged = UserError("the file is damaged")
     damaged.__cause__ = error
-    said = "out of memory while building resnet8; lower --batch-size"
+    said = "out of memory while building resnet8; give this process more, or lower --batch-size"
     with pytest.raises(OutOfMemory, match=said), Progress(quiet=True).doing("building resnet8"):
         raise damaged
 
