@@ -1,7 +1,9 @@
 """Groups are as large as memory holds: what lanes take is counted, and what does not fit waits or is tried again."""
 
 import errno
+import gc
 import resource
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -157,6 +159,38 @@ def test_runs_that_memory_did_not_hold_are_tried_again_half_as_many_at_a_time(tm
     assert len(report.finished) == 5
     assert [len(names) for names in tried] == [5, 2, 1]
     assert not report.failed
+
+
+def test_nothing_of_a_try_that_did_not_fit_is_left_at_the_next(tmp_path, monkeypatch):
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    left = []
+
+    def train(runs, *rest):
+        assert not any(cycle() for cycle in left)
+        left.append(weakref.ref(Cycle()))
+        assert left[-1]() is not None
+        return [OutOfMemory("out of memory") for _ in runs]
+
+    monkeypatch.setattr(work, "train_lanes", train)
+    runs = [settings(tmp_path, name) for name in ("none", "kd")]
+    gc.disable()
+    try:
+        work.train_together(runs, None, None, Progress(quiet=True))
+    finally:
+        gc.enable()
+    assert len(left) == 3
+
+
+def test_a_process_with_a_limit_keeps_a_reserve_for_libraries(monkeypatch):
+    monkeypatch.setattr(memory, "RESERVE", 2**60)
+    memory.check_reserve()
+    monkeypatch.setattr(memory, "process_limit", lambda: 2.0**40)
+    with pytest.raises(RuntimeError) as error:
+        memory.check_reserve()
+    assert is_shortage(error.value)
 
 
 def test_a_run_that_does_not_fit_alone_has_failed(tmp_path, monkeypatch):
