@@ -22,6 +22,7 @@ from kdzoo.experiments import estimate, suites, work
 from kdzoo.experiments.bench import bench
 from kdzoo.experiments.estimate import packs, stepped
 from kdzoo.models import Network
+from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
 
@@ -176,6 +177,8 @@ def test_nothing_of_a_try_that_did_not_fit_is_left_at_the_next(tmp_path, monkeyp
 
     monkeypatch.setattr(work, "train_lanes", train)
     runs = [settings(tmp_path, name) for name in ("none", "kd")]
+    for run in runs:
+        RunFolder.of(run).path.mkdir()
     gc.disable()
     try:
         work.train_together(runs, None, None, Progress(quiet=True))
