@@ -482,7 +482,7 @@ def main() -> None:
             message = f"code of a method, a network or a data set called exit({error}); --debug shows where"
         click.echo(f"error: {' '.join(message.split())}", err=True)
         sys.exit(2)
-    except OSError as error:  # a disk or a pipe that fails
+    except OSError as error:  # a disk that fails
         if "--debug" in sys.argv:
             raise
         click.echo(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)

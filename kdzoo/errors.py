@@ -78,8 +78,8 @@ def out_of_memory_told(doing: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         if is_shortage(error):
             raise OutOfMemory(
-                f"out of memory while {doing()}; lower --batch-size, protocol.image_size, engine.threads or "
-                "data.workers, or give this process more memory"
+                f"out of memory while {doing()}; give this process more, or lower --batch-size, protocol.image_size, "
+                "engine.threads or data.workers"
             ) from error
         raise
 

@@ -65,6 +65,28 @@ def test_a_mistake_is_one_line_and_exit_code_2(kdzoo, tmp_path, arguments, said)
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(5, "Input/output error", "runs/kd"), "error: runs/kd: Input/output error"),
+        (MemoryError(), "error: out of memory while running kdzoo table; give this process more, or lower "),
+    ],
+)
+def test_a_disk_or_a_memory_that_fails_is_one_line_too(kdzoo, tmp_path, monkeypatch, error, said):
+    def fail(paths):
+        raise error
+
+    monkeypatch.setattr("kdzoo.store.folder.find_runs", fail)
+    code, _, err = kdzoo("table", tmp_path)
+    assert code == 2
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+    monkeypatch.setattr("kdzoo.store.folder.find_runs", {}.__getitem__)
+    monkeypatch.setattr(sys, "argv", ["kdzoo", "table", str(tmp_path)])
+    with pytest.raises(TypeError):  # a bug is no user's mistake, and has its traceback
+        main()
+
+
 def test_debug_shows_where_it_went_wrong(monkeypatch):
     from kdzoo.errors import UserError
 

@@ -13,6 +13,7 @@ from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller
 from kdzoo.engine.faults import check_terms, fault
+from kdzoo.engine.memory import check_reserve
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.micro_batches import micro_batches
 from kdzoo.engine.optim import Optimizer, learning_rate
@@ -113,6 +114,7 @@ class Lane:
 
     def begin(self, step: int) -> None:
         """Do the host's part of a step: its seed, its learning rate, its number."""
+        check_reserve()
         torch.manual_seed(seed_of(self.run.settings.seed, "step", step, *self.ranks.names))
         self.optimizer.set_rate(self.rate(step))
         self.number.fill_(step)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from kdzoo.data import Dataset
 from kdzoo.distiller import DataSpec
+from kdzoo.engine.memory import check_reserve
 from kdzoo.precision import PRECISIONS, autocast
 
 
@@ -29,6 +30,7 @@ def evaluate(
         confusion: (K, K) int64 on the device, to which every test image adds one at its label's row and the column of
             the class that the network takes it for.
     """
+    check_reserve()
     training = network.training
     network.eval()
     best = min(5, dataset.spec.num_classes)

@@ -1,5 +1,6 @@
 """Memory: how much the device has free, what a lane takes of it, and how many lanes it holds at a time."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 ROOM = 0.8  # the share of free memory that lanes may take, as a few steps do not show all of what they need
 
 CGROUPS = Path("/sys/fs/cgroup")  # as a container sees its own
+
+RESERVE = 2**26  # bytes, for libraries of C++
 
 WORKSPACE = 1.5  # peaks of processes on a CPU, over what is counted: 1.25 to 1.4 for steps of more than 200 MB
 
@@ -44,11 +47,29 @@ def free(device: torch.device, share: float = 1.0) -> float:
 
 def addresses() -> float:
     """Measure the bytes that this process may still take by its own limit (``ulimit -v``), infinite without one."""
-    process = psutil.Process()
-    if not hasattr(psutil, "RLIMIT_AS"):  # on systems other than Linux
+    return process_limit() - psutil.Process().memory_info().vms
+
+
+def process_limit() -> float:
+    """Read the bytes that this process may take in all by its own limit, infinite without one."""
+    if sys.platform != "linux":
         return inf
-    limit, _ = process.rlimit(psutil.RLIMIT_AS)
-    return inf if limit == psutil.RLIM_INFINITY else limit - process.memory_info().vms
+    import resource
+
+    found, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return inf if found == resource.RLIM_INFINITY else found
+
+
+def check_reserve() -> None:
+    """Check that there is room for what libraries of C++ take beside tensors, as some of them crash where it lacks.
+
+    Only a process with a limit can find too little; elsewhere memory is given out beyond what there is.
+
+    Raises:
+        RuntimeError: torch's, as for any tensor that does not fit.
+    """
+    if process_limit() < inf:
+        torch.empty(RESERVE, dtype=torch.uint8)
 
 
 def container() -> tuple[float, float]:

@@ -28,8 +28,12 @@ class Termination:
     def note(self, number: int, frame: FrameType | None) -> None:
         """Note the request, once."""
         self.requested = True
-        self.__exit__()
+        self.restore()
 
     def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Let the signals end the process again."""
         for number in self.handled:
             signal.signal(number, signal.SIG_DFL)

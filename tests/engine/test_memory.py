@@ -1,7 +1,9 @@
 """Groups are as large as memory holds: what lanes take is counted, and what does not fit waits or is tried again."""
 
 import errno
+import gc
 import resource
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from kdzoo.experiments import estimate, suites, work
 from kdzoo.experiments.bench import bench
 from kdzoo.experiments.estimate import packs, stepped
 from kdzoo.models import Network
+from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
 
@@ -159,6 +162,40 @@ def test_runs_that_memory_did_not_hold_are_tried_again_half_as_many_at_a_time(tm
     assert not report.failed
 
 
+def test_nothing_of_a_try_that_did_not_fit_is_left_at_the_next(tmp_path, monkeypatch):
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    left = []
+
+    def train(runs, *rest):
+        assert not any(cycle() for cycle in left)
+        left.append(weakref.ref(Cycle()))
+        assert left[-1]() is not None
+        return [OutOfMemory("out of memory") for _ in runs]
+
+    monkeypatch.setattr(work, "train_lanes", train)
+    runs = [settings(tmp_path, name) for name in ("none", "kd")]
+    for run in runs:
+        RunFolder.of(run).path.mkdir()
+    gc.disable()
+    try:
+        work.train_together(runs, None, None, Progress(quiet=True))
+    finally:
+        gc.enable()
+    assert len(left) == 3
+
+
+def test_a_process_with_a_limit_keeps_a_reserve_for_libraries(monkeypatch):
+    monkeypatch.setattr(memory, "RESERVE", 2**60)
+    memory.check_reserve()
+    monkeypatch.setattr(memory, "process_limit", lambda: 2.0**40)
+    with pytest.raises(RuntimeError) as error:
+        memory.check_reserve()
+    assert is_shortage(error.value)
+
+
 def test_a_run_that_does_not_fit_alone_has_failed(tmp_path, monkeypatch):
     def train(runs, *rest):
         full = [run.settings.distiller.name == "dist" for run in runs]
@@ -214,7 +251,7 @@ def test_every_library_has_its_words_for_a_full_memory(error):
     assert is_shortage(error)
     damaged = UserError("the file is damaged")
     damaged.__cause__ = error
-    said = "out of memory while building resnet8; lower --batch-size"
+    said = "out of memory while building resnet8; give this process more, or lower --batch-size"
     with pytest.raises(OutOfMemory, match=said), Progress(quiet=True).doing("building resnet8"):
         raise damaged
 
