@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdzoo.data.pictures import Files, Pictures, Pixels, paths_of, states_of
 from kdzoo.data.sources import Source, image_set, open_source
 from kdzoo.errors import StorageError
-from kdzoo.files import cache_folder, write_atomically
+from kdzoo.files import cache_folder, is_file, write_atomically
 
 SIZE = 16  # bytes of a digest
 _CHUNK = 256  # files that a thread reads before it takes others
@@ -141,9 +141,11 @@ def _hashed(paths: list[bytes]) -> list[bytes]:
 
 
 def _digest(path: bytes) -> bytes:
-    """Hash a file; zeros where it cannot be read."""
+    """Hash a file; zeros where there is none that can be read."""
     digest = blake2b(digest_size=SIZE)
     try:
+        if not is_file(path):
+            return bytes(SIZE)
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError:
         return bytes(SIZE)
