@@ -24,6 +24,7 @@ from kdzoo.randomness import seed_of
 from kdzoo.settings import Run
 from kdzoo.store.curves import Curves
 from kdzoo.store.folder import RunFolder
+from kdzoo.store.history import check_history, is_number
 
 
 class Epochs:
@@ -169,6 +170,7 @@ class Lane:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs to continue with the same bits."""
         return {
+            "run": self.run.settings.identity(),
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -177,8 +179,20 @@ class Lane:
             "seconds": self.seconds,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Restore what ``state_dict`` gave, at the end of ``step`` steps.
+
+        Raises:
+            ValueError: it is another run's, or its history is not that of these steps.
+        """
+        if (
+            state["run"] != self.run.settings.identity()
+            or step > self.run.settings.protocol.epochs * self.steps_per_epoch
+        ):
+            raise ValueError("it is another run's")
+        check_history(state["history"], step, self.steps_per_epoch)
+        if not is_number(state["seconds"]) or state["seconds"] < 0:
+            raise ValueError("its time is no number")
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

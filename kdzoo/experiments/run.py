@@ -20,6 +20,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, network_of, train_one
 from kdzoo.errors import UserError, unknown
 from kdzoo.experiments import teachers
+from kdzoo.files import read_text
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import files_of, fingerprint_of, resolve
 from kdzoo.settings import EnginePlace, Run
@@ -235,7 +236,7 @@ def compare_data(run: Run, folder: RunFolder, dataset: data.Dataset, progress: P
     wanted, class_names = run.settings.data, dataset.spec.class_names
     if wanted.fingerprint not in ("", fingerprint_of(wanted, run.place.data.root)):
         progress.say(f"data differ from those of {folder.path}: its own numbers are of other images")
-    if folder.classes.is_file() and folder.classes.read_text(encoding="utf-8").splitlines() != list(class_names):
+    if folder.classes.is_file() and read_text(folder.classes).splitlines() != list(class_names):
         raise UserError(
             f"the classes of the data are not those of {folder.classes}, or stand in another order; bring back the "
             "data, or the file of data.classes, that the run was trained with"

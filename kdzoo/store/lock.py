@@ -16,7 +16,7 @@ from threading import Event, Thread
 from filelock import FileLock, Timeout
 
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import write_text
+from kdzoo.files import is_file, read_json, write_text
 
 HEARTBEAT = 10.0  # seconds
 LIFETIME = 60.0  # seconds without a heartbeat after which an owner on another machine is dead
@@ -85,17 +85,19 @@ class RunLock:
     def who(self) -> str:
         """Name the owner."""
         try:
-            owner = json.loads(self.owner.read_text(encoding="utf-8"))
+            owner = read_json(self.owner)
             return f"process {owner['process']} on {owner['host']}"
-        except (OSError, ValueError, KeyError):
+        except (UserError, KeyError):
             return "another process"
 
     def _lives_elsewhere(self) -> bool:
         """Tell whether an owner on another machine is alive. Only the file server's clock is read."""
         try:
+            if not is_file(self.owner):
+                return False
             with self.owner.open(encoding="utf-8") as file:  # opened: what a client remembers of a file may be old
                 host, beaten = json.load(file)["host"], os.fstat(file.fileno()).st_mtime
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
         self._file.touch()
         return host != socket.gethostname() and self._file.stat().st_mtime - beaten < LIFETIME

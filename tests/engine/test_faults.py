@@ -1,5 +1,7 @@
 """A method that breaks its promises fails alone, in one line, and the methods beside it end with the same bits."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
+from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
 
@@ -174,3 +177,16 @@ def test_a_rate_that_leaves_no_finite_weight_is_told(tmp_path, dataset, teacher)
     run = settings(tmp_path, "kd", "protocol.epochs=1", "data.limit=64", "protocol.lr=1e38")
     [outcome] = train_lanes([run], dataset, teacher, Progress(quiet=True))
     assert "not finite" in str(outcome)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, dataset, teacher):
+    """One of the same network and method, whose name, step and checksum are right."""
+    foreign = method(tmp_path, loss="raise ValueError")
+    runs = [settings(tmp_path, foreign, f"seed={seed}", "engine.checkpoint_seconds=0") for seed in (0, 1)]
+    one, other = (RunFolder.of(run).checkpoints for run in runs)
+    train_lanes(runs[:1], dataset, teacher, Progress(quiet=True))
+    shutil.copytree(one, other)
+    with pytest.raises(UserError, match=r"is damaged, or belongs to another run; move .* away"):
+        train_lanes(runs[1:], dataset, teacher, Progress(quiet=True))
+    [outcome] = train_lanes(runs[:1], dataset, teacher, Progress(quiet=True))  # its own is taken up
+    assert "at step" in str(outcome)
