@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdzoo import own_code
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError, told, unknown
 
 if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
@@ -130,8 +130,10 @@ class Registry(Generic[Base]):
         plugin, base = self.find(name), resolve_name(self.base)
         try:
             module = _import(plugin)
-        except (Exception, SystemExit) as error:
-            raise UserError(f"{plugin.file} could not be imported: {type(error).__name__}: {error}") from error
+        except (KeyboardInterrupt, UserError):
+            raise
+        except BaseException as error:
+            raise UserError(f"{plugin.file} could not be imported: {told(error)}") from error
         if plugin.attribute:
             classes = [getattr(module, plugin.attribute)]
         else:
@@ -184,6 +186,8 @@ def _import(plugin: Plugin) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[plugin.module] = module  # so that its objects can be pickled
-    with own_code.up_to_date(own_code.imported(plugin.file), plugin.file.parent):
+    from kdzoo.process_state import unchanged  # here, so that lists need no torch
+
+    with unchanged(str(plugin.file)), own_code.up_to_date(own_code.imported(plugin.file), plugin.file.parent):
         spec.loader.exec_module(module)
     return module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distiller import LOGITS, Output, Show
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, told
 from kdzoo.models.hook_reader import HookReader
 from kdzoo.models.maps import FAILURES, CannotRead, logits_in
 from kdzoo.models.preactivations import Preactivations
@@ -199,9 +199,8 @@ def wrap(
             "of its submodules from shallow to deep"
         ) from None
     except FAILURES as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"'{name}' fails on images of {image_size} pixels ({reason[0]}); pass the image_size it reads"
+            f"'{name}' fails on images of {image_size} pixels ({told(error)}); pass the image_size it reads"
         ) from error
     classes = network.shapes().logits.shape[1]
     if classes != num_classes:
