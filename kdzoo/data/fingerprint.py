@@ -115,6 +115,8 @@ def _remembered(
     """Read the digests (N, SIZE) of the files that are as they were, and tell which these are (N,)."""
     digests = np.zeros((len(names), SIZE), np.uint8)
     try:
+        if not is_file(notes):
+            raise FileNotFoundError
         with notes.open("rb") as file:
             arrays = np.load(file)
             before = {name: arrays[name] for name in ("names", "states", "digests")}

@@ -101,14 +101,23 @@ def is_scalar(term: Tensor) -> bool:
 def check_trained(trained: nn.Module, before: Collection[nn.Parameter], who: str) -> None:
     """Check that all parameters after the phase before training are those that are trained, and float32.
 
+    Args:
+        trained: a module with the student and the method.
+        before: its parameters before that phase.
+        who: the method.
+
     Raises:
         UserError: one is not; names it.
     """
     known = {id(parameter) for parameter in before}
+    student = trained.get_submodule("student")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(f"the student of distiller '{who}' is frozen: no weight of it requires a gradient")
     for name, parameter in trained.named_parameters():
         if id(parameter) not in known:
             raise UserError(
-                f"distiller '{who}' made or replaced {name} before training, which no optimizer sees; make it in build()"
+                f"distiller '{who}' made or replaced {name} before training, which no optimizer sees; make it in "
+                "build()"
             )
         if parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")

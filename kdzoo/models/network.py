@@ -80,6 +80,9 @@ class Network(nn.Module):
         if show.preactivations:
             self._before.open()
         output = self._reader.read(self.body, self._prepared(images), show.features or show.preactivations)
+        if output.logits is None or len(output.logits) != len(images):
+            kind = "training" if self.training else "evaluation"
+            raise UserError(f"'{self.name}' gives no row of logits for each of {len(images)} images in {kind} mode")
         if show.preactivations:
             output = output._replace(preactivations=self._before.take(output.features))
         return output.only(show).float()

@@ -71,12 +71,14 @@ def told(outcome):
     return str(outcome)
 
 
+@pytest.mark.slow(reason="a hundred runs in training, side by side")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_that_misbehaves_fails_in_one_line(methods, name):
     said = told(methods[name])
     assert re.search(METHODS[name][-1], said), said
 
 
+@pytest.mark.slow(reason="a hundred runs in training, side by side")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_that_misbehaves_fails_in_one_line_or_harms_nothing(networks, name):
     expected = NETWORKS[name][-1]
@@ -86,6 +88,7 @@ def test_a_network_that_misbehaves_fails_in_one_line_or_harms_nothing(networks, 
         assert not isinstance(networks[name], UserError), networks[name]
 
 
+@pytest.mark.slow(reason="a hundred runs in training, side by side")
 @pytest.mark.parametrize("zoo", ["methods", "networks"])
 def test_what_is_beside_them_ends_with_the_same_bits(zoo, alone, request):
     weights = load_file(request.getfixturevalue(zoo)["kd"].folder / "student.safetensors")
