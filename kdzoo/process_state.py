@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, told
 
 
 def _set_device(device: torch.device) -> None:
@@ -62,3 +62,24 @@ def unchanged(who: str) -> Iterator[None]:
         changed = put_back(before)
     if changed:
         raise UserError(f"{who} changed {changed[0]}, which all other code reads too; leave it as it is")
+
+
+@contextmanager
+def foreign(who: str, failed: str, todo: str) -> Iterator[None]:
+    """Make a context for code of others: any error inside but Ctrl-C becomes one line, and the state is put back.
+
+    Args:
+        who: whose code it is.
+        failed: what failed then, with what separates it from ``who``.
+        todo: what was expected of it, or what to do.
+
+    Raises:
+        UserError: the code failed, or changed what the process shares.
+    """
+    try:
+        with unchanged(who):
+            yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"{who}{failed} ({told(error)}); {todo}") from error

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdzoo import own_code
-from kdzoo.errors import UserError, told, unknown
+from kdzoo.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
@@ -128,12 +128,7 @@ class Registry(Generic[Base]):
     def load(self, name: str) -> type[Base]:
         """Import the plug-in's class."""
         plugin, base = self.find(name), resolve_name(self.base)
-        try:
-            module = _import(plugin)
-        except (KeyboardInterrupt, UserError):
-            raise
-        except BaseException as error:
-            raise UserError(f"{plugin.file} could not be imported: {told(error)}") from error
+        module = _import(plugin)
         if plugin.attribute:
             classes = [getattr(module, plugin.attribute)]
         else:
@@ -179,15 +174,16 @@ def _plugins_of(point: EntryPoint) -> Iterator[Plugin]:
 
 
 def _import(plugin: Plugin) -> ModuleType:
-    if not plugin.module.startswith("kdzoo_file_"):
-        return importlib.import_module(plugin.module)
-    spec = importlib.util.spec_from_file_location(plugin.module, plugin.file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[plugin.module] = module  # so that its objects can be pickled
-    from kdzoo.process_state import unchanged  # here, so that lists need no torch
+    from kdzoo.process_state import foreign  # here, so that lists need no torch
 
-    with unchanged(str(plugin.file)), own_code.up_to_date(own_code.imported(plugin.file), plugin.file.parent):
-        spec.loader.exec_module(module)
-    return module
+    with foreign(str(plugin.file), " could not be imported", "correct the file"):
+        if not plugin.module.startswith("kdzoo_file_"):
+            return importlib.import_module(plugin.module)
+        spec = importlib.util.spec_from_file_location(plugin.module, plugin.file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[plugin.module] = module  # so that its objects can be pickled
+        with own_code.up_to_date(own_code.imported(plugin.file), plugin.file.parent):
+            spec.loader.exec_module(module)
+        return module

@@ -140,10 +140,10 @@ METHODS = {name: (place, *rest) for place, harms in PLACES.items() for name, res
 
 # At import: the code, and what the line says.
 IMPORTS = {
-    "an exit": ("exit(0)", "could not be imported: SystemExit: 0"),
-    "an error": ("raise ValueError('no')", "could not be imported: ValueError: no"),
-    "BaseException": ("raise BaseException('x')", "could not be imported: BaseException: x"),
-    "GeneratorExit": ("raise GeneratorExit", "could not be imported: GeneratorExit"),
+    "an exit": ("exit(0)", r"could not be imported \(SystemExit: 0"),
+    "an error": ("raise ValueError('no')", r"could not be imported \(ValueError: no"),
+    "BaseException": ("raise BaseException('x')", r"could not be imported \(BaseException: x"),
+    "GeneratorExit": ("raise GeneratorExit", r"could not be imported \(GeneratorExit"),
     "no Python": ("def (", "SyntaxError"),
     "a module that is not there": ("import nowhere_to_be_found", "ModuleNotFoundError"),
     "another default dtype": ("import torch; torch.set_default_dtype(torch.float64)", "changed torch's default dtype"),

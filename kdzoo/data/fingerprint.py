@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdzoo.data.pictures import Files, Pictures, Pixels, paths_of, states_of
-from kdzoo.data.sources import Source, image_set, open_source
+from kdzoo.data.sources import Source, at_work, image_set, open_source
 from kdzoo.errors import StorageError
 from kdzoo.files import cache_folder, is_file, write_atomically
 
@@ -50,7 +50,9 @@ def fingerprint(
     Raises:
         UserError: an unknown name or option, or files that are missing.
     """
-    told = image_set(name, options).fingerprint(Path(root))
+    images = image_set(name, options)
+    with at_work(name, "fingerprint"):
+        told = images.fingerprint(Path(root))
     if told is not None:
         return told
     source = open_source(name, Path(root), options, classes=classes, val=val)

@@ -165,7 +165,7 @@ def _keys(thumbs: NDArray[np.uint8], group: NDArray[np.uint16]) -> NDArray[np.in
 def _bits(thumbs: NDArray[np.uint8]) -> NDArray[np.uint16]:
     """Tell where a thumbnail (N, 8, 9, 3) is brighter than at its left neighbour: (N, 4) of 16 bits each."""
     gray = thumbs.astype(np.uint16).sum(3)
-    brighter = np.packbits((gray[:, :, 1:] > gray[:, :, :-1]).reshape(len(thumbs), -1), axis=1)
+    brighter = np.packbits((gray[:, :, 1:] > gray[:, :, :-1]).reshape(len(thumbs), HEIGHT * (WIDTH - 1)), axis=1)
     return brighter.view(np.uint16)
 
 

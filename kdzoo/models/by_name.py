@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from kdzoo.models.adapt import (
 )
 from kdzoo.models.maps import FAILURES
 from kdzoo.models.network import Network, wrap
-from kdzoo.process_state import unchanged
+from kdzoo.process_state import foreign
 
 # From a side in pixels, and whether to keep resolution in the stem, to a network and what was adapted.
 Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]
@@ -230,7 +229,7 @@ def _fill(name: str, body: nn.Module, weights: Any) -> None:
 def _from_factory(
     name: str, module: str, member: str, data: DataSpec, taps: Sequence[str] | None, options: dict[str, Any]
 ) -> Network:
-    with _foreign(f"model '{name}'", f": importing '{module}' failed", "correct that file"):
+    with foreign(f"model '{name}'", f": importing '{module}' failed", "correct that file"):
         try:
             home = own_code.import_module(module)
         except ImportError as error:
@@ -243,28 +242,16 @@ def _from_factory(
     size = options.pop("img_size", None) or data.image_size
     call = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": data.num_classes, **options}.items())
     expected = "expected a function that takes num_classes, and its options by their names"
-    with _foreign(f"model '{name}'", f" cannot be built: {member}({call}) failed", expected):
+    with foreign(f"model '{name}'", f" cannot be built: {member}({call}) failed", expected):
         body = factory(num_classes=data.num_classes, **options)
     if isinstance(body, Network):
         return body
     if not isinstance(body, nn.Module):
         raise UserError(f"'{name}' returned {type(body).__name__}, expected a torch.nn.Module")
-    with _foreign(f"model '{name}'", f" fails on images of {size} pixels", "expected logits for each of two images"):
+    with foreign(f"model '{name}'", f" fails on images of {size} pixels", "expected logits for each of two images"):
         return wrap(
             body, image_size=size, num_classes=data.num_classes, mean=data.mean, std=data.std, name=name, taps=taps
         )
-
-
-@contextmanager
-def _foreign(who: str, failed: str, todo: str) -> Iterator[None]:
-    """Make a context for code of others: any error inside becomes one line, and the process's state is put back."""
-    try:
-        with unchanged(who):
-            yield
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise UserError(f"{who}{failed} ({told(error)}); {todo}") from error
 
 
 def _fitted(
