@@ -462,9 +462,9 @@ def check(name: str) -> None:
 
 
 def _print(renderable: Any) -> None:
-    from rich.console import Console
+    from kdzoo.engine.progress import plain_console
 
-    Console(highlight=False, markup=False, emoji=False).print(renderable)
+    plain_console().print(renderable)
 
 
 def main() -> None:

@@ -84,6 +84,18 @@ def out_of_memory_told(doing: Callable[[], str]) -> Iterator[None]:
         raise
 
 
+LONGEST = 300  # characters of what an error of others says
+
+
+def told(error: BaseException) -> str:
+    """Say an error of others in one line: its type, and the first line of its text, if it has any."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # of a class that cannot say what it is
+        lines = []
+    return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Make the error for an unknown ``name``, with the nearest of the ``known`` names."""
     names = sorted(known)

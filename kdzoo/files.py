@@ -151,6 +151,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def is_file(path: str | bytes | os.PathLike[str]) -> bool:
+    """Tell whether there is a regular file, which ends when it is read: no pipe, device or socket."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def digest(path: Path) -> str:
     """Compute the SHA-256 of a file's content; while its size and time stay, it is read once."""
     state = path.stat()

@@ -168,7 +168,7 @@ def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
         yield
     except ConfigKeyError as error:
         raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError, OverflowError) as error:
         said = str(error).split("\n")[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value in it")
         key = getattr(error, "full_key", None)
         raise UserError(f"{prefix}{key}: {said}" if key else said) from error
@@ -276,7 +276,8 @@ def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -
 
 def _checked(keyword: dict[str, Any], holds: Callable[[Any], bool], expected: str) -> Any:
     ((name, value),) = keyword.items()
-    if not (isinstance(value, int | float) and math.isfinite(value) and holds(value)):
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if not (finite and holds(value)):
         raise UserError(f"{name}={value}: expected {expected}")
     return value
 

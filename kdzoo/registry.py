@@ -129,10 +129,7 @@ class Registry(Generic[Base]):
     def load(self, name: str) -> type[Base]:
         """Import the plug-in's class."""
         plugin, base = self.find(name), resolve_name(self.base)
-        try:
-            module = _import(plugin)
-        except (Exception, SystemExit) as error:
-            raise UserError(f"{plugin.file} could not be imported: {type(error).__name__}: {error}") from error
+        module = _import(plugin)
         if plugin.attribute:
             classes = [getattr(module, plugin.attribute)]
         else:
@@ -178,13 +175,16 @@ def _plugins_of(point: EntryPoint) -> Iterator[Plugin]:
 
 
 def _import(plugin: Plugin) -> ModuleType:
-    if not plugin.module.startswith("kdzoo_file_"):
-        return importlib.import_module(plugin.module)
-    spec = importlib.util.spec_from_file_location(plugin.module, plugin.file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[plugin.module] = module  # so that its objects can be pickled
-    with own_code.up_to_date(own_code.imported(plugin.file), plugin.file.parent):
-        spec.loader.exec_module(module)
-    return module
+    from kdzoo.process_state import foreign  # here, so that lists need no torch
+
+    with foreign(str(plugin.file), " could not be imported", "correct the file"):
+        if not plugin.module.startswith("kdzoo_file_"):
+            return importlib.import_module(plugin.module)
+        spec = importlib.util.spec_from_file_location(plugin.module, plugin.file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[plugin.module] = module  # so that its objects can be pickled
+        with own_code.up_to_date(own_code.imported(plugin.file), plugin.file.parent):
+            spec.loader.exec_module(module)
+        return module

@@ -1,5 +1,7 @@
 """The conformance suite: every installed distiller passes it, and each check notices what it is for."""
 
+import os
+import sys
 from functools import partial
 
 import pytest
@@ -55,6 +57,27 @@ def test_a_broken_promise_is_noticed(distiller):
 def test_a_broken_promise_is_no_crash_that_every_check_would_notice(distiller):
     terms = toys.distillation(distiller)(toys.batch_of())
     assert all(term.isfinite().all() for term in terms.values())
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda: sys.exit(0), "got SystemExit: 0"),
+        (lambda: next(iter(())), "got StopIteration"),
+        (lambda: torch.set_default_dtype(torch.float64), "got .*float64|changed torch's default dtype"),
+        (lambda: os.chdir(os.sep), "changed the working folder"),
+    ],
+)
+def test_a_method_that_leaves_or_changes_the_process_fails_a_check(harm, said):
+    class Leaving(broken.Sound):
+        def changed(self, term, student, teacher, batch):
+            harm()
+            return term
+
+    here = os.getcwd()
+    with pytest.raises(AssertionError, match=said):
+        BY_NAME["check_terms"](Leaving)
+    assert (torch.get_default_dtype(), os.getcwd()) == (torch.float32, here)
 
 
 def test_every_check_has_a_distiller_that_fails_it():

@@ -14,7 +14,7 @@ from PIL import Image
 
 import kdzoo
 from kdzoo import UserError, registry
-from kdzoo.data import open_dataset, outline
+from kdzoo.data import fingerprint, open_dataset, outline
 from kdzoo.resolve import resolve
 from kdzoo.results import table
 from kdzoo.store.folder import find_runs
@@ -83,7 +83,7 @@ def test_what_a_set_says_of_itself_is_what_it_loads(name: str, options: dict[str
 
 def test_a_set_is_described_without_being_loaded_where_its_file_says_enough(tmp_path: Path) -> None:
     assert outline("cifar100")[1:4] == (100, tuple(map(str, range(100))), 32)
-    with pytest.raises(RuntimeError, match="loaded"):  # it says nothing, so that it must be
+    with pytest.raises(UserError, match="RuntimeError: loaded"):  # it says nothing, so that it must be
         outline(giving(tmp_path, "raise RuntimeError('loaded')"))
     assert outline(giving(tmp_path, "raise RuntimeError", "num_classes = 3; image_size = 5")).num_classes == 3
 
@@ -201,7 +201,7 @@ def test_a_name_that_is_none_is_one_line(name: str, said: str) -> None:
     [
         ("class Mine: pass", "holds 0 data sets; expected one subclass of kdzoo.ImageSet"),
         ("from kdzoo import ImageSet\nclass A(ImageSet): pass\nclass B(ImageSet): pass", "holds 2 data sets"),
-        ("import nothing_like_this", "could not be imported: ModuleNotFoundError"),
+        ("import nothing_like_this", r"could not be imported \(ModuleNotFoundError"),
     ],
 )
 def test_a_file_that_holds_no_single_set_is_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -257,3 +257,15 @@ def test_a_set_without_load_says_what_is_missing(tmp_path: Path) -> None:
     file.write_text("from kdzoo import ImageSet\nclass Mine(ImageSet):\n    pass\n")
     with pytest.raises(UserError, match=r"Mine has no load\(root\)"):
         open_dataset(str(file))
+
+
+@pytest.mark.parametrize("error", ["ValueError('no')", "SystemExit(0)", "BaseException('no')"])
+@pytest.mark.parametrize("part", ["__init__", "load", "fingerprint"])
+def test_a_set_of_ones_own_that_fails_is_one_line_which_names_the_part(tmp_path, part, error):
+    file = tmp_path / "mine.py"
+    text = "from kdzoo import ImageSet\n\n\nclass Mine(ImageSet):\n    def load(self, root):\n        return None\n\n"
+    file.write_text(text + f"    def {part}(self, *_):\n        raise {error}\n")
+    with pytest.raises(
+        UserError, match=rf"mine.py': (its constructor|{part}) failed \({error[:9]}.*; correct its file"
+    ):
+        fingerprint(str(file))

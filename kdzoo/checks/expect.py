@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from kdzoo import toys
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Output
+from kdzoo.errors import told
 
 Terms = Mapping[str, Tensor]
 LEAST_FALL = 0.1  # of the loss in a short training, as a share of its size
@@ -28,10 +29,10 @@ def promising(promise: str) -> Iterator[None]:
         if str(error).startswith("expected"):
             raise
         raise AssertionError(f"expected {promise}; got a failed assertion: {error}; see the traceback") from error
-    except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        text = f"expected {promise}; got {type(error).__name__}: {reason}; see the traceback"
-        raise AssertionError(text) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an exit too
+        raise AssertionError(f"expected {promise}; got {told(error)}; see the traceback") from error
 
 
 def expect(ok: bool, expected: str, got: object, remedy: str) -> None:

@@ -11,6 +11,7 @@ from kdzoo import registry, toys
 from kdzoo.checks.expect import promising
 from kdzoo.distiller import Distiller
 from kdzoo.errors import unknown
+from kdzoo.process_state import unchanged
 
 Check = Callable[[type[Distiller]], None]
 
@@ -22,7 +23,7 @@ def promise(check: Check) -> Check:
 
     @wraps(check)
     def run(distiller: type[Distiller]) -> None:
-        with torch.random.fork_rng(devices=[]), promising(f"that {_first_line(check)}"):
+        with torch.random.fork_rng(devices=[]), promising(f"that {_first_line(check)}"), unchanged("it"):
             check(distiller)
 
     CHECKS.append(run)

@@ -1,6 +1,7 @@
 """Keep decoded images on disk: written whole or not at all, checked when opened, rebuilt when damaged or outdated.
 
-They are a NumPy array in FILE.npy. FILE.json beside it has its checksum, and the digest of the files it was made from.
+They are a NumPy array in FILE.npy. FILE.json beside it has its checksum, the digest of the files it was made from, and
+a checksum of both.
 """
 
 import json
@@ -8,6 +9,7 @@ import logging
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from numpy.typing import NDArray
 from torchvision import transforms
 
 from kdzoo.data.pictures import Files, Pixels
-from kdzoo.files import make_folder, write_atomically, write_text
+from kdzoo.errors import UserError
+from kdzoo.files import is_file, make_folder, read_json, write_atomically, write_text
 
+FORMAT = 1  # of the facts; those of another version are measured again
 _CHUNK = 256  # images decoded before they are written
 
 _log = logging.getLogger(__name__)
@@ -67,6 +71,8 @@ def _build(
                 out.write(chunk.data)
         # Before the array is there, so that no process finds an array without them.
         write_facts(path.with_suffix(".json"), digest, {"crc32": checksum})
+        # A process that has mapped a file ends by a signal where another cuts it short; kdzoo itself only replaces it.
+        temporary.chmod(0o444)
 
     make_folder(path.parent)
     write_atomically(path, write)
@@ -77,6 +83,8 @@ def _mapped(path: Path, digest: str, shape: tuple[int, ...]) -> NDArray[np.uint8
     facts = read_facts(path.with_suffix(".json"), digest)
     if not facts:
         raise ValueError("outdated")
+    if not is_file(path):
+        raise ValueError("damaged")
     try:
         # Copy on write, as torch warns of memory that it must not write to; no code writes.
         pixels = npy.open_memmap(path, mode="c")
@@ -89,15 +97,21 @@ def _mapped(path: Path, digest: str, shape: tuple[int, ...]) -> NDArray[np.uint8
 
 
 def read_facts(path: Path, digest: str) -> dict[str, Any]:
-    """Read what was measured of the files of this digest; empty where nothing is known."""
+    """Read what was measured of the files of this digest; empty where nothing whole is known."""
     try:
-        facts = json.loads(path.read_text())
-        return facts if facts["digest"] == digest else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        noted = read_json(path)
+        facts = noted["facts"]
+        return facts if noted == _noted(digest, facts) else {}
+    except (UserError, KeyError):
         return {}
 
 
 def write_facts(path: Path, digest: str, facts: dict[str, Any]) -> None:
     """Keep what was measured of the files of this digest for the next time."""
     make_folder(path.parent)
-    write_text(path, json.dumps({**facts, "digest": digest}))
+    write_text(path, json.dumps(_noted(digest, facts)))
+
+
+def _noted(digest: str, facts: Any) -> dict[str, Any]:
+    checksum = blake2b(json.dumps([digest, facts]).encode(), digest_size=8).hexdigest()
+    return {"format": FORMAT, "digest": digest, "facts": facts, "checksum": checksum}

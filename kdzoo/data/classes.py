@@ -6,7 +6,7 @@ from typing import Any
 from unicodedata import normalize
 
 from kdzoo.errors import UserError
-from kdzoo.files import path_of
+from kdzoo.files import path_of, read_text
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -34,7 +34,7 @@ def in_order(names: Sequence[str], order: str) -> tuple[str, ...]:
     path = path_of(order)
     if not path.is_file():
         raise UserError(f"data.classes={order}: expected text, natural, or a file with one class name a line")
-    lines = normalize("NFC", path.read_text(encoding="utf-8-sig")).splitlines()
+    lines = normalize("NFC", read_text(path).removeprefix("\ufeff")).splitlines()
     listed = [line.strip() for line in lines if line.strip()]
     known = {normalize("NFC", name): name for name in names}
     for given, others, said in ((known, listed, "lacks"), (listed, known, "lists")):

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdzoo.data.pictures import Files, Pictures, Pixels, paths_of, states_of
-from kdzoo.data.sources import Source, image_set, open_source
+from kdzoo.data.sources import Source, at_work, image_set, open_source
 from kdzoo.errors import StorageError
-from kdzoo.files import cache_folder, make_folder, write_atomically
+from kdzoo.files import cache_folder, is_file, make_folder, write_atomically
 
 SIZE = 16  # bytes of a digest
 _CHUNK = 256  # files that a thread reads before it takes others
@@ -50,7 +50,9 @@ def fingerprint(
     Raises:
         UserError: an unknown name or option, or files that are missing.
     """
-    told = image_set(name, options).fingerprint(Path(root))
+    images = image_set(name, options)
+    with at_work(name, "fingerprint"):
+        told = images.fingerprint(Path(root))
     if told is not None:
         return told
     source = open_source(name, Path(root), options, classes=classes, val=val)
@@ -116,6 +118,8 @@ def _remembered(
     """Read the digests (N, SIZE) of the files that are as they were, and tell which these are (N,)."""
     digests = np.zeros((len(names), SIZE), np.uint8)
     try:
+        if not is_file(notes):
+            raise FileNotFoundError
         with notes.open("rb") as file:
             arrays = np.load(file)
             before = {name: arrays[name] for name in ("names", "states", "digests")}
@@ -142,9 +146,11 @@ def _hashed(paths: list[bytes]) -> list[bytes]:
 
 
 def _digest(path: bytes) -> bytes:
-    """Hash a file; zeros where it cannot be read."""
+    """Hash a file; zeros where there is none that can be read."""
     digest = blake2b(digest_size=SIZE)
     try:
+        if not is_file(path):
+            return bytes(SIZE)
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError:
         return bytes(SIZE)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from kdzoo.data.cache import read_facts, write_facts
-from kdzoo.data.pictures import Files, Pictures, warn_once
+from kdzoo.data.pictures import Files, Pictures, reason_of, warn_once
 from kdzoo.data.sources import Source
 from kdzoo.errors import UserError
 
@@ -70,7 +70,7 @@ class _Chunks(Dataset[Looks]):
                     image, size = self.pictures.seen(row, 8 * WIDTH)
                     thumb = image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR).tobytes()
                 except UserError as error:
-                    damaged[row] = _reason(error.__cause__ or error)
+                    damaged[row] = reason_of(error.__cause__ or error)
                     size, thumb = (0, 0), bytes(HEIGHT * WIDTH * 3)
                 sizes.append(size)
                 thumbs.append(thumb)
@@ -100,11 +100,6 @@ def look(pictures: Pictures, split: str, workers: int = 0, report: Report | None
 
 def _as_it_is(looks: Any) -> Any:
     return looks
-
-
-def _reason(error: BaseException) -> str:
-    said = str(error).split("\n")[0]
-    return type(error).__name__ if not said or "'" in said else f"{type(error).__name__}: {said}"
 
 
 def without_damaged(source: Source, folder: Path, workers: int = 0, report: Report | None = None) -> Source:
@@ -170,7 +165,7 @@ def _keys(thumbs: NDArray[np.uint8], group: NDArray[np.uint16]) -> NDArray[np.in
 def _bits(thumbs: NDArray[np.uint8]) -> NDArray[np.uint16]:
     """Tell where a thumbnail (N, 8, 9, 3) is brighter than at its left neighbour: (N, 4) of 16 bits each."""
     gray = thumbs.astype(np.uint16).sum(3)
-    brighter = np.packbits((gray[:, :, 1:] > gray[:, :, :-1]).reshape(len(thumbs), -1), axis=1)
+    brighter = np.packbits((gray[:, :, 1:] > gray[:, :, :-1]).reshape(len(thumbs), HEIGHT * (WIDTH - 1)), axis=1)
     return brighter.view(np.uint16)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from kdzoo.errors import UserError
+from kdzoo.files import read_text
 
 COLUMNS = ("path", "label", "split")
 
@@ -83,10 +84,7 @@ def read_table(file: Path, title: str) -> Table:
     Raises:
         UserError: a column is missing, or a row has no label.
     """
-    try:
-        lines = normalize("NFC", file.read_text(encoding="utf-8-sig")).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{title} cannot be read ({type(error).__name__}); expected a CSV file in UTF-8") from error
+    lines = normalize("NFC", read_text(file).removeprefix("\ufeff")).splitlines()
     head = lines[0] if lines else ""
     delimiter = max(",;\t", key=head.count)
     found = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
@@ -103,7 +101,7 @@ def read_table(file: Path, title: str) -> Table:
 
 def read_annotations(file: Path, folder: str) -> Table:
     """Read Tiny ImageNet's list of the images in ``folder``: name, class and box, separated by tabs."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file).splitlines()
     parts = [line.split("\t") for line in lines if line.strip()]
     if any(len(each) < 2 for each in parts):
         raise UserError(f"'{file}' is no list of images; expected lines of name and class, separated by tabs")

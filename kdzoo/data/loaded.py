@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from kdzoo.data.pictures import USUAL, Files, Pictures, Pixels, Reading
 from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
+
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: controls, halves of characters, and ends of lines
 
 
 def checked(
@@ -40,6 +43,8 @@ def checked(
         raise _wrong(name, f"load gives {_kind(loaded)}", expected) from error
     if not isinstance(class_names, list | tuple) or not all(isinstance(word, str) for word in class_names):
         raise _wrong(name, f"class names are {_kind(class_names)}", "a list of words")
+    if strange := next((word for word in class_names if any(category(c) in UNPRINTABLE for c in word)), None):
+        raise UserError(f"data '{name}': class {strange!a} holds characters that no text shows; rename it")
     count = len(class_names)
     if image_set.num_classes not in (None, count):
         raise _wrong(name, f"load gives {count} class names", f"{image_set.num_classes}, as num_classes says")

@@ -3,8 +3,10 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageColor
 
 from kdzoo.errors import UserError, is_shortage
+from kdzoo.files import is_file
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,9 +29,13 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by EXIF orientation
+LONGEST = 100  # times the short side that a long side may have; a resize of it would take all memory
 _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow keeps what a camera said
 
 _log = logging.getLogger(__name__)
+
+# ``opened`` refuses such an image by its name, which the warning lacks. Filters of a context would be lost in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @cache
@@ -171,7 +178,7 @@ class Files:
         """Decode one image as ``decoded`` does, and tell the width and height that it has in full."""
         path = self._path(self.names[row])
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 size = self.reading.size(image)
                 image.draft(None, (side, side))  # None keeps the mode
                 image.load()
@@ -214,7 +221,7 @@ class Files:
     def _size(self, name: bytes) -> tuple[int, int]:
         path = self._path(name)
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 return self.reading.size(image)
         except Exception as error:
             if is_shortage(error):
@@ -244,5 +251,36 @@ def _state(path: bytes) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)
 
 
+class Unfit(Exception):
+    """A file that Pillow may decode, and that is no image to train on."""
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """Open an image file and read its header.
+
+    Raises:
+        Unfit: it is a pipe or a device, or so large that decoding or resizing it would take all memory.
+        Exception: nearly anything, from Pillow.
+    """
+    if os.path.exists(path) and not is_file(path):
+        raise Unfit("no regular file")
+    with Image.open(path) as image:
+        (width, height), most = image.size, Image.MAX_IMAGE_PIXELS
+        if most is not None and width * height > most:
+            raise Unfit(f"{width} x {height} pixels, more than {most:,}")
+        if max(width, height) > LONGEST * min(width, height):
+            raise Unfit(f"{width} x {height} pixels, one side more than {LONGEST} times the other")
+        yield image
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in a few words why an image cannot be read; without its path, which Pillow quotes."""
+    said = str(error).split("\n")[0]
+    if isinstance(error, Unfit):
+        return said
+    return type(error).__name__ if not said or "'" in said else f"{type(error).__name__}: {said}"
+
+
 def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"cannot read image '{path}' ({type(error).__name__}); replace or remove it")
+    return UserError(f"cannot read image '{path}' ({reason_of(error)}); replace or remove it")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -18,6 +19,7 @@ from kdzoo.data.superclasses import superclasses_of
 from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
 from kdzoo.keywords import keyword_settings
+from kdzoo.process_state import foreign
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,14 @@ def image_set(name: str, options: Mapping[str, Any] | None = None) -> ImageSet:
         UserError: an unknown name or option, or a value of another type.
     """
     kind, argument = _find(name)
-    return kind(*argument, **_options(name, kind, options or {}))
+    settings = _options(name, kind, options or {})
+    with at_work(name, "its constructor"):
+        return kind(*argument, **settings)
+
+
+def at_work(name: str, part: str) -> AbstractContextManager[None]:
+    """Make a context in which a data set's own code runs: any error inside is one line that names ``part``."""
+    return foreign(f"data '{name}'", f": {part} failed", "correct its file, if it is yours")
 
 
 def open_source(
@@ -131,8 +140,11 @@ def open_source(
     """
     kind, argument = _find(name)
     settings = _options(name, kind, options or {})
-    found = kind(*argument, **settings)
-    class_names, train, test = checked(name, found, found.load(root), root, reading)
+    with at_work(name, "its constructor"):
+        found = kind(*argument, **settings)
+    with at_work(name, "load"):
+        loaded = found.load(root)
+    class_names, train, test = checked(name, found, loaded, root, reading)
     key = ""
     if isinstance(train, Files):  # another set, or other options, may list other files of the same folder
         what = f"{type(found).__module__} {settings} {classes} {val} {reading} {choose is None} {train.root}"

@@ -48,7 +48,7 @@ def walk(root: Path) -> Tree:
     """List all images below ``root``, sorted; linked folders are followed, a link back to a folder above is not.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: a folder that cannot be read, or a link to none.
     """
     tree, known = Tree(), suffixes()
 
@@ -66,13 +66,16 @@ def walk(root: Path) -> Tree:
             name = entry.name
             if name[0] == "." or name in LEFTOVERS:
                 continue
-            if entry.is_dir():
+            leads_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
+            if not leads_nowhere and entry.is_dir():
                 tree.folders.append(prefix + name)
                 enter(entry.path, f"{prefix}{name}{os.sep}", above | {here})
                 continue
             suffix = name[name.rfind(".") :].lower() if "." in name else ""
             if suffix in known:
                 tree.images.append(prefix + name)
+            elif leads_nowhere:  # perhaps to a class on a disk that is not there
+                raise UserError(f"'{entry.path}' is a link that leads nowhere; repair or remove it")
             else:
                 tree.left_out[suffix or "without a suffix"] += 1
 

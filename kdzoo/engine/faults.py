@@ -1,7 +1,8 @@
 """What goes wrong in one run's own work, told in a line, so that the runs beside it continue."""
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from kdzoo.distiller import Batch
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses, writes
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError, told
+from kdzoo.process_state import process_state, put_back
 from kdzoo.settings import Run
 from kdzoo.tensors import leaves
 
@@ -32,39 +34,97 @@ def fault(error: BaseException, run: Run, when: str) -> UserError:
     """
     if isinstance(error, UserError):
         return error
-    if full := out_of_memory(error, run):
-        return full
+    with suppress(Exception):  # of an error that cannot say what it is
+        if full := out_of_memory(error, run):
+            return full
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((LIBRARY, "<"))] or frames
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    said = (str(error).strip().splitlines() or [""])[0]
-    line = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    failed = UserError(f"distiller '{run.settings.distiller.name}' failed {when}: {line}{where}")
+    failed = UserError(f"distiller '{run.settings.distiller.name}' failed {when}: {told(error)}{where}")
     failed.__cause__ = error  # which --debug shows
     return failed
 
 
-def check_terms(terms: Any, method: str) -> None:
+@contextmanager
+def caught(run: Run, when: Callable[[], str], note: Callable[[UserError], object]) -> Iterator[None]:
+    """Give any error inside, which is of the run's own work, to ``note`` and continue; a full disk stops all runs."""
+    try:
+        yield
+    except (StorageError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        note(fault(error, run, when()))
+
+
+def check_terms(terms: Any, who: str, when: str, device: torch.device, before: Collection[str] = ()) -> None:
     """Check that a loss is a dictionary of float32 scalars.
+
+    Args:
+        terms: what a method returned.
+        who: the method.
+        when: such as "at step 12".
+        device: of the training.
+        before: the names of its terms in steps before; none in the first.
 
     Raises:
         UserError: it is something else; says what.
     """
     if not isinstance(terms, Mapping):
-        raise UserError(f"distiller '{method}' returned {_described(terms)}; expected a dictionary of loss terms")
+        raise UserError(f"distiller '{who}' returned {_described(terms)} {when}; expected a dictionary of loss terms")
     if not terms:
-        raise UserError(f"distiller '{method}' has no loss term: all weights are 0")
+        raise UserError(f"distiller '{who}' has no loss term {when}: all weights are 0")
     for name, term in terms.items():
-        if not (isinstance(term, Tensor) and term.ndim == 0 and term.dtype == torch.float32):
+        if not isinstance(name, str):
+            raise UserError(f"distiller '{who}' named a loss term {name!r} {when}; expected a text")
+        if not (isinstance(term, Tensor) and is_scalar(term) and term.device.type == device.type):
             raise UserError(
-                f"distiller '{method}' returned {_described(term)} as '{name}'; expected a float32 tensor without "
-                "dimensions"
+                f"distiller '{who}' returned {_described(term)} as '{name}' {when}; expected a float32 tensor without "
+                f"dimensions on {device.type}"
             )
+    if before and terms.keys() != set(before):
+        raise UserError(
+            f"distiller '{who}' returned the terms {', '.join(terms)} {when} in place of {', '.join(before)}; return "
+            "the same in each step, a zero where a term has nothing to say"
+        )
     if not any(term.requires_grad for term in terms.values()):
         raise UserError(
-            f"distiller '{method}' returned terms that depend on no trained weight; compute them from the student's "
-            "outputs, without detach() or no_grad()"
+            f"distiller '{who}' returned terms that depend on no trained weight {when}; compute them from the "
+            "student's outputs, without detach() or no_grad()"
         )
+
+
+def is_scalar(term: Tensor) -> bool:
+    """Tell whether a tensor is one plain float32 number."""
+    return term.ndim == 0 and term.dtype == torch.float32 and term.layout == torch.strided
+
+
+def check_trained(trained: nn.Module, before: Collection[nn.Parameter], who: str) -> None:
+    """Check that all parameters after the phase before training are those that are trained, and float32.
+
+    Args:
+        trained: a module with the student and the method.
+        before: its parameters before that phase.
+        who: the method.
+
+    Raises:
+        UserError: one is not; names it.
+    """
+    known = {id(parameter) for parameter in before}
+    student = trained.get_submodule("student")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(f"the student of distiller '{who}' is frozen: no weight of it requires a gradient")
+    for name, parameter in trained.named_parameters():
+        if id(parameter) not in known:
+            raise UserError(
+                f"distiller '{who}' made or replaced {name} before training, which no optimizer sees; make it in "
+                "build()"
+            )
+        if parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name} is {kind}, with distiller '{who}'; expected float32, which is trained and shipped "
+                "(engine.precision says what networks compute in)"
+            )
 
 
 def check_finite(module: nn.Module, what: str) -> None:
@@ -83,7 +143,9 @@ def check_finite(module: nn.Module, what: str) -> None:
 
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {str(value.dtype).removeprefix('torch.')}"
+        kind = str(value.dtype).removeprefix("torch.")
+        place = f"{str(value.layout).removeprefix('torch.')} on {value.device.type}"
+        return f"a tensor of shape {tuple(value.shape)} and {kind} ({place})"
     return "None" if value is None else f"a {type(value).__name__}"
 
 
@@ -101,7 +163,7 @@ class Shared:
         tensors = [tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()]
         self.weights = list({id(tensor): tensor for tensor in tensors}.values())
         self.copies = [tensor.detach().clone() for tensor in self.weights] if lanes > 1 else []
-        self.dtype = torch.get_default_dtype()
+        self.state = process_state()
         self.parts: dict[str, list[Tensor]] = {}
         self.before: dict[str, int] = {}
         self.watch(None)
@@ -132,13 +194,7 @@ class Shared:
 
     def written(self) -> str | None:
         """Name what was written to since the last look, and restore what outlives the batch; None for nothing."""
-        found = []
-        if torch.get_default_dtype() != self.dtype:
-            torch.set_default_dtype(self.dtype)
-            found.append("torch's default dtype")
-        if not torch.is_grad_enabled():
-            torch.set_grad_enabled(True)
-            found.append("whether torch computes gradients")
+        found = put_back(self.state)
         now = self.counts()
         found += [name for name in now if now[name] != self.before[name]]
         if WEIGHTS in found:

@@ -12,19 +12,20 @@ from torch import nn
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller
-from kdzoo.engine.faults import check_terms, fault
+from kdzoo.engine.faults import caught, check_terms, check_trained
 from kdzoo.engine.memory import check_reserve
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.micro_batches import micro_batches
 from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.ranks import ALONE, Ranks
-from kdzoo.errors import StorageError, UserError
+from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, matmul_precision
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run
 from kdzoo.store.curves import Curves
 from kdzoo.store.folder import RunFolder
+from kdzoo.store.history import check_history, is_number
 
 
 class Epochs:
@@ -104,7 +105,9 @@ class Lane:
     def prepare(self, loader: Loader, teacher: TeacherPasses | None) -> None:
         """Run the method's phase before training."""
         torch.manual_seed(seed_of(self.run.settings.seed, "prepare"))
+        before = list(self.trained.parameters())
         self.distillation.prepare(Epochs(loader, teacher))
+        check_trained(self.trained, before, self.run.settings.distiller.name)
         self.ranks.align(self.trained)
 
     def step(self, batch: Batch, step: int) -> None:
@@ -125,7 +128,7 @@ class Lane:
         settings = self.run.settings
         for rows in micro_batches(batch, settings.engine.accumulate):
             terms = self.forward(rows)
-            check_terms(terms, settings.distiller.name)
+            check_terms(terms, settings.distiller.name, self.when, self.device, self.meter.sums)
             with matmul_precision(self.device.type, PRECISIONS[settings.engine.precision]):
                 torch.stack(list(terms.values())).sum().backward(self.share)
             self.meter.add(self.ranks.mean(terms), self.number)
@@ -148,12 +151,12 @@ class Lane:
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
         """Take any error inside as this lane's failure and continue after it; a full disk stops all lanes."""
-        try:
+
+        def note(failure: UserError) -> None:
+            self.failure = failure
+
+        with caught(self.run, lambda: self.when, note):
             yield
-        except StorageError:
-            raise
-        except (Exception, SystemExit) as error:
-            self.failure = fault(error, self.run, self.when)
 
     def record(self, found: dict[str, Any]) -> None:
         """Write an epoch down."""
@@ -166,11 +169,16 @@ class Lane:
     def deployed(self) -> nn.Module:
         """Make the module that would ship now."""
         trained = self.trained if self.average is None else cast(Trained, self.average.module)
-        return trained.distiller.deploy(trained.student)
+        module = trained.distiller.deploy(trained.student)
+        if not isinstance(module, nn.Module):
+            name = self.run.settings.distiller.name
+            raise UserError(f"distiller '{name}' deploys a {type(module).__name__}; expected a torch.nn.Module")
+        return module
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs to continue with the same bits."""
         return {
+            "run": self.run.settings.identity(),
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -179,8 +187,20 @@ class Lane:
             "seconds": self.seconds,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Restore what ``state_dict`` gave, at the end of ``step`` steps.
+
+        Raises:
+            ValueError: it is another run's, or its history is not that of these steps.
+        """
+        if (
+            state["run"] != self.run.settings.identity()
+            or step > self.run.settings.protocol.epochs * self.steps_per_epoch
+        ):
+            raise ValueError("it is another run's")
+        check_history(state["history"], step, self.steps_per_epoch)
+        if not is_number(state["seconds"]) or state["seconds"] < 0:
+            raise ValueError("its time is no number")
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

@@ -177,11 +177,11 @@ def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
     for lane, steps in zip(lanes, whole, strict=True):
         state = checkpoint.load(steps[start])
         try:
-            lane.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            lane.load_state_dict(state, start)
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{steps[start]} belongs to another run, or was written by another version of kdzoo; move "
-                f"{steps[start].parent} away and run the same command again"
+                f"{steps[start]} is damaged, or belongs to another run; move {steps[start].parent} away and run the "
+                "same command again"
             ) from error
         lane.ranks.once(lane.folder.write_history, lane.history)
     progress.say(f"resumed at step {start}")

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from kdzoo.data import Dataset
 from kdzoo.distiller import DataSpec
 from kdzoo.engine.memory import check_reserve
+from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, autocast
 
 
@@ -39,7 +40,11 @@ def evaluate(
     with torch.inference_mode():
         for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
             with autocast(images.device.type, PRECISIONS[precision]):
-                logits = network(images).logits
+                logits = getattr(network(images), "logits", None)
+            expected = len(images), dataset.spec.num_classes
+            if not isinstance(logits, Tensor) or logits.shape != expected:
+                given = "no logits" if not isinstance(logits, Tensor) else f"logits of shape {tuple(logits.shape)}"
+                raise UserError(f"{type(network).__name__} shows {given}; expected an Output with logits {expected}")
             answers = logits.topk(best).indices
             if confusion is not None:
                 confusion.index_put_((labels, answers[:, 0]), torch.ones_like(labels), accumulate=True)

@@ -26,6 +26,11 @@ FIRST, EVERY = 5.0, 13.0  # seconds without a line, when something begins and la
 Ticker = Callable[[Callable[[], object]], AbstractContextManager[object]]
 
 
+def plain_console(**options: Any) -> Console:
+    """Make a console that prints every text as it is: paths, names and errors may hold what rich takes for markup."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
+
+
 @contextmanager
 def every_second(work: Callable[[], object], seconds: float = 1.0) -> Iterator[None]:
     """Call ``work`` once a second in a thread, until the context ends."""
@@ -52,7 +57,7 @@ class Progress:
 
     Args:
         quiet: show nothing.
-        console: where to show it; None: the standard error.
+        console: where to show it, made by ``plain_console``; None: the standard error.
         clock: seconds of a clock that never goes back.
         ticker: calls ``tick`` again and again.
     """
@@ -64,7 +69,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         ticker: Ticker = every_second,
     ):
-        self.console = console or Console(file=sys.stderr, quiet=quiet, highlight=False)
+        self.console = console or plain_console(file=sys.stderr, quiet=quiet)
         self.quiet, self.ticker = quiet, ticker
         has_cursor = self.console.is_terminal and not self.console.is_dumb_terminal
         in_notebook = self.console.is_jupyter and find_spec("ipywidgets") is not None
@@ -75,7 +80,7 @@ class Progress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[terms]}"),
+            TextColumn("{task.fields[terms]}", style="dim", markup=False),
             console=self.console,
         )
         self.clock, self.begun = clock, clock()
@@ -111,7 +116,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print one line that stays."""
         self.due = self.clock() + EVERY
-        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def doing(self, text: str) -> Iterator[Callable[[str], None]]:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from statistics import median
 
@@ -16,7 +17,7 @@ from kdzoo.distillation import Distillation
 from kdzoo.distiller import DataSpec
 from kdzoo.engine import loop
 from kdzoo.engine.device import current
-from kdzoo.engine.faults import check_finite, fault
+from kdzoo.engine.faults import caught, check_finite, check_trained
 from kdzoo.engine.lane import Lane, titles
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.memory import out_of_memory
@@ -24,10 +25,11 @@ from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.engine.termination import Termination
-from kdzoo.errors import StorageError, UserError
+from kdzoo.errors import UserError
 from kdzoo.files import digest, write_text
 from kdzoo.naming import names_of
 from kdzoo.precision import PRECISIONS
+from kdzoo.process_state import unchanged
 from kdzoo.randomness import seed_of
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run, Settings, StudentSettings
@@ -99,14 +101,13 @@ def build_all(
     built: dict[int, Distillation] = {}
     failed: dict[int, UserError] = {}
     for i, run in enumerate(runs):
-        try:
+        with caught(run, lambda: "while it was built", partial(failed.__setitem__, i)):
             if changed := changed_files(run.settings):
                 raise UserError(f"{', '.join(changed)} changed since the command began; run the same command again")
-            built[i] = build(run, dataset, teacher).train()
-        except StorageError:
-            raise
-        except (Exception, SystemExit) as error:
-            failed[i] = fault(error, run, "while it was built")
+            with unchanged(f"distiller '{run.settings.distiller.name}'"):
+                distillation = build(run, dataset, teacher).train()
+            check_trained(distillation, list(distillation.parameters()), run.settings.distiller.name)
+            built[i] = distillation
     return built, failed
 
 
@@ -161,12 +162,16 @@ def _train_lanes(
     if built:
         loader = common_loader(runs[0].settings, built.values(), dataset, ranks)
         device, per_epoch, names = dataset.device, loader.steps_per_epoch, titles(runs)
-        lanes = {i: Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks) for i in built}
+        lanes: dict[int, Lane] = {}
+        for i in built:
+            with caught(runs[i], lambda: "while its training was set up", partial(outcomes.__setitem__, i)):
+                lanes[i] = Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks)
         for lane in lanes.values():
             ranks.once(lane.folder.open, lane.run)
-        ranks.once(say_origins, lanes.values(), dataset, progress)
-        with current(device), Termination() as termination:
-            loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
+        if lanes:
+            ranks.once(say_origins, lanes.values(), dataset, progress)
+            with current(device), Termination() as termination:
+                loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
         for i, lane in lanes.items():
             if lane.failure is None:
                 with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():

@@ -11,7 +11,7 @@ from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
 from kdzoo.experiments.workers import Executor, Local
-from kdzoo.files import make_folder, write_text
+from kdzoo.files import make_folder, read_json, read_text, write_text
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
@@ -126,8 +126,8 @@ def own(out: Path, suite: Suite) -> None:
     mark = out / "suite.json"
     if mark.is_file():
         try:
-            other = json.loads(mark.read_text(encoding="utf-8"))["name"]
-        except (ValueError, KeyError, TypeError) as error:
+            other = read_json(mark)["name"]
+        except (UserError, KeyError) as error:
             raise UserError(f"{mark} is damaged; if {out} holds the suite '{suite.name}', remove that file") from error
         if other != suite.name:
             raise UserError(f"{out} holds the suite '{other}', not '{suite.name}'; choose another --out")
@@ -156,7 +156,7 @@ def survey(runs: Sequence[Run], reasons: Sequence[str] = ()) -> Report:
         if folder.read_result() is not None:
             report.finished.append(folder.path)
         elif folder.failure.is_file():
-            report.failed[folder.path] = folder.failure.read_text(encoding="utf-8").strip()
+            report.failed[folder.path] = read_text(folder.failure).strip()
         elif RunLock(folder.path).is_held():
             report.elsewhere.append(folder.path)
         else:

@@ -20,7 +20,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, network_of, train_one
 from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import teachers
-from kdzoo.files import path_of
+from kdzoo.files import path_of, read_text
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, stored
 from kdzoo.settings import EnginePlace, Run
@@ -248,7 +248,7 @@ def compare_data(run: Run, folder: RunFolder, dataset: data.Dataset, progress: P
     made, class_names = stored(folder.read_config()).settings.data, dataset.spec.class_names
     if made.fingerprint not in ("", run.settings.data.fingerprint):
         progress.say(f"data differ from those of {folder.path}: its own numbers are of other images")
-    if folder.classes.is_file() and folder.classes.read_text(encoding="utf-8").splitlines() != list(class_names):
+    if folder.classes.is_file() and read_text(folder.classes).splitlines() != list(class_names):
         raise UserError(
             f"the classes of the data are not those of {folder.classes}, or stand in another order; bring back the "
             "data, or the file of data.classes, that the run was trained with"

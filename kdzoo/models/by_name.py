@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdzoo import own_code
 from kdzoo.distiller import DataSpec
-from kdzoo.errors import UserError, is_shortage, unknown
+from kdzoo.errors import UserError, is_shortage, told, unknown
 from kdzoo.files import path_of
 from kdzoo.models import names
 from kdzoo.models.adapt import (
@@ -26,6 +26,7 @@ from kdzoo.models.adapt import (
 )
 from kdzoo.models.maps import FAILURES
 from kdzoo.models.network import Network, wrap
+from kdzoo.process_state import foreign
 
 # From a side in pixels, and whether to keep resolution in the stem, to a network and what was adapted.
 Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]
@@ -218,7 +219,7 @@ def _fill(name: str, body: nn.Module, weights: Any) -> None:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # its download raises kinds of several libraries
         raise UserError(
-            f"no pretrained weights for '{name}' ({_line(error)}); connect, or load weights from a file"
+            f"no pretrained weights for '{name}' ({told(error)}); connect, or load weights from a file"
         ) from error
     expected = body.state_dict()
     head = next(key for key in reversed(expected) if key.endswith(".weight")).removesuffix("weight")
@@ -232,31 +233,29 @@ def _from_factory(
 ) -> Network:
     if not member or not all(module.split(".")):
         raise UserError(f"model '{name}': expected package.module:factory")
-    try:
-        home = own_code.import_module(module)
-    except ImportError as error:
-        raise UserError(f"model '{name}': cannot import '{module}' ({error}); pass package.module:factory") from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"model '{name}': importing '{module}' failed ({_line(error)}); correct that file") from error
+    with foreign(f"model '{name}'", f": importing '{module}' failed", "correct that file"):
+        try:
+            home = own_code.import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"model '{name}': cannot import '{module}' ({error}); pass package.module:factory"
+            ) from error
     factory = getattr(home, member, None)
     if not callable(factory):
         raise unknown("factory", member, (n for n in vars(home) if callable(getattr(home, n))), f"in {module}")
     size = options.pop("img_size", None) or data.image_size
-    try:
+    call = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": data.num_classes, **options}.items())
+    expected = "expected a function that takes num_classes, and its options by their names"
+    with foreign(f"model '{name}'", f" cannot be built: {member}({call}) failed", expected):
         body = factory(num_classes=data.num_classes, **options)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        call = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": data.num_classes, **options}.items())
-        raise UserError(
-            f"model '{name}' cannot be built: {member}({call}) failed ({_line(error)}); expected a function that takes "
-            "num_classes, and its options by their names"
-        ) from error
     if isinstance(body, Network):
         return body
     if not isinstance(body, nn.Module):
         raise UserError(f"'{name}' returned {type(body).__name__}, expected a torch.nn.Module")
-    return wrap(body, image_size=size, num_classes=data.num_classes, mean=data.mean, std=data.std, name=name, taps=taps)
+    with foreign(f"model '{name}'", f" fails on images of {size} pixels", "expected logits for each of two images"):
+        return wrap(
+            body, image_size=size, num_classes=data.num_classes, mean=data.mean, std=data.std, name=name, taps=taps
+        )
 
 
 def _fitted(
@@ -296,7 +295,7 @@ def _fitted(
         except FAILURES as error:
             if is_shortage(error):  # another size would be another network
                 raise
-            reason = _line(error)
+            reason = told(error)
     raise UserError(f"'{name}' cannot read images of {size} pixels ({reason}); pass img_size=...")
 
 
@@ -310,7 +309,7 @@ def _pretrained(name: str, entry: str, keywords: dict[str, Any]) -> nn.Module:
         return timm.create_model(entry, pretrained=True, **keywords)
     except Exception as error:  # the hub's client, its cache and timm each raise kinds of their own
         raise UserError(
-            f"no pretrained weights for '{name}' ({_line(error)}); expected them on the Hugging Face hub or in its "
+            f"no pretrained weights for '{name}' ({told(error)}); expected them on the Hugging Face hub or in its "
             "cache; connect, or load weights from a file"
         ) from error
 
@@ -322,9 +321,4 @@ def _told(name: str, call: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model '{name}' cannot be built ({_line(error)}); check its options") from error
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+        raise UserError(f"model '{name}' cannot be built ({told(error)}); check its options") from error

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,24 @@ from safetensors import SafetensorError, safe_open
 
 from kdzoo.distiller import DataSpec
 from kdzoo.errors import UserError, is_shortage
-from kdzoo.files import path_of
+from kdzoo.files import is_file
+from kdzoo.keywords import between, each, positive, setting, typed
 from kdzoo.models import names
 from kdzoo.models.adapt import SMALL
 from kdzoo.models.by_name import create, pretrained_classes
 from kdzoo.models.network import Network
+from kdzoo.models.weight_files import find_file
 from kdzoo.models.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What kdzoo writes beside weights: what a network must be given to read them."""
+
+    image_size: int | None = setting(None, "Side in pixels that it reads", between, 1, 4096)
+    mean: tuple[float, ...] | None = setting(None, "Mean of each colour", each, between, -1e6, 1e6)
+    std: tuple[float, ...] | None = setting(None, "Standard deviation of each colour", each, positive)
+    adapted: tuple[str, ...] | None = None  # what of the network was changed to suit the image size
 
 
 def load_given(
@@ -51,7 +64,8 @@ def load_given(
     Raises:
         UserError: the weights cannot be read, or are of another network.
     """
-    written = written_facts(path_of(file))
+    path = find_file(Path(file))
+    written = written_facts(path)
     own = {key: written.get(key) for key in ("image_size", "mean", "std")}
     asked = {"image_size": image_size, "mean": mean, "std": std}
     options |= {key: own[key] if value is None else value for key, value in asked.items()}
@@ -69,7 +83,7 @@ def load_given(
             try:
                 network = create(name, data, pretrained=published, fetch=False, **chosen)
                 adapted = network.facts()["adapted"]
-                was = written.get("adapted", adapted)
+                was = adapted if written.get("adapted") is None else list(written["adapted"])
                 if adapted != was:
                     said = "; ".join(was) or "nothing adapted"
                     others.append(
@@ -84,14 +98,26 @@ def load_given(
 
 
 def written_facts(file: Path) -> Mapping[str, Any]:
-    """Read what kdzoo wrote beside the weights in a file; nothing from a file of other origin."""
+    """Read what kdzoo wrote beside the weights in a file; nothing from a file of other origin.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
+        if not is_file(file):
+            return {}
         with safe_open(file, "pt") as content:
-            return json.loads((content.metadata() or {}).get("kdzoo", "{}"))
+            text = (content.metadata() or {}).get("kdzoo")
     except (SafetensorError, OSError) as error:
         if is_shortage(error):
             raise
         return {}
+    if text is None:
+        return {}
+    try:
+        return asdict(typed(Facts, json.loads(text), ""))
+    except (UserError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"'{file}' is damaged: what it says of its network is not what kdzoo writes") from error
 
 
 def _native(name: str) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distiller import LOGITS, Output, Show
-from kdzoo.errors import UserError, is_shortage
+from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.models.hook_reader import HookReader
 from kdzoo.models.maps import FAILURES, CannotRead, logits_in
 from kdzoo.models.preactivations import Preactivations
@@ -81,6 +81,9 @@ class Network(nn.Module):
         if show.preactivations:
             self._before.open()
         output = self._reader.read(self.body, self._prepared(images), show.features or show.preactivations)
+        if output.logits is None or len(output.logits) != len(images):
+            kind = "training" if self.training else "evaluation"
+            raise UserError(f"'{self.name}' gives no row of logits for each of {len(images)} images in {kind} mode")
         if show.preactivations:
             output = output._replace(preactivations=self._before.take(output.features))
         return output.only(show).float()
@@ -200,9 +203,8 @@ def wrap(
             "of its submodules from shallow to deep"
         ) from None
     except FAILURES as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"'{name}' fails on images of {image_size} pixels ({reason[0]}); pass the image_size it reads"
+            f"'{name}' fails on images of {image_size} pixels ({told(error)}); pass the image_size it reads"
         ) from error
     classes = network.shapes().logits.shape[1]
     if classes != num_classes:

@@ -15,6 +15,7 @@ from kdzoo.errors import UserError, is_shortage
 from kdzoo.models.peers import dialects
 
 ROLES = ("student", "teacher")
+DEEPEST = 64  # mappings in mappings that are read
 # Where training code puts the weights, be it as a container or as a prefix of their names.
 WRAPPERS = (
     *(
@@ -69,14 +70,24 @@ class Misfit(NamedTuple):
         return len(self.differing) + len(self.missing) + len(self.unexpected)
 
 
-def tensors_of(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """List all tensors in nested mappings by their names, joined by dots; all else is left out."""
+def tensors_of(content: Any) -> dict[str, Tensor]:
+    """List all tensors in nested mappings by their names, joined by dots; all else is left out.
+
+    A mapping that a file holds in several places, perhaps in itself, is read in the first of them.
+    """
     found: dict[str, Tensor] = {}
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        if isinstance(value, Tensor):
-            found[f"{prefix}{key}"] = value
-        elif isinstance(value, Mapping):
-            found |= tensors_of(value, f"{prefix}{key}.")
+    seen: set[int] = set()
+
+    def enter(mapping: Mapping[Any, Any], prefix: str, depth: int) -> None:
+        seen.add(id(mapping))
+        for key, value in mapping.items():
+            if isinstance(value, Tensor) and not value.is_nested:
+                found[f"{prefix}{key}"] = value
+            elif isinstance(value, Mapping) and id(value) not in seen and depth < DEEPEST:
+                enter(value, f"{prefix}{key}.", depth + 1)
+
+    if isinstance(content, Mapping):
+        enter(content, "", 1)
     return found
 
 

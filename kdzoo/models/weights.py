@@ -75,7 +75,7 @@ def load_weights(
     if not fitting:
         raise UserError(f"'{path}' does not fit {_name(network, body)}: {_misfit(known, tensors, expected, head)}")
     chosen = choose(fitting, role, str(path))
-    _check_kind(path, chosen.state)
+    _check_kind(path, chosen.state, expected)
     stem = _hidden_stem(network)
     if stem and not written_by_kdzoo(path):
         raise UserError(
@@ -136,11 +136,18 @@ def _misfit(known: list[Found], tensors: Mapping[str, Tensor], expected: Mapping
     )
 
 
-def _check_kind(path: Path, state: Mapping[str, Tensor]) -> None:
+def _check_kind(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that weights are plain numbers of a kind that the network's may be made of."""
     for name, value in state.items():
         kind = "quantised" if value.is_quantized else "meta" if value.is_meta else "sparse"
         if kind != "sparse" or value.layout != torch.strided:
             raise UserError(f"'{path}': {name} is a {kind} tensor; expected dense ones, as state_dict() gives them")
+        if name in expected and expected[name].is_floating_point():
+            if not value.is_floating_point():
+                kind = str(value.dtype).removeprefix("torch.")
+                raise UserError(f"'{path}': {name} is a tensor of {kind}; expected floats, as state_dict() gives them")
+            if value.isnan().any():
+                raise UserError(f"'{path}': {name} holds NaN; the training that it comes from failed, take another")
 
 
 def _hidden_stem(network: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from kdzoo.errors import StorageError, UserError
 from kdzoo.files import storing, write_atomically
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+FORMAT = 1  # of a checkpoint; another version's are refused
 KEPT = 2
 _AGAIN = "move {} away and run the same command again"
 
@@ -20,7 +20,7 @@ _AGAIN = "move {} away and run the same command again"
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors and plain values) as the checkpoint of ``step``, and keep the last two."""
     buffer = io.BytesIO()
-    torch.save({"step": step, "state": state}, buffer)
+    torch.save({"format": FORMAT, "step": step, "state": state}, buffer)
     content = buffer.getbuffer()
     name = f"step-{step:09d}-{_digest(content)}.pt"
     with storing(folder.parent):
@@ -61,16 +61,21 @@ def load(file: Path) -> dict[str, Any]:
     """Read the state that ``save`` was given, on the CPU.
 
     Raises:
-        UserError: the file holds something else, or the state of another step.
+        UserError: the file holds something else, or the state of another step, or another version wrote it.
     """
     match = _NAME.fullmatch(file.name)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        if match is not None and saved["step"] == int(match[1]):
-            state: dict[str, Any] = saved["state"]
-            return state
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        version, step, state = saved.get("format"), saved["step"], dict(saved["state"])
+    except Exception as error:  # on what is damaged, torch's reader raises errors of many kinds
         raise UserError(f"{file} is no checkpoint of kdzoo; {_AGAIN.format(file.parent)}") from error
+    if version != FORMAT:
+        raise UserError(
+            f"{file} was written by another version of kdzoo; continue with that version, or "
+            f"{_AGAIN.format(file.parent)}"
+        )
+    if match is not None and step == int(match[1]):
+        return state
     raise UserError(f"{file} holds the state of another step than its name says; {_AGAIN.format(file.parent)}")
 
 

@@ -1,6 +1,7 @@
 """A run's folder: its settings, its history, its result and its student, each written whole or not at all."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from kdzoo.files import (
     storing,
     write_text,
 )
-from kdzoo.keywords import flat, read_yaml, typed
+from kdzoo.keywords import between, flat, read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.resolve import stored
 from kdzoo.settings import Place, Run, Settings, apart
@@ -74,6 +75,12 @@ class Result:
 
 
 LONGEST_TITLE = 200  # of the 255 bytes that a folder's name may have
+HIGHEST = {  # what the numbers of a result may be at most; none is below 0
+    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1"), 100),
+    **dict.fromkeys(("seconds", "images_per_second"), 1e12),
+    **dict.fromkeys(("epochs", "best_epoch"), 10**6),
+    **dict.fromkeys(("seed", "parameters", "extra_parameters", "peak_memory"), 2**63 - 1),
+}
 FORMAT = 3  # of config.yaml; another version's folders are refused
 
 
@@ -201,11 +208,8 @@ class RunFolder:
     @contextmanager
     def home(self) -> Iterator[None]:
         """Work in the folder that the run was made in, if it is still there: relative paths then mean what they did."""
-        try:
-            folder = Path(json.loads(self.environment.read_text(encoding="utf-8"))["folder"])
-        except (OSError, ValueError, KeyError):  # of a run that was copied without it, or by an older version
-            folder = Path.cwd()
-        with chdir(folder if folder.is_dir() else Path.cwd()):
+        folder = self.read_environment().get("folder") or ""  # none: of a run that was copied without the file
+        with chdir(folder if os.path.isdir(folder) else Path.cwd()):
             yield
 
     def is_done(self, retry: bool = False) -> bool:
@@ -227,7 +231,11 @@ class RunFolder:
 
     def read_environment(self) -> dict[str, Any]:
         """Read what the run was made on; empty where that is not known."""
-        return read_json(self.environment) if self.environment.is_file() else {}
+        values = read_json(self.environment) if self.environment.is_file() else {}
+        for name in ("device", "precision", "folder"):
+            if not isinstance(values.get(name, ""), str):
+                raise UserError(f"{self.environment} is damaged ({name} is no text); {MOVE_AWAY}")
+        return values
 
     def write_result(self, result: Result) -> None:
         """Finish the run: with this file it is done and is not run again."""
@@ -245,12 +253,14 @@ class RunFolder:
             raise self._of_another_version(missing[0])
         try:
             result: Result = typed(Result, {**values, "folder": self.path}, "")
+            for name, highest in HIGHEST.items():
+                if getattr(result, name) is not None:
+                    between(0, highest, **{name: getattr(result, name)})
         except UserError as error:
             raise UserError(f"{self.result} is damaged ({error}); {MOVE_AWAY}") from error
-        shares = [result.top1, result.top5, result.best_top1, result.teacher_top1 or 0.0]
         plain = flat(result.plain())
-        if plain | flat(values) != plain or not all(0 <= share <= 100 for share in shares):
-            raise UserError(f"{self.result} is damaged (a value is no accuracy, or of another type); {MOVE_AWAY}")
+        if plain | flat(values) != plain:
+            raise UserError(f"{self.result} is damaged (a value is of another type); {MOVE_AWAY}")
         return result
 
     def _of_another_version(self, key: str) -> UserError:

@@ -17,7 +17,7 @@ from threading import Event, Thread
 from filelock import FileLock, Timeout
 
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import make_folder, storing, write_text
+from kdzoo.files import is_file, make_folder, read_json, storing, write_text
 
 HEARTBEAT = 10.0  # seconds
 LIFETIME = 60.0  # seconds without a heartbeat after which an owner on another machine is dead
@@ -87,18 +87,20 @@ class RunLock:
     def who(self) -> str:
         """Name the owner."""
         try:
-            owner = json.loads(self.owner.read_text(encoding="utf-8"))
+            owner = read_json(self.owner)
             return f"process {owner['process']} on {owner['host']}"
-        except (OSError, ValueError, KeyError):
+        except (UserError, KeyError):
             return "another process"
 
     def beat(self) -> float | None:
         """Return when an owner on another machine last showed that it lives; None where there is no such owner."""
         try:
+            if not is_file(self.owner):
+                return False
             with self.owner.open(encoding="utf-8") as file:  # opened: what a client remembers of a file may be old
                 owner, beaten = json.load(file), os.fstat(file.fileno()).st_mtime
             here = owner["machine"] == machine() if "machine" in owner else owner["host"] == socket.gethostname()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return None if here else beaten
 

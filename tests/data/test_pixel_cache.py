@@ -1,5 +1,6 @@
 """The cache of decoded images: reused, rebuilt when damaged or outdated, never half written."""
 
+import json
 import logging
 import os
 import resource
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,12 @@ def shown(root: Path, **settings: object) -> torch.Tensor:
 def arrays(cache: Path) -> dict[Path, int]:
     """The cache's arrays and when each was written."""
     return {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
+
+
+def rewritten(file: Path, content: bytes) -> None:
+    """Write to a file of the cache, which is none to write to."""
+    file.chmod(0o644)
+    file.write_bytes(content)
 
 
 def test_the_second_opening_decodes_nothing(make_tree: MakeTree, cache: Path) -> None:
@@ -62,7 +70,8 @@ def test_a_damaged_cache_is_rebuilt_and_says_so(
     first = shown(root)
     victim = next(path for path in arrays(cache) if path.name.startswith("test"))
     content = victim.read_bytes()
-    victim.write_bytes(
+    rewritten(
+        victim,
         {
             "flipped": content[:-1] + bytes([content[-1] ^ 1]),
             "shortened": content[:-7],
@@ -70,7 +79,7 @@ def test_a_damaged_cache_is_rebuilt_and_says_so(
             "overwritten": b"[1, 2]" + content[6:],
             "signed": content.replace(b"|u1", b"|i1", 1),
             "turned": content.replace(b"'fortran_order': False", b"'fortran_order': True ", 1),
-        }[damage]
+        }[damage],
     )
     with caplog.at_level(logging.WARNING):
         again = shown(root)
@@ -79,11 +88,81 @@ def test_a_damaged_cache_is_rebuilt_and_says_so(
     assert victim.read_bytes() == content
 
 
+HEADERS = {
+    "negative": "(-9, 12, 12, 3)",
+    "huge": "(10000000000, 10000000000, 10000000000, 3)",
+    "beyond whole numbers": f"({10**30}, 12, 12, 3)",
+    "no whole number": "(18.0, 12, 12, 3)",
+    "nested deeply": "(" * 90 + ")" * 90,
+    "none": "None",
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_an_array_with_a_harmed_header_is_rebuilt(
+    make_tree: MakeTree, cache: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_tree()
+    first = shown(root)
+    victim = next(path for path in arrays(cache) if path.name.startswith("train"))
+    head = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {HEADERS[kind]}}}".encode().ljust(246) + b"\n"
+    magic = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little")
+    rewritten(victim, magic + head + victim.read_bytes()[128:])
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(shown(root), first)
+    assert f"'{victim}' is damaged; rebuilding it" in caplog.text
+
+
+def facts(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def harm(file: Path) -> None:
+        noted = json.loads(file.read_text())
+        change(noted)
+        file.write_text(json.dumps(noted))
+
+    return harm
+
+
+HARMED_FACTS: dict[str, Callable[[Path], object]] = {
+    "other brightness": facts(lambda noted: noted["facts"].update({"all at 12": [[0.0] * 3, [1.0] * 3]})),
+    "another size": facts(lambda noted: noted["facts"].update(size=8)),
+    "a size of text": facts(lambda noted: noted["facts"].update(size="x")),
+    "another version": facts(lambda noted: noted.update(format=99)),
+    "a key too many": facts(lambda noted: noted.update(more=1)),
+    "no mapping": lambda file: file.write_text("[]"),
+    "nested deeply": lambda file: file.write_text("[" * 100_000),
+    "empty": lambda file: file.write_text(""),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and links of POSIX")
+@pytest.mark.parametrize("kind", HARMED_FACTS)
+def test_facts_that_do_not_belong_to_the_pixels_are_measured_again(make_tree: MakeTree, cache: Path, kind: str) -> None:
+    root = make_tree()
+    first = open_dataset(f"folder:{root}").spec
+    [notes] = cache.rglob("train.json")
+    HARMED_FACTS[kind](notes)
+    again = open_dataset(f"folder:{root}").spec
+    assert (again.mean, again.std, again.image_size) == (first.mean, first.std, first.image_size)
+    assert json.loads(notes.read_text())["facts"]["size"] == 12
+
+
+def test_pixels_are_written_once_and_replaced_never_changed(make_tree: MakeTree, cache: Path) -> None:
+    """A process that has mapped them would end by a signal where they were cut short under way."""
+    first = shown(root := make_tree())
+    assert all(path.stat().st_mode & 0o222 == 0 for path in arrays(cache))
+    before = {path: path.stat().st_ino for path in arrays(cache)}
+    os.utime(root / "train" / "ant" / "0.png", ns=(0, 0))
+    assert torch.equal(shown(root), first)
+    assert any(path.stat().st_ino != before[path] for path in arrays(cache))
+
+
 def test_an_array_without_its_checksum_is_rebuilt(make_tree: MakeTree, cache: Path) -> None:
     root = make_tree()
     first = shown(root)
     for victim in arrays(cache):
-        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+        rewritten(victim, victim.read_bytes()[:-1] + b"?")
         victim.with_suffix(".json").unlink()
     assert torch.equal(shown(root), first)
 

@@ -1,5 +1,7 @@
 """A method that breaks its promises fails alone, in one line, and the methods beside it end with the same bits."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
+from kdzoo.store.folder import RunFolder
 
 from ..conftest import untrained_teacher
 from ..short_runs import settings
@@ -85,16 +88,19 @@ def alone(tmp_path_factory, dataset):
         ),
         ({"loss": "raise KeyError"}, r"failed at step 3: KeyError \(foreign.py"),
         ({"loss": "exit(0)"}, "failed at step 3: SystemExit: 0"),
-        ({"loss": "return None"}, "returned None; expected a dictionary of loss terms"),
-        ({"loss": "return terms['ce']"}, r"returned a tensor of shape \(\) and float32; expected a dictionary"),
+        ({"loss": "return None"}, "returned None at step 3; expected a dictionary of loss terms"),
+        (
+            {"loss": "return terms['ce']"},
+            r"returned a tensor of shape \(\) and float32 .* at step 3; expected a dictionary",
+        ),
         ({"loss": "return {}"}, "has no loss term"),
-        ({"loss": "terms['match'] = 1.0"}, "returned a float as 'match'; expected a float32 tensor without"),
+        ({"loss": "terms['match'] = 1.0"}, "returned a float as 'match' at step 3; expected a float32 tensor without"),
         ({"loss": "terms['match'] = None"}, "returned None as 'match'"),
-        ({"loss": "terms['match'] = terms['match'].double()"}, r"shape \(\) and float64 as 'match'"),
-        ({"loss": "terms['match'] = student.logits"}, r"shape \(64, 10\) and float32 as 'match'"),
-        ({"loss": "terms['match'] = terms['match'] + 0j"}, r"complex64 as 'match'"),
+        ({"loss": "terms['match'] = terms['match'].double()"}, r"shape \(\) and float64 .* as 'match'"),
+        ({"loss": "terms['match'] = student.logits"}, r"shape \(64, 10\) and float32 .* as 'match'"),
+        ({"loss": "terms['match'] = terms['match'] + 0j"}, r"complex64 .* as 'match'"),
         ({"loss": "return {k: v.detach() for k, v in terms.items()}"}, "depend on no trained weight"),
-        ({"loss": "terms = {'new': terms['match']}"}, "has the terms new in place of ce, match"),
+        ({"loss": "terms = {'new': terms['match']}"}, "returned the terms new at step 3 in place of ce, match"),
         ({"prepare": "raise ValueError('unready')"}, r"failed before training: ValueError: unready \(foreign.py"),
         ({"build": "raise IndexError('misbuilt')"}, r"failed while it was built: IndexError: misbuilt \(foreign.py"),
         ({"loss": "teacher.logits.clamp_(min=0)"}, "changed the teacher's outputs at step 3"),
@@ -183,3 +189,16 @@ def test_a_rate_that_leaves_no_finite_weight_is_told(tmp_path, dataset, teacher)
     run = settings(tmp_path, "kd", "protocol.epochs=1", "data.limit=64", "protocol.lr=1e38")
     [outcome] = train_lanes([run], dataset, teacher, Progress(quiet=True))
     assert "not finite" in str(outcome)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, dataset, teacher):
+    """One of the same network and method, whose name, step and checksum are right."""
+    foreign = method(tmp_path, loss="raise ValueError")
+    runs = [settings(tmp_path, foreign, f"seed={seed}", "engine.checkpoint_seconds=0") for seed in (0, 1)]
+    one, other = (RunFolder.of(run).checkpoints for run in runs)
+    train_lanes(runs[:1], dataset, teacher, Progress(quiet=True))
+    shutil.copytree(one, other)
+    with pytest.raises(UserError, match=r"is damaged, or belongs to another run; move .* away"):
+        train_lanes(runs[1:], dataset, teacher, Progress(quiet=True))
+    [outcome] = train_lanes(runs[:1], dataset, teacher, Progress(quiet=True))  # its own is taken up
+    assert "at step" in str(outcome)

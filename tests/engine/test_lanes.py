@@ -6,14 +6,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from kdzoo.distiller import LOGITS, Output, Show
 from kdzoo.engine.lane import Epochs, Meter
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.passes import TeacherPasses
-from kdzoo.engine.progress import Progress
+from kdzoo.engine.progress import Progress, plain_console
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
 from kdzoo.recipe import Protocol
@@ -47,7 +46,7 @@ def test_a_training_says_what_it_is_and_each_of_its_slow_steps_has_a_line(
     tmp_path, dataset, teacher, names, text, monkeypatch
 ):
     now, batches = [0.0], dataset.loader
-    console = Console(file=io.StringIO(), width=80)
+    console = plain_console(file=io.StringIO(), width=80)
     progress = Progress(console=console, clock=lambda: now[0], ticker=lambda work: nullcontext())
 
     class Slow:

@@ -6,10 +6,9 @@ from contextlib import nullcontext
 from threading import Event
 
 import pytest
-from rich.console import Console
 
 from kdzoo.engine.lane import titles
-from kdzoo.engine.progress import EVERY, FIRST, Progress, every_second
+from kdzoo.engine.progress import EVERY, FIRST, Progress, every_second, plain_console
 from kdzoo.resolve import resolve
 
 
@@ -18,7 +17,7 @@ def record(epoch, top1, steps=10):
 
 
 def console(terminal):
-    return Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
+    return plain_console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
 
 
 def shown(progress):
@@ -314,7 +313,7 @@ def test_the_ticker_ticks_until_its_context_ends():
 
 def test_a_notebook_with_widgets_is_live_and_one_without_has_lines(tmp_path, monkeypatch):
     def notebook():
-        return Progress(console=Console(file=io.StringIO(), force_jupyter=True))
+        return Progress(console=plain_console(file=io.StringIO(), force_jupyter=True))
 
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert not notebook().is_live
@@ -325,6 +324,31 @@ def test_a_notebook_with_widgets_is_live_and_one_without_has_lines(tmp_path, mon
 
 
 def test_a_dumb_terminal_has_lines():
-    dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    dumb = plain_console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
     assert not Progress(console=dumb).is_live
     assert Progress(console=console(terminal=True)).is_live
+
+
+UNLIKELY = ["[/x]", "[red]hot", "a[/]b", ":smile:", "[link=https://x]y", "\\[x]", "[/"]
+
+
+@pytest.mark.parametrize("text", UNLIKELY)
+def test_texts_that_are_not_ours_are_shown_as_they_are(text):
+    """Names of loss terms, lanes, paths and errors may hold what rich takes for markup."""
+    for terminal in (False, True):
+        for lanes in ([text], [text, "kd"]):
+            progress = Progress(console=plain_console(file=io.StringIO(), force_terminal=terminal, width=200))
+            progress.suite([4, 4])
+            progress.group(0, f"{text} on digits")
+            if len(lanes) > 1:
+                progress.count_next(4)
+            progress.begin(f"training {text}", 10, 20, 0, lanes)
+            progress.show(5, {text: 0.75}, 900.0, text)
+            progress.epoch(record(1, 50.0) | {"loss": {text: 1.5}}, text)
+            with progress.doing(f"opening {text}"):
+                assert f"opening {text}" in shown(progress)
+            assert f"{text} 1.500" in shown(progress)
+            progress.say(f"/data/{text}/x.png")
+            lines = progress.console.file.getvalue().splitlines()
+            assert [line for line in lines if line == f"/data/{text}/x.png"]
+            assert f"group 1/2: {text} on digits" in lines

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 import kdzoo
 from kdzoo import UserError
-from kdzoo.engine.progress import Progress
+from kdzoo.engine.progress import Progress, plain_console
 from kdzoo.experiments import suites
 from kdzoo.experiments.run import evaluate_run
 from kdzoo.resolve import resolve
@@ -52,7 +51,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What the engine says."""
     out = io.StringIO()
     made = Progress.__init__
-    monkeypatch.setattr(Progress, "__init__", lambda self, *_, **__: made(self, console=Console(file=out, width=1000)))
+    monkeypatch.setattr(
+        Progress, "__init__", lambda self, *_, **__: made(self, console=plain_console(file=out, width=1000))
+    )
     return out
 
 

@@ -1,6 +1,7 @@
 """Checkpoints as training code of all kinds saves them."""
 
 import argparse
+import os
 import pathlib
 import pickle
 import re
@@ -16,7 +17,7 @@ from torch import nn
 
 from kdzoo import DataSpec
 from kdzoo.errors import UserError
-from kdzoo.models import create, load_weights
+from kdzoo.models import create, load_given, load_weights, save_weights
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10))
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "student.", "backbone.", "encoder.", "_fsdp_wrapped_module.")
@@ -189,11 +190,13 @@ def test_weights_of_any_precision_become_those_of_the_network(dtype, trained, tm
         ("sparse", lambda value: value.to_sparse()),
         ("meta", lambda value: value.to("meta")),
         ("quantised", lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)),
+        ("tensor of complex64", lambda value: value.to(torch.complex64)),
+        ("tensor of bool", lambda value: value > 0),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_tensors_that_hold_no_plain_values_are_refused_by_name(kind, change, trained, tmp_path):
-    with pytest.raises(UserError, match=rf"fc\.weight is a {kind} tensor") as error:
+    with pytest.raises(UserError, match=rf"fc\.weight is a {kind}") as error:
         loaded(trained | {"fc.weight": change(trained["fc.weight"])}, tmp_path)
     assert "\n" not in str(error.value)
 
@@ -268,3 +271,44 @@ def test_torchvisions_names_load_into_torchvisions_network(tmp_path):
     network = create("torchvision:resnet18", DATA._replace(image_size=224))
     load_weights(network, tmp_path / "resnet.pth")
     assert same(state, network.body.state_dict())
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name(trained, tmp_path):
+    with pytest.raises(UserError, match=r"fc\.weight holds NaN; the training that it comes from failed"):
+        loaded(trained | {"fc.weight": trained["fc.weight"] * float("nan")}, tmp_path)
+
+
+def test_a_file_that_holds_itself_or_nests_without_end_is_read_once(trained, tmp_path):
+    whole = dict(trained)
+    whole["again"] = {"state_dict": whole}
+    assert same(loaded(whole, tmp_path)[0], trained)
+    doubled: dict = {}
+    for _ in range(40):  # 2**40 ways lead through it
+        doubled = {"a": doubled, "b": doubled}
+    with pytest.raises(UserError, match="holds no weights"):
+        loaded(doubled, tmp_path)
+    for _ in range(200):
+        whole = {"a": whole}
+    with pytest.raises(UserError, match="holds no weights"):
+        loaded(whole, tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda place: place.symlink_to("nowhere"), lambda place: place.mkdir()])
+def test_what_is_no_file_is_named_and_never_waited_for(make, tmp_path):
+    make(tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"weights\.safetensors' (not found|holds no weights); expected"):
+        load_given("resnet8", DATA, tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    "facts", ["3", "{", "[" * 100_000, '{"image_size": "x"}', '{"image_size": -1}', '{"std": [0]}', '{"mean": [NaN]}']
+)
+def test_facts_that_kdzoo_never_writes_beside_weights_are_one_line(facts, trained, tmp_path):
+    file = tmp_path / "student.safetensors"
+    save_file({key: value.clone() for key, value in trained.items()}, file, {"kdzoo": facts})
+    with pytest.raises(UserError, match="is damaged: what it says of its network") as error:
+        load_given("resnet8", DATA, file)
+    assert "\n" not in str(error.value)
+    save_weights(create("resnet8", DATA), file)
+    assert load_given("resnet8", DATA, file)[0].image_size == 32

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from kdzoo.cli import main
+from kdzoo.engine.progress import plain_console
 from kdzoo.errors import UserError
 from kdzoo.results.last_screen import next_steps, result_table
 
@@ -21,7 +21,7 @@ def result(root, *overrides, top1=90.0, **more):
 
 
 def table(found, width=80):
-    console = Console(file=io.StringIO(), width=width)
+    console = plain_console(file=io.StringIO(), width=width)
     console.print(result_table(found), markup=False)
     return console.file.getvalue()
 

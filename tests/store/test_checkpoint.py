@@ -9,6 +9,7 @@ import torch
 from kdzoo.errors import UserError
 from kdzoo.files import write_atomically, write_text
 from kdzoo.store import checkpoint
+from kdzoo.store.history import check_history
 
 
 def test_the_newest_comes_back_and_two_are_kept(tmp_path):
@@ -124,3 +125,47 @@ def test_a_checkpoint_that_its_run_replaces_while_it_is_looked_at_is_no_harm(tmp
     monkeypatch.setattr(Path, "read_bytes", read_late)
     whole, damaged = checkpoint.whole(tmp_path)
     assert (sorted(whole), damaged) == ([2], [])
+
+
+@pytest.mark.parametrize(
+    "content", [None, 3, {}, [1], {"step": 1}, {"step": 1, "state": None}, {"step": 1, "state": 3}]
+)
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "step-000000001-0123456789abcdef.pt")
+    with pytest.raises(UserError, match=r"is no checkpoint of kdzoo; move .* away"):
+        checkpoint.load(tmp_path / "step-000000001-0123456789abcdef.pt")
+
+
+@pytest.mark.parametrize("version", [{}, {"format": 99}])
+def test_a_checkpoint_of_another_version_says_so(tmp_path, version):
+    torch.save({"step": 1, "state": {}} | version, tmp_path / "step-000000001-0123456789abcdef.pt")
+    with pytest.raises(UserError, match="was written by another version of kdzoo; continue with that version"):
+        checkpoint.load(tmp_path / "step-000000001-0123456789abcdef.pt")
+
+
+def record(epoch, **changed):
+    numbers = {"lr": 0.1, "loss": {"ce": 1.0}, "top1": 50.0, "top5": None, "images_per_second": 9.0}
+    return {"epoch": epoch, "step": 4 * epoch, **numbers} | changed
+
+
+HISTORIES = {
+    "none": None,
+    "text": "abc",
+    "numbers": [1, 2],
+    "an epoch too few": [record(1)],
+    "an epoch too many": [record(1), record(2), record(3)],
+    "an epoch twice": [record(1), record(1)],
+    "text for a number": [record(1), record(2, top1="50")],
+    "NaN": [record(1), record(2, top1=float("nan"))],
+    "no percentage": [record(1), record(2, top5=200.0)],
+    "a tensor": [record(1), record(2, lr=torch.ones(()))],
+    "no loss": [record(1), record(2, loss=None)],
+    "a key too many": [record(1), record(2, more=1)],
+}
+
+
+@pytest.mark.parametrize("harm", HISTORIES)
+def test_a_history_that_is_not_that_of_its_steps_is_refused(harm):
+    with pytest.raises(ValueError, match=r"history|record"):
+        check_history(HISTORIES[harm], 9, 4)
+    check_history([record(1), record(2, top1=None)], 9, 4)

@@ -1,6 +1,7 @@
 """What lies in a run's folder is checked when it is read: harm of any kind is one line that names the file."""
 
 import json
+import os
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from kdzoo.experiments.run import execute
 from kdzoo.files import digest
 from kdzoo.resolve import resolve
 from kdzoo.store.folder import RunFolder
+from kdzoo.store.lock import RunLock
 
 from ..made_runs import write
 
@@ -37,6 +39,9 @@ def changed(**values):
         pytest.param(changed(top1=812.0), id="no percentage"),
         pytest.param(changed(top1=-1.0), id="negative"),
         pytest.param(changed(top1=[81.0]), id="list"),
+        pytest.param(changed(top1=10**400), id="beyond floats"),
+        pytest.param(changed(parameters=10**30), id="beyond whole numbers"),
+        pytest.param(changed(seconds=-1.0), id="time that runs back"),
         pytest.param(changed(best_epoch=1.5), id="no whole number"),
         pytest.param(changed(names="kd"), id="no names"),
         pytest.param(changed(names={"method": "kd"}), id="few names"),
@@ -170,3 +175,29 @@ def test_a_run_of_long_names_has_a_folder(tmp_path):
     folder.open(run)
     assert len(folder.path.name) <= 255
     assert folder.path.name.endswith(run.settings.identity())
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "", "[" * 100_000, '{"device": [1]}', '{"folder": 3}'])
+def test_a_harmed_environment_is_one_line(tmp_path, content):
+    folder = write(tmp_path, 80.0, 0)
+    assert folder.read_environment()["precision"] == "float32"
+    folder.environment.write_text(content)
+    for read in (lambda: kdzoo.table(tmp_path), lambda: folder.home().__enter__()):
+        with pytest.raises(UserError, match=r"environment\.json is damaged .*; move its folder away"):
+            read()
+    folder.environment.unlink()
+    with folder.home():
+        assert len(kdzoo.table(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_pipe_among_a_runs_files_is_never_waited_for(tmp_path):
+    folder = write(tmp_path, 80.0, 0)
+    for file in (folder.environment, folder.path / "owner.json"):
+        file.unlink(missing_ok=True)
+        os.mkfifo(file)
+    assert folder.read_environment() == {}
+    lock = RunLock(folder.path)
+    assert lock.who() == "another process"
+    with lock:
+        assert lock.who() != "another process"
