@@ -6,7 +6,7 @@ import pandas as pd
 
 from kdzoo import registry
 from kdzoo.results import published, statistics
-from kdzoo.results.render import Cell, Grid, Section, latex, markdown, page
+from kdzoo.results.render import Cell, Grid, Section, latex, markdown, no_formula, page
 from kdzoo.results.table import (
     BASELINE,
     PAIR,
@@ -55,14 +55,9 @@ def render(runs: pd.DataFrame, style: str, baseline: str = BASELINE, pivot: bool
     """
     if style == "csv":
         table = wide(runs, baseline) if pivot else summary(runs, baseline)
-        return table.map(_no_formula).to_csv(index=False, lineterminator="\n")
+        return table.map(no_formula).to_csv(index=False, lineterminator="\n")
     sections = pivoted(runs, baseline) if pivot else long(runs, baseline)
     return {"markdown": markdown, "latex": latex, "html": page}[style](sections)
-
-
-def _no_formula(value: object) -> object:
-    """Put a quote before a text that a spreadsheet would compute."""
-    return f"'{value}" if isinstance(value, str) and len(value) > 1 and value[0] in "=+-@" else value
 
 
 def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:

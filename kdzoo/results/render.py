@@ -29,6 +29,11 @@ class Section(NamedTuple):
     notes: Sequence[str]
 
 
+def no_formula(value: object) -> object:
+    """Put a quote before a text that a spreadsheet would compute."""
+    return f"'{value}" if isinstance(value, str) and len(value) > 1 and value[0] in "=+-@" else value
+
+
 def markdown(sections: Iterable[Section]) -> str:
     """Write GitHub markdown; the best is bold."""
 

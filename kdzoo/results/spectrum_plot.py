@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kdzoo.errors import UserError
+from kdzoo.results.render import no_formula
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
     figure = draw(table)
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(csv, index=False, lineterminator="\n", float_format="%.6g")
+        table.map(no_formula).to_csv(csv, index=False, lineterminator="\n", float_format="%.6g")
         figure.savefig(png, dpi=130)
     except OSError as error:
         raise UserError(f"{stem.parent} cannot be written ({error.strerror or error}); choose another --out") from error
