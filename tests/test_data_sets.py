@@ -201,7 +201,7 @@ def test_a_name_that_is_none_is_one_line(name: str, said: str) -> None:
     [
         ("class Mine: pass", "holds 0 data sets; expected one subclass of kdzoo.ImageSet"),
         ("from kdzoo import ImageSet\nclass A(ImageSet): pass\nclass B(ImageSet): pass", "holds 2 data sets"),
-        ("import nothing_like_this", r"could not be imported \(ModuleNotFoundError"),
+        ("import nothing_like_this", "could not be imported (ModuleNotFoundError"),
     ],
 )
 def test_a_file_that_holds_no_single_set_is_one_line(tmp_path: Path, text: str, said: str) -> None:

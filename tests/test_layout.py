@@ -11,7 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kdzoo"
 # Rooms from the ground up: what stands in one line may import that line's own rooms and those before it.
 FLOORS = (
-    ("errors", "files", "keywords", "own_code", "precision", "randomness", "recipe", "tensors", "quantities"),
+    (
+        "errors",
+        "files",
+        "keywords",
+        "own_code",
+        "precision",
+        "process_state",
+        "randomness",
+        "recipe",
+        "tensors",
+        "quantities",
+    ),
     ("losses", "spectral", "distiller", "image_set", "registry"),
     ("connectors", "models", "data", "datasets"),
     ("distillation", "settings"),
