@@ -304,7 +304,7 @@ def evaluate(folder: Path, **here: Any) -> None:
 def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bool, ranks: Path | None) -> None:
     """Print a table of finished runs: means over seeds, differences by paired t-tests, published numbers.
 
-    RUNS are folders of runs, or folders that hold some.
+    RUNS are folders of runs, or folders that hold some. Damaged ones are left out, and named after the table.
 
     \b
       kdzoo table runs/digits --baseline kd
@@ -322,6 +322,8 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
     if ranks is not None:
         draw(found, ranks)
     click.echo(layout.render(found, style, baseline or table.BASELINE, pivot), nl=False)
+    for line in found.attrs["left_out"]:
+        click.echo(" ".join(line.split()), err=True)
 
 
 @cli.command()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdzoo.engine.progress import Progress
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
@@ -78,8 +78,8 @@ def bench(
         wait: whether to wait, in the end, for runs that other processes are at work on, and to train what these leave.
 
     Raises:
-        UserError: an unknown suite or setting, or a folder that belongs to another suite, cannot be written, or holds a
-            run that was edited by hand.
+        UserError: an unknown suite or setting, or a folder that belongs to another suite or cannot be written. A run
+            whose folder is damaged, or was edited by hand, stops alone.
 
     Example:
         >>> suite = Path("mine.yaml")
@@ -98,16 +98,27 @@ def bench(
         own(out, suite)
         if other := next(filter(None, (RunFolder.of(run).of_other_data(run) for run in runs)), None):
             progress.say(f"data differ from those of {other.path}: runs on them are other runs")
+        sound, damaged = [], dict[Path, str]()
         for run in runs:
-            check_folder(run)
-            if retry:
+            try:
+                check_folder(run)
+                sound.append(run)
+            except StorageError:
+                raise
+            except UserError as error:
+                damaged[RunFolder.of(run).path] = str(error)
+                progress.say(f"left as it is: {error}")
+        if retry:
+            for run in sound:
                 RunFolder.of(run).failure.unlink(missing_ok=True)
         reasons: list[str] = []
-        if executor.is_here(runs):
-            work_through(grouped(runs), progress, wait)
-        elif unfinished := [group for group in grouped(runs) if not all(map(is_done, group))]:
+        if executor.is_here(sound):
+            work_through(grouped(sound), progress, wait)
+        elif unfinished := [group for group in grouped(sound) if not all(map(is_done, group))]:
             reasons = executor.start(suite, unfinished, progress)
-    return survey(runs, reasons)
+    report = survey(sound, reasons)
+    report.stopped.update(damaged)
+    return report
 
 
 def placed(suite: Suite, out: Path, executor: Executor, progress: Progress) -> list[Run]:

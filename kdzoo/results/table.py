@@ -1,6 +1,7 @@
 """Make tables of finished runs: one row for each data set, protocol, pair and method."""
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
     Raises:
         UserError: there is no such folder, no finished run, or no run of the baseline.
 
+    Warns:
+        UserWarning: a run's folder is damaged, and left out.
+
     Example:
         >>> for name in ("none", "kd"):
         ...     _ = kdzoo.run(name, "resnet8", "resnet14", overrides=quick, out="compared", quiet=True)
@@ -46,6 +50,8 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
     runs = rows(find_runs([Path(path) for path in paths]))
     if runs.empty:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
+    for line in runs.attrs["left_out"]:
+        warnings.warn(line, stacklevel=2)
     check_baseline(runs, baseline)
     return summary(runs, baseline)
 
@@ -54,13 +60,20 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
     """Make one row for each finished run: its result, and its device and precision.
 
     Its names are those of ``kdzoo.naming``, written down when it ended: nothing that its settings name is imported.
+    Damaged folders are left out; the attribute ``left_out`` of the table says which and why.
+
+    Raises:
+        UserError: there are damaged folders and no other.
     """
-    found = []
+    found, left_out = [], list[UserError]()
     for folder in folders:
-        result = folder.read_result()
+        try:
+            result, machine = folder.read_result(), folder.read_environment()
+        except UserError as error:
+            left_out.append(error)
+            continue
         if result is None:
             continue
-        machine = folder.read_environment()
         values = result.plain()
         found.append(
             {
@@ -70,6 +83,8 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
                 "precision": machine.get("precision") or "unknown",
             }
         )
+    if left_out and not found:
+        raise left_out[0]
     if not found:
         return pd.DataFrame()
     table = pd.DataFrame(found).map(lambda value: visible(value) if isinstance(value, str) else value)
@@ -79,6 +94,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
     _tell_apart(table, "data", table.pop("fingerprint"))
     for part in ("method", *PAIR):
         _tell_apart(table, part, versions.map(lambda found, part=part: found.get(part, "")))
+    table.attrs["left_out"] = [f"left out: {error}" for error in left_out]
     return table
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+import kdzoo
 from kdzoo import files, models
 from kdzoo.cli import main
 from kdzoo.errors import UserError
@@ -143,54 +145,90 @@ def test_one_folder_holds_one_suite(suite, tmp_path):
         bench(suite, tmp_path / "runs", quiet=True)
 
 
-def test_a_run_that_was_edited_or_half_deleted_is_an_error_and_nothing_is_lost(suite, tmp_path):
-    report = bench(suite, tmp_path / "runs", quiet=True)
-    folder = RunFolder(report.finished[0])
-    text = folder.config.read_text()
-    folder.config.write_text(text.replace("epochs: 1", "epochs: 3"))
-    with pytest.raises(UserError, match="edited by hand"):
-        bench(suite, tmp_path / "runs", quiet=True)
-    folder.config.write_text(text)
-    folder.student.unlink()
-    with pytest.raises(UserError, match="lost its student"):
-        bench(suite, tmp_path / "runs", quiet=True)
-    assert all(RunFolder(path).read_result() for path in report.finished)
+def edited(folder):
+    folder.config.write_text(folder.config.read_text().replace("epochs: 1", "epochs: 3"))
+
+
+def without_a_sound_checkpoint(folder):
+    folder.result.unlink()
+    folder.checkpoints.mkdir(exist_ok=True)
+    (folder.checkpoints / "step-000000005-0123456789abcdef.pt").write_bytes(b"")
+
+
+@pytest.fixture(scope="module")
+def finished_suite(tmp_path_factory):
+    """A suite of two runs, and the folder in which both are finished."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "one.yaml").write_text(
+        "data: {name: digits, limit: 128}\npairs: [[null, resnet8], [null, resnet14]]\ndistillers: [none]"
+    )
+    suite = suites.load(str(folder / "one.yaml"), overrides=[*QUICK, "protocol.epochs=1"])
+    assert len(bench(suite, folder / "runs", quiet=True).finished) == 2
+    return suite, folder / "runs"
+
+
+@pytest.fixture
+def harmed(finished_suite, tmp_path):
+    """The suite, and a copy of its runs of which the first is to do again and the second is to be harmed."""
+    suite, runs = finished_suite
+    first, second = (RunFolder.of(run) for run in placed(suite, shutil.copytree(runs, tmp_path / "runs")))
+    first.result.unlink()
+    return suite, first, second
 
 
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
+        (edited, "was edited by hand"),
+        (lambda folder: folder.student.unlink(), "has lost its student"),
         (lambda folder: folder.config.unlink(), "has lost its config.yaml"),
         (lambda folder: folder.config.write_text("a: [1"), "config.yaml is damaged"),
         (lambda folder: folder.config.write_text(""), "config.yaml is damaged"),
         (lambda folder: folder.result.write_text("{"), "result.json is damaged"),
         (lambda folder: folder.result.write_text('{"top9": 1, "names": {}}'), "another version"),
-        (lambda folder: (folder.path.parent / "suite.json").write_text("{"), "suite.json is damaged"),
-        (lambda folder: (folder.path.parent / "suite.json").write_text("[]"), "suite.json is damaged"),
+        (without_a_sound_checkpoint, "every checkpoint in"),
     ],
 )
-def test_harm_of_any_kind_is_one_line_before_anything_is_trained(tmp_path, monkeypatch, harm, said):
-    file = tmp_path / "one.yaml"
-    file.write_text("data: {name: digits, limit: 128}\npairs: [[null, resnet8], [null, resnet14]]\ndistillers: [none]")
-    suite = suites.load(str(file), overrides=[*QUICK, "protocol.epochs=1"])
-    report = bench(suite, tmp_path / "runs", quiet=True)
-    harm(RunFolder(report.finished[1]))
-    RunFolder(report.finished[0]).result.unlink()  # so that there is something to do
+def test_a_harmed_run_is_left_as_it_is_and_stops_no_other(harmed, harm, said):
+    suite, first, second = harmed
+    harm(second)
+    before = {file.name: file.read_bytes() for file in second.path.iterdir() if file.is_file()}
+    report = bench(suite, second.path.parent, quiet=True)
+    assert report.finished == [first.path]
+    assert list(report.stopped) == [second.path]
+    assert said in report.stopped[second.path]
+    assert "\n" not in report.stopped[second.path]
+    after = {file.name: file.read_bytes() for file in second.path.iterdir() if file.is_file()}
+    assert after == before
+    with pytest.raises(UserError, match="1 runs stopped"):
+        report.check()
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_mark_of_the_suite_is_one_line_before_anything_is_trained(harmed, monkeypatch, text):
+    suite, first, _ = harmed
+    (first.path.parent / "suite.json").write_text(text)
     monkeypatch.setattr("kdzoo.experiments.work.train_lanes", None)
-    with pytest.raises(UserError) as caught:
-        bench(suite, tmp_path / "runs", quiet=True)
-    assert said in str(caught.value)
-    assert "move" in str(caught.value)  # or remove
-    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"suite\.json is damaged.*remove that file"):
+        bench(suite, first.path.parent, quiet=True)
 
 
-def test_checkpoints_that_are_all_damaged_are_known_before_anything_is_trained(suite, tmp_path):
-    last = RunFolder.of(placed(suite, tmp_path / "runs")[-1]).checkpoints
-    last.mkdir(parents=True)
-    (last / "step-000000005-0123456789abcdef.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; move it away"):
-        bench(suite, tmp_path / "runs", quiet=True)
-    assert not list((tmp_path / "runs").glob("*/result.json"))
+def test_a_table_leaves_out_what_is_damaged_and_says_so(harmed, monkeypatch, capsys):
+    _, first, second = harmed
+    first.result.write_text("{")
+    with pytest.warns(UserWarning, match=r"left out: .*result\.json is damaged"):
+        found = kdzoo.table(first.path.parent, baseline="none")
+    assert found["student"].tolist() == ["resnet14"]
+    monkeypatch.setattr(sys, "argv", ["kdzoo", "table", str(first.path.parent)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    shown, said = capsys.readouterr()
+    assert "resnet14" in shown
+    assert "left out: " in said
+    second.result.write_text("{")
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        kdzoo.table(first.path.parent)
 
 
 @pytest.mark.parametrize("kind", ["checkpoints", "student.safetensors", "metrics.jsonl", "result.json"])
