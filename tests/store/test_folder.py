@@ -5,7 +5,7 @@ import json
 import pytest
 
 import kdzoo
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 
 from ..made_runs import write
 
@@ -67,3 +67,13 @@ def test_harmed_settings_are_one_line_at_once(tmp_path, file, content):
     with pytest.raises(UserError) as caught:
         folder.read_config() if file == "config" else kdzoo.table(tmp_path)
     assert getattr(folder, file).name in str(caught.value) or "another version" in str(caught.value)
+
+
+def test_a_folder_that_was_taken_away_is_not_finished(tmp_path):
+    folder = write(tmp_path, 81.0, seed=0)
+    result = folder.read_result()
+    folder.path.rename(tmp_path / "elsewhere")
+    folder.path.mkdir()
+    with pytest.raises(StorageError, match="is not there; if it was removed or renamed"):
+        folder.write_result(result)
+    assert folder.read_result() is None
