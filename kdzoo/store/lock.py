@@ -32,6 +32,7 @@ class RunLock:
         self.owner = folder / "owner.json"
         self._file = folder / ".lock"
         self._lock = FileLock(self._file)
+        self._released = Event()
 
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock, waiting for it if asked; return False where another process holds it."""
@@ -47,8 +48,12 @@ class RunLock:
                     return False
                 time.sleep(HEARTBEAT)
                 self._lock.acquire()
-        write_text(self.owner, json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
         self._released = Event()
+        try:
+            write_text(self.owner, json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+        except BaseException:
+            self.release()
+            raise
         Thread(target=_beat, args=(self.owner, self._released), daemon=True).start()
         return True
 
