@@ -15,6 +15,7 @@ from kdzoo.distiller import Distiller
 from kdzoo.engine import ranks as processes
 from kdzoo.engine.device import find_device, resolve_auto, use
 from kdzoo.engine.measure import evaluate
+from kdzoo.engine.memory import check_reserve
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, network_of, train_one
@@ -180,6 +181,7 @@ def open_data(run: Run, device: torch.device, progress: Progress) -> data.Datase
     """Open the data set of a run, at the size that its protocol asks for."""
     wanted = run.settings.data
     with progress.doing(f"opening {wanted.name}") as report:
+        check_reserve()
         return data.open_dataset(
             **wanted.opening(),
             root=run.place.data.root,

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdzoo.errors import UserError
-from kdzoo.files import write_atomically
+from kdzoo.files import make_folder, write_atomically
 from kdzoo.models.peers import known_as
 from kdzoo.models.unwrap import Found, candidates, choose, misfit, tensors_of
 from kdzoo.models.weight_files import find_file, read_file, written_by_kdzoo
@@ -30,6 +30,7 @@ def save_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
     state = {k: v.detach().cpu().contiguous().clone() for k, v in _bare(network).state_dict().items()}
     facts = getattr(network, "facts", None)
     metadata = {"kdzoo": json.dumps(facts())} if facts else None
+    make_folder(Path(file).parent)
     write_atomically(Path(file), lambda temporary: temporary.write_bytes(save(state, metadata)))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from kdzoo.errors import UserError
-from kdzoo.files import write_atomically
+from kdzoo.files import make_folder, write_atomically
 from kdzoo.results import statistics
 from kdzoo.results.layout import MARKS, title
 from kdzoo.results.table import SECTION, average_ranks, groups, observations, scores
@@ -48,6 +48,7 @@ def draw(runs: pd.DataFrame, file: Path) -> None:
         _diagram(ax, name, ranks, pairs)
     said = ["1 is best; bars join methods that cannot be told apart", *doubtful]
     figure.supxlabel("   ".join(said), fontsize=9, color=INK, x=0.01, ha="left")
+    make_folder(file.parent)
     write_atomically(file, lambda temporary: figure.savefig(temporary, format=kind))
 
 

@@ -238,7 +238,13 @@ class RunFolder:
         return values
 
     def write_result(self, result: Result) -> None:
-        """Finish the run: with this file it is done and is not run again."""
+        """Finish the run: with this file it is done and is not run again.
+
+        Raises:
+            StorageError: the folder is not the one that was opened; that was removed or renamed meanwhile.
+        """
+        with storing(self.path):
+            self.config.stat()
         write_text(self.result, json.dumps(result.plain(), indent=2) + "\n")
         shutil.rmtree(self.before, ignore_errors=True)
 

@@ -34,6 +34,7 @@ class RunLock:
         self.owner = folder / "owner.json"
         self._file = folder / ".lock"
         self._lock = FileLock(self._file)
+        self._released = Event()
 
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock, waiting for it if asked; return False where another process holds it."""
@@ -49,9 +50,13 @@ class RunLock:
                     return False
                 time.sleep(HEARTBEAT)
                 self._lock.acquire()
-        owner = {"host": socket.gethostname(), "process": os.getpid(), "machine": machine()}
-        write_text(self.owner, json.dumps(owner) + "\n")
         self._released = Event()
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "machine": machine()}
+        try:
+            write_text(self.owner, json.dumps(owner) + "\n")
+        except BaseException:
+            self.release()
+            raise
         Thread(target=_beat, args=(self.owner, self._released), daemon=True).start()
         return True
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import kdzoo
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.experiments.run import execute
 from kdzoo.files import digest
 from kdzoo.resolve import resolve
@@ -201,3 +201,13 @@ def test_a_pipe_among_a_runs_files_is_never_waited_for(tmp_path):
     assert lock.who() == "another process"
     with lock:
         assert lock.who() != "another process"
+
+
+def test_a_folder_that_was_taken_away_is_not_finished(tmp_path):
+    folder = write(tmp_path, 81.0, seed=0)
+    result = folder.read_result()
+    folder.path.rename(tmp_path / "elsewhere")
+    folder.path.mkdir()
+    with pytest.raises(StorageError, match="is not there; if it was removed or renamed"):
+        folder.write_result(result)
+    assert folder.read_result() is None

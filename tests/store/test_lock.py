@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.store import lock
 from kdzoo.store.lock import RunLock
 
@@ -41,6 +41,19 @@ def test_an_owner_that_was_killed_holds_nothing(tmp_path, holder):
     holder.wait()
     with RunLock(tmp_path) as lock:
         assert str(os.getpid()) in lock.who()
+
+
+def test_a_lock_whose_owner_cannot_be_written_down_is_given_up(tmp_path, monkeypatch):
+    def full(path, text):
+        raise StorageError("the disk is full")
+
+    taken = RunLock(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "write_text", full)
+        with pytest.raises(StorageError, match="is full"):
+            taken.acquire()
+    taken.release()
+    assert RunLock(tmp_path).acquire()
 
 
 def test_what_is_released_can_be_taken_again(tmp_path):

@@ -6,12 +6,9 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -233,14 +230,3 @@ def found(runs: Path) -> dict[str, str]:
             content = file.read_bytes()
         digests[str(file.relative_to(runs))] = hashlib.sha256(content).hexdigest()[:16]
     return digests
-
-
-@contextmanager
-def small_disk(mib: int) -> Iterator[Path]:
-    """A disk of so many MiB; None where this process may not mount one."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", folder], check=True)
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", folder], check=True)
