@@ -101,7 +101,7 @@ class RunLock:
         """Return when an owner on another machine last showed that it lives; None where there is no such owner."""
         try:
             if not is_file(self.owner):
-                return False
+                return None
             with self.owner.open(encoding="utf-8") as file:  # opened: what a client remembers of a file may be old
                 owner, beaten = json.load(file), os.fstat(file.fileno()).st_mtime
             here = owner["machine"] == machine() if "machine" in owner else owner["host"] == socket.gethostname()

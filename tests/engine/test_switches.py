@@ -182,7 +182,7 @@ def test_the_moving_average_is_what_ships_and_counts_its_batches(tmp_path, datas
     assert counters == [3] * len(counters) != []
     saved = lane.state_dict()
     again = lane_of(run, dataset, teacher, tmp_path)
-    again.load_state_dict(saved)
+    again.load_state_dict(saved, 3)
     assert all(
         torch.equal(one, two) for one, two in zip(again.deployed().parameters(), shipped.parameters(), strict=True)
     )

@@ -311,4 +311,4 @@ def test_facts_that_kdzoo_never_writes_beside_weights_are_one_line(facts, traine
         load_given("resnet8", DATA, file)
     assert "\n" not in str(error.value)
     save_weights(create("resnet8", DATA), file)
-    assert load_given("resnet8", DATA, file)[0].image_size == 32
+    assert load_given("resnet8", DATA, file).image_size == 32
