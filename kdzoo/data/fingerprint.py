@@ -97,7 +97,7 @@ def _portable(name: bytes) -> bytes:
 def file_digests(root: Path, names: NDArray[np.bytes_], cache: Path) -> list[bytes]:
     """Hash the content of each of the files ``names`` (N,), sorted, below ``root``; those of before are remembered."""
     # By its path, so that the digests of a tree are found whichever set reads it.
-    notes = cache / "contents" / f"{root.name}-{blake2b(os.fsencode(root), digest_size=6).hexdigest()}.npz"
+    notes = cache / "contents" / f"{root.name[:40]}-{blake2b(os.fsencode(root), digest_size=6).hexdigest()}.npz"
     begun = time.time_ns()
     states = states_of(root, names)
     digests, known = _remembered(notes, names, states)

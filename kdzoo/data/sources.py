@@ -148,7 +148,7 @@ def open_source(
     key = ""
     if isinstance(train, Files):  # another set, or other options, may list other files of the same folder
         what = f"{type(found).__module__} {settings} {classes} {val} {reading} {choose is None} {train.root}"
-        key = f"{train.root.name}-{blake2b(os.fsencode(what), digest_size=6).hexdigest()}"
+        key = f"{train.root.name[:40]}-{blake2b(os.fsencode(what), digest_size=6).hexdigest()}"
     source = Source(name, class_names, train, test, key)
     return (source if choose is None else choose(source)).holding_out(val).ordered(classes)
 

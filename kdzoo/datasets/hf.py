@@ -1,6 +1,7 @@
 """A Hugging Face data set: a folder that save_to_disk wrote, or a name on the hub; needs pip install 'kdzoo[hf]'."""
 
 import os
+import secrets
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -103,7 +104,7 @@ def _files(split: Any, column: str, folder: Path) -> list[str]:
     import datasets
 
     raw = split.cast_column(column, datasets.Image(decode=False)).select_columns(column)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     is_new = not folder.is_dir()
     paths = []
     try:

@@ -46,6 +46,12 @@ def test_the_second_opening_decodes_nothing(make_tree: MakeTree, cache: Path) ->
     assert arrays(cache) == written
 
 
+def test_a_folder_with_the_longest_of_names_has_a_cache_too(make_tree: MakeTree, cache: Path, tmp_path: Path) -> None:
+    root = make_tree().rename(tmp_path / ("\u00e9" * 127))  # 254 bytes
+    shown(root)
+    assert len(arrays(cache)) == 2
+
+
 def test_decoding_tells_how_far_it_is_and_an_opening_from_the_cache_nothing(make_tree: MakeTree, cache: Path) -> None:
     root, told = make_tree(), list[str]()
     shown(root, report=told.append)
