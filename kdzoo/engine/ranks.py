@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -191,6 +192,19 @@ def joined(run: Run) -> Iterator[Ranks]:
     distributed.destroy_process_group()  # not after an error, when others may never come to it
 
 
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Put the handlers of signals back on exit: the launcher leaves its own behind."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
+
+
 def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
     """Let torchrun's launcher run ``work(run, *arguments)`` in one process for each device, on this machine.
 
@@ -214,7 +228,7 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
     )
     try:
         # A function of the script itself can only be found by running it again.
-        with nullcontext() if work.__module__ == "__main__" else script_hidden():
+        with handlers_kept(), nullcontext() if work.__module__ == "__main__" else script_hidden():
             elastic_launch(config, _work_as_rank)(work, run, *arguments)
     except SignalException as error:
         if error.sigval == signal.SIGINT:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,17 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
     with pytest.raises(UserError, match=said):
         ranks.start(fail, settings, str(tmp_path / "pipe"), how)
     assert is_gone(int((tmp_path / "pipe.number").read_text()))
+
+
+def test_the_handlers_of_signals_are_those_of_before_when_the_processes_have_ended(monkeypatch):
+    def launched(*_):
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        return lambda *_: None
+
+    monkeypatch.setattr("kdzoo.engine.ranks.elastic_launch", launched)
+    before = signal.getsignal(signal.SIGTERM)
+    ranks.start(print, resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, ["engine.devices=2"]))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
