@@ -399,9 +399,12 @@ def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
         from kdzoo.results.data_page import inspected, page
 
         rename(f"reading the files of {name}")
-        found = inspected(resolve_data(name, overrides), rename)
+        made = resolve_data(name, overrides)
+        found = inspected(made, rename)
     click.echo(page(name, found))
-    if found.damaged:
+    if found.damaged and made.settings.data.skip_damaged:
+        click.echo(f"\nleft out in training: the {len(found.damaged)} damaged images (data.skip_damaged=true)")
+    elif found.damaged:
         raise UserError(
             f"damaged images: {len(found.damaged)}; replace or remove them, or train with data.skip_damaged=true"
         )

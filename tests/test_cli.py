@@ -164,6 +164,9 @@ def test_data_are_looked_at_and_damaged_ones_are_an_error(kdzoo, tmp_path):
     assert code == 0
     assert "2 classes, 2 training and 2 test images" in out
     (tmp_path / "train" / "ant" / "2.png").write_text("not a picture")
+    code, out, err = kdzoo("data", f"folder:{tmp_path}", "data.skip_damaged=true")
+    assert code == 0
+    assert "left out in training: the 1 damaged images" in out
     code, out, err = kdzoo("data", f"folder:{tmp_path}", "data.alpha=black")
     assert code == 2
     assert "train/ant/2.png" in out

@@ -54,10 +54,17 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
     progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({network.origin})")
     check_order(wanted.name, spec.class_names, confusion.cpu().numpy())
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not run.place.teacher.allow_weak:
+        is_given = wanted.weights and not wanted.finetune
         raise UserError(
             f"teacher {wanted.name} reaches {top1:.2f} % on {spec.name}, near the chance of "
-            f"{100 / spec.num_classes:.2f} %; train it longer (teacher.epochs=N), give --teacher-weights, "
-            "or insist with --allow-weak-teacher"
+            f"{100 / spec.num_classes:.2f} %; "
+            + (
+                f"it reads {network.reads}: set teacher.image_size, teacher.mean and teacher.std to what it was "
+                "trained with, data.classes to its order of classes, or teacher.finetune=true to train it on"
+                if is_given
+                else "train it longer (teacher.epochs=N), or give --teacher-weights"
+            )
+            + "; --allow-weak-teacher distils all the same"
         )
     return Teacher(network, top1)
 

@@ -88,6 +88,8 @@ def create(
 def check_name(name: str) -> None:
     """Check that ``create`` knows the name. Factories of one's own are not imported for this."""
     origin, colon, member = name.partition(":")
+    if not colon and name.endswith(".py"):
+        raise UserError(f"'{name}' names no network; expected {path_of(name).stem}:FACTORY, the function that makes it")
     if not colon and not timm.is_model(names.resolve(name)):
         raise unknown("model", name, names.known())
     if colon and origin == "torchvision" and member not in (known := _torchvision_models()):
@@ -171,7 +173,7 @@ def _from_timm(
         return body, adapted
 
     fixed = "img_size" in constructor_keywords(bare)
-    return _fitted(name, data, size, native, build, statistics, fixed, taps)
+    return _fitted(name, data, size, native, build, statistics, fixed, taps, exact=wanted is not None)
 
 
 def _with_patches(entry: str, bare: nn.Module, side: int, keywords: dict[str, Any]) -> nn.Module:
@@ -196,7 +198,8 @@ def _from_torchvision(
     weights = _torchvision_weights(name, member, which) if pretrained else None
     facts = weights.transforms() if weights else None
     native = facts.crop_size[0] if facts else 299 if member == "inception_v3" else 224
-    size = options.pop("img_size", None) or (native if pretrained else data.image_size)
+    wanted = options.pop("img_size", None)
+    size = wanted or (native if pretrained else data.image_size)
     keywords: dict[str, Any] = {"num_classes": data.num_classes, **options}
     if member in ("googlenet", "inception_v3"):  # their training output is a tuple unless told otherwise
         keywords = {"aux_logits": False, "init_weights": not pretrained, "transform_input": pretrained, **keywords}
@@ -210,7 +213,7 @@ def _from_torchvision(
     with torch.device("meta"):
         _told(name, lambda: torchvision.models.get_model(member, weights=None, **keywords))
     statistics = (facts.mean, facts.std) if facts else (data.mean, data.std)
-    return _fitted(name, data, size, native, build, statistics, True, taps)
+    return _fitted(name, data, size, native, build, statistics, True, taps, exact=wanted is not None)
 
 
 def _fill(name: str, body: nn.Module, weights: Any) -> None:
@@ -267,13 +270,16 @@ def _fitted(
     statistics: tuple[Any, Any],
     fixed: bool,
     taps: Sequence[str] | None,
+    exact: bool,
 ) -> Network:
-    """The network at the first size, from ``size`` up to ``native``, at which it has four usable stages."""
+    """Make the network at the first size, from ``size`` up to ``native``, at which it has four usable stages.
+
+    A size that was asked for is ``exact``: it is taken as it is, though the last map may be one pixel.
+    """
     state = torch.get_rng_state()
     # Beyond the wanted size, the least enlargement that leaves a last map is taken before the native size.
-    sides = [size, *(side for side in (2 * size, 4 * size) if side < min(native, LARGE))]
-    if native not in sides:
-        sides.append(native)
+    larger = [side for side in (2 * size, 4 * size) if side < min(native, LARGE)]
+    sides = [size] if exact else [*dict.fromkeys([size, *larger, native])]
     for side, stem in [(side, stem) for side in sides for stem in (True, False) if side <= SMALL or not stem]:
         torch.set_rng_state(state)  # a failed attempt draws nothing from the generator
         try:
@@ -289,14 +295,14 @@ def _fitted(
                 taps=taps,
                 adapted=[*adapted, f"images resized to {side} inside"] if resize else adapted,
             )
-            if _usable(network.shapes(), data.num_classes, min(2, side // 16) or 1):
+            if _usable(network.shapes(), data.num_classes, 1 if exact else min(2, side // 16) or 1):
                 return network
             reason = "a stage vanishes"
         except FAILURES as error:
             if is_shortage(error):  # another size would be another network
                 raise
             reason = told(error)
-    raise UserError(f"'{name}' cannot read images of {size} pixels ({reason}); pass img_size=...")
+    raise UserError(f"'{name}' cannot read images of {size} pixels ({reason}); set another image_size")
 
 
 def _usable(shapes: Any, classes: int, least: int) -> bool:

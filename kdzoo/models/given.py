@@ -78,8 +78,8 @@ def load_given(
         for published in orders:
             torch.set_rng_state(state)
             chosen = dict(options)
-            if not published and chosen["image_size"] is None:
-                chosen["image_size"] = min(_native(name) or data.image_size, data.image_size)
+            if not published and chosen["image_size"] is None and (_native(name) or data.image_size) < data.image_size:
+                chosen["image_size"] = _native(name)
             try:
                 network = create(name, data, pretrained=published, fetch=False, **chosen)
                 adapted = network.facts()["adapted"]

@@ -21,9 +21,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors and plain values) as the checkpoint of ``step``, and keep the last two."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "step": step, "state": state}, buffer)
-    content = buffer.getbuffer()
-    name = f"step-{step:09d}-{_digest(content)}.pt"
-    with storing(folder.parent):
+    with buffer.getbuffer() as content, storing(folder.parent):
+        name = f"step-{step:09d}-{_digest(content)}.pt"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
         for file in [*_files(folder)[KEPT:], *folder.glob(".step-*.part")]:  # parts are what a kill left behind

@@ -68,6 +68,26 @@ def test_what_a_teacher_reads_can_be_set(published):
     assert network(IMAGES).logits.shape == (2, 10)
 
 
+@pytest.mark.parametrize("size", [32, 40, 64])
+def test_a_size_that_is_asked_for_is_read_though_the_last_map_is_one_pixel(published, size):
+    body, file = published
+    network = load_given("resnet10t", DATA, file, image_size=size, mean=(0.5,), std=(0.25,)).eval()
+    assert network.image_size == size
+    assert network.adapted in ((), (f"images resized to {size} inside",))
+    shown = F.interpolate(IMAGES, (size, size), mode="bilinear", align_corners=False) if size != 32 else IMAGES
+    torch.testing.assert_close(network(IMAGES).logits, body((shown - 0.5) / 0.25))
+
+
+def test_a_teacher_near_chance_that_was_given_is_to_be_read_as_it_was_trained(tmp_path):
+    torch.save(create("resnet14", DATA._replace(image_size=8)).body.state_dict(), tmp_path / "mine.pth")
+    given = ["protocol.epochs=1", "data.limit=128", "engine.device=cpu", f"teacher.weights={tmp_path / 'mine.pth'}"]
+    with pytest.raises(
+        UserError, match=r"near the chance.*reads 8 px.*set teacher\.image_size, teacher\.mean"
+    ) as caught:
+        kdzoo.run("kd", "resnet8", "resnet14", out=tmp_path, overrides=given, quiet=True)
+    assert "give --teacher-weights" not in str(caught.value)
+
+
 def test_weights_that_fit_the_network_adapted_to_the_data_only_are_read_in_it(tmp_path):
     adapted = create("resnet18", DATA).eval()
     torch.save(adapted.body.state_dict(), tmp_path / "mine")

@@ -38,6 +38,11 @@ def test_timms_own_network_is_made_where_a_short_name_is_the_same():
     assert timms is not ours
 
 
+def test_a_python_file_is_no_network_but_may_hold_one():
+    with pytest.raises(UserError, match=r"'nets/mine\.py' names no network; expected mine:FACTORY"):
+        check_name("nets/mine.py")
+
+
 def test_a_folder_that_timm_saved_gives_its_network_and_its_weights(folder):
     path, state = folder
     network = create(f"local-dir:{path}", DATA, pretrained=True)
