@@ -131,6 +131,7 @@ def test_an_edited_set_is_another_run_and_one_that_is_gone_leaves_its_results_re
     assert "images=32" in table.rows(find_runs([before.path]))["data"].item()
 
 
+@pytest.mark.slow(reason="starts a process that imports torch")
 def test_a_package_brings_sets_by_its_entry_point(tmp_path: Path) -> None:
     (tmp_path / "their_sets").mkdir()
     (tmp_path / "their_sets" / "__init__.py").write_text("")

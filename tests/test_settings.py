@@ -216,6 +216,7 @@ def test_no_pair_has_two_presets_of_one_keyword():
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow(reason="builds every network of a preset")
 def test_presets_fit_the_networks_of_their_pairs():
     with (shipped_folder() / "presets.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -173,6 +173,7 @@ def test_an_array_without_its_checksum_is_rebuilt(make_tree: MakeTree, cache: Pa
     assert torch.equal(shown(root), first)
 
 
+@pytest.mark.slow(reason="starts two processes, each of which imports torch")
 def test_two_processes_may_decode_the_same_images_at_once(make_tree: MakeTree, cache: Path, tmp_path: Path) -> None:
     root = make_tree(sizes=[(100, 100)])
     code = (

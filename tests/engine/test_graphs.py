@@ -56,14 +56,17 @@ def trained(out, names, dataset, teacher, *more):
     return train_lanes(runs, dataset, teacher, Progress(quiet=True))
 
 
+AGAIN = pytest.mark.slow(reason="trains what others train too, with one more setting each")
+
+
 @pytest.mark.parametrize(
     ("names", "more"),
     [
         (["kd", "uhkd", "none"], ["protocol.clip=1", "protocol.schedule=cosine"]),
         (["crd", "mlld"], ["protocol.optimizer=adamw", "protocol.lr=0.001", "protocol.ema=0.9"]),
-        (["kd", "lfcc"], ["protocol.augmentation.mixup=0.2"]),
-        (["kd", "uhkd"], ["engine.accumulate=2"]),
-        (["logitmse", "freekd"], ["engine.precision=bf16"]),
+        pytest.param(["kd", "lfcc"], ["protocol.augmentation.mixup=0.2"], marks=AGAIN),
+        pytest.param(["kd", "uhkd"], ["engine.accumulate=2"], marks=AGAIN),
+        pytest.param(["logitmse", "freekd"], ["engine.precision=bf16"], marks=AGAIN),
     ],
 )
 def test_steps_on_tensors_that_stay_in_place_end_with_the_bits_of_plain_ones(

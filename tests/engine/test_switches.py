@@ -104,6 +104,7 @@ def kept_bytes(lane, batch):
     return sum(sizes.values())
 
 
+@pytest.mark.slow(reason="trains steps of networks of 5 and 11 million weights")
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_recomputed_activations_give_the_same_bits_and_keep_less(tmp_path, dataset, teacher, name):
     switched = settings(tmp_path, "uhkd", "engine.checkpoint_activations=true", student=name)

@@ -101,6 +101,7 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(killed))
 
 
+@pytest.mark.slow(reason="trains twelve runs, then four others")
 def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is_new(suite, tmp_path, monkeypatch):
     bench(suite, tmp_path / "runs", quiet=True)
     trained = []

@@ -120,7 +120,7 @@ def test_the_command_takes_where_and_on_what(project, tmp_path):
     assert f"top-1 {measured[0]:.2f} %" in result.output
 
 
-@pytest.mark.parametrize("more", [[], ["--data-root", "."], ["--precision", "bf16"], ["--trust-code"]])
+@pytest.mark.parametrize("more", [["--data-root", ".", "--trust-code"], ["--precision", "bf16"]])
 def test_a_spectrum_elsewhere_takes_the_teacher_that_was_trained(project, tmp_path, cache, more, monkeypatch):
     folder, _, _ = project
     monkeypatch.chdir(folder)
