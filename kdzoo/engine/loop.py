@@ -37,17 +37,9 @@ def train(
     """
     (settings, place), ranks = lanes[0].run, lanes[0].ranks
     check_micro_batches(loader, settings.engine.accumulate)
-    per_epoch = loader.steps_per_epoch
-    start, shared = resume(lanes, progress), Shared(teacher, len(lanes))
-    if start is None:
-        start = 0
-        for lane in lanes:
-            with progress.doing(f"phase of {lane.title} before training"), lane.failing_alone():
-                lane.prepare(loader, teacher)
-            shared.was_written_by(lane)
-    progress.begin(describe(lanes), per_epoch, loader.total_steps, start, [lane.title for lane in lanes])
-    steps = graphs.steps(lanes[0], teacher, progress.say)
-    clock = Clock()
+    per_epoch, shared = loader.steps_per_epoch, Shared(teacher, len(lanes))
+    start = begin(lanes, teacher, loader, shared, progress)
+    steps, clock = graphs.steps(lanes[0], teacher, progress.say), Clock()
 
     for step, batch in enumerate(loader.batches(start), start):
         batch = steps.begin(batch)
@@ -64,25 +56,14 @@ def train(
 
         if clock.since("show") >= READ_EVERY:
             clock.reset("show")
-            speed = images / clock.since("epoch")
-            for lane in alive(lanes):
-                with lane.failing_alone():
-                    progress.show(step + 1, lane.meter.read(), speed, lane.title)
+            show(lanes, step + 1, images / clock.since("epoch"), progress)
 
         if (step + 1) % per_epoch == 0:
-            for lane in alive(lanes):
-                with lane.failing_alone():
-                    lane.meter.read()  # waits for the device, so that the speed is true
-            speed = images / clock.since("epoch")
-            for lane in alive(lanes):
-                with lane.failing_alone():
-                    finish_epoch(lane, dataset, step, speed, progress)
+            finish_epoch(lanes, dataset, step, images, clock, progress)
             clock.reset("epoch")
 
         if ranks.agree(termination.requested or clock.since("save") >= place.engine.checkpoint_seconds):
-            for lane in alive(lanes):
-                with lane.failing_alone():
-                    save(lane, step + 1, clock.since("start"))
+            save(lanes, step + 1, clock.since("start"))
             clock.reset("save")
             if ranks.agree(termination.requested):
                 progress.say(f"asked to end: saved after step {step + 1}; the same command continues from there")
@@ -92,6 +73,22 @@ def train(
             break
     for lane in alive(lanes):
         lane.seconds += clock.since("start")
+
+
+def begin(
+    lanes: Sequence[Lane], teacher: TeacherPasses | None, loader: Loader, shared: Shared, progress: Progress
+) -> int:
+    """Continue from a checkpoint, or let methods prepare where there is none; return the first step to do."""
+    start = resume(lanes, progress)
+    if start is None:
+        start = 0
+        for lane in lanes:
+            with progress.doing(f"phase of {lane.title} before training"), lane.failing_alone():
+                lane.prepare(loader, teacher)
+            shared.was_written_by(lane)
+    titles = [lane.title for lane in lanes]
+    progress.begin(describe(lanes), loader.steps_per_epoch, loader.total_steps, start, titles)
+    return start
 
 
 class Clock:
@@ -128,8 +125,28 @@ def describe(lanes: Sequence[Lane]) -> str:
     return f"{what} on {first.data.name}"
 
 
-def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress) -> None:
-    """Measure the student, where it is due, and write the epoch down."""
+def show(lanes: Sequence[Lane], step: int, speed: float, progress: Progress) -> None:
+    """Show the terms of each lane's loss."""
+    for lane in alive(lanes):
+        with lane.failing_alone():
+            progress.show(step, lane.meter.read(), speed, lane.title)
+
+
+def finish_epoch(
+    lanes: Sequence[Lane], dataset: Dataset, step: int, images: int, clock: Clock, progress: Progress
+) -> None:
+    """Measure each student, where it is due, and write the epoch down."""
+    for lane in alive(lanes):
+        with lane.failing_alone():
+            lane.meter.read()  # waits for the device, so that the speed is true
+    speed = images / clock.since("epoch")
+    for lane in alive(lanes):
+        with lane.failing_alone():
+            record_epoch(lane, dataset, step, speed, progress)
+
+
+def record_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress: Progress) -> None:
+    """Measure a lane's student, where it is due, and write the epoch down."""
     settings, place = lane.run
     terms, epoch = lane.meter.read(), (step + 1) // lane.steps_per_epoch
     top1 = top5 = None
@@ -149,12 +166,14 @@ def finish_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     progress.epoch(record, lane.title)
 
 
-def save(lane: Lane, step: int, seconds: float) -> None:
-    """Write a checkpoint, unless a term or a weight has gone bad since the last."""
-    lane.meter.read()
-    check_finite(lane.trained, f"a weight or statistic before step {step}")
-    state = {**lane.state_dict(), "seconds": lane.seconds + seconds}
-    lane.ranks.once(checkpoint.save, lane.folder.checkpoints, step, state)
+def save(lanes: Sequence[Lane], step: int, seconds: float) -> None:
+    """Write a checkpoint of each lane, unless a term or a weight of it has gone bad since the last."""
+    for lane in alive(lanes):
+        with lane.failing_alone():
+            lane.meter.read()
+            check_finite(lane.trained, f"a weight or statistic before step {step}")
+            state = {**lane.state_dict(), "seconds": lane.seconds + seconds}
+            lane.ranks.once(checkpoint.save, lane.folder.checkpoints, step, state)
 
 
 def resume(lanes: Sequence[Lane], progress: Progress) -> int | None:
