@@ -113,8 +113,12 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file of at most 64 MiB, which is more than kdzoo ever writes.
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """Read a UTF-8 text file.
+
+    Args:
+        path: the file.
+        largest: the bytes that it may have; 64 MiB are more than kdzoo ever writes.
 
     Raises:
         UserError: it cannot be read, is too large, or is no text.
@@ -122,8 +126,8 @@ def read_text(path: Path) -> str:
     try:
         if not path.is_file():
             raise UserError(f"{path} is no file")
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected a text file of kdzoo's")
+        if path.stat().st_size > largest:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected a text file of at most {largest:,}")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error

@@ -12,6 +12,7 @@ from kdzoo.errors import UserError
 from kdzoo.files import read_text
 
 COLUMNS = ("path", "label", "split")
+LARGEST = 2**32  # bytes of a table, which may name tens of millions of images
 
 
 class Row(NamedTuple):
@@ -84,7 +85,7 @@ def read_table(file: Path, title: str) -> Table:
     Raises:
         UserError: a column is missing, or a row has no label.
     """
-    lines = normalize("NFC", read_text(file).removeprefix("\ufeff")).splitlines()
+    lines = normalize("NFC", read_text(file, LARGEST).removeprefix("\ufeff")).splitlines()
     head = lines[0] if lines else ""
     delimiter = max(",;\t", key=head.count)
     found = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)

@@ -44,7 +44,7 @@ def load_given(
     std: Sequence[float] | None = None,
     **options: Any,
 ) -> Network:
-    """Make the network that a file of weights belongs to, and load them; its ``origin`` says what was loaded.
+    """Make the network that a file of weights belongs to, and load them; its ``origin`` says what, and what is assumed.
 
     It reads images as its weights were trained to: a file that kdzoo wrote says how. Any other is tried in the network
     as its weights are published, at their image size and with their statistics, and then in the one that is adapted to
@@ -91,6 +91,8 @@ def load_given(
                     )
                     continue
                 network.origin = load_weights(network, file, drop_head=drop, role=role)
+                if assumed := [key for key in asked if options[key] is None]:
+                    network.origin += f"; assumed: {', '.join(assumed)}"
                 return network
             except UserError as error:
                 refused.append(error)

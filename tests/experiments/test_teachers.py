@@ -56,6 +56,7 @@ def test_weights_of_a_published_network_are_read_at_its_size_with_its_statistics
     assert size == network.image_size == 176
     assert statistics(network) == tuple(tuple(torch.tensor(part).tolist()) for part in IMAGENET)
     assert "best.pth" in network.origin
+    assert network.origin.endswith("; assumed: image_size, mean, std")
     mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in IMAGENET)
     shown = F.interpolate(IMAGES, (size, size), mode="bilinear", align_corners=False)
     torch.testing.assert_close(network(IMAGES).logits, body((shown - mean) / std))
@@ -74,6 +75,7 @@ def test_a_size_that_is_asked_for_is_read_though_the_last_map_is_one_pixel(publi
     network = load_given("resnet10t", DATA, file, image_size=size, mean=(0.5,), std=(0.25,)).eval()
     assert network.image_size == size
     assert network.adapted in ((), (f"images resized to {size} inside",))
+    assert "assumed" not in network.origin
     shown = F.interpolate(IMAGES, (size, size), mode="bilinear", align_corners=False) if size != 32 else IMAGES
     torch.testing.assert_close(network(IMAGES).logits, body((shown - 0.5) / 0.25))
 
