@@ -10,7 +10,7 @@ from kdzoo.engine.ranks import OnThisMachine
 
 def listening():
     """The addresses at which this process takes connections, by port."""
-    found = psutil.Process(os.getpid()).net_connections(kind="inet")
+    found = [one for one in psutil.net_connections(kind="inet") if one.pid == os.getpid()]
     return {one.laddr.port: one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
 
 
