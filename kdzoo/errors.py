@@ -55,7 +55,7 @@ SHORTAGES = (
 def is_shortage(error: BaseException | None) -> bool:
     """Tell whether an error, or one that it came from, says that memory is full."""
     while error is not None:
-        said = str(error).lower()
+        said = _text(error).lower()
         if isinstance(error, MemoryError | OutOfMemory) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
         if not isinstance(error, UserError) and any(words in said for words in SHORTAGES):
@@ -89,11 +89,16 @@ LONGEST = 300  # characters of what an error of others says
 
 def told(error: BaseException) -> str:
     """Say an error of others in one line: its type, and the first line of its text, if it has any."""
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # of a class that cannot say what it is
-        lines = []
+    lines = _text(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
+
+
+def _text(error: BaseException) -> str:
+    """Return what an error says; nothing of a class that cannot say what it is."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:

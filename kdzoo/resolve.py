@@ -47,10 +47,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
     settings = replace(run.settings, protocol=_protocol(recipe))
     names = settings.data.name, settings.protocol.name, settings.teacher.name, settings.student.name
     usual = preset(str(keywords["name"]), *names)
-    settings = replace(
-        settings,
-        distiller=distiller_settings({**usual, **keywords}),
-    )
+    settings = replace(settings, distiller=distiller_settings({**usual, **keywords}))
     if not settings.student.name:
         raise UserError("no student is named; pass --student NAME ('kdzoo list models' lists short names)")
     if fingerprint is None:

@@ -64,8 +64,8 @@ def one_line_or(make):
 @given(key=st.sampled_from(KEYS), value=st.one_of(NUMBERS, WORDS))
 @example(key="protocol.batch_size", value=10**20)
 @example(key="protocol.milestones", value="[x]")
-@example(key="teacher.weights", value="~nobody-of-this-name/x.pt")
-@example(key="output.root", value="~nobody-of-this-name")
+@example(key="teacher.weights", value="~no-such-user-here/x.pt")
+@example(key="output.root", value="~no-such-user-here")
 @example(key="data.classes", value="x" * 300)
 @example(key="engine.threads", value=100000)
 @example(key="student.name", value="???")
@@ -153,7 +153,7 @@ def test_no_number_of_a_method_is_infinite_and_no_weight_negative(method):
         ("student.name=???", r"student\.name=\?\?\?: texts with"),
         ("engine.device=cpu:5", r"no device cpu:5"),
         ("distiller.kd=-1", r"distiller kd: kd=-1\.0: expected a number from 0"),
-        ("teacher.weights=~nobody-of-this-name/x.pt", "~nobody-of-this-name/x.pt: there is no such user"),
+        ("teacher.weights=~no-such-user-here/x.pt", "~no-such-user-here/x.pt: there is no such user"),
         ("output.root=" + "x" * 300, r"x{40}\.\.\.x{40} can be no path; expected names of at most 255 bytes"),
     ],
 )
@@ -174,7 +174,7 @@ ARGUMENTS = {"run": [], "bench": ["digits"], "list": ["data"]}
     command=st.sampled_from(COMMANDS), value=st.one_of(NUMBERS.map(str), WORDS.filter(lambda text: "\0" not in text))
 )
 @example(command=("bench", "--seeds"), value="100000")
-@example(command=("bench", "--out"), value="~nobody-of-this-name")
+@example(command=("bench", "--out"), value="~no-such-user-here")
 @example(command=("run", "--student"), value=":a")
 @example(command=("run", "--student"), value=".a:b")
 @settings(max_examples=100, deadline=None, derandomize=True)

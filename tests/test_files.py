@@ -44,7 +44,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
     assert path_of("a/~b") == Path("a/~b")
 
 
-@pytest.mark.parametrize("given", ["~nobody-of-this-name/x", "x" * 256, "é" * 128, "a/" * 2500 + "b", "a\0b"])
+@pytest.mark.parametrize("given", ["~no-such-user-here/x", "x" * 256, "é" * 128, "a/" * 2500 + "b", "a\0b"])
 def test_what_can_be_no_path_is_one_line(given):
     with pytest.raises(UserError) as caught:
         path_of(given)

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,8 @@ def fault(error: BaseException, run: Run, when: str) -> UserError:
     """
     if isinstance(error, UserError):
         return error
-    with suppress(Exception):  # of an error that cannot say what it is
-        if full := out_of_memory(error, run):
-            return full
+    if full := out_of_memory(error, run):
+        return full
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((LIBRARY, "<"))] or frames
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
