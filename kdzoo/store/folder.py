@@ -2,13 +2,10 @@
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from kdzoo.keywords import between, flat, read_yaml, typed
 from kdzoo.naming import Names
 from kdzoo.resolve import stored
 from kdzoo.settings import Place, Run, Settings, apart
+from kdzoo.store.environment import environment
 from kdzoo.store.trust import check_code
 
 
@@ -311,24 +309,6 @@ def _unknown(config: Mapping[str, Any], known: Mapping[str, Any] = KNOWN, prefix
             yield from _unknown(value, known[key], f"{prefix}{key}.")
 
 
-def environment(run: Run) -> dict[str, Any]:
-    """Collect versions, device and code revision: what one needs to trust a number later."""
-    import torch
-
-    device = torch.device(run.place.engine.device)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in ("kdzoo", "torch", "torchvision", "timm", "PyWavelets", "numpy")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
-        "device_type": device.type,
-        "precision": run.settings.engine.precision,
-        "threads": torch.get_num_threads(),
-        "revision": _revision(),
-        "folder": str(Path.cwd()),
-    }
-
-
 def find_runs(paths: list[Path]) -> list[RunFolder]:
     """Find the finished runs in or below ``paths``.
 
@@ -341,27 +321,3 @@ def find_runs(paths: list[Path]) -> list[RunFolder]:
             raise UserError(f"no folder {path}; expected a run or a folder of runs")
         found += [RunFolder(file.parent) for file in sorted(path.rglob("result.json"))]
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _revision() -> str | None:
-    """Find the commit of kdzoo's checkout, with ``+`` where files differ from it; None for an installed package."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != here.parents[1]:
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,0 +1,51 @@
+"""What a run was made on: versions, device and the commit of kdzoo, to trust its number later."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kdzoo.settings import Run
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Collect versions, device and code revision: what one needs to trust a number later."""
+    import torch
+
+    device = torch.device(run.place.engine.device)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in ("kdzoo", "torch", "torchvision", "timm", "PyWavelets", "numpy")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or str(device),
+        "device_type": device.type,
+        "precision": run.settings.engine.precision,
+        "threads": torch.get_num_threads(),
+        "revision": _revision(),
+        "folder": str(Path.cwd()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """Find the commit of kdzoo's checkout, with ``+`` where files differ from it; None for an installed package."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != here.parents[1]:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
