@@ -32,6 +32,7 @@ FLOORS = (
     ("checks", "engine"),
     ("experiments",),
     ("results",),
+    ("commands",),
     ("cli", "__init__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +95,9 @@ def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], left: st
     """Compare names and shapes with those of a network, without the layer whose name ``left`` begins."""
     names = {key for key in state if not (left and key.startswith(left))}
     wanted = {key for key in expected if not (left and key.startswith(left))}
+    both = names & wanted
     return Misfit(
-        [key for key in expected if key in names & wanted and state[key].shape != expected[key].shape],
+        [key for key in expected if key in both and state[key].shape != expected[key].shape],
         sorted(key for key in wanted - names if not key.endswith(COUNTERS)),
         sorted(key for key in names - wanted if not key.endswith(COUNTERS)),
     )
@@ -118,15 +119,8 @@ def candidates(tensors: Mapping[str, Tensor], body: nn.Module) -> Iterator[list[
         for path, count in sorted(counts.items())
         if count >= needed // 2
     ]
-    stripped = []
-    for path, inner in places:
-        bare = {_bare(key): value for key, value in inner.items()}
-        if bare.keys() != inner.keys() and len(bare) == len(inner):
-            taken = sorted({part for key in inner for part in key.split(".") if part in WRAPPERS})
-            stripped.append((".".join(filter(None, [path, *taken])), bare))
-    for found in (places, stripped):
-        yield [Found(path, "", state) for path, state in found]
-        yield [translated for path, state in found for translated in _translated(path, state, body)]
+    yield from _ways(places, body)
+    yield from _ways(list(_stripped(places)), body)
 
 
 def choose(fitting: list[Found], role: str, file: str) -> Found:
@@ -144,6 +138,21 @@ def choose(fitting: list[Found], role: str, file: str) -> Found:
                 f"{other.path or 'no name'}; save the one that you mean to a file by itself"
             )
     return first
+
+
+def _ways(places: Sequence[tuple[str, dict[str, Tensor]]], body: nn.Module) -> Iterator[list[Found]]:
+    """The weights in these places by their own names, then by translated ones."""
+    yield [Found(path, "", state) for path, state in places]
+    yield [translated for path, state in places for translated in _translated(path, state, body)]
+
+
+def _stripped(places: Iterable[tuple[str, dict[str, Tensor]]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The same weights without wrappers in their names, where that changes them and no two become one."""
+    for path, inner in places:
+        bare = {_bare(key): value for key, value in inner.items()}
+        if bare.keys() != inner.keys() and len(bare) == len(inner):
+            taken = sorted({part for key in inner for part in key.split(".") if part in WRAPPERS})
+            yield ".".join(filter(None, [path, *taken])), bare
 
 
 def _below(key: str, path: str) -> bool:

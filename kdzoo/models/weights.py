@@ -147,7 +147,7 @@ def _check_kind(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, 
             if not value.is_floating_point():
                 kind = str(value.dtype).removeprefix("torch.")
                 raise UserError(f"'{path}': {name} is a tensor of {kind}; expected floats, as state_dict() gives them")
-            if value.isnan().any():
+            if value.sum().isnan() and value.isnan().any():  # the sum alone reads the weights once
                 raise UserError(f"'{path}': {name} holds NaN; the training that it comes from failed, take another")
 
 

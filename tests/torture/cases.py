@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from kdzoo import cli
+from kdzoo.commands.training import UNFINISHED
 
 from .harm import AT_OPERATIONS, SIGNALS, Harm, Operations, forked, limit_memory
 
@@ -192,7 +193,7 @@ def check_end(home: Path, end: int, harm: Harm | None, number: int = 0) -> None:
     text = (home / f"said-{number}").read_text(errors="replace")
     if "Traceback" in text or "Exception ignored" in text:
         raise Fault(f"it ended with {end} and a traceback: {text.strip().splitlines()[-1][:300]}")
-    allowed = {0, 2, cli.UNFINISHED}  # the last where the other process of a bench is still at work
+    allowed = {0, 2, UNFINISHED}  # the last where the other process of a bench is still at work
     if harm is not None:
         allowed |= {
             "kill": {-signal.SIGKILL},

@@ -1,0 +1,39 @@
+"""What several commands share: options, and how something rich is printed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say where a finished run is looked at, and on what."""
+    for option in (
+        click.option(
+            "--trust-code",
+            is_flag=True,
+            help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
+        ),
+        click.option(
+            "--precision",
+            help="Precision of the networks: float32, tf32 or bf16 (default: that of the run if possible).",
+        ),
+        click.option("--device", default="auto", help="Device to compute on (default: the first GPU, else the CPU)."),
+        click.option("--data-root", "root", help="Folder of downloaded data sets (default: the one of the run)."),
+        click.option(
+            "--data",
+            help="Data set, or where it lies now, such as folder:PATH (default: that of the run).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def show_rich(renderable: Any) -> None:
+    """Print a table or text of rich."""
+    from kdzoo.engine.progress import plain_console
+
+    plain_console().print(renderable)

@@ -1,0 +1,227 @@
+"""The commands that train: run and bench."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdzoo.commands.options import DEBUG, OVERRIDES, show_rich
+
+UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
+
+
+def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """An option that sets the setting ``key``."""
+    return click.option(name, key.replace(".", "__"), **options)
+
+
+@click.command()
+@flag(
+    "--distiller",
+    "distiller.name",
+    required=True,
+    help="Distillation method: a name of 'kdzoo list distillers', or the path of a Python file that holds one; none "
+    "trains the student on labels alone.",
+)
+@flag(
+    "--student",
+    "student.name",
+    required=True,
+    help="Network to train: a name of 'kdzoo list models', any name of timm, torchvision:NAME, or your own "
+    "package.module:factory.",
+)
+@flag(
+    "--teacher", "teacher.name", help="Network to learn from, named in the same way (not needed by --distiller none)."
+)
+@flag(
+    "--data",
+    "data.name",
+    help="Data set: a name of 'kdzoo list data', folder:PATH, or the path of a Python file that holds one "
+    "(default: digits).",
+)
+@flag("--data-root", "data.root", help="Folder of downloaded data sets (default: data).")
+@flag(
+    "--protocol",
+    "protocol.name",
+    help="Training recipe: a name of 'kdzoo list protocols', or the path of a YAML file (default: quick).",
+)
+@flag(
+    "--epochs",
+    "protocol.epochs",
+    type=int,
+    help="Number of epochs; the milestones and the warm-up of the learning rate are scaled with it (default: the "
+    "protocol's).",
+)
+@flag(
+    "--batch-size", "protocol.batch_size", type=int, help="Total batch size over all devices (default: the protocol's)."
+)
+@flag(
+    "--seed",
+    "seed",
+    type=int,
+    help="Seed of the initial weights, and of the order and augmentation of the batches (default: 0).",
+)
+@flag(
+    "--device",
+    "engine.device",
+    help="Device to train on: cpu, cuda, cuda:1 or mps (default: the first GPU, else the CPU).",
+)
+@flag(
+    "--precision",
+    "engine.precision",
+    help="Precision of the networks: float32, tf32 (CUDA only) or bf16 (default: bf16 where the hardware has it).",
+)
+@flag("--devices", "engine.devices", type=int, help="Number of devices for one run, one process each (default: 1).")
+@flag("--out", "output.root", help="Folder that holds the runs (default: runs).")
+@flag(
+    "--teacher-weights",
+    "teacher.weights",
+    help="Checkpoint with the teacher's weights, a file or folder (default: train the teacher on the same data, "
+    "and keep "
+    "it in the cache for later runs).",
+)
+@flag(
+    "--allow-weak-teacher",
+    "teacher.allow_weak",
+    is_flag=True,
+    default=None,
+    help="Distil even from a teacher whose accuracy is close to guessing (default: stop).",
+)
+@click.option(
+    "--resume/--fresh",
+    default=True,
+    help="Continue an interrupted run, or start again; a finished result stays until the new one is there (default: "
+    "continue).",
+)
+@DEBUG
+@OVERRIDES
+def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
+    """Distil one student from one teacher.
+
+    The run's folder then holds the student and its accuracy on the test images, after the last epoch and the best.
+    Without --data and --protocol it is a first look: digits of 8 x 8 pixels, and a recipe of few epochs. The teacher is
+    trained once, and runs of all methods and seeds share it.
+
+    Any setting may follow as KEY=VALUE: 'kdzoo list settings' lists them, 'kdzoo show METHOD' those of a method.
+
+    \b
+      kdzoo run --distiller uhkd --teacher vit_s --student resnet18
+      kdzoo run --distiller kd --teacher resnet50 --teacher-weights best.pth --student resnet18 --data folder:pictures
+      kdzoo run --distiller crd --teacher resnet32x4 --student resnet8x4 --data cifar100 --protocol crd seed=1
+    """
+    from kdzoo.engine.progress import Progress
+
+    values: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            section, _, name = key.partition("__")
+            if name:
+                values.setdefault(section, {})[name] = value
+            else:
+                values[section] = value
+    with Progress() as progress, progress.doing("loading torch") as rename:
+        from kdzoo.engine.ranks import is_first
+        from kdzoo.experiments.run import execute
+        from kdzoo.resolve import resolve
+        from kdzoo.results.last_screen import next_steps, result_table
+
+        rename("reading settings and data")
+        made = resolve(values, overrides)
+    result = execute(made, fresh=not resume)
+    if is_first():
+        show_rich(result_table(result))
+        click.echo(next_steps(result))
+
+
+@click.command()
+@click.argument("suite")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), help="Number of seeds, counted from 0 (default: the suite's own seeds)."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite's runs (default: runs/SUITE).")
+@click.option("--retry", is_flag=True, help="Train runs again that failed before.")
+@click.option(
+    "--dry-run", is_flag=True, help="List the groups of runs and estimate their time and memory, without training."
+)
+@click.option(
+    "--on",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="Train on this machine, or on a Ray cluster: the one at RAY_ADDRESS, else this machine's, else a new one.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Number of groups trained at the same time, one process each (default: one for each GPU).",
+)
+@click.option(
+    "--gpus-per-group",
+    type=click.FloatRange(min=0),
+    help="GPUs for each group on Ray, such as 0.5 (default: 1 where the cluster has GPUs, else 0).",
+)
+@click.option("--worker", is_flag=True, hidden=True, help="Be one of several: end with the process that started this.")
+@DEBUG
+@OVERRIDES
+def bench(
+    suite: str,
+    seeds: int | None,
+    out: Path | None,
+    retry: bool,
+    dry_run: bool,
+    on: str,
+    jobs: int | None,
+    gpus_per_group: float | None,
+    worker: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train every method, teacher-student pair and seed of a suite, then print the table.
+
+    \b
+      kdzoo bench digits --dry-run
+      kdzoo bench mine.yaml --seeds 3 protocol.epochs=100
+
+    SUITE is a name of 'kdzoo list suites', or the path of a YAML file. Runs that share teacher, data, protocol and seed
+    are a group, trained side by side. The same command continues a suite that was stopped, and several processes
+    may work on one suite. Settings may follow as KEY=VALUE, as in 'kdzoo run'; they apply to every run.
+
+    Exit code: 0 if all runs are finished, 2 if some failed or stopped, 3 if other processes are still at work on some.
+    """
+    from kdzoo.engine.progress import Progress
+
+    with Progress() as progress, progress.doing("loading torch") as rename:
+        from kdzoo.experiments import bench as engine
+        from kdzoo.experiments import suites, workers
+        from kdzoo.experiments.estimate import estimate
+        from kdzoo.experiments.work import grouped
+        from kdzoo.results import layout, table
+        from kdzoo.results.plan import plan
+        from kdzoo.store.folder import find_runs
+        from kdzoo.store.lock import RunLock
+
+        executor = workers.find(on, jobs, gpus_per_group)
+        rename("reading settings and data")
+        found = suites.load(suite, seeds or 0, overrides, rename)
+    folder = out or Path("runs") / found.name
+    if dry_run:
+        with Progress() as progress:
+            groups = grouped(engine.placed(found, folder, workers.Local(), progress))  # it measures here
+            estimates = estimate(groups, retry, progress)
+        click.echo(plan(found.name, groups, estimates))
+        return
+    if worker:
+        workers.end_with_starter()
+        engine.bench(found, folder, executor=executor)
+        return
+    report = engine.bench(found, folder, retry, executor=executor)
+    runs = table.rows(find_runs([folder]))
+    if not runs.empty:
+        click.echo(layout.render(runs, "markdown"), nl=False)
+    if report.elsewhere:
+        owners = engine.by_reason({path: RunLock(path).who() for path in report.elsewhere})
+        click.echo(
+            f"not finished: {len(report.elsewhere)} runs that other processes are at work on ({owners})", err=True
+        )
+    report.check()
+    if report.elsewhere:
+        click.get_current_context().exit(UNFINISHED)
