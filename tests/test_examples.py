@@ -92,6 +92,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch")
 def test_submodules_stay_importable():
     names = ["checks", "data", "distillation", "engine", "models", "registry", "results"]
     said = subprocess.check_output([sys.executable, "-c", IMPORTS, *names], text=True)

@@ -145,6 +145,7 @@ def in_two_ranks(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch")
 def test_two_ranks_see_each_other_own_rows_first_and_own_gradient_only(tmp_path: Path):
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
     assert [process.wait() for process in ranks] == [0, 0]

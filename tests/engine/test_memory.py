@@ -134,6 +134,7 @@ def test_a_run_that_is_too_large_by_itself_stands_alone(tmp_path, dataset, teach
     assert packs(runs, dataset, teacher, Progress(quiet=True)) == [runs[:1], runs[1:2], runs[2:]]
 
 
+@pytest.mark.slow(reason="trains ten runs")
 def test_the_division_does_not_change_any_result(tmp_path):
     whole, split = tmp_path / "whole", tmp_path / "split"
     bench(suite(tmp_path), whole, quiet=True)
@@ -271,6 +272,7 @@ def test_other_errors_stay_what_they_are(error):
     assert raised.value is error
 
 
+@pytest.mark.slow(reason="trains five runs in several groups")
 def test_memory_that_lacks_for_what_lanes_share_sends_all_of_them_into_smaller_groups(tmp_path, monkeypatch):
     batches, together = Loader.batches, []
 

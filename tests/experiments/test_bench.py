@@ -113,6 +113,7 @@ def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
     assert folder.failure.stat().st_mtime_ns > before
 
 
+@pytest.mark.slow(reason="trains eleven runs")
 def test_what_another_process_works_on_is_left_to_it(suite, tmp_path):
     held = RunFolder.of(placed(suite, tmp_path / "runs")[0]).path
     with RunLock(held):

@@ -93,6 +93,7 @@ def test_nothing_is_trained(tmp_path, cache, monkeypatch):
     assert set(cache.glob("teachers/*")) == before
 
 
+@pytest.mark.slow(reason="trains a suite between two estimates")
 def test_what_is_finished_is_no_longer_left(tmp_path):
     found = suite(tmp_path)
     before = expected(found, tmp_path / "runs")
