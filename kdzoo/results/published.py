@@ -25,18 +25,19 @@ class Published(NamedTuple):
     std: float | None
     source: str
     status: str  # read: in the authors' own place; quoted: by others
+    note: str = ""  # what others got who tried it again
 
     @property
     def origin(self) -> str:
-        """The source and how the number was read there, as a footnote shows them."""
-        return f"{self.source} ({self.status})"
+        """The source, how the number was read there, and what is noted on it, as a footnote shows them."""
+        return f"{self.source} ({self.status})" + (f", but {self.note}" if self.note else "")
 
 
 @cache
 def everything() -> pd.DataFrame:
     """Read all rows of the file, including unverified ones, with our names of the protocols."""
     with (shipped_folder() / "published.csv").open(encoding="utf-8") as file:
-        table = pd.read_csv(file)
+        table = pd.read_csv(file).fillna({"note": ""})
     named = zip(table["dataset"], table["protocol"], table["student"], strict=True)
     table["protocol"] = [_recipe(data, protocol, student) for data, protocol, student in named]
     return table
@@ -65,7 +66,8 @@ def _index(alone: bool) -> dict[tuple[str, ...], list[Published]]:
         if row["status"] != "unverified":
             key = tuple("" if alone and name == "teacher" else str(row[name]) for name in KEY)
             std = None if pd.isna(row["std"]) else float(row["std"])
-            index.setdefault(key, []).append(Published(float(row["top1"]), std, row["source"], row["status"]))
+            number = Published(float(row["top1"]), std, row["source"], row["status"], row["note"])
+            index.setdefault(key, []).append(number)
     return index
 
 

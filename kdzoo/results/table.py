@@ -260,6 +260,7 @@ def _beside(number: published.Published | None, ours: float, epoch: str) -> dict
         f"published_{epoch}_difference": ours - number.top1 if number else math.nan,
         f"published_{epoch}_source": number.source if number else "",
         f"published_{epoch}_status": number.status if number else "",
+        f"published_{epoch}_note": number.note if number else "",
     }
 
 
