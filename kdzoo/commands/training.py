@@ -51,7 +51,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
     "protocol.epochs",
     type=int,
     help="Number of epochs; the milestones and the warm-up of the learning rate are scaled with it (default: the "
-    "protocol's).",
+    "protocol's, which a teacher's own training has in any case; teacher.epochs=N changes that).",
 )
 @flag(
     "--batch-size", "protocol.batch_size", type=int, help="Total batch size over all devices (default: the protocol's)."

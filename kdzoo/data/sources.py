@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kdzoo import registry
 from kdzoo.data.classes import in_order
 from kdzoo.data.loaded import checked
-from kdzoo.data.pictures import USUAL, Files, Pictures, Reading
+from kdzoo.data.pictures import USUAL, Files, Pictures, Reading, warn_once
 from kdzoo.data.superclasses import superclasses_of
 from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
@@ -51,6 +51,13 @@ class Source:
         if not len(kept):
             raise UserError(f"data.val={val:g} of {len(self.train)} images leaves none to train on")
         test = self.train.take(held)
+        absent = [name for label, name in enumerate(self.class_names) if label not in test.labels]
+        if absent:
+            some = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
+            warn_once(
+                f"data '{self.name}': data.val={val:g} holds out images of {len(self.class_names) - len(absent)} of "
+                f"{len(self.class_names)} classes, none of {some}; a larger share has some of each"
+            )
         if isinstance(test, Files):
             test = replace(test, split="test")
         return replace(self, train=self.train.take(kept), test=test)

@@ -140,6 +140,18 @@ def test_no_image_is_both_held_out_and_trained(tmp_path: Path) -> None:
     assert torch.equal(again, data.test_pixels)
 
 
+def test_a_share_too_small_for_every_class_says_which_lack_images(tmp_path: Path, caplog) -> None:
+    draw(*(tmp_path / "flat" / name / f"{i}.png" for name in ("ant", "bee", "cat") for i in range(4)))
+    name = f"folder:{tmp_path / 'flat'}"
+    open_dataset(name, val=0.25)
+    assert not caplog.messages
+    open_dataset(name, val=0.1)
+    assert caplog.messages == [
+        f"data '{name}': data.val=0.1 holds out images of 1 of 3 classes, none of bee, cat; a larger share has some of "
+        "each"
+    ]
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     base = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}}
