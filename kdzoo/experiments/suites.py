@@ -7,7 +7,7 @@ A suite is a mapping::
     pairs:                        # teacher, student; a pair may have its own recipe
       - [vit_s, resnet18]
       - {teacher: swin_t, student: deit_t, protocol: ofa-vit}
-    distillers:                   # names, or names with keywords
+    distillers:                   # names, or names with keywords; or all, for every method that is installed
       - kd
       - {name: uhkd, spectrum: spatial}
     seeds: [0, 1, 2]
@@ -20,6 +20,7 @@ from importlib.resources.abc import Traversable
 from math import prod
 from typing import Any
 
+from kdzoo import registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import path_of, read_text, shipped_folder
 from kdzoo.keywords import read_yaml
@@ -90,6 +91,8 @@ def load(
             raise unknown("suite", name, known, hint="(a file's path ends with .yaml)")
         text, title = known[name].read_text(encoding="utf-8"), name
     content = {**DEFAULTS, **read_yaml(text, f"suite {name}")}
+    if content["distillers"] == "all":
+        content["distillers"] = registry.names()
     for key, value in content.items():
         if key not in KEYS:
             raise unknown(f"key in suite {name}", key, KEYS)

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from kdzoo import models
+from kdzoo import models, registry
 from kdzoo.errors import UserError
 from kdzoo.experiments import suites
 
@@ -101,6 +101,13 @@ def test_teachers_of_the_heterogeneous_suites_have_published_weights(name):
     assert all(classes.values())
     if name == "imagenet-hetero":
         assert set(classes.values()) == {1000}
+
+
+def test_all_stands_for_every_method_that_is_installed(tmp_path):
+    file = tmp_path / "every.yaml"
+    file.write_text("pairs: [[resnet14, resnet8]]\ndistillers: all")
+    runs = suites.load(str(file)).runs
+    assert [run.settings.distiller.name for run in runs] == registry.names()
 
 
 def test_seeds_of_the_command_replace_the_files(tmp_path, suite):
