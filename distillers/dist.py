@@ -1,25 +1,10 @@
 """DIST: the student's probabilities correlate with the teacher's, image by image and class by class."""
 
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from kdzoo import Batch, Distiller, Fidelity, Needs, Output
 from kdzoo.keywords import not_negative, positive
-from kdzoo.losses import cross_entropy
-
-
-def pearson_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute 1 - the correlation of rows (N, M) of the two networks, mean over rows; 1 for constant rows."""
-    s, t = (rows - rows.mean(dim=1, keepdim=True) for rows in (student, teacher))
-    norms = vector_norm(s, dim=1) * vector_norm(t, dim=1)
-    return 1 - ((s * t).sum(dim=1) / (norms + 1e-8)).mean()
-
-
-def dist_loss(student: Tensor, teacher: Tensor, inter: float, intra: float, temperature: float) -> Tensor:
-    """Compute T^2 (inter * distance of rows + intra * distance of columns) of the softened logits (B, K)."""
-    p_s, p_t = ((logits / temperature).softmax(dim=1) for logits in (student, teacher))
-    both = inter * pearson_distance(p_s, p_t) + intra * pearson_distance(p_s.mT, p_t.mT)
-    return temperature**2 * both
+from kdzoo.losses import cross_entropy, dist_loss
 
 
 class DIST(Distiller):

@@ -1,12 +1,11 @@
 """DIST+: correlations as in DIST, and those of the last stage, channel by channel and place by place."""
 
-from kdzoo.distillers.dist import dist_loss, pearson_distance
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
 from kdzoo.connectors import CommonGrid, conv_batch_norm
 from kdzoo.keywords import not_negative, positive
-from kdzoo.losses import cross_entropy
+from kdzoo.losses import cross_entropy, dist_loss, pearson_distance
 
 
 def channel_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from kdzoo.tensors import full_precision
@@ -68,3 +69,21 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, mask: Tensor | N
         others = torch.arange(len(keys), device=keys.device) != positives[:, None]
         logits = logits.masked_fill(mask & others, -torch.inf)
     return F.cross_entropy(logits, positives)
+
+
+def pearson_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute 1 - the correlation of rows (N, M) of the two networks, mean over rows; 1 for constant rows."""
+    s, t = (full_precision(rows) for rows in (student, teacher))
+    s, t = s - s.mean(dim=1, keepdim=True), t - t.mean(dim=1, keepdim=True)
+    norms = vector_norm(s, dim=1) * vector_norm(t, dim=1)
+    return 1 - ((s * t).sum(dim=1) / (norms + 1e-8)).mean()
+
+
+def dist_loss(student: Tensor, teacher: Tensor, inter: float, intra: float, temperature: float) -> Tensor:
+    """Compute T^2 (inter * distance of rows + intra * distance of columns) of the softened logits (B, K).
+
+    Source: Huang et al. 2022 (DIST).
+    """
+    p_s, p_t = ((full_precision(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
+    both = inter * pearson_distance(p_s, p_t) + intra * pearson_distance(p_s.mT, p_t.mT)
+    return temperature**2 * both

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from kdzoo.distillers.dist import DIST, dist_loss, pearson_distance
+from kdzoo.distillers.dist import DIST
 from scipy import stats
 
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
+from kdzoo.losses import dist_loss, pearson_distance
 
 
 def logits(phase, classes=7, rows=6):
