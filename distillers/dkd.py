@@ -1,32 +1,17 @@
 """DKD: the teacher's certainty of the true class, and its distribution over the others, are learned separately."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdzoo import Batch, Distiller, Fidelity, Needs, Output
 from kdzoo.keywords import not_negative, positive, share
-from kdzoo.losses import cross_entropy, true_class, warm_up
+from kdzoo.losses import class_or_rest, cross_entropy, other_classes_loss, true_class, warm_up
 
 
 def target_class_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Compute T^2 KL between the networks' (p_y, 1 - p_y); logits (B, K), ``target`` (B, K) bool, mean over B."""
-    binary = []
-    for logits in (student, teacher):
-        log_p = F.log_softmax(logits / temperature, dim=1)
-        of_target = log_p.masked_fill(~target, 0).sum(dim=1)
-        of_others = log_p.masked_fill(target, -torch.inf).logsumexp(dim=1)  # log(1 - p_y), also where p_y rounds to 1
-        binary.append(torch.stack([of_target, of_others], dim=1))
-    return F.kl_div(binary[0], binary[1], reduction="batchmean", log_target=True) * temperature**2
-
-
-def other_classes_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Compute T^2 KL between the distributions over the other classes, mean over B; 0 if there are two classes."""
-    others = []
-    for logits in (student, teacher):
-        log_p = F.log_softmax((logits / temperature).masked_fill(target, -torch.inf), dim=1)
-        others.append(log_p.masked_fill(target, 0))  # equal on both sides, so that it adds nothing
-    return F.kl_div(others[0], others[1], reduction="batchmean", log_target=True) * temperature**2
+    log_s, log_t = (class_or_rest(logits / temperature, target) for logits in (student, teacher))
+    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
 
 
 class DKD(Distiller):

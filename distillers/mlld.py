@@ -113,9 +113,7 @@ class MLLD(Distiller):
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         """Compare outputs of 2 B rows: the weak views of the batch, then the strong ones."""
         s, t = student.logits.chunk(2), teacher.logits.chunk(2)
-        targets = batch.targets
-        if batch.partner is not None:  # the views are not mixed
-            targets = F.one_hot(batch.labels, targets.shape[1])
+        targets = batch.view_targets
         return self.weigh(
             ce=lambda: cross_entropy(s[0], targets) + cross_entropy(s[1], targets),
             kd=lambda: multi_level_loss(s, t, self.temperatures, self.levels),

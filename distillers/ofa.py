@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
-from kdzoo.connectors import check_stages
+from kdzoo.connectors import check_stages, stage_projector
 from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, true_class
 
@@ -18,27 +18,9 @@ def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, eps: float, tempe
     return -(raised * log_p).sum(dim=1).mean()
 
 
-def separable(inputs: int, outputs: int) -> list[nn.Module]:
-    """Make two depthwise separable 3x3 convolutions with batch norm and ReLU; the first halves the grid."""
-    layers: list[nn.Module] = []
-    for stride, width in ((2, inputs), (1, outputs)):
-        layers += [
-            nn.Conv2d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False),
-            nn.Conv2d(inputs, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-    return layers
-
-
 def projector(inputs: int, halvings: int, width: int, classes: int) -> nn.Sequential:
-    """Make a classifier (B, inputs, H, W) -> (B, classes); widths double at each halving and end in ``width``."""
-    layers: list[nn.Module] = []
-    for step in range(halvings):
-        layers += separable(inputs << step, width if step == halvings - 1 else inputs << (step + 1))
-    if not halvings:
-        layers.append(nn.Conv2d(inputs, width, 1))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    """Make a classifier (B, inputs, H, W) -> (B, classes) whose last layer reads ``width`` numbers."""
+    return nn.Sequential(*stage_projector(inputs, halvings, width), nn.Linear(width, classes))
 
 
 class OFA(Distiller):

@@ -183,3 +183,31 @@ class Wavelets(nn.Module):
 
     def _matrices(self, name: str) -> list[Tensor]:
         return [self.get_buffer(f"{name}{step}") for step in range(self.level)]
+
+
+def separable(inputs: int, outputs: int) -> list[nn.Module]:
+    """Make two depthwise separable 3x3 convolutions with batch norm and ReLU; the first halves the grid."""
+    layers: list[nn.Module] = []
+    for stride, width in ((2, inputs), (1, outputs)):
+        layers += [
+            nn.Conv2d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False),
+            nn.Conv2d(inputs, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+    return layers
+
+
+def stage_projector(inputs: int, halvings: int, width: int) -> nn.Sequential:
+    """Make a module that summarises a stage's map in one vector: (B, inputs, H, W) -> (B, width).
+
+    Each halving of the grid is a pair of separable convolutions that doubles the channels, and the last ends in
+    ``width``; without one it is a 1x1 convolution. The mean over positions follows. Source: ``distillers/ofa.py`` of
+    Hao840/OFAKD.
+    """
+    layers: list[nn.Module] = []
+    for step in range(halvings):
+        layers += separable(inputs << step, width if step == halvings - 1 else inputs << (step + 1))
+    if not halvings:
+        layers.append(nn.Conv2d(inputs, width, 1))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

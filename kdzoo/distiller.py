@@ -66,6 +66,11 @@ class Batch(NamedTuple):
             torch.tensor(progress, device=images.device),
         )
 
+    @property
+    def view_targets(self) -> Tensor:
+        """The targets of the views, which are never mixed: (B, K)."""
+        return self.targets if self.partner is None else F.one_hot(self.labels, self.targets.shape[1])
+
 
 class Show(NamedTuple):
     """The outputs that a network is asked for, besides logits and embedding.

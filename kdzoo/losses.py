@@ -87,3 +87,30 @@ def dist_loss(student: Tensor, teacher: Tensor, inter: float, intra: float, temp
     p_s, p_t = ((full_precision(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
     both = inter * pearson_distance(p_s, p_t) + intra * pearson_distance(p_s.mT, p_t.mT)
     return temperature**2 * both
+
+
+def row_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute KL(softmax(teacher) || softmax(student)) of logits (B, K), row by row: (B,)."""
+    log_s, log_t = (F.log_softmax(full_precision(logits), dim=1) for logits in (student, teacher))
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
+
+
+def class_or_rest(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Compute log(p, 1 - p) of each row's ``chosen`` class: logits (B, K), mask (B, K) bool -> (B, 2).
+
+    1 - p is summed over the other classes, so that it is right also where p rounds to 1.
+    """
+    log_p = F.log_softmax(full_precision(logits), dim=1)
+    of_chosen = log_p.masked_fill(~chosen, 0).sum(dim=1)
+    of_others = log_p.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
+    return torch.stack([of_chosen, of_others], dim=1)
+
+
+def other_classes_loss(student: Tensor, teacher: Tensor, dropped: Tensor, temperature: float) -> Tensor:
+    """Compute T^2 KL between the distributions over the classes that are not ``dropped``, mean over B.
+
+    Logits (B, K), mask (B, K) bool. A row with one class left, or none, adds 0.
+    """
+    far = -1e9  # no probability; and finite, so that a row without classes is uniform on both sides
+    kept = [(full_precision(logits) / temperature).masked_fill(dropped, far) for logits in (student, teacher)]
+    return row_kl(*kept).mean() * temperature**2

@@ -11,7 +11,16 @@ from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from kdzoo.losses import centred_mse, cross_entropy, info_nce, softened_kl, standardised
+from kdzoo.losses import (
+    centred_mse,
+    class_or_rest,
+    cross_entropy,
+    info_nce,
+    other_classes_loss,
+    row_kl,
+    softened_kl,
+    standardised,
+)
 from kdzoo.tensors import all_sum, gather
 
 
@@ -113,6 +122,44 @@ def test_info_nce_with_all_negatives_masked_is_zero():
     assert info_nce(STUDENT, TEACHER, 0.1, torch.ones(6, 6, dtype=torch.bool)) == 0
 
 
+def test_row_kl_is_the_divergence_of_each_row_from_teacher_to_student():
+    p_t, p_s = (softmax(z.numpy(), axis=1) for z in (TEACHER, STUDENT))
+    np.testing.assert_allclose(row_kl(STUDENT, TEACHER).numpy(), rel_entr(p_t, p_s).sum(axis=1), rtol=1e-9)
+    assert not np.allclose(row_kl(TEACHER, STUDENT).numpy(), rel_entr(p_t, p_s).sum(axis=1), rtol=1e-3)
+
+
+def test_class_or_rest_is_a_classs_probability_and_what_is_left_also_where_that_rounds_to_0():
+    chosen = torch.arange(5) == torch.tensor([0, 1, 2, 3, 4, 0])[:, None]
+    p = softmax(STUDENT.numpy(), axis=1)[chosen.numpy()]
+    np.testing.assert_allclose(class_or_rest(STUDENT, chosen).exp().numpy(), np.stack([p, 1 - p], axis=1), rtol=1e-9)
+    sure = torch.tensor([[60.0, 0.0, 0.0]])
+    assert (1 - sure.softmax(dim=1)[0, 0]).log().isinf()
+    assert class_or_rest(sure, sure > 0)[0, 1].item() == pytest.approx(np.log(2) - 60)
+
+
+def test_other_classes_loss_compares_the_classes_that_are_kept_and_no_others():
+    dropped = STUDENT > 0.5
+    assert dropped.any(dim=1).all()
+    rows = []
+    for s, t, gone in zip(STUDENT.numpy(), TEACHER.numpy(), dropped.numpy(), strict=True):
+        s, t = (np.exp(z[~gone] / 2) for z in (s, t))
+        rows.append(rel_entr(t / t.sum(), s / s.sum()).sum())
+    found = other_classes_loss(STUDENT, TEACHER, dropped, 2.0).item()
+    assert found == pytest.approx(4 * np.mean(rows), rel=1e-9)
+    assert other_classes_loss(STUDENT + 3 * dropped, TEACHER - 2 * dropped, dropped, 2.0).item() == pytest.approx(found)
+    assert found != pytest.approx(softened_kl(STUDENT, TEACHER, 2.0).item(), rel=1e-2)
+
+
+def test_other_classes_loss_is_0_for_rows_with_one_class_or_none():
+    student = STUDENT.clone().requires_grad_()
+    for dropped in (torch.ones(6, 5, dtype=torch.bool), torch.arange(5).expand(6, 5) > 0):
+        loss = other_classes_loss(student, TEACHER, dropped, 2.0)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss.item() == 0
+        assert not gradient.any()
+    assert other_classes_loss(student, TEACHER, torch.arange(5).expand(6, 5) > 1, 2.0).item() > 0
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -120,8 +167,11 @@ def test_info_nce_with_all_negatives_masked_is_zero():
         lambda s, t: softened_kl(s, t, 3.0),
         centred_mse,
         lambda s, t: info_nce(s, t, 0.5),
+        row_kl,
+        lambda s, t: class_or_rest(s, t > 1),
+        lambda s, t: other_classes_loss(s, t, t > 1, 2.0),
     ],
-    ids=["cross_entropy", "softened_kl", "centred_mse", "info_nce"],
+    ids=["cross_entropy", "softened_kl", "centred_mse", "info_nce", "row_kl", "class_or_rest", "other_classes_loss"],
 )
 def test_gradients_are_those_of_the_values_and_half_precision_is_left_behind(loss):
     assert torch.autograd.gradcheck(lambda s: loss(s, TEACHER), (STUDENT.clone().requires_grad_(),))

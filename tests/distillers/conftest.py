@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdzoo import Batch, DataSpec, Output
+from kdzoo import Batch, DataSpec, Distiller, Output
 
 Grids = Sequence[tuple[int, int, int]]  # channels, height, width of each stage
 STUDENT: Grids = ((4, 8, 8), (6, 6, 6), (8, 4, 4), (10, 2, 2))
@@ -77,3 +77,26 @@ def batch() -> Callable[..., Batch]:
         return Batch.of(torch.zeros(6, 3, 2, 2), labels, classes)
 
     return build
+
+
+@pytest.fixture
+def logits(waves: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Logits of 6 images in float64, by a closed form."""
+
+    def build(phase: float = 0.0, classes: int = 10) -> Tensor:
+        return 2 * waves(6, classes, phase=phase, dtype=torch.float64)
+
+    return build
+
+
+@pytest.fixture
+def terms_of(data: Callable[..., DataSpec], batch: Callable[..., Batch]) -> Callable[..., dict[str, Tensor]]:
+    """The loss terms of a method that reads logits alone, halfway through training or where ``progress`` says."""
+
+    def compute(method: Distiller, student: Tensor, teacher: Tensor, **changed: Tensor) -> dict[str, Tensor]:
+        outputs = [Output(rows, torch.zeros(len(rows), 3)) for rows in (student, teacher)]
+        classes = student.shape[1]
+        given = batch(classes)._replace(**{"progress": torch.tensor(0.5), **changed})
+        return method.assemble(*outputs, data(classes)).loss(*outputs, given)
+
+    return compute
