@@ -1,5 +1,7 @@
 """Losses that several methods share: pure functions of tensors, computed in float32 or better."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,3 +70,9 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, mask: Tensor | N
         others = torch.arange(len(keys), device=keys.device) != positives[:, None]
         logits = logits.masked_fill(mask & others, -torch.inf)
     return F.cross_entropy(logits, positives)
+
+
+def doubling_sum(losses: Sequence[Tensor]) -> Tensor:
+    """Sum the losses of stages, shallow to deep, each with twice the weight of the one before it; the last counts 1."""
+    weights = [0.5**depth for depth in reversed(range(len(losses)))]
+    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()

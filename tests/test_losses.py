@@ -11,7 +11,7 @@ from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from kdzoo.losses import centred_mse, cross_entropy, info_nce, softened_kl, standardised
+from kdzoo.losses import centred_mse, cross_entropy, doubling_sum, info_nce, softened_kl, standardised
 from kdzoo.tensors import all_sum, gather
 
 
@@ -157,3 +157,8 @@ def test_two_ranks_see_each_other_own_rows_first_and_own_gradient_only(tmp_path:
 
 if __name__ == "__main__":
     in_two_ranks(int(sys.argv[1]), sys.argv[2])
+
+
+def test_each_stage_counts_twice_as_much_as_the_one_before_it():
+    assert doubling_sum([torch.tensor(value) for value in (4.0, 10.0, 3.0)]) == 4 / 4 + 10 / 2 + 3
+    assert doubling_sum([torch.tensor(5.0)]) == 5
