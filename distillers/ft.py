@@ -49,13 +49,13 @@ class FT(Distiller):
     width, is the encoder of an auto-encoder that learns before training, on the teacher alone, to restore its map by
     absolute errors; then it is frozen. The translator T is made as P is, from the student's width.
 
-    Differs from the authors' code: the teacher's map of each image is first divided by its root mean square, since with
-    their learning rate the auto-encoder of maps of size 30 and more diverges; and where the grids differ, the larger
-    factors are average-pooled to the smaller height and width.
+    Differs from the authors' code: the teacher's map of each image is first divided by its root mean square, since
+    with their learning rate the auto-encoder of maps of size 30 and more diverges; and where the grids differ, the
+    larger factors are average-pooled to the smaller height and width.
 
-    RepDistiller's version, ``form="spatial"`` with a weight of 200, compares the mean square over channels, which the paper does not,
-    gives T batch norm, and trains the auto-encoder by squared errors for 30 epochs; here it is trained as the authors
-    do in both forms.
+    RepDistiller's version, ``form="spatial"`` with a weight of 200, compares the mean square over channels, which the
+    paper does not, gives T batch norm, and trains the auto-encoder by squared errors for 30 epochs; here it is trained
+    as the authors do in both forms.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
