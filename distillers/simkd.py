@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output, Show
-from kdzoo.connectors import CommonGrid, Pool, check_stages
+from kdzoo.connectors import CommonGrid, Pool, TeachersClassifier, check_stages
 from kdzoo.distiller import LOGITS
 from kdzoo.errors import UserError
 
@@ -101,22 +101,14 @@ class SimKD(Distiller):
         self.projector = Projector(f_s.shape[1], width, width // self.factor, self.grid.student)
         self.same_width = f_t.shape[1] == width
         self.register_buffer("pooled", torch.tensor(False))
-        self.head = nn.Linear(width, data.num_classes).requires_grad_(False)
-        for parameter in self.head.parameters():
-            nn.init.constant_(parameter, torch.nan)  # so that no one takes it for the teacher's before it is
+        self.head = TeachersClassifier(width, data.num_classes)
 
     @torch.no_grad()
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """Copy the teacher's classifier, and check one batch of its outputs."""
         if not self.is_active:
             return
-        classifier = teacher.classifier
-        if classifier is None:
-            raise UserError(
-                "simkd reuses a linear classifier, but the teacher has none; choose another teacher or method"
-            )
-        self.head.weight.copy_(classifier.weight)
-        self.head.bias.copy_(torch.zeros_like(self.head.bias) if classifier.bias is None else classifier.bias)
+        self.head.copy_from(teacher)
         seen = teacher(next(iter(batches)).images)
         target = seen.embedding
         if self.same_width:

@@ -211,3 +211,49 @@ def stage_projector(inputs: int, halvings: int, width: int) -> nn.Sequential:
     if not halvings:
         layers.append(nn.Conv2d(inputs, width, 1))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def connector(inputs: int, outputs: int, kernel: int = 1) -> nn.Sequential:
+    """Make a convolution and batch norm that bring maps to another width, with He's initialisation by fan-out."""
+    conv, norm = conv_batch_norm(inputs, outputs, kernel)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+    return nn.Sequential(conv, norm)
+
+
+def before_relu(student: Output, teacher: Output) -> tuple[Output, Output]:
+    """Return both outputs with the maps before the last ReLU of each stage as their features.
+
+    Raises:
+        UserError: a network does not show them.
+    """
+    for role, output in (("student", student), ("teacher", teacher)):
+        if not output.preactivations:
+            raise UserError(
+                f"this method compares maps before the last ReLU of a stage, and the {role} does not show them; let "
+                f"its stages end in torch.nn.ReLU, or choose another {role} or method"
+            )
+    return student._replace(features=student.preactivations), teacher._replace(features=teacher.preactivations)
+
+
+class TeachersClassifier(nn.Linear):
+    """A frozen linear layer, (B, width) -> (B, classes), that ``copy_from`` fills with the teacher's classifier."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__(width, classes)
+        for parameter in self.requires_grad_(False).parameters():
+            nn.init.constant_(parameter, torch.nan)  # so that no one takes it for the teacher's before it is
+
+    @torch.no_grad()
+    def copy_from(self, teacher: NetworkView) -> None:
+        """Copy the weights of the teacher's classifier.
+
+        Raises:
+            UserError: the teacher's classifier is not linear.
+        """
+        classifier = teacher.classifier
+        if classifier is None:
+            raise UserError(
+                "this method reuses a linear classifier, but the teacher has none; choose another teacher or method"
+            )
+        self.weight.copy_(classifier.weight)
+        self.bias.copy_(torch.zeros_like(self.bias) if classifier.bias is None else classifier.bias)

@@ -1,5 +1,7 @@
 """Losses that several methods share: pure functions of tensors, computed in float32 or better."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -114,3 +116,9 @@ def other_classes_loss(student: Tensor, teacher: Tensor, dropped: Tensor, temper
     far = -1e9  # no probability; and finite, so that a row without classes is uniform on both sides
     kept = [(full_precision(logits) / temperature).masked_fill(dropped, far) for logits in (student, teacher)]
     return row_kl(*kept).mean() * temperature**2
+
+
+def doubling_sum(losses: Sequence[Tensor]) -> Tensor:
+    """Sum the losses of stages, shallow to deep, each with twice the weight of the one before it; the last counts 1."""
+    weights = [0.5**depth for depth in reversed(range(len(losses)))]
+    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()

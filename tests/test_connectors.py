@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import Output
-from kdzoo.connectors import CommonGrid, CommonGrids, Pool, conv_batch_norm
+from kdzoo.connectors import CommonGrid, CommonGrids, Pool, TeachersClassifier, before_relu, connector, conv_batch_norm
+from kdzoo.distiller import NetworkView
 from kdzoo.errors import UserError
 
 
@@ -79,3 +80,32 @@ def test_common_grids_pool_the_stages_asked_for_in_their_order():
 def test_common_grids_are_of_distinct_stages_of_both_networks(stages):
     with pytest.raises(UserError, match="expected distinct numbers from 0 to 1"):
         CommonGrids(shown((8, 8), (4, 4), (2, 2)), shown((8, 8), (4, 4)), stages)
+
+
+def test_a_connector_gives_rectified_maps_the_variance_they_came_with():
+    torch.manual_seed(0)
+    convolution, norm = connector(64, 256, kernel=3)
+    assert convolution.weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
+    assert connector(6, 4)(torch.randn(5, 6, 3, 2)).shape == (5, 4, 3, 2)
+    assert convolution.bias is None
+    assert norm.num_features == 256
+
+
+def test_maps_before_the_relu_take_the_place_of_features():
+    first, second = (Output(torch.zeros(1, 2), torch.zeros(1, 3), (a,), (b,)) for a, b in ("ab", "cd"))
+    assert [output.features for output in before_relu(first, second)] == [("b",), ("d",)]
+    with pytest.raises(UserError, match="the teacher does not show them"):
+        before_relu(first, second._replace(preactivations=()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_teachers_classifier_is_a_frozen_copy(bias):
+    copied, network = TeachersClassifier(3, 2), nn.Module()
+    assert all(parameter.isnan().all() and not parameter.requires_grad for parameter in copied.parameters())
+    network.classifier = nn.Linear(3, 2, bias=bias)
+    copied.copy_from(NetworkView(network))
+    embedding = torch.randn(4, 3)
+    torch.testing.assert_close(copied(embedding), network.classifier(embedding))
+    network.classifier = nn.ReLU()
+    with pytest.raises(UserError, match="linear classifier"):
+        copied.copy_from(NetworkView(network))

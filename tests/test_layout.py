@@ -24,7 +24,7 @@ FLOORS = (
         "quantities",
     ),
     ("losses", "spectral", "distiller", "image_set", "registry"),
-    ("connectors", "models", "data", "datasets"),
+    ("connectors", "models", "data", "datasets", "phase"),
     ("distillation", "settings"),
     ("resolve",),
     ("naming", "toys"),

@@ -15,6 +15,7 @@ from kdzoo.losses import (
     centred_mse,
     class_or_rest,
     cross_entropy,
+    doubling_sum,
     info_nce,
     other_classes_loss,
     row_kl,
@@ -208,3 +209,8 @@ def test_two_ranks_see_each_other_own_rows_first_and_own_gradient_only(tmp_path:
 
 if __name__ == "__main__":
     in_two_ranks(int(sys.argv[1]), sys.argv[2])
+
+
+def test_each_stage_counts_twice_as_much_as_the_one_before_it():
+    assert doubling_sum([torch.tensor(value) for value in (4.0, 10.0, 3.0)]) == 4 / 4 + 10 / 2 + 3
+    assert doubling_sum([torch.tensor(5.0)]) == 5

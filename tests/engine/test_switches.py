@@ -204,6 +204,16 @@ def test_the_moving_average_is_what_ships_and_counts_its_batches(tmp_path, datas
     )
 
 
+def test_the_moving_average_begins_with_what_the_phase_before_training_left(tmp_path, dataset, teacher):
+    run = settings(tmp_path, "fsp", "protocol.ema=0.5", "distiller.epochs=1")
+    lane = lane_of(run, dataset, teacher, tmp_path)
+    before = [parameter.detach().clone() for parameter in lane.trained.student.parameters()]
+    lane.prepare(dataset.loader(run.settings.protocol, seed=0), None)
+    shipped, trained = (list(network.parameters()) for network in (lane.deployed(), lane.trained.student))
+    assert all(torch.equal(one, two) for one, two in zip(shipped, trained, strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(shipped, before, strict=True))
+
+
 def test_a_methods_weights_of_five_dimensions_are_no_hindrance(tmp_path, dataset, teacher):
     run = settings(tmp_path, "famkd")
     _, weights = after_a_step(run, dataset, teacher, tmp_path)
