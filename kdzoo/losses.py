@@ -68,3 +68,13 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, mask: Tensor | N
         others = torch.arange(len(keys), device=keys.device) != positives[:, None]
         logits = logits.masked_fill(mask & others, -torch.inf)
     return F.cross_entropy(logits, positives)
+
+
+def soft_target_loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """Compute -p_t[y] log p_s[y] of logits (B, K) and ``target`` (B, K) bool, mean over B.
+
+    Source: Yang et al. 2023, the true class's part of NKD.
+    """
+    certainty = teacher.softmax(dim=1)
+    log_p = F.log_softmax(student, dim=1)
+    return -(certainty * log_p).masked_fill(~target, 0).sum(dim=1).mean()
