@@ -10,24 +10,9 @@ from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
 from kdzoo.connectors import CommonGrid, check_stages, conv_batch_norm
 from kdzoo.keywords import one_of, positive, share
 from kdzoo.losses import cross_entropy, softened_kl, warm_up
-from kdzoo.spectral import high_pass
+from kdzoo.spectral import frequency_filter, high_pass
 
 LARGEST = 2**24  # complex weights of one stage, above which "auto" goes depthwise
-
-
-def frequency_filter(maps: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Mix each frequency of maps (B, I, H, W) over channels, or scale it, and mask it: (B, O, H, W).
-
-    Args:
-        weight: real and imaginary parts, (I, O, H, W, 2) to mix, or (I, H, W, 2) to scale each channel.
-        mask: (H, W) bool, unshifted.
-    """
-    mixing = torch.view_as_complex(weight) * mask
-    opposite = mixing.flip(-2, -1).roll((1, 1), (-2, -1)).conj()  # of the frequency with the other sign
-    half = ((mixing + opposite) / 2)[..., : maps.shape[-1] // 2 + 1]  # all that the real part of the result keeps
-    spectrum = torch.fft.rfft2(maps, norm="ortho")
-    mixed = torch.einsum("bihw,iohw->bohw", spectrum, half) if half.ndim == 4 else spectrum * half
-    return torch.fft.irfft2(mixed, maps.shape[-2:], norm="ortho")
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

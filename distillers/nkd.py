@@ -2,18 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdzoo import Batch, Distiller, Fidelity, Needs, Output
 from kdzoo.keywords import not_negative, positive
-from kdzoo.losses import cross_entropy, true_class
-
-
-def soft_target_loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Compute -p_t[y] log p_s[y] of logits (B, K) and ``target`` (B, K) bool, mean over B."""
-    certainty = teacher.softmax(dim=1)
-    log_p = F.log_softmax(student, dim=1)
-    return -(certainty * log_p).masked_fill(~target, 0).sum(dim=1).mean()
+from kdzoo.losses import cross_entropy, soft_target_loss, true_class
 
 
 def other_classes_entropy(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -13,30 +13,18 @@ from kdzoo.errors import UserError
 
 
 class Projector(nn.Module):
-    """A bottleneck of 1x1, 3x3 and 1x1 convolutions: (B, inputs, H, W) -> (B, outputs, *grid).
+    """Layers that make the teacher's map of the student's: (B, inputs, H, W) -> (B, outputs, *grid).
 
     Args:
-        inputs: channels of the student's map.
-        outputs: channels of what it becomes.
-        middle: channels in between.
+        layers: (B, inputs, *grid) -> (B, outputs, *grid).
         pool: from the student's grid to the one that is matched.
     """
 
     rectified: Tensor  # () bool: whether a ReLU ends it
 
-    def __init__(self, inputs: int, outputs: int, middle: int, pool: Pool):
+    def __init__(self, layers: nn.Module, pool: Pool):
         super().__init__()
-        self.pool = pool
-        self.layers = nn.Sequential(
-            nn.Conv2d(inputs, middle, 1, bias=False),
-            nn.BatchNorm2d(middle),
-            nn.ReLU(),
-            nn.Conv2d(middle, middle, 3, padding=1, bias=False),
-            nn.BatchNorm2d(middle),
-            nn.ReLU(),
-            nn.Conv2d(middle, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
+        self.pool, self.layers = pool, layers
         self.register_buffer("rectified", torch.tensor(False))
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -95,13 +83,27 @@ class SimKD(Distiller):
         (last,) = check_stages((len(student.features) - 1,), student, teacher)
         f_s, f_t = student.features[last], teacher.features[last]
         width = teacher.embedding.shape[1]
-        if not 1 <= self.factor <= width:
-            raise UserError(f"factor={self.factor}: expected a number from 1 to the teacher's width {width}")
         self.grid = CommonGrid(f_s, f_t)
-        self.projector = Projector(f_s.shape[1], width, width // self.factor, self.grid.student)
+        self.projector = Projector(self.layers(f_s.shape[1], width, self.grid.size), self.grid.student)
         self.same_width = f_t.shape[1] == width
         self.register_buffer("pooled", torch.tensor(False))
         self.head = TeachersClassifier(width, data.num_classes)
+
+    def layers(self, inputs: int, outputs: int, grid: tuple[int, int]) -> nn.Module:
+        """Make the projector but for its last ReLU: (B, inputs, *grid) -> (B, outputs, *grid)."""
+        if not 1 <= self.factor <= outputs:
+            raise UserError(f"factor={self.factor}: expected a number from 1 to the teacher's width {outputs}")
+        middle = outputs // self.factor
+        return nn.Sequential(
+            nn.Conv2d(inputs, middle, 1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(),
+            nn.Conv2d(middle, middle, 3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(),
+            nn.Conv2d(middle, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
 
     @torch.no_grad()
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:

@@ -122,3 +122,13 @@ def doubling_sum(losses: Sequence[Tensor]) -> Tensor:
     """Sum the losses of stages, shallow to deep, each with twice the weight of the one before it; the last counts 1."""
     weights = [0.5**depth for depth in reversed(range(len(losses)))]
     return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+
+
+def soft_target_loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """Compute -p_t[y] log p_s[y] of logits (B, K) and ``target`` (B, K) bool, mean over B.
+
+    Source: Yang et al. 2023, the true class's part of NKD.
+    """
+    certainty = full_precision(teacher).softmax(dim=1)
+    log_p = F.log_softmax(full_precision(student), dim=1)
+    return -(certainty * log_p).masked_fill(~target, 0).sum(dim=1).mean()

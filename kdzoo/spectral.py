@@ -310,3 +310,18 @@ def idwt2(content: Tensor, details: Sequence[Tensor], rows: Sequence[Tensor], co
         upper, lower = torch.cat([content, vertical], dim=-1), torch.cat([horizontal, diagonal], dim=-1)
         content = separable(torch.cat([upper, lower], dim=-2), row, column)
     return content
+
+
+def frequency_filter(maps: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Mix each frequency of maps (B, I, H, W) over channels, or scale it, and mask it: (B, O, H, W).
+
+    Args:
+        weight: real and imaginary parts, (I, O, H, W, 2) to mix, or (I, H, W, 2) to scale each channel.
+        mask: (H, W), unshifted, equal for each two opposite frequencies; multiplies every coefficient.
+    """
+    mixing = torch.view_as_complex(weight) * mask
+    opposite = mixing.flip(-2, -1).roll((1, 1), (-2, -1)).conj()  # of the frequency with the other sign
+    half = ((mixing + opposite) / 2)[..., : maps.shape[-1] // 2 + 1]  # all that the real part of the result keeps
+    spectrum = torch.fft.rfft2(maps, norm="ortho")
+    mixed = torch.einsum("bihw,iohw->bohw", spectrum, half) if half.ndim == 4 else spectrum * half
+    return torch.fft.irfft2(mixed, maps.shape[-2:], norm="ortho")

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from kdzoo.distillers.famkd import FAMKD, FrequencyAttention, Review, frequency_filter, local_attention
+from kdzoo.distillers.famkd import FAMKD, FrequencyAttention, Review, local_attention
 from torch.nn import functional as F
 
 from kdzoo.errors import UserError
-from kdzoo.spectral import high_pass
+from kdzoo.spectral import frequency_filter, high_pass
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 5), (1, 1)])

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from kdzoo.distillers.nkd import NKD, other_classes_entropy, soft_target_loss
+from kdzoo.distillers.nkd import NKD, other_classes_entropy
 
 from kdzoo import Batch, DataSpec, Output
 from kdzoo.errors import UserError
+from kdzoo.losses import soft_target_loss
 
 
 def logits(phase, classes=7, rows=5):
