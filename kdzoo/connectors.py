@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kdzoo.distiller import NetworkView, Output
 from kdzoo.errors import UserError
-from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis
+from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis, separable
 from kdzoo.tensors import full_precision
 
 
@@ -183,3 +183,28 @@ class Wavelets(nn.Module):
 
     def _matrices(self, name: str) -> list[Tensor]:
         return [self.get_buffer(f"{name}{step}") for step in range(self.level)]
+
+
+class Resize(nn.Module):
+    """Bring maps to another height and width, with a backward pass that is deterministic on every device.
+
+    (B, C, H, W) -> (B, C, *size): average pooling along a side that shrinks, and along one that grows copies, or means
+    of two neighbours where a cell lies over both.
+
+    Args:
+        grid: H and W.
+        size: height and width afterwards.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, grid: Sequence[int], size: Sequence[int]):
+        super().__init__()
+        self.same = tuple(grid) == tuple(size)
+        if not self.same:
+            self.register_buffer("rows", average_rows(grid[0], size[0]).float(), persistent=False)
+            self.register_buffer("columns", average_rows(grid[1], size[1]).float(), persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps if self.same else separable(maps, self.rows.to(maps.dtype), self.columns.to(maps.dtype))

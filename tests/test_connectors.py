@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import Output
-from kdzoo.connectors import CommonGrid, CommonGrids, Pool, conv_batch_norm
+from kdzoo.connectors import CommonGrid, CommonGrids, Pool, Resize, conv_batch_norm
 from kdzoo.errors import UserError
 
 
@@ -79,3 +79,14 @@ def test_common_grids_pool_the_stages_asked_for_in_their_order():
 def test_common_grids_are_of_distinct_stages_of_both_networks(stages):
     with pytest.raises(UserError, match="expected distinct numbers from 0 to 1"):
         CommonGrids(shown((8, 8), (4, 4), (2, 2)), shown((8, 8), (4, 4)), stages)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"), [((4, 4), (4, 4)), ((8, 6), (4, 3)), ((2, 3), (4, 6)), ((7, 5), (3, 8)), ((1, 1), (5, 3))]
+)
+def test_a_map_can_be_brought_to_any_grid_and_a_constant_stays_one(grid, size):
+    resize = Resize(grid, size)
+    assert torch.allclose(resize(torch.full((2, 3, *grid), 1.5)), torch.full((2, 3, *size), 1.5))
+    maps = torch.sin(torch.arange(6 * grid[0] * grid[1]).double()).view(2, 3, *grid)
+    assert torch.allclose(resize.double()(maps), F.adaptive_avg_pool2d(maps, size))
+    assert (resize(maps) is maps) == (grid == size)
