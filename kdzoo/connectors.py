@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kdzoo.distiller import NetworkView, Output
 from kdzoo.errors import UserError
-from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis
+from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis, separable
 from kdzoo.tensors import full_precision
 
 
@@ -185,7 +185,7 @@ class Wavelets(nn.Module):
         return [self.get_buffer(f"{name}{step}") for step in range(self.level)]
 
 
-def separable(inputs: int, outputs: int) -> list[nn.Module]:
+def separable_convolutions(inputs: int, outputs: int) -> list[nn.Module]:
     """Make two depthwise separable 3x3 convolutions with batch norm and ReLU; the first halves the grid."""
     layers: list[nn.Module] = []
     for stride, width in ((2, inputs), (1, outputs)):
@@ -207,7 +207,7 @@ def stage_projector(inputs: int, halvings: int, width: int) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     for step in range(halvings):
-        layers += separable(inputs << step, width if step == halvings - 1 else inputs << (step + 1))
+        layers += separable_convolutions(inputs << step, width if step == halvings - 1 else inputs << (step + 1))
     if not halvings:
         layers.append(nn.Conv2d(inputs, width, 1))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -257,3 +257,28 @@ class TeachersClassifier(nn.Linear):
             )
         self.weight.copy_(classifier.weight)
         self.bias.copy_(torch.zeros_like(self.bias) if classifier.bias is None else classifier.bias)
+
+
+class Resize(nn.Module):
+    """Bring maps to another height and width, with a backward pass that is deterministic on every device.
+
+    (B, C, H, W) -> (B, C, *size): average pooling along a side that shrinks, and along one that grows copies, or means
+    of two neighbours where a cell lies over both.
+
+    Args:
+        grid: H and W.
+        size: height and width afterwards.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, grid: Sequence[int], size: Sequence[int]):
+        super().__init__()
+        self.same = tuple(grid) == tuple(size)
+        if not self.same:
+            self.register_buffer("rows", average_rows(grid[0], size[0]).float(), persistent=False)
+            self.register_buffer("columns", average_rows(grid[1], size[1]).float(), persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps if self.same else separable(maps, self.rows.to(maps.dtype), self.columns.to(maps.dtype))

@@ -74,11 +74,14 @@ class Distillation(nn.Module):
         if not distiller.is_assembled:
             self._assemble(num_classes, labels, image_size, data)
         self.precision = precision
-        self._views = [NetworkView(self.student, distiller.needs.show("student"), precision=precision)]
+        needs = distiller.needs
+        stages = "student" in needs.stages
+        self._views = [NetworkView(self.student, needs.show("student"), precision=precision, stages=stages)]
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
-            show, grad = distiller.needs.show("teacher"), distiller.needs.teacher_grad
-            self._views.append(NetworkView(self.teacher, show, grad=grad, precision=precision, passes=passes))
+            show, grad, stages = needs.show("teacher"), needs.teacher_grad, "teacher" in needs.stages
+            view = NetworkView(self.teacher, show, grad=grad, precision=precision, passes=passes, stages=stages)
+            self._views.append(view)
 
     def _assemble(
         self, num_classes: int | None, labels: Tensor | None, image_size: int | None, data: DataSpec | None
@@ -98,6 +101,12 @@ class Distillation(nn.Module):
                 raise UserError(
                     f"{type(self.distiller).__name__} reads four stages of the {role}, and none were found ({why}); "
                     f"pass {role}.taps=[...], or taps=[...] to kdzoo.models.wrap: four submodules, shallow to deep"
+                )
+            why = getattr(network, "inseparable", "") if role in self.distiller.needs.stages else ""
+            if why:
+                raise UserError(
+                    f"{type(self.distiller).__name__} calls the {role}'s stages one by one, and this {role} cannot be "
+                    f"cut into them ({why}); choose another {role}, such as a ResNet, or another method"
                 )
         if data is None:
             if labels is None and self.distiller.needs.labels:

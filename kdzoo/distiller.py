@@ -1,7 +1,7 @@
 """The interface between a distillation method and everything else: batches, outputs, needs, the base class."""
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar, NamedTuple, Self
@@ -90,6 +90,7 @@ class Show(NamedTuple):
         return Show(*(one or another for one, another in zip(self, other, strict=True)))
 
 
+STAGES = 4  # of every network that shows features
 LOGITS, EVERYTHING = Show(features=False), Show(True, True, True)
 
 
@@ -125,6 +126,22 @@ class Output(NamedTuple):
         return Output(self.logits.float(), self.embedding.float(), features, before, final)
 
 
+class StageOutput(NamedTuple):
+    """What one stage of a network gives to the next.
+
+    Example:
+        >>> StageOutput(torch.zeros(8, 16, 4, 4)).prefix is None
+        True
+    """
+
+    maps: Tensor  # (B, C, H, W)
+    prefix: Tensor | None = None  # (B, P, C): class and register tokens beside the map, where a network has them
+
+    def float(self) -> "StageOutput":
+        """Convert both to float32."""
+        return StageOutput(self.maps.float(), None if self.prefix is None else self.prefix.float())
+
+
 class NetworkView:
     """A network as a method sees it: images (B, 3, H, W) in [0, 1] go in, an ``Output`` comes out.
 
@@ -136,6 +153,7 @@ class NetworkView:
         grad: whether gradients flow through the network; False for a frozen teacher.
         precision: what the network computes in; None for what holds where it is called.
         passes: makes the passes instead of ``network`` itself, for networks that several methods share.
+        stages: whether its stages can be called one by one.
 
     Example:
         >>> view = NetworkView(kdzoo.models.wrap(cnn, image_size=32, num_classes=10), Show(features=True))
@@ -154,14 +172,63 @@ class NetworkView:
         grad: bool = True,
         precision: Precision | None = None,
         passes: Callable[[Tensor, Show], Output] | None = None,
+        stages: bool = False,
     ):
         self.network, self.show, self.grad, self.precision = network, show, grad, precision
-        self.passes = passes or network
+        self.passes, self.stages = passes or network, stages
 
     def __call__(self, images: Tensor) -> Output:
-        inside = nullcontext() if self.precision is None else autocast(images.device.type, self.precision)
-        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()), inside:
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()), self._autocast(images):
             return self.passes(images, self.show).float()
+
+    def _autocast(self, like: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self.precision is None else autocast(like.device.type, self.precision)
+
+    @contextmanager
+    def _at_stages(self, like: Tensor) -> Iterator[None]:
+        """Batch norms in training mode use the batch's statistics inside, and leave the running ones as they are.
+
+        What passes may be another network's. Running statistics apart for it would never be read, as no student is
+        measured or shipped with another network's maps.
+        """
+        assert self.stages, "needs.stages names the networks whose stages are called"
+        norms = [m for m in self.network.modules() if m.training and getattr(m, "track_running_stats", False)]
+        for norm in norms:
+            norm.track_running_stats = False  # type: ignore[assignment]  # torch's own switch
+        try:
+            with self._autocast(like):
+                yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True  # type: ignore[assignment]
+
+    def stage(self, number: int, maps: Tensor, prefix: Tensor | None = None) -> StageOutput:
+        """Run one stage, on maps of this network or of another. The method's needs name the network for this.
+
+        Gradients flow to the maps, through a frozen teacher too. Running statistics of batch norms stay as they are:
+        they are learned from the network's own images, in plain passes alone.
+
+        Args:
+            number: of the stage, from 0.
+            maps: (B, C, H, W), of the shape that the stage before gives; for stage 0 images (B, 3, H, W) in [0, 1].
+            prefix: (B, P, C), the tokens that the stage before gave beside its map. None puts the mean over the
+                map's positions in their place, where the network has such tokens.
+        """
+        with self._at_stages(maps):
+            return self.network.run_stage(number, maps, prefix)  # type: ignore[operator]  # checked when assembled
+
+    def run_from(self, number: int, maps: Tensor, prefix: Tensor | None = None) -> Output:
+        """Run the stages from this number on and then the classifier: ``features`` are the maps of those that ran.
+
+        The arguments are those of ``stage``; at a number of 4 only what follows the last stage runs.
+        """
+        features = []
+        for later in range(number, STAGES):
+            maps, prefix = self.stage(later, maps, prefix)
+            features.append(maps)
+        with self._at_stages(maps):
+            output = self.network.run_tail(maps, prefix)  # type: ignore[operator]  # checked when assembled
+        return output._replace(features=tuple(features))
 
     def classify(self, means: Tensor) -> Tensor:
         """Apply the network's own classifier to means (M, D') over parts of its final map: logits (M, K).
@@ -213,6 +280,7 @@ class Needs:
     teacher_grad: bool = False  # the graph is kept through the frozen teacher
     preactivations: tuple[str, ...] = ()  # whose features are shown before the last ReLU too: "student", "teacher"
     final: bool = False  # both networks' final maps, and that they classify means of parts of them
+    stages: tuple[str, ...] = ()  # whose stages are called one by one: "student", "teacher"
 
     def show(self, role: str) -> Show:
         """Return the outputs needed from the network in this role, "student" or "teacher"."""
@@ -267,7 +335,7 @@ class Distiller(nn.Module):
         self.is_active = any(weight for name, weight in weights.items() if name not in self.logit_terms)
         self.is_assembled = False
         if not self.is_active:
-            self.needs = replace(self.needs, features=False, labels=False, preactivations=(), final=False)
+            self.needs = replace(self.needs, features=False, labels=False, preactivations=(), final=False, stages=())
 
     def assemble(self, student: Output, teacher: Output, data: DataSpec) -> Self:
         """Build the method's modules for a pair of networks, if a term needs them, and return the method.

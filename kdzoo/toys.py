@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import EVERYTHING, LOGITS, Batch, DataSpec, Distiller, Output, Show
+from kdzoo.distiller import EVERYTHING, LOGITS, Batch, DataSpec, Distiller, Output, Show, StageOutput
 
 Terms = Mapping[str, Tensor]
 
@@ -81,6 +81,14 @@ class Toy(ToyNetwork):
         embedding = x.mean((2, 3))
         return Output(self.classifier(embedding), embedding, tuple(features), tuple(preactivations), x).only(show)
 
+    def run_stage(self, number: int, maps: Tensor, prefix: Tensor | None = None) -> StageOutput:
+        pooled = F.adaptive_avg_pool2d(F.gelu(self.stages[number](maps)), self.shape.grids[number])
+        return StageOutput(self.in_memory_layout(pooled).float())
+
+    def run_tail(self, maps: Tensor, prefix: Tensor | None = None) -> Output:
+        embedding = maps.mean((2, 3))
+        return Output(self.classifier(embedding), embedding).float()
+
     def in_memory_layout(self, maps: Tensor) -> Tensor:
         return maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if self.shape.tokens else maps
 
@@ -98,6 +106,12 @@ class Replay(ToyNetwork):
         picks = torch.arange(len(images)) % 4
         logits, *maps = (rows[picks] for rows in self.rows)
         return Output(logits, maps[-1].mean((2, 3)), tuple(maps), tuple(maps), maps[-1]).only(show)
+
+    def run_stage(self, number: int, maps: Tensor, prefix: Tensor | None = None) -> StageOutput:
+        return StageOutput(self(maps, EVERYTHING).features[number])
+
+    def run_tail(self, maps: Tensor, prefix: Tensor | None = None) -> Output:
+        return self(maps)
 
 
 class Absent(ToyNetwork):

@@ -6,7 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import Output
-from kdzoo.connectors import CommonGrid, CommonGrids, Pool, TeachersClassifier, before_relu, connector, conv_batch_norm
+from kdzoo.connectors import (
+    CommonGrid,
+    CommonGrids,
+    Pool,
+    Resize,
+    TeachersClassifier,
+    before_relu,
+    connector,
+    conv_batch_norm,
+)
 from kdzoo.distiller import NetworkView
 from kdzoo.errors import UserError
 
@@ -109,3 +118,14 @@ def test_the_teachers_classifier_is_a_frozen_copy(bias):
     network.classifier = nn.ReLU()
     with pytest.raises(UserError, match="linear classifier"):
         copied.copy_from(NetworkView(network))
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"), [((4, 4), (4, 4)), ((8, 6), (4, 3)), ((2, 3), (4, 6)), ((7, 5), (3, 8)), ((1, 1), (5, 3))]
+)
+def test_a_map_can_be_brought_to_any_grid_and_a_constant_stays_one(grid, size):
+    resize = Resize(grid, size)
+    assert torch.allclose(resize(torch.full((2, 3, *grid), 1.5)), torch.full((2, 3, *size), 1.5))
+    maps = torch.sin(torch.arange(6 * grid[0] * grid[1]).double()).view(2, 3, *grid)
+    assert torch.allclose(resize.double()(maps), F.adaptive_avg_pool2d(maps, size))
+    assert (resize(maps) is maps) == (grid == size)

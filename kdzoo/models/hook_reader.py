@@ -109,6 +109,8 @@ class HookReader:
         CannotRead: no four stages were found, or nothing tells what the embedding is.
     """
 
+    trunk = "forward"
+
     def __init__(self, body: nn.Module, images: Tensor, taps: Sequence[str] | None = None):
         calls, self.classifier, embedding = _probe(body, images)
         if taps is None:
@@ -137,11 +139,23 @@ class HookReader:
 
         Logits (B, K), embedding (B, D), four maps (B, C, H, W) if ``features``, and the final map where there is one.
         """
-        logits = logits_in(body(images))
+        logits, embedding = self.tail(body, body(images))
         maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
-        embedding = maps[-1].mean((2, 3)) if self.classifier is None else self._embedding.take()
+        embedding = maps[-1].mean((2, 3)) if embedding is None else embedding
         final = None if self._final_layout is None else as_map(self._final.take(), self._final_layout)
         return Output(logits, embedding, maps if features else (), final=final)
+
+    def tail(self, body: nn.Module, output: Any) -> tuple[Any, Tensor | None]:
+        """Return logits (B, K) and embedding (B, D) of what the network returned last.
+
+        The embedding is None where it is the last map's mean.
+        """
+        return logits_in(output), self._embedding.take()
+
+    def forget(self) -> None:
+        """Drop what hooks have stored, after calls of submodules that no ``read`` follows."""
+        for slot in (*self._slots, self._final, self._embedding):
+            slot.take()
 
     def head(self, body: nn.Module, means: Tensor) -> Tensor:
         """Classify means (M, D) over parts of the final map: logits (M, K). The network must have a final map."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.distiller import LOGITS, Output, Show
+from kdzoo.distiller import LOGITS, Output, Show, StageOutput
 from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.models.hook_reader import HookReader
 from kdzoo.models.maps import FAILURES, CannotRead, logits_in
 from kdzoo.models.preactivations import Preactivations
+from kdzoo.models.stages import Stages
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
 
 PROBE_BATCH = 2
@@ -70,6 +71,7 @@ class Network(nn.Module):
         with _undisturbed(self):
             self._reader = _reader(body, self._probe(), taps)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
+        self._stages: Stages | None = None  # found when first asked for
 
     def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         """Compute logits and embedding, and the maps that ``show`` names where the network has them.
@@ -94,6 +96,34 @@ class Network(nn.Module):
         Only of networks that have a final map.
         """
         return self._reader.head(self.body, means)
+
+    @property
+    def inseparable(self) -> str:
+        """Why its stages cannot be called one by one; empty where they can."""
+        try:
+            self._separate()
+        except FAILURES as error:
+            if is_shortage(error):
+                raise
+            return told(error) if not isinstance(error, CannotRead) else str(error)
+        return ""
+
+    def run_stage(self, number: int, maps: Tensor, prefix: Tensor | None = None) -> StageOutput:
+        """Run one stage, on maps of this network or of another.
+
+        Args:
+            number: of the stage, from 0.
+            maps: (B, C, H, W), as the stage before gives them; for stage 0 images (B, 3, H, W) in [0, 1].
+            prefix: (B, P, C), the tokens that the stage before gave beside its map. None puts the mean over the
+                map's positions in their place.
+        """
+        stages = self._stages_for(maps)
+        maps = maps if number else self._prepared(maps)
+        return stages.run(self.body, self._reader, number, maps, prefix).float()
+
+    def run_tail(self, maps: Tensor, prefix: Tensor | None = None) -> Output:
+        """Compute logits and embedding of the last stage's maps, of this network or of another."""
+        return self._stages_for(maps).tail(self.body, self._reader, maps, prefix).float()
 
     @property
     def classifier(self) -> nn.Linear | None:
@@ -144,6 +174,21 @@ class Network(nn.Module):
         before = features if self._before.known else ()  # each has its feature's shape
         final = None if seen.final is None else seen.final.to("meta")
         return Output(seen.logits.to("meta"), seen.embedding.to("meta"), features, before, final).float()
+
+    def _separate(self) -> Stages:
+        """Find the stages as functions, once; CannotRead says why they are none."""
+        if self._stages is None:
+            with _undisturbed(self):
+                self._stages = Stages(self.body, self._reader, self._probe())
+        return self._stages
+
+    def _stages_for(self, maps: Tensor) -> Stages:
+        """Return the stages, which know in which form they give maps where ``maps`` are; the first call finds out."""
+        stages = self._separate()
+        if not stages.knows_forms(maps):
+            with _undisturbed(self):
+                stages.learn_forms(self.body, self._reader, self._probe())
+        return stages
 
     def _prepared(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)

@@ -35,6 +35,8 @@ class TimmReader:
         CannotRead: fewer than four intermediate maps.
     """
 
+    trunk = "forward_features"
+
     def __init__(self, body: Any, images: Tensor):
         final, maps = body.forward_intermediates(images, output_fmt="NCHW")
         grids = {m.shape[2:] for m in maps}
@@ -119,12 +121,21 @@ class TimmReader:
         if self._stem_layout is not None:
             stem = as_map(self._stem.take(), self._stem_layout)
             maps = [stem, *maps] if features else []
+        logits, embedding = self.tail(body, final)
+        last = None if self._final is None else as_map(final, self._final)
+        return Output(logits, embedding, tuple(maps), final=last)
+
+    def tail(self, body: Any, final: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute logits (B, K) and embedding (B, D) of what ``forward_features`` gives."""
         embedding = body.forward_head(final, pre_logits=True)
         if self.classifier is not None:
-            last = None if self._final is None else as_map(final, self._final)
-            return Output(body.get_classifier()(embedding), embedding, tuple(maps), final=last)
+            return body.get_classifier()(embedding), embedding
         pooled = embedding if embedding.ndim == 2 else embedding.flatten(2).mean(2)
-        return Output(logits_in(body.forward_head(final)), pooled, tuple(maps))
+        return logits_in(body.forward_head(final)), pooled
+
+    def forget(self) -> None:
+        """Drop what hooks have stored, after calls of submodules that no ``read`` follows."""
+        self._stem.take()
 
     def head(self, body: Any, means: Tensor) -> Tensor:
         """Classify means (M, D') over parts of the final map: logits (M, K). The network must have a final map."""
