@@ -62,3 +62,10 @@ def test_the_suites_on_frequency_ask_only_for_what_there_is(name):
     options = {str(data.options): data for data in (run.settings.data for run in runs) if data.name == "bands"}
     for data in options.values():
         assert open_dataset(data.name, options={**data.options, "train": 1, "test": 1}).spec.num_classes == 8
+
+
+def test_every_method_that_another_library_has_is_here():
+    text = (DOCS[0].parent / "methods.md").read_text(encoding="utf-8").partition("## Coming from another library")[2]
+    named = set(re.findall("`([a-z0-9]+)`", text))
+    assert len(named) > 20
+    assert named <= set(registry.names())
