@@ -44,8 +44,9 @@ def sample_contrast(student: Tensor, teacher: Tensor, tau: float, mask: Tensor |
 
 def feature_contrast(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     """Contrast the channels of maps (B, C, N): over all windows, each correlates with its own and no other."""
-    channels = (maps.transpose(0, 1).flatten(1) for maps in (student, teacher))
-    return info_nce(*(F.normalize(c - c.mean(dim=1, keepdim=True), eps=1e-6) for c in channels), tau)
+    centred = (maps - maps.mean(dim=(0, 2), keepdim=True) for maps in (student, teacher))
+    queries, keys = (F.normalize(maps.transpose(0, 1).flatten(1), eps=1e-6) for maps in centred)
+    return info_nce(queries, keys, tau)
 
 
 class MSDCRD(Distiller):

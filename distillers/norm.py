@@ -1,11 +1,8 @@
 """NORM: the student's last map, widened by a linear transform, holds the teacher's several times over."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output, Show
 from kdzoo.connectors import Pool, check_stages, conv_batch_norm
@@ -27,6 +24,17 @@ def n_to_one_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def scaled_logits(logits: Tensor, scale: float) -> Tensor:
     """Take logits (B, K) to mean 0 and variance ``scale``^2 over the classes; 0 leaves them as they are."""
     return standardised(logits, 1, 1e-7) * scale if scale else logits
+
+
+def affine(layers: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Return the matrix (O, I) and the offset (O,) of a 1x1 convolution and its batch norm in evaluation mode."""
+    conv, norm = layers
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale[:, None] * conv.weight.flatten(1), norm.bias - scale * norm.running_mean
 
 
 class Transformed(nn.Module):
@@ -147,10 +155,8 @@ class Norm(Distiller):
         """Join the student and its transform, folded into one linear layer."""
         if not self.is_active:
             return student
-        (widen, before), (narrow, after) = (copy.deepcopy(half).eval() for half in (self.widen, self.narrow))
-        one, two = fuse_conv_bn_eval(widen, before), fuse_conv_bn_eval(narrow, after)
-        first, second = (conv.weight.flatten(1) for conv in (one, two))
+        (first, offset), (second, shift) = affine(self.widen), affine(self.narrow)
         layer = nn.Linear(first.shape[1], len(second)).to(first)
         layer.weight.copy_(torch.eye(len(second)).to(first) + second @ first)
-        layer.bias.copy_(second @ one.bias + two.bias)
+        layer.bias.copy_(second @ offset + shift)
         return Transformed(student, layer, self.scale)
