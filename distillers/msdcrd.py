@@ -56,7 +56,7 @@ class MSDCRD(Distiller):
         + w_{feature} \operatorname{NCE}_{c}(v_s, v_t)\big)
 
     Windows of 1 / g of the sides of stage l slide over it by half a window and are averaged: (2 g - 1)^2 of them. Each
-    window n of image i is a sample of its own: u is its vector of channels, of length 1, and NCE is InfoNCE with the
+    window n of image i is one sample: u is its vector of channels, of length 1, and NCE is InfoNCE with the
     student's samples as queries, the teacher's same window as the positive and all other windows of the batch, on all
     ranks, as negatives. v is a channel over all windows of this rank's batch, centred and of length 1; its positive is
     the teacher's same channel. The student's channels go through a 1x1 convolution to the teacher's. Windows are no
