@@ -66,9 +66,10 @@ class Norm(Distiller):
     f_s is the map that the student averages and h its own classifier, f_t the teacher's last stage. A and B are 1x1
     convolutions with batch norm, from the student's channels to N times the teacher's and back, and are a part of the
     student: with h it sees f_s + B A f_s. Nothing bends between them, so what ships is the student and one linear
-    layer. p-bar is made of logits that are normalised over the classes and multiplied by ``scale``, in training and in
-    what ships; two classes would leave no gradient of that, so it takes three. r is 0.1, 0.5, 1, 0.5 and 0.1, and
-    changes after 10, 20, 180 and 210 of 240 parts of training. A f_s has N C_t H W numbers for each image.
+    layer, which the paper merges into the classifier; ours stays before it, as heads may begin with a norm. p-bar is
+    made of logits that are normalised over the classes and multiplied by ``scale``, in training and in what ships; two
+    classes would leave no gradient of that, so it takes three. r is 0.1, 0.5, 1, 0.5 and 0.1, and changes after 10, 20,
+    180 and 210 of 240 parts of training. A f_s has N C_t H W numbers for each image.
 
     Differs from the authors' code:
 
@@ -90,7 +91,7 @@ class Norm(Distiller):
     resnet32x4 to resnet8x4.
     """
 
-    paper = "https://openreview.net/forum?id=CRNwGauQpb6"
+    paper = "arXiv:2305.13803"
     fidelity = Fidelity.EXACT
     needs = Needs(final=True)
 
