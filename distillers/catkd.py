@@ -25,6 +25,11 @@ class CATKD(Distiller):
     averages, so at size 1 A is its logits. The paper draws a class's map before it is averaged; for a linear head both
     orders give the same. Defined where logits are made of the mean of a map; any other network raises a ``UserError``.
 
+    Differs from the authors' code:
+
+    - Their heads have no bias, and they leave out the teacher's when they convert it. Here A holds each head's bias,
+      the same number in every cell of a class.
+
     Args:
         ce: weight of the cross-entropy with the ground truth.
         cat: weight of the class activation maps.

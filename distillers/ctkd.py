@@ -35,7 +35,8 @@ class CTKD(Distiller):
         lowest: T_0, the least that the temperature can be.
         span: Delta, by how much it can rise above that.
         start: g at the beginning; 1 means T = 15.6.
-        warmup: share of training over which lambda rises.
+        warmup: share of training over which lambda rises; the authors' rises once an epoch, from the cosine's value at
+            1/10 in the first of 240, on average half an epoch ahead of ours.
 
     Source: Li et al. 2023; ``train_student.py``, ``helper/loops.py`` and ``scripts/run_cifar_distill.sh`` of
     zhengli97/CTKD.

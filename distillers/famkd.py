@@ -127,7 +127,8 @@ class FAMKD(Distiller):
         fam: weight of the features' term, a sum over stages and embedding.
         kd: weight of the distillation of logits.
         temperature: T of the distillation of logits.
-        warmup: over which share of training the features' term grows from 0.
+        warmup: over which share of training the features' term grows from 0; the authors' grows once an epoch, from
+            1/20 in the first of 240, on average half an epoch ahead of ours.
         cutoff: the highest frequency that the mask clears, in cycles per image; below 0 it clears none.
         mixing: "full"; "depthwise"; or "auto", by the number of weights.
         stages: which stages are matched, beside the embedding. The authors leave out the stem's map, which is the

@@ -28,7 +28,9 @@ def bands(embedding: Tensor, cut: float) -> tuple[Tensor, Tensor]:
 def direction_error(student: Tensor, teacher: Tensor, loose: bool) -> Tensor:
     """Compute the mean squared error of vectors (B, D) of length 1, or of sign(x) log(1 + |x|) of their numbers."""
     s, t = (F.normalize(vectors, eps=1e-6) for vectors in (student, teacher))
-    return F.mse_loss(*(x.sign() * x.abs().log1p() if loose else x for x in (s, t)))
+    if loose:
+        s, t = (x.sign() * x.abs().log1p() for x in (s, t))
+    return F.mse_loss(s, t)
 
 
 class FDCMKD(Distiller):
@@ -98,17 +100,18 @@ class FDCMKD(Distiller):
             return self.weigh(ce=lambda: cross_entropy(student.logits, batch.targets))
         low_s, high_s = bands(self.projector(student.embedding)[:, self.get_buffer("student_order")], self.cut)
         low_t, high_t = bands(teacher.embedding[:, self.get_buffer("teacher_order")], self.cut)
-        seen = {"low": (low_s, low_t), "high": (high_s, high_t)}
         return self.weigh(
             ce=lambda: cross_entropy(student.logits, batch.targets),
             low=lambda: direction_error(low_s, low_t, loose=False),
             high=lambda: direction_error(high_s, high_t, loose=True),
-            shared=lambda: self.classified("shared", seen, batch.targets),
-            own=lambda: self.classified("own", {"low": (low_s,), "high": (high_s,)}, batch.targets),
+            shared=lambda: (
+                self.classified("shared", (low_s, high_s), batch.targets)
+                + self.classified("shared", (low_t, high_t), batch.targets)
+            ),
+            own=lambda: self.classified("own", (low_s, high_s), batch.targets),
         )
 
-    def classified(self, kind: str, seen: dict[str, tuple[Tensor, ...]], targets: Tensor) -> Tensor:
-        """Sum the cross-entropies of the classifiers of this ``kind`` for vectors (B, D) by band: a scalar."""
-        heads = self.get_submodule(kind)
-        losses = [cross_entropy(heads.get_submodule(band)(v), targets) for band, vs in seen.items() for v in vs]
-        return torch.stack(losses).sum()
+    def classified(self, kind: str, seen: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        """Sum the cross-entropies of both classifiers of this ``kind``, for the low and the high band (B, D)."""
+        heads = (self.get_submodule(f"{kind}.{band}") for band in BANDS)
+        return torch.stack([cross_entropy(head(band), targets) for head, band in zip(heads, seen, strict=True)]).sum()

@@ -21,6 +21,8 @@ class FitNet(Distiller):
       student's first half by the hint alone and then distils logits.
     - Where the grids differ, the larger map is first average-pooled to the smaller height and width; the authors' and
       RepDistiller's code stretch or stride the connector instead, and have none for most pairs of unlike networks.
+    - RepDistiller's connector ends in a ReLU, with which the CIFAR-100 tables were made; ours does not unless ``relu``
+      is set.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.

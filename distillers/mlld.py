@@ -43,15 +43,22 @@ def multi_level_loss(
     teacher: Sequence[Tensor],
     temperatures: Sequence[float],
     levels: Sequence[str] = LEVELS,
+    published: bool = False,
 ) -> Tensor:
-    """Sum the losses of all levels and temperatures, for logits (B, K) of the weak and of the strong view."""
+    """Sum the losses of all levels and temperatures, for logits (B, K) of the weak and of the strong view.
+
+    ``published`` sums what the authors' code does: each mask is one number, the share that it keeps, and at
+    temperatures 2 and 6 the weak view stands for the strong one.
+    """
     certainty = teacher[0].softmax(dim=1)
-    images, classes = lower_half(certainty.amax(dim=1)), lower_half(certainty.sum(dim=0))
+    masks = [lower_half(certainty.amax(dim=1)), lower_half(certainty.sum(dim=0))]
+    images, classes = (mask.to(certainty.dtype).mean().expand(len(mask)) for mask in masks) if published else masks
     parts = []
     for temperature in temperatures:
-        weak = student[0], teacher[0], temperature
+        weak, strong = (student[0], teacher[0], temperature), (student[1], teacher[1], temperature)
         if "instance" in levels:
-            parts += [instance_loss(*weak, images), instance_loss(student[1], teacher[1], temperature)]
+            slips = published and temperature in (2.0, 6.0)
+            parts += [instance_loss(*weak, images), instance_loss(*(weak if slips else strong))]
         if "batch" in levels:
             parts.append(batch_loss(*weak, images))
         if "class" in levels:
@@ -74,16 +81,20 @@ class MLLD(Distiller):
     mask m keeps the images of whose class the teacher is less sure than the median, and the classes with less than
     the median of its probability.
 
-    The authors' code multiplies its masks with sums that are scalars already, so that they halve every term and
-    choose nothing, and takes the weak view for the strong one at T = 2 and 6; we mask rows and columns before the
-    sums and keep the strong view. It adds up the other two levels of the strong view and leaves them out of the
-    loss, and so do we.
+    Differs from the authors' code, with which their tables were made, unless ``published`` is set:
+
+    - It multiplies its masks with sums that are scalars already, so that they halve every term and choose nothing. We
+      mask rows and columns before the sums, as the text says.
+    - It takes the weak view for the strong one at T = 2 and 6. We keep the strong view.
+
+    It adds up the other two levels of the strong view and leaves them out of the loss, and so do we.
 
     Args:
         ce: weight of the cross-entropy with the ground truth, the sum of both views.
         kd: weight of all levels together.
         temperatures: every T of the sum.
         levels: which of "instance", "batch" and "class" count.
+        published: whether to compute what the authors' code does, for a comparison with their tables.
 
     Source: Jin, Wang and Lin 2023; ``mdistiller/distillers/KD_ours.py`` of Jin-Ying/Multi-Level-Logit-Distillation.
     """
@@ -99,10 +110,11 @@ class MLLD(Distiller):
         kd: float = 0.9,
         temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0),
         levels: tuple[str, ...] = LEVELS,
+        published: bool = False,
     ):
         super().__init__(ce=ce, kd=kd)
         self.temperatures = each(positive, temperatures=temperatures)
-        self.levels = each(one_of, LEVELS, levels=levels)
+        self.levels, self.published = each(one_of, LEVELS, levels=levels), published
 
     def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """Run both networks once for each view; ``loss`` gets the views one below the other."""
@@ -116,5 +128,5 @@ class MLLD(Distiller):
         targets = batch.view_targets
         return self.weigh(
             ce=lambda: cross_entropy(s[0], targets) + cross_entropy(s[1], targets),
-            kd=lambda: multi_level_loss(s, t, self.temperatures, self.levels),
+            kd=lambda: multi_level_loss(s, t, self.temperatures, self.levels, self.published),
         )

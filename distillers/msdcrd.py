@@ -44,8 +44,9 @@ def sample_contrast(student: Tensor, teacher: Tensor, tau: float, mask: Tensor |
 
 def feature_contrast(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     """Contrast the channels of maps (B, C, N): over all windows, each correlates with its own and no other."""
-    channels = (maps.transpose(0, 1).flatten(1) for maps in (student, teacher))
-    return info_nce(*(F.normalize(c - c.mean(dim=1, keepdim=True), eps=1e-6) for c in channels), tau)
+    centred = (maps - maps.mean(dim=(0, 2), keepdim=True) for maps in (student, teacher))
+    queries, keys = (F.normalize(maps.transpose(0, 1).flatten(1), eps=1e-6) for maps in centred)
+    return info_nce(queries, keys, tau)
 
 
 class MSDCRD(Distiller):
@@ -55,7 +56,7 @@ class MSDCRD(Distiller):
         + w_{feature} \operatorname{NCE}_{c}(v_s, v_t)\big)
 
     Windows of 1 / g of the sides of stage l slide over it by half a window and are averaged: (2 g - 1)^2 of them. Each
-    window n of image i is a sample of its own: u is its vector of channels, of length 1, and NCE is InfoNCE with the
+    window n of image i is one sample: u is its vector of channels, of length 1, and NCE is InfoNCE with the
     student's samples as queries, the teacher's same window as the positive and all other windows of the batch, on all
     ranks, as negatives. v is a channel over all windows of this rank's batch, centred and of length 1; its positive is
     the teacher's same channel. The student's channels go through a 1x1 convolution to the teacher's. Windows are no

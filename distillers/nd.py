@@ -39,7 +39,8 @@ class ND(Distiller):
         kd: weight of the distillation of logits; the authors take 1 (resnet56 to resnet20) to 4, and 3.5 for resnet32x4
             to resnet8x4.
         temperature: T of the distillation of logits.
-        warmup: share of training over which r rises.
+        warmup: share of training over which r rises; the authors' rises once an epoch, from 0 in the first of 240, on
+            average half an epoch behind ours.
         dropout: share of the student's numbers that P drops.
 
     Source: Wang et al. 2023; ``CIFAR/utils.py``, ``train_cifar_kd.py``, ``train_cifar.sh``,

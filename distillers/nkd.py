@@ -21,9 +21,8 @@ class NKD(Distiller):
         - \gamma T^2 \sum_{k \ne y} \hat p_t^k \log \hat p_s^k \Big)
 
     p^y is not softened; p-hat is softened by T and sums to 1 over all classes but the true one, which is the
-    largest of the batch's targets. With two classes p-hat is 1, so it takes three. One public version of the authors'
-    code keeps every class in the second part, by a mask that is true everywhere; we follow the paper and the corrected
-    code.
+    largest of the batch's targets. With two classes p-hat is 1, so it takes three. Before its last change, the authors'
+    file kept every class in the second part, by a mask that was true everywhere; we follow the corrected one.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -31,7 +30,7 @@ class NKD(Distiller):
         gamma: weight of the other classes inside it; the authors take 1.5 on ImageNet and 3.5 on CIFAR-100.
         temperature: T, which softens the other classes; the authors take 1 on ImageNet and 3 on CIFAR-100.
 
-    Source: Yang et al. 2023; ``mmcls/distillation/losses/nkd.py`` and ``configs/distillers`` of yzd-v/cls_KD.
+    Source: Yang et al. 2023; ``mmcls/models/dis_losses/nkd.py`` and ``configs/distillers`` of yzd-v/cls_KD.
     """
 
     paper = "arXiv:2303.13005"

@@ -1,11 +1,8 @@
 """NORM: the student's last map, widened by a linear transform, holds the teacher's several times over."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output, Show
 from kdzoo.connectors import Pool, check_stages, conv_batch_norm
@@ -27,6 +24,17 @@ def n_to_one_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def scaled_logits(logits: Tensor, scale: float) -> Tensor:
     """Take logits (B, K) to mean 0 and variance ``scale``^2 over the classes; 0 leaves them as they are."""
     return standardised(logits, 1, 1e-7) * scale if scale else logits
+
+
+def affine(layers: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Return the matrix (O, I) and the offset (O,) of a 1x1 convolution and its batch norm in evaluation mode."""
+    conv, norm = layers
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale[:, None] * conv.weight.flatten(1), norm.bias - scale * norm.running_mean
 
 
 class Transformed(nn.Module):
@@ -58,9 +66,10 @@ class Norm(Distiller):
     f_s is the map that the student averages and h its own classifier, f_t the teacher's last stage. A and B are 1x1
     convolutions with batch norm, from the student's channels to N times the teacher's and back, and are a part of the
     student: with h it sees f_s + B A f_s. Nothing bends between them, so what ships is the student and one linear
-    layer. p-bar is made of logits that are normalised over the classes and multiplied by ``scale``, in training and in
-    what ships; two classes would leave no gradient of that, so it takes three. r is 0.1, 0.5, 1, 0.5 and 0.1, and
-    changes after 10, 20, 180 and 210 of 240 parts of training. A f_s has N C_t H W numbers for each image.
+    layer, which the paper merges into the classifier; ours stays before it, as heads may begin with a norm. p-bar is
+    made of logits that are normalised over the classes and multiplied by ``scale``, in training and in what ships; two
+    classes would leave no gradient of that, so it takes three. r is 0.1, 0.5, 1, 0.5 and 0.1, and changes after 10, 20,
+    180 and 210 of 240 parts of training. A f_s has N C_t H W numbers for each image.
 
     Differs from the authors' code:
 
@@ -82,7 +91,7 @@ class Norm(Distiller):
     resnet32x4 to resnet8x4.
     """
 
-    paper = "https://openreview.net/forum?id=CRNwGauQpb6"
+    paper = "arXiv:2305.13803"
     fidelity = Fidelity.EXACT
     needs = Needs(final=True)
 
@@ -147,10 +156,8 @@ class Norm(Distiller):
         """Join the student and its transform, folded into one linear layer."""
         if not self.is_active:
             return student
-        (widen, before), (narrow, after) = (copy.deepcopy(half).eval() for half in (self.widen, self.narrow))
-        one, two = fuse_conv_bn_eval(widen, before), fuse_conv_bn_eval(narrow, after)
-        first, second = (conv.weight.flatten(1) for conv in (one, two))
+        (first, offset), (second, shift) = affine(self.widen), affine(self.narrow)
         layer = nn.Linear(first.shape[1], len(second)).to(first)
         layer.weight.copy_(torch.eye(len(second)).to(first) + second @ first)
-        layer.bias.copy_(second @ one.bias + two.bias)
+        layer.bias.copy_(second @ offset + shift)
         return Transformed(student, layer, self.scale)

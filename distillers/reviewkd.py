@@ -99,7 +99,8 @@ class ReviewKD(Distiller):
             1 (resnet110 to resnet32) to 5 (most) and 8 (resnet32x4 to ShuffleNetV2).
         stages: which stages are matched. The default leaves out the first, which is the stem's map where networks
             have three stages; the authors match all four of VGGs, MobileNetV2 and ResNet-50.
-        warmup: share of training over which r rises.
+        warmup: share of training over which r rises; the authors' rises once an epoch, from 0 in the first of 240, on
+            average half an epoch behind ours, and mdistiller's from 1/20, half an epoch ahead.
         preactivations: whose maps are taken before the last ReLU: "student", "teacher", both or none.
 
     Source: Chen et al. 2021; the authors' ``reviewkd.py``, ``resnet_cifar.py`` and ``wide_resnet_cifar.py`` in

@@ -80,8 +80,13 @@ class UFDKD(Distiller):
     P_a are two projectors: a 3x3 convolution, BN and ReLU, a position embedding, attention by learned queries of
     the teacher's grid, layer norm and a residual MLP.
 
-    The authors' DCT needs square maps and their heads a width of the teacher that is a multiple of 32; the mean
-    needs neither, and the number of heads here is the largest that gives each at least ``head_width`` channels.
+    Differs from the authors' code:
+
+    - Their projector today doubles the student's map by bilinear upsampling before it adds the position embedding.
+      Their own configuration, MobileNetV2 with 7x7 maps and 7x7 positions, does not run with it. Ours adds positions of
+      the student's own grid, without upsampling.
+    - Their DCT needs square maps and their heads a width of the teacher that is a multiple of 32. The mean needs
+      neither, and the number of heads here is the largest that gives each at least ``head_width`` channels.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.

@@ -135,7 +135,8 @@ class Wasserstein(Distiller):
         ratio: rho, weight of the means against the deviations.
         grid: g; the authors take 4 for pairs of unlike networks.
         stage: whose maps are compared.
-        decay: share of training after which both weights fall.
+        decay: share of training after which both weights fall; the authors' fall once an epoch, on average half an
+            epoch ahead of ours, and on ImageNet from the beginning.
 
     Source: Lv, Yang and Li 2024; ``mdistiller/distillers/WKD.py``, ``tools/generate_class_proto.py``,
     ``tools/generate_cost_matrix.py`` and ``configs/cifar100/wkd_lf`` of JiamingLv/WKD, resnet32x4 to resnet8x4.

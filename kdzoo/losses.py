@@ -49,7 +49,8 @@ def true_class(targets: Tensor) -> Tensor:
 def warm_up(progress: Tensor, share: float) -> Tensor:
     """Compute a factor that rises linearly from 0 to 1 over the first ``share`` of training and then stays 1.
 
-    ``progress`` () is the share of training that is done.
+    ``progress`` () is the share of training that is done. The code of papers changes such a factor once an epoch. If it
+    counts epochs from 1, it is half an epoch ahead of this line on average, and from 0 half an epoch behind.
     """
     return (progress / share).clamp(max=1) if share > 0 else torch.ones_like(progress)
 

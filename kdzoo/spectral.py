@@ -319,7 +319,7 @@ def frequency_filter(maps: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         weight: real and imaginary parts, (I, O, H, W, 2) to mix, or (I, H, W, 2) to scale each channel.
         mask: (H, W), unshifted, equal for each two opposite frequencies; multiplies every coefficient.
     """
-    mixing = torch.view_as_complex(weight) * mask
+    mixing = torch.view_as_complex(weight.contiguous()) * mask  # training may keep weights with channels last
     opposite = mixing.flip(-2, -1).roll((1, 1), (-2, -1)).conj()  # of the frequency with the other sign
     half = ((mixing + opposite) / 2)[..., : maps.shape[-1] // 2 + 1]  # all that the real part of the result keeps
     spectrum = torch.fft.rfft2(maps, norm="ortho")

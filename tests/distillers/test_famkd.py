@@ -32,6 +32,13 @@ def test_the_depthwise_filter_is_the_full_one_without_what_mixes(waves):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_the_filter_reads_weights_in_any_memory_format(waves):
+    maps, weight, mask = waves(2, 3, 7, 5), waves(3, 7, 5, 2), high_pass(7, 5, 1.0)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    assert last.stride() != weight.stride()
+    assert torch.equal(frequency_filter(maps, last, mask), frequency_filter(maps, weight, mask))
+
+
 @pytest.mark.parametrize("side", [2, 4, 7, 8, 14, 32])
 def test_the_mask_clears_the_mean_on_any_grid(side):
     attend = FrequencyAttention(3, (side, side), 1.0, "full")

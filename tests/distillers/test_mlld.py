@@ -59,6 +59,15 @@ def test_all_levels_and_temperatures_add_up(classes):
     assert multi_level_loss(student, teacher, TEMPERATURES).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_as_published_it_is_what_the_authors_code_gives():
+    steps = torch.arange(42, dtype=torch.float64)
+    z = [(torch.sin(1.7 * steps + p) + torch.cos(0.61 * steps * steps.sqrt() - p)).view(6, 7) for p in range(4)]
+    given = [z[0], z[1]], [2 * z[2], 2 * z[3]], TEMPERATURES
+    # Jin-Ying/Multi-Level-Logit-Distillation@5ee473f, KD_ours.forward_train: all terms but the cross-entropy, over 0.9
+    assert multi_level_loss(*given, published=True).item() == pytest.approx(24.352783192243958, rel=1e-6)
+    assert multi_level_loss(*given).item() != pytest.approx(24.352783192243958, rel=1e-4)
+
+
 def test_each_level_is_its_formula():
     student, teacher = logits(0.3), logits(1.1)
     rows, columns = torch.arange(6) % 2 == 0, torch.arange(7) % 3 == 0
