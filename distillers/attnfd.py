@@ -35,9 +35,11 @@ class Gates(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        gate = (self.channels(maps.mean(dim=(2, 3))) + self.channels(maps.amax(dim=(2, 3)))).sigmoid()
-        maps = maps * gate[:, :, None, None]
-        return maps * self.positions(torch.cat([maps.amax(dim=1, keepdim=True), maps.mean(dim=1, keepdim=True)], dim=1))
+        # Not amax, whose backward pass shares the gradient among equal numbers and takes several times as long.
+        gate = self.channels(maps.mean(dim=(2, 3))) + self.channels(maps.flatten(2).max(dim=2).values)
+        maps = maps * gate.sigmoid()[:, :, None, None]
+        highest, mean = maps.max(dim=1, keepdim=True).values, maps.mean(dim=1, keepdim=True)
+        return maps * self.positions(torch.cat([highest, mean], dim=1))
 
 
 def direction_loss(student: Tensor, teacher: Tensor) -> Tensor:

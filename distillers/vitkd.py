@@ -38,7 +38,7 @@ class ViTKD(Distiller):
     Differs from the authors' code, whose networks are all ViTs with the same tokens:
 
     - The shallow maps are those of two stages, which in a ViT end after a quarter and a half of the blocks; the authors
-      take the first two blocks.
+      take the first two blocks. The last map is as the last block leaves it; theirs has gone through the last norm.
     - Maps of any network fit. Where the grids of a stage differ, the larger map is average-pooled to the smaller
       height and width. No class token is read, as there.
 
