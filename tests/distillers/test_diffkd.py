@@ -153,9 +153,9 @@ def test_the_noise_of_known_features_can_be_learned(waves):
     assert np.mean(errors[-10:]) < 0.8 * np.mean(errors[:3])
 
 
-def test_half_the_teachers_channels_are_the_code_where_none_is_given(student, teacher, data):
+def test_twice_the_teachers_channels_are_the_code_where_none_is_given(student, teacher, data):
     method = DiffKD(channels=None).assemble(student, teacher, data())
-    assert method.encoder[0].weight.shape == (2, 5, 1, 1)
+    assert method.encoder[0].weight.shape == (10, 5, 1, 1)
 
 
 @pytest.mark.parametrize("constant", [0.0, 1.0])
