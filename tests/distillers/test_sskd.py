@@ -127,7 +127,7 @@ def found_partners(built, batches):
 def test_the_phase_before_training_teaches_the_teachers_head_and_leaves_it_frozen(data, epoch):
     shape = Output(torch.zeros(1, 10), torch.zeros(1, 16))
     torch.manual_seed(0)
-    built = SSKD(head_epochs=100).assemble(shape, shape, data())
+    built = SSKD(head_epochs=40).assemble(shape, shape, data())
     parameters, before = list(built.head_t.parameters()), found_partners(built, epoch)
     student = [value.clone() for value in built.head_s.parameters()]
     built.prepare(Corners(), Corners(), epoch)
