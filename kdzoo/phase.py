@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from kdzoo.distiller import Batch
 from kdzoo.tensors import all_sum
 
-
 LONGEST = 5.0  # length of all gradients together
 
 
