@@ -30,8 +30,8 @@ class AB(Distiller):
 
     f are the maps before the last ReLU of a stage; r is a 1x1 convolution to the teacher's width and batch norm, and
     nothing where the widths agree. For some epochs before training, the student up to its last map and r minimise the
-    first loss by SGD with a constant learning rate; then r is thrown away, and the student trains on L. These epochs
-    come on top of the training's.
+    first loss by SGD with a constant learning rate and gradients of a length of 5 at most; then r is thrown away, and
+    the student trains on L. These epochs come on top of the training's.
 
     The defaults are RepDistiller's but for a shorter phase. It trains on the ground truth alone after it; the authors'
     code for CIFAR-10 trains on the teacher's logits alone (``ce=0``, ``kd=1``, temperature 3, without the factor T^2).

@@ -44,7 +44,8 @@ class FSP(Distiller):
 
     G says how the maps of two following stages go together, the "flow of solution procedure". For some epochs before
     training, the student up to its last map minimises the first loss by SGD with a constant learning rate; then it
-    trains on L. These epochs come on top of the training's.
+    trains on L. These epochs come on top of the training's. G grows with the square of the maps, so gradients in that
+    phase are cut to a length of 5 together.
 
     The finer of both maps in G is average-pooled to the coarser, as in RepDistiller; the paper takes maxima. G must be
     of one shape for both networks: where the widths of a stage differ, a 1x1 convolution, trained in that phase and

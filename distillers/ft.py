@@ -23,11 +23,6 @@ def layers(widths: tuple[int, ...], back: bool = False, norm: bool = False) -> n
     return nn.Sequential(*modules)
 
 
-def scaled(maps: Tensor) -> Tensor:
-    """Divide the map of each image, (B, C, H, W) in all, by its root mean square."""
-    return maps / maps.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)
-
-
 def factor_loss(student: Tensor, teacher: Tensor, form: str) -> Tensor:
     """Average the absolute difference of factors (B, C, H, W), taken to length 1 for each image.
 
@@ -49,13 +44,12 @@ class FT(Distiller):
     width, is the encoder of an auto-encoder that learns before training, on the teacher alone, to restore its map by
     absolute errors; then it is frozen. The translator T is made as P is, from the student's width.
 
-    Differs from the authors' code: the teacher's map of each image is first divided by its root mean square, since
-    with their learning rate the auto-encoder of maps of size 30 and more diverges; and where the grids differ, the
-    larger factors are average-pooled to the smaller height and width.
+    Where the grids differ, the larger factors are average-pooled to the smaller height and width. Gradients before
+    training are cut to a length of 5 together, without which the auto-encoder of maps of size 30 and more diverged.
 
     RepDistiller's version, ``form="spatial"`` with a weight of 200, compares the mean square over channels, which the
     paper does not, gives T batch norm, and trains the auto-encoder by squared errors for 30 epochs; here it is trained
-    as the authors do in both forms.
+    as the authors do in both forms. In that form a map of one position has nothing to match.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.
@@ -106,7 +100,7 @@ class FT(Distiller):
         coder = nn.Sequential(self.paraphrase, decode.to(next(self.paraphrase.parameters()).device))
 
         def loss(batch: Batch) -> Tensor:
-            maps = scaled(teacher(batch.images).features[self.stage])
+            maps = teacher(batch.images).features[self.stage]
             return F.l1_loss(coder(maps), maps)
 
         fit(coder.requires_grad_().parameters(), loss, batches, epochs=self.epochs, lr=self.lr)
@@ -120,6 +114,6 @@ class FT(Distiller):
     def transfer(self, student: Output, teacher: Output) -> Tensor:
         """Compute the loss of the translated and the paraphrased map: a scalar."""
         translated, paraphrased = self.grid(
-            self.translate(student.features[self.stage]), self.paraphrase(scaled(teacher.features[self.stage]))
+            self.translate(student.features[self.stage]), self.paraphrase(teacher.features[self.stage])
         )
         return factor_loss(translated, paraphrased, self.form)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from kdzoo.distiller import Batch
 from kdzoo.tensors import all_sum
 
+LONGEST = 5.0  # length of all gradients together
+
 
 def fit(
     parameters: Iterable[nn.Parameter],
@@ -19,8 +21,9 @@ def fit(
 ) -> None:
     """Minimise the loss of each batch by SGD with momentum 0.9 and weight decay 5e-4.
 
-    Gradients are averaged over the ranks of a distributed run, so that all have the same parameters after it.
-    Parameters that the loss does not read stay as they are.
+    Gradients are averaged over the ranks of a distributed run, so that all have the same parameters after it, and cut
+    to a length of 5 together, without which the losses of some teachers' large maps diverge. Parameters that the loss
+    does not read stay as they are.
 
     Args:
         parameters: what is trained.
@@ -39,5 +42,6 @@ def fit(
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad = all_sum(parameter.grad) / ranks
+        nn.utils.clip_grad_norm_(trained, LONGEST)
         optimizer.step()
     optimizer.zero_grad()

@@ -43,3 +43,25 @@ def test_gradients_are_averaged_over_ranks(monkeypatch):
     fit([weight], lambda batch: 5 * weight, batches(1.0), epochs=1, lr=0.1)
     # Two ranks, of which the other's gradient is 1: all_sum counts it as one rank more.
     torch.testing.assert_close(weight.item(), 3 - 0.1 * ((5 + 1) / 2 + 5e-4 * 3))
+
+
+def test_gradients_are_cut_to_a_length_of_five_together():
+    long, short = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    fit([long, short], lambda batch: (long * 30 + short * 40).sum(), batches(1.0), epochs=1, lr=0.1)
+    for weight, share in ((long, 3 / 5), (short, 4 / 5)):
+        torch.testing.assert_close(weight.data, torch.full((2,), -0.1 * 5 * share / 2**0.5))
+    small = nn.Parameter(torch.zeros(1))
+    fit([small], lambda batch: 4 * small.sum(), batches(1.0), epochs=1, lr=0.1)
+    torch.testing.assert_close(small.item(), -0.4)
+
+
+def test_a_loss_that_would_diverge_stays_finite():
+    weight, plain = (nn.Parameter(torch.tensor(1.0)) for _ in range(2))
+    fit([weight], lambda batch: 1e3 * weight.square(), batches(1.0), epochs=200, lr=0.1)
+    assert weight.isfinite()
+    without = torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for _ in range(200):
+        without.zero_grad()
+        (1e3 * plain.square()).backward()
+        without.step()
+    assert not plain.isfinite()
