@@ -1,5 +1,7 @@
 """Losses that several methods share: pure functions of tensors, computed in float32 or better."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,3 +70,25 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float, mask: Tensor | N
         others = torch.arange(len(keys), device=keys.device) != positives[:, None]
         logits = logits.masked_fill(mask & others, -torch.inf)
     return F.cross_entropy(logits, positives)
+
+
+def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, eps: float, temperature: float = 1.0) -> Tensor:
+    """Compute -sum_k ((p_t + m)^eps - m) log p_s of logits (B, K), m = ``target`` (B, K) bool, mean over B.
+
+    Source: Hao et al. 2023; ``distillers/ofa.py`` of Hao840/OFAKD.
+    """
+    p_t = (teacher / temperature).softmax(dim=1)
+    log_p = F.log_softmax(student / temperature, dim=1)
+    raised = (p_t + target.to(p_t.dtype)) ** eps - target.to(p_t.dtype)
+    return -(raised * log_p).sum(dim=1).mean()
+
+
+def context_loss(student: Tensor, teacher: Tensor, pyramid: Callable[[Tensor], list[Tensor]]) -> Tensor:
+    """Average the MSE of maps (B, C, H, W) over levels, weighted 1, 1/2, 1/4 ...: the hierarchical context loss.
+
+    Source: Chen et al. 2021 (ReviewKD).
+    """
+    gaps = pyramid(student - teacher)  # averaging is linear: that of the gap will do
+    weights = [0.5**level for level in range(len(gaps))]
+    losses = [weight * gap.square().mean() for weight, gap in zip(weights, gaps, strict=True)]
+    return torch.stack(losses).sum() / sum(weights)
