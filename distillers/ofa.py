@@ -2,20 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
 from kdzoo.connectors import check_stages, stage_projector
 from kdzoo.keywords import positive
-from kdzoo.losses import cross_entropy, true_class
-
-
-def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, eps: float, temperature: float = 1.0) -> Tensor:
-    """Compute -sum_k ((p_t + m)^eps - m) log p_s of logits (B, K), m = ``target`` (B, K) bool, mean over B."""
-    p_t = (teacher / temperature).softmax(dim=1)
-    log_p = F.log_softmax(student / temperature, dim=1)
-    raised = (p_t + target.to(p_t.dtype)) ** eps - target.to(p_t.dtype)
-    return -(raised * log_p).sum(dim=1).mean()
+from kdzoo.losses import cross_entropy, ofa_loss, true_class
 
 
 def projector(inputs: int, halvings: int, width: int, classes: int) -> nn.Sequential:

@@ -1,41 +1,16 @@
 """ReviewKD: the student's maps, each fused with all deeper ones, repeat the teacher's at several scales."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import Pool, check_stages
+from kdzoo.connectors import Pyramid, check_stages
 from kdzoo.errors import UserError
 from kdzoo.keywords import one_of, share
-from kdzoo.losses import cross_entropy, warm_up
-
-LEVELS = (4, 2, 1)  # cells on a side
-
-
-class Pyramid(nn.Module):
-    """Maps (B, C, H, W) and their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
-
-    Args:
-        grid: H and W.
-    """
-
-    def __init__(self, grid: Sequence[int]):
-        super().__init__()
-        self.pools = nn.ModuleList(Pool(grid, (cells, cells)) for cells in LEVELS if cells < min(grid))
-
-    def forward(self, maps: Tensor) -> list[Tensor]:
-        return [maps, *(pool(maps) for pool in self.pools)]
-
-
-def context_loss(student: Tensor, teacher: Tensor, pyramid: Callable[[Tensor], list[Tensor]]) -> Tensor:
-    """Average the MSE of maps (B, C, H, W) over levels, weighted 1, 1/2, 1/4 ...: the hierarchical context loss."""
-    gaps = pyramid(student - teacher)  # averaging is linear: that of the gap will do
-    weights = [0.5**level for level in range(len(gaps))]
-    losses = [weight * gap.square().mean() for weight, gap in zip(weights, gaps, strict=True)]
-    return torch.stack(losses).sum() / sum(weights)
+from kdzoo.losses import context_loss, cross_entropy, warm_up
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:

@@ -282,3 +282,18 @@ class Resize(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps if self.same else separable(maps, self.rows.to(maps.dtype), self.columns.to(maps.dtype))
+
+
+class Pyramid(nn.Module):
+    """Maps (B, C, H, W) and their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
+
+    Args:
+        grid: H and W.
+    """
+
+    def __init__(self, grid: Sequence[int]):
+        super().__init__()
+        self.pools = nn.ModuleList(Pool(grid, (cells, cells)) for cells in (4, 2, 1) if cells < min(grid))
+
+    def forward(self, maps: Tensor) -> list[Tensor]:
+        return [maps, *(pool(maps) for pool in self.pools)]

@@ -1,6 +1,6 @@
 """Losses that several methods share: pure functions of tensors, computed in float32 or better."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -133,3 +133,25 @@ def soft_target_loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor
     certainty = full_precision(teacher).softmax(dim=1)
     log_p = F.log_softmax(full_precision(student), dim=1)
     return -(certainty * log_p).masked_fill(~target, 0).sum(dim=1).mean()
+
+
+def ofa_loss(student: Tensor, teacher: Tensor, target: Tensor, eps: float, temperature: float = 1.0) -> Tensor:
+    """Compute -sum_k ((p_t + m)^eps - m) log p_s of logits (B, K), m = ``target`` (B, K) bool, mean over B.
+
+    Source: Hao et al. 2023; ``distillers/ofa.py`` of Hao840/OFAKD.
+    """
+    p_t = (teacher / temperature).softmax(dim=1)
+    log_p = F.log_softmax(student / temperature, dim=1)
+    raised = (p_t + target.to(p_t.dtype)) ** eps - target.to(p_t.dtype)
+    return -(raised * log_p).sum(dim=1).mean()
+
+
+def context_loss(student: Tensor, teacher: Tensor, pyramid: Callable[[Tensor], list[Tensor]]) -> Tensor:
+    """Average the MSE of maps (B, C, H, W) over levels, weighted 1, 1/2, 1/4 ...: the hierarchical context loss.
+
+    Source: Chen et al. 2021 (ReviewKD).
+    """
+    gaps = pyramid(student - teacher)  # averaging is linear: that of the gap will do
+    weights = [0.5**level for level in range(len(gaps))]
+    losses = [weight * gap.square().mean() for weight, gap in zip(weights, gaps, strict=True)]
+    return torch.stack(losses).sum() / sum(weights)
