@@ -10,14 +10,14 @@ from kdzoo.losses import cross_entropy
 
 
 @torch.no_grad()
-def attended(student: Tensor, teacher: Tensor, temperature: float, percentile: float) -> Tensor:
+def attended(student: Tensor, teacher: Tensor, temperature: float, quantile: float) -> Tensor:
     """Average embeddings (N, B, D) with weights that the student's (B, D) give: (B, D), without a gradient.
 
-    Weights are the softmax over N of the dot products over ``temperature``. Those below their quantile at
-    ``percentile`` become 0, and the others are made to sum to 1.
+    Weights are the softmax over N of the dot products over ``temperature``. Those below their
+    ``quantile`` become 0, and the others are made to sum to 1.
     """
     weights = ((student * teacher).sum(dim=2) / temperature).softmax(dim=0)  # (N, B)
-    weights = weights * (weights >= weights.quantile(percentile, dim=0))
+    weights = weights * (weights >= weights.quantile(quantile, dim=0))
     return (weights[:, :, None] * teacher).sum(dim=0) / weights.sum(dim=0)[:, None]
 
 
@@ -43,7 +43,7 @@ class SGKD(Distiller):
         dropout: share of the embedding's numbers that is dropped.
         samples: N.
         temperature: tau, which divides the dot products.
-        percentile: q, from 0 to below 1; 0 keeps all weights.
+        quantile: q, from 0 to below 1; 0 keeps all weights.
 
     Source: the authors' ``src/ssd_utils.py`` and ``src/Tdistillation.py`` in moonblume/StochasticTeacher-StudentKD.
     """
@@ -60,11 +60,11 @@ class SGKD(Distiller):
         dropout: float = 0.1,
         samples: int = 30,
         temperature: float = 5.0,
-        percentile: float = 0.9,
+        quantile: float = 0.9,
     ):
         super().__init__(ce=ce, sgkd=sgkd)
         self.dropout, self.samples = fraction(dropout=dropout), at_least(1, samples=samples)
-        self.temperature, self.percentile = positive(temperature=temperature), fraction(percentile=percentile)
+        self.temperature, self.quantile = positive(temperature=temperature), fraction(quantile=quantile)
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         inputs, outputs = student.embedding.shape[1], teacher.embedding.shape[1]
@@ -80,4 +80,4 @@ class SGKD(Distiller):
         """Compute the squared error of embeddings (B, D_s) from the chosen average of (B, D_t)."""
         own = self.project(student)
         noisy = F.dropout(teacher.expand(self.samples, *teacher.shape), self.dropout)
-        return F.mse_loss(own, attended(own, noisy, self.temperature, self.percentile))
+        return F.mse_loss(own, attended(own, noisy, self.temperature, self.quantile))

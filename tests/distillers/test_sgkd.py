@@ -17,19 +17,19 @@ def samples(waves):
     return waves(6, 7, dtype=torch.float64), waves(30, 6, 7, phase=1.0, dtype=torch.float64)
 
 
-def reference(student, teacher, temperature, percentile):
+def reference(student, teacher, temperature, quantile):
     targets = []
     for row, drawn in zip(student.numpy(), teacher.numpy().swapaxes(0, 1), strict=True):
         weights = softmax(drawn @ row / temperature)
-        weights[weights < np.quantile(weights, percentile)] = 0
+        weights[weights < np.quantile(weights, quantile)] = 0
         targets.append(weights @ drawn / weights.sum())
     return np.stack(targets)
 
 
-@pytest.mark.parametrize(("temperature", "percentile"), [(5.0, 0.9), (0.5, 0.3), (5.0, 0.0)])
-def test_the_target_is_the_weighted_mean_of_the_nearest(samples, temperature, percentile):
-    found = attended(*samples, temperature, percentile).numpy()
-    np.testing.assert_allclose(found, reference(*samples, temperature, percentile), rtol=1e-6)
+@pytest.mark.parametrize(("temperature", "quantile"), [(5.0, 0.9), (0.5, 0.3), (5.0, 0.0)])
+def test_the_target_is_the_weighted_mean_of_the_nearest(samples, temperature, quantile):
+    found = attended(*samples, temperature, quantile).numpy()
+    np.testing.assert_allclose(found, reference(*samples, temperature, quantile), rtol=1e-6)
 
 
 def test_the_authors_code_gives_the_same(samples):
@@ -94,7 +94,7 @@ def test_draws_come_from_the_global_generator(waves, method):
     assert found[0] == found[1] != found[2]
 
 
-@pytest.mark.parametrize("wrong", [{"dropout": 1.0}, {"samples": 0}, {"temperature": 0.0}, {"percentile": 1.0}])
+@pytest.mark.parametrize("wrong", [{"dropout": 1.0}, {"samples": 0}, {"temperature": 0.0}, {"quantile": 1.0}])
 def test_values_without_a_meaning_are_refused(wrong):
     with pytest.raises(UserError, match="expected"):
         SGKD(**wrong)

@@ -23,7 +23,7 @@ def seen(waves):
 
 
 class Shown(nn.Module):
-    """A network that answers with what it is given to show, whatever the images."""
+    """A network that gives stored outputs for any images."""
 
     def __init__(self, logits, embedding):
         super().__init__()
