@@ -28,8 +28,8 @@ class Local2Global(nn.Module):
     def __init__(self, source: Tensor, target: Tensor):
         super().__init__()
         (inputs, *grid), (width, *self.size) = source.shape[1:], target.shape[1:]
-        patch = [max(1, have // want) for have, want in zip(grid, self.size, strict=True)]
-        self.resize = Resize(grid, [side * want for side, want in zip(patch, self.size, strict=True)])
+        patch = max(1, grid[0] // self.size[0]), max(1, grid[1] // self.size[1])
+        self.resize = Resize(grid, [patch[0] * self.size[0], patch[1] * self.size[1]])
         self.patches = nn.Conv2d(inputs, width, patch, patch)
         heads = gcd(width, max(1, width // 32))
         self.block = nn.TransformerEncoderLayer(

@@ -45,10 +45,9 @@ class Regions(nn.Module):
 
     def __init__(self, features: Sequence[Tensor], width: int, heads: int):
         super().__init__()
+        self.sizes = [(ceil(maps.shape[2] / SIDE), ceil(maps.shape[3] / SIDE)) for maps in features]
         self.patches = nn.ModuleList(
-            nn.Conv2d(maps.shape[1], width, patch, patch)
-            for maps in features
-            for patch in [[ceil(side / SIDE) for side in maps.shape[2:]]]
+            nn.Conv2d(maps.shape[1], width, size, size) for maps, size in zip(features, self.sizes, strict=True)
         )
         self.norm = nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
@@ -58,8 +57,8 @@ class Regions(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         tokens = torch.cat(
             [
-                patch(resized(maps, [SIDE * side for side in patch.kernel_size])).flatten(2)
-                for maps, patch in zip(features, self.patches, strict=True)
+                patch(resized(maps, [SIDE * side for side in size])).flatten(2)
+                for maps, patch, size in zip(features, self.patches, self.sizes, strict=True)
             ],
             dim=2,
         ).mT  # (B, 4 * 16, width)
@@ -229,7 +228,8 @@ class PAT(Distiller):
         maps, prefix = teacher.stage(0, images)
         features = [maps]
         for stage, prompt in enumerate(self.prompts, 1):
-            maps, prefix = teacher.stage(stage, prompt(maps, self.get_buffer(f"told{stage}")), prefix)
+            told = self.get_buffer(f"told{stage}").clone()  # the backward pass reads it after ``remember`` has written
+            maps, prefix = teacher.stage(stage, prompt(maps, told), prefix)
             features.append(maps)
         return teacher.run_from(STAGES, maps, prefix)._replace(features=tuple(features))
 

@@ -163,6 +163,16 @@ def test_once_prompts_do_something_all_that_is_built_is_trained_and_the_teacher_
     assert any(p.grad is not None and p.grad.any() for p in together.student.parameters())
 
 
+@pytest.mark.parametrize("widths", [(8, 8, 8, 8), (8, 12, 16, 20)])
+def test_what_the_next_step_is_told_leaves_the_gradients_of_this_one(widths):
+    """Where stages share a grid, a prompt reads the buffer itself, which is written before the backward pass."""
+    teacher = toys.Toy(toys.Shape(widths, toys.ODD))
+    together = toys.distillation(PAT, {"width": 16, "heads": 4}, teacher=teacher)
+    for seed in (1, 2):
+        toys.total(together(toys.batch_of(seed))).backward()
+    assert together.distiller.get_buffer("told1").any()
+
+
 def test_a_weight_of_0_builds_nothing_and_calls_no_stage():
     together = toys.distillation(PAT, {"feature": 0.0, "prompt": 0.0})
     assert not list(together.distiller.parameters())
