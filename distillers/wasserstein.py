@@ -124,7 +124,8 @@ class Wasserstein(Distiller):
         ce: weight of the cross-entropy with the ground truth.
         target: weight of the true class's term, a part of WKD-L.
         logit: weight of the transport (WKD-L); the authors take 600 without WKD-F, and 25 to 30 on ImageNet.
-        feature: weight of the statistics (WKD-F); the authors take 0.005 to 0.5.
+        feature: weight of the statistics (WKD-F); the authors take 0.005 to 0.5 for maps of CNNs, whose numbers are
+            small. Squares of a ViT's are thousands of times larger and need a lower weight.
         temperature: T, which softens the distributions; the authors take 2 on ImageNet.
         cost: "maps", by the positions of the last map, for which images x positions x channels x classes numbers are
             held before training; "logits", as the authors take on ImageNet; or "classifier", 1 - cosine of its rows.

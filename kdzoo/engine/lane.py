@@ -109,8 +109,8 @@ class Lane:
         self.distillation.prepare(Epochs(loader, teacher))
         check_trained(self.trained, before, self.run.settings.distiller.name)
         self.ranks.align(self.trained)
-        if self.average is not None:  # which was copied before the phase
-            self.average.set(self.trained)
+        if self.average is not None:
+            self.average.set(self.trained)  # what the phase found belongs to the average as it is
 
     def step(self, batch: Batch, step: int) -> None:
         """Take one optimiser step on one batch. Randomness inside depends on seed and step alone."""
