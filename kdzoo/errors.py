@@ -13,9 +13,9 @@ class UserError(Exception):
     The command line prints the message without a traceback and exits with 2.
 
     Example:
-        >>> kdzoo.distill(cnn, wider_cnn, "lffc", num_classes=10, image_size=32)
+        >>> kdzoo.distill(cnn, wider_cnn, "fitnett", num_classes=10, image_size=32)
         Traceback (most recent call last):
-        kdzoo.errors.UserError: unknown distiller 'lffc'; did you mean lfcc? ('kdzoo list distillers' lists all; ...
+        kdzoo.errors.UserError: unknown distiller 'fitnett'; did you mean fitnet? ('kdzoo list distillers' lists all; ...
     """
 
 
