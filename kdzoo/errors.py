@@ -15,7 +15,7 @@ class UserError(Exception):
     Example:
         >>> kdzoo.distill(cnn, wider_cnn, "fitnett", num_classes=10, image_size=32)
         Traceback (most recent call last):
-        kdzoo.errors.UserError: unknown distiller 'fitnett'; did you mean fitnet? ('kdzoo list distillers' lists all; ...
+        kdzoo.errors.UserError: unknown distiller 'fitnett'; did you mean fitnet? ('kdzoo list distillers' lists ...
     """
 
 

@@ -38,7 +38,7 @@ def train(
     (settings, place), ranks = lanes[0].run, lanes[0].ranks
     check_micro_batches(loader, settings.engine.accumulate)
     per_epoch, shared = loader.steps_per_epoch, Shared(teacher, len(lanes))
-    start = begin(lanes, teacher, loader, shared, progress)
+    start = begin(lanes, teacher, loader, shared, progress, termination)
     steps, clock = graphs.steps(lanes[0], teacher, progress.say), Clock()
 
     for step, batch in enumerate(loader.batches(start), start):
@@ -76,14 +76,20 @@ def train(
 
 
 def begin(
-    lanes: Sequence[Lane], teacher: TeacherPasses | None, loader: Loader, shared: Shared, progress: Progress
+    lanes: Sequence[Lane],
+    teacher: TeacherPasses | None,
+    loader: Loader,
+    shared: Shared,
+    progress: Progress,
+    termination: Termination,
 ) -> int:
     """Continue from a checkpoint, or let methods prepare where there is none; return the first step to do."""
     start = resume(lanes, progress)
     if start is None:
         start = 0
         for lane in lanes:
-            with progress.doing(f"phase of {lane.title} before training"), lane.failing_alone():
+            doing = progress.doing(f"phase of {lane.title} before training")
+            with doing, termination.at_once(), lane.failing_alone():
                 lane.prepare(loader, teacher)
             shared.was_written_by(lane)
     titles = [lane.title for lane in lanes]

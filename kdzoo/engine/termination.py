@@ -2,7 +2,11 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from kdzoo.errors import AskedToEnd
 
 NUMBERS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -32,6 +36,22 @@ class Termination:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let the signals end the process at once inside, where there is no step whose end could be saved.
+
+        Raises:
+            AskedToEnd: the process was asked to end before.
+        """
+        if self.requested:
+            raise AskedToEnd
+        self.restore()
+        try:
+            yield
+        finally:
+            for number in self.handled:
+                signal.signal(number, self.note)
 
     def restore(self) -> None:
         """Let the signals end the process again."""

@@ -33,6 +33,9 @@ class Eventful(Distiller):
         super().__init__(ce=ce)
         self.steps = 0
 
+    def prepare(self, student, teacher, batches):
+        exec(os.environ.get("BEFORE", ""))
+
     def loss(self, student, teacher, batch):
         self.steps += 1
         if self.steps == 4 and os.environ.get("EVENT"):
@@ -72,6 +75,21 @@ def test_who_asks_a_run_to_end_finds_its_last_step_saved_and_the_same_bits_in_th
     assert list(checkpoint.whole(folder)[0]) == [4]
     assert signal.getsignal(getattr(signal, name)) is signal.SIG_DFL
     assert same(train(tmp_path / "asked"), train(tmp_path / "whole"))
+
+
+def test_a_signal_ends_a_phase_before_training_at_once(tmp_path, train, monkeypatch):
+    ends = "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL"
+    monkeypatch.setenv("BEFORE", ends)
+    train(tmp_path, ends.replace(" is ", " is not "))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_who_asked_a_run_to_end_before_waits_for_no_phase(tmp_path, train, monkeypatch):
+    monkeypatch.setattr("kdzoo.engine.loop.resume", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setenv("BEFORE", "raise AssertionError")
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path)
+    assert end.value.code == 143
 
 
 def test_a_signal_that_is_ignored_ends_nothing(tmp_path, train):
