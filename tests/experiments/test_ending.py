@@ -44,6 +44,16 @@ class Eventful(Distiller):
 '''
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """The signals end this process, also where the tests run under ``nohup``."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def train(tmp_path, dataset, monkeypatch):
     """Trains in a folder; the code happens in the fourth of ten steps."""
