@@ -61,6 +61,7 @@ def one_line_or(make):
     assert "$VALUE" not in said
 
 
+@pytest.mark.slow(reason="tries many texts")
 @given(key=st.sampled_from(KEYS), value=st.one_of(NUMBERS, WORDS))
 @example(key="protocol.batch_size", value=10**20)
 @example(key="protocol.milestones", value="[x]")

@@ -11,9 +11,10 @@ import kdzoo
 from kdzoo import Distiller, toys
 from kdzoo.checks import CHECKS, Outcome
 from kdzoo.errors import UserError
-from kdzoo.registry import load, names
+from kdzoo.registry import load
 
 from . import broken
+from .zoo import METHODS
 
 BY_NAME = {check.__name__: check for check in CHECKS}
 BROKEN = [value for value in vars(broken).values() if isinstance(value, type) and getattr(value, "fails", "")]
@@ -23,16 +24,6 @@ SLOW = {
     "check_learns": pytest.mark.slow(reason="trains a student for 120 steps with each method"),
 }
 MARKED = [pytest.param(check, marks=[SLOW[name]] if name in SLOW else []) for name, check in BY_NAME.items()]
-FIRST = (
-    "kd",
-    "crd",
-    "simkd",
-    "uhkd",
-    "figkd",
-    "lfcc",
-)  # those of the quick tests: plain, with memory, shipped otherwise
-REST = pytest.mark.slow(reason="every check on every method")
-METHODS = [pytest.param(name, marks=[] if name in FIRST else [REST]) for name in names()]
 
 
 @pytest.mark.parametrize("check", MARKED, ids=BY_NAME)

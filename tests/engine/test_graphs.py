@@ -17,6 +17,7 @@ from kdzoo.losses import cross_entropy
 from kdzoo.store.folder import RunFolder
 
 from ..short_runs import settings
+from ..zoo import METHODS
 
 TRIED = ["protocol.augmentation.crop=1", "protocol.augmentation.flip=true"]
 
@@ -206,7 +207,7 @@ def lane_of(run, dataset, teacher, folder):
     return Lane(run, distillation, RunFolder(folder), torch.device("cpu"), 5)
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", METHODS)
 def test_the_devices_part_of_a_step_asks_for_no_number(tmp_path, dataset, teacher, name):
     run = settings(tmp_path, name, "protocol.clip=1")
     shared = TeacherPasses(teacher.network)

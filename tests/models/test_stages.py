@@ -19,16 +19,23 @@ TIMM = (
     "convnext_atto",
     "mobilenetv3_small_050",
     "regnety_002",
-    "ghostnet_050",
     "vit_pico_patch16_224",  # a class token
-    "deit_tiny_distilled_patch16_224",  # two tokens, two heads
     "swin_pico_patch4_window7_224",  # (B, H, W, C)
     "levit_128s",  # blocks that change nothing at first, batch norms in its heads
     "pvt_v2_b0",
-    "poolformer_s12",
-    "edgenext_xx_small",
 )
-SLOW = ("densenet121", "efficientnet_b0", "mixer_s32_224", "resmlp_12_224", "swinv2_cr_tiny_224", "cait_xxs24_224")
+SLOW = (
+    "ghostnet_050",
+    "edgenext_xx_small",
+    "poolformer_s12",
+    "deit_tiny_distilled_patch16_224",  # two tokens, two heads
+    "densenet121",
+    "efficientnet_b0",
+    "mixer_s32_224",
+    "resmlp_12_224",
+    "swinv2_cr_tiny_224",
+    "cait_xxs24_224",
+)
 
 
 def network(name, classes=7):
