@@ -51,7 +51,8 @@ def test_workers_end_with_their_bench_and_the_same_command_continues(
     counted, tmp_path, no_step_is_missing_or_done_twice, end
 ):
     code = (
-        "import sys; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also where the tests run in the background
         "from kdzoo.experiments import suites; from kdzoo.experiments.bench import bench\n"
         "from kdzoo.experiments.workers import Local\n"
         "if __name__ == '__main__':\n"
