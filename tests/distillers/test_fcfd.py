@@ -169,7 +169,7 @@ def test_a_weight_of_0_builds_no_bridge_and_calls_no_stage():
     assert set(together(toys.batch_of())) == {"ce", "kd"}
 
 
-@pytest.mark.parametrize("wrong", [{"ways": "sideways"}, {"paths": -1}, {"leaky": ("nobody",)}, {"warmup": 2.0}])
+@pytest.mark.parametrize("wrong", [{"ways": "sideways"}, {"paths": -1}, {"leaky": ("both",)}, {"warmup": 2.0}])
 def test_values_without_a_meaning_are_refused(wrong):
     with pytest.raises(UserError, match=r"expected|known"):
         FCFD(**wrong)

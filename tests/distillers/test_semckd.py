@@ -11,7 +11,7 @@ from kdzoo.errors import UserError
 
 
 def shown(waves, *maps):
-    """An output of 6 images with two stages of these channels and sides, and two that nobody reads."""
+    """An output of 6 images with two stages of these channels and sides, and two that are not read."""
     features = [waves(6, c, n, n, phase=phase, dtype=torch.float64) for c, n, phase in maps]
     unread = torch.zeros(6, 1, 1, 1, dtype=torch.float64)
     return Output(torch.zeros(6, 4), torch.zeros(6, 6), (*features, unread, unread))
