@@ -24,9 +24,9 @@ from measuring import (
 from torch import Tensor, nn
 
 from kdzoo import Batch, DataSpec, Distillation, Output, Show, models, registry
-from kdzoo.distiller import EVERYTHING, LOGITS
 from kdzoo.engine.optim import Optimizer
 from kdzoo.errors import UserError
+from kdzoo.outputs import EVERYTHING, LOGITS
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.resolve import read_protocol
 

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output, Show
 from kdzoo.connectors import Pool, check_stages, conv_batch_norm
-from kdzoo.distiller import LOGITS
 from kdzoo.errors import UserError
 from kdzoo.keywords import at_least, not_negative, positive
 from kdzoo.losses import cross_entropy, softened_kl, standardised
+from kdzoo.outputs import LOGITS
 
 BOUNDS = (10 / 240, 20 / 240, 180 / 240, 210 / 240)  # of progress, where the term's factor changes
 FACTORS = (0.1, 0.5, 1.0, 0.5, 0.1)

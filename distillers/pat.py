@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.connectors import Pyramid, check_stages
-from kdzoo.distiller import STAGES
 from kdzoo.errors import UserError
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import context_loss, cross_entropy, softened_kl
+from kdzoo.outputs import STAGES
 from kdzoo.tensors import all_sum
 
 SIDE = 4  # of the grid of regions of each stage

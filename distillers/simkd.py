@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output, Show
 from kdzoo.connectors import CommonGrid, Pool, TeachersClassifier, check_stages
-from kdzoo.distiller import LOGITS
 from kdzoo.errors import UserError
+from kdzoo.outputs import LOGITS
 
 
 class Projector(nn.Module):

@@ -12,14 +12,14 @@ from .distiller import DataSpec as DataSpec
 from .distiller import Distiller as Distiller
 from .distiller import Fidelity as Fidelity
 from .distiller import Needs as Needs
-from .distiller import NetworkView as NetworkView
-from .distiller import Output as Output
-from .distiller import Show as Show
 from .errors import UserError as UserError
 from .experiments.bench import Report as Report
 from .experiments.bench import bench as bench
 from .experiments.run import run as run
 from .image_set import ImageSet as ImageSet
+from .outputs import NetworkView as NetworkView
+from .outputs import Output as Output
+from .outputs import Show as Show
 from .results.table import table as table
 from .store.folder import Result as Result
 

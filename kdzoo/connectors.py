@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.distiller import NetworkView, Output
 from kdzoo.errors import UserError
+from kdzoo.outputs import NetworkView, Output
 from kdzoo.spectral import apply_basis, average_rows, dwt2, dwt_basis, idwt2, idwt_basis, pooling_basis, separable
 from kdzoo.tensors import full_precision
 

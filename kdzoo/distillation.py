@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdzoo.distiller import Batch, DataSpec, Distiller, NetworkView, Output, Show
+from kdzoo.distiller import Batch, DataSpec, Distiller
 from kdzoo.errors import UserError
+from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import EVERYTHING, LOGITS, Batch, DataSpec, Distiller, Output, Show, StageOutput
+from kdzoo.distiller import Batch, DataSpec, Distiller
+from kdzoo.outputs import EVERYTHING, LOGITS, Output, Show, StageOutput
 
 Terms = Mapping[str, Tensor]
 

@@ -16,8 +16,8 @@ from kdzoo.connectors import (
     connector,
     conv_batch_norm,
 )
-from kdzoo.distiller import NetworkView
 from kdzoo.errors import UserError
+from kdzoo.outputs import NetworkView
 
 
 def wave(*shape):

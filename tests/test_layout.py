@@ -23,7 +23,7 @@ FLOORS = (
         "tensors",
         "quantities",
     ),
-    ("losses", "spectral", "distiller", "image_set", "registry"),
+    ("losses", "spectral", "outputs", "distiller", "image_set", "registry"),
     ("connectors", "models", "data", "datasets", "phase"),
     ("distillation", "settings"),
     ("resolve",),

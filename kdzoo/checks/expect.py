@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from kdzoo import toys
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import Batch, Distiller, Output
+from kdzoo.distiller import Batch, Distiller
 from kdzoo.errors import told
+from kdzoo.outputs import Output
 
 Terms = Mapping[str, Tensor]
 LEAST_FALL = 0.1  # of the loss in a short training, as a share of its size

@@ -26,8 +26,9 @@ from kdzoo.checks.expect import (
 )
 from kdzoo.checks.running import promise
 from kdzoo.distillation import Distillation
-from kdzoo.distiller import Batch, Distiller, Fidelity, Output
+from kdzoo.distiller import Batch, Distiller, Fidelity
 from kdzoo.keywords import keyword_settings
+from kdzoo.outputs import Output
 from kdzoo.tensors import leaves
 
 

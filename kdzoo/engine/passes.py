@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdzoo.distiller import LOGITS, Output, Show
 from kdzoo.models import Network
+from kdzoo.outputs import LOGITS, Output, Show
 from kdzoo.tensors import leaves
 
 

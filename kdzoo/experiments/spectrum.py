@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from kdzoo import models
 from kdzoo.data import Dataset
-from kdzoo.distiller import Output, Show
 from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped
+from kdzoo.outputs import Output, Show
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.resolve import resolve, stored

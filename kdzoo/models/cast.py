@@ -5,9 +5,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from kdzoo.distiller import EVERYTHING
 from kdzoo.errors import is_shortage
 from kdzoo.models.network import Network
+from kdzoo.outputs import EVERYTHING
 
 # Types that autocast is known to feed with cast weights. Not what derives from them, which may do more with weights.
 _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

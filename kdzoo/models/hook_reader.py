@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from kdzoo.distiller import Output
 from kdzoo.errors import UserError
 from kdzoo.models.maps import (
     CannotRead,
@@ -21,6 +20,7 @@ from kdzoo.models.maps import (
     layout_of,
     logits_in,
 )
+from kdzoo.outputs import Output
 
 
 class ModuleCall(NamedTuple):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.distiller import LOGITS, Output, Show, StageOutput
 from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.models.hook_reader import HookReader
 from kdzoo.models.maps import FAILURES, CannotRead, logits_in
 from kdzoo.models.preactivations import Preactivations
 from kdzoo.models.stages import Stages
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
+from kdzoo.outputs import LOGITS, Output, Show, StageOutput
 
 PROBE_BATCH = 2
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, by ITU-R BT.601

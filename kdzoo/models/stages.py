@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from kdzoo.distiller import STAGES, Output, StageOutput
 from kdzoo.errors import is_shortage, told
 from kdzoo.models.maps import FAILURES, CannotRead, Layout, as_map, close_to, layout_of
+from kdzoo.outputs import STAGES, Output, StageOutput
 
 NOISE = 0.02  # added to the weights of a copy in which stages are looked for: at first some blocks change nothing
 TOLERANCE = 1e-3  # between a plain pass and stages one after the other, of devices that do not repeat their bits

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo.distiller import Output
 from kdzoo.errors import is_shortage
 from kdzoo.models.maps import FAILURES, CannotRead, Layout, Slot, as_map, close_to, evenly_spaced, layout_of, logits_in
+from kdzoo.outputs import Output
 
 STEMS = ("stem", "patch_embed")  # the modules whose output makes a fourth map beside three stages
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import toys
-from kdzoo.distiller import EVERYTHING
 from kdzoo.errors import UserError
+from kdzoo.outputs import EVERYTHING
 
 
 def reference(student, teacher, margin):

@@ -6,8 +6,8 @@ import torch
 from kdzoo.distillers.fbt import FBT, Local2Global
 
 from kdzoo import Output, toys
-from kdzoo.distiller import Show
 from kdzoo.errors import UserError
+from kdzoo.outputs import Show
 
 
 def reference(source, learner, labels, scale, eps):

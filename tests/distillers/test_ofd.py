@@ -7,8 +7,8 @@ from kdzoo.distillers.ofd import OFD, partial_distance
 from torch.nn import functional as F
 
 from kdzoo import toys
-from kdzoo.distiller import EVERYTHING
 from kdzoo.errors import UserError
+from kdzoo.outputs import EVERYTHING
 
 
 def reference(student, teacher, margin):

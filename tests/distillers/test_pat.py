@@ -8,9 +8,9 @@ from kdzoo.distillers.pat import PAT, Aligner, Prompt, Regions, sinusoids
 
 from kdzoo import toys
 from kdzoo.connectors import Pyramid
-from kdzoo.distiller import NetworkView, Show
 from kdzoo.errors import UserError
 from kdzoo.losses import context_loss
+from kdzoo.outputs import NetworkView, Show
 
 GRIDS = (4, 8, 8), (6, 8, 8), (8, 4, 4), (10, 2, 2)
 

@@ -6,7 +6,7 @@ import torch
 from kdzoo.distillers.scalekd import AttentionProjector, ScaleKD, centred, direction_loss
 
 from kdzoo import toys
-from kdzoo.distiller import Show
+from kdzoo.outputs import Show
 from kdzoo.spectral import cosine_basis, separable
 
 WIDE = toys.Shape((6, 8, 8, 12), toys.FINE), toys.Shape((8, 12, 16, 20), toys.FINE)

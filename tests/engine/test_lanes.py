@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdzoo.distiller import LOGITS, Output, Show
 from kdzoo.engine.lane import Epochs, Meter
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress, plain_console
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
+from kdzoo.outputs import LOGITS, Output, Show
 from kdzoo.recipe import Protocol
 from kdzoo.store.folder import RunFolder
 

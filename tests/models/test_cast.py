@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import DataSpec
-from kdzoo.distiller import EVERYTHING
 from kdzoo.models import cast_weights, create, wrap
+from kdzoo.outputs import EVERYTHING
 
 DATA = DataSpec("fake", 7, tuple("abcdefg"), 32, torch.arange(7))
 

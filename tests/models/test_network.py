@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from kdzoo import DataSpec
-from kdzoo.distiller import EVERYTHING
 from kdzoo.errors import UserError
 from kdzoo.models import create, unfuse_attention, wrap
+from kdzoo.outputs import EVERYTHING
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

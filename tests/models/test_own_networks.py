@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, distill
-from kdzoo.distiller import EVERYTHING
 from kdzoo.errors import UserError
 from kdzoo.models import create, wrap
+from kdzoo.outputs import EVERYTHING
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10))

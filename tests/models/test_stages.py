@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distillation, Distiller, Fidelity, Needs, models
-from kdzoo.distiller import NetworkView, Show
 from kdzoo.errors import UserError
+from kdzoo.outputs import NetworkView, Show
 
 CIFAR = ("resnet8", "shufflenetv1", "shufflenetv2", "wrn_16_2", "vgg8_cifar", "mobilenetv2_half")
 CIFAR = (*CIFAR, "resnet8x4", "resnet50_cifar", "wrn_40_1", "resnet20", "vgg13_cifar", "resnet32x4")
