@@ -34,11 +34,10 @@ def fit(
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=5e-4)
+    ranks = all_sum(torch.ones((), device=trained[0].device))
     for batch in (batch for _ in range(epochs) for batch in batches):
         optimizer.zero_grad()
-        value = loss(batch)
-        value.backward()
-        ranks = all_sum(torch.ones_like(value))
+        loss(batch).backward()
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad = all_sum(parameter.grad) / ranks
