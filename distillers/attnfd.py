@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrids, before_relu, connector, paired_features
+from kdzoo.connectors import BatchNorm2d, CommonGrids, before_relu, connector, paired_features
 from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
 
@@ -30,7 +30,7 @@ class Gates(nn.Module):
         self.channels = nn.Sequential(nn.Linear(width, middle), nn.ReLU(), nn.Linear(middle, width))
         self.positions = nn.Sequential(
             nn.Conv2d(2, 1, 7, padding=3, bias=False),
-            nn.BatchNorm2d(1, momentum=0.01),
+            BatchNorm2d(1, momentum=0.01),
             nn.Sigmoid(),
         )
 

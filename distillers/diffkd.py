@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages
 from kdzoo.keywords import at_least, between, positive
 from kdzoo.losses import cross_entropy, softened_kl
 
@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
         middle = max(channels // reduction, 1)
         layers: list[nn.Module] = []
         for inputs, outputs, kernel in ((channels, middle, 1), (middle, middle, 3), (middle, channels, 1)):
-            layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
 
 def pointwise(*widths: int) -> list[nn.Module]:
     """Make 1x1 convolutions between ``widths``, each with batch norm."""
-    return [layer for a, b in pairwise(widths) for layer in (nn.Conv2d(a, b, 1), nn.BatchNorm2d(b))]
+    return [layer for a, b in pairwise(widths) for layer in (nn.Conv2d(a, b, 1), BatchNorm2d(b))]
 
 
 class Diffusion(nn.Module):

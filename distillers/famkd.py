@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
-from kdzoo.connectors import CommonGrid, check_stages, conv_batch_norm
+from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages, conv_batch_norm
 from kdzoo.keywords import one_of, positive, share
 from kdzoo.losses import cross_entropy, softened_kl, warm_up
 from kdzoo.spectral import frequency_filter, high_pass
@@ -86,7 +86,7 @@ class Review(nn.Module):
             self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(3))
             self.rows = nn.Parameter(torch.randn(channels // 2, 3))
             self.columns = nn.Parameter(torch.randn(channels - channels // 2, 3))
-        self.leave = nn.Sequential(FrequencyAttention(channels, self.grid, cutoff, mixing), nn.BatchNorm2d(channels))
+        self.leave = nn.Sequential(FrequencyAttention(channels, self.grid, cutoff, mixing), BatchNorm2d(channels))
 
     def forward(self, maps: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
         maps = F.interpolate(self.enter(self.pool(maps)), self.grid, mode="nearest")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
-from kdzoo.connectors import Resize, check_stages
+from kdzoo.connectors import BatchNorm2d, Resize, check_stages
 from kdzoo.keywords import at_least, fraction, one_of, positive
 from kdzoo.losses import cross_entropy, softened_kl, warm_up
 
@@ -28,7 +28,7 @@ def bridge(source: Tensor, target: Tensor, leaky: bool) -> nn.Sequential:
         layers += [Resize(grid, size), nn.Conv2d(c_s, c_t, 3, 1, 1, bias=False)]
     if isinstance(layers[-1], nn.Conv2d):
         nn.init.kaiming_normal_(layers[-1].weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(*layers, nn.BatchNorm2d(c_t), *([nn.LeakyReLU(0.1)] if leaky else []))
+    return nn.Sequential(*layers, BatchNorm2d(c_t), *([nn.LeakyReLU(0.1)] if leaky else []))
 
 
 def appearance_loss(maps: Tensor, target: Tensor, last: bool) -> Tensor:

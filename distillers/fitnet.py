@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
-from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages
 from kdzoo.losses import cross_entropy
 
 
@@ -47,7 +47,7 @@ class FitNet(Distiller):
         check_stages((self.stage,), student, teacher)
         f_s, f_t = student.features[self.stage], teacher.features[self.stage]
         self.grid = CommonGrid(f_s, f_t)
-        layers = [nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False), nn.BatchNorm2d(f_t.shape[1])]
+        layers = [nn.Conv2d(f_s.shape[1], f_t.shape[1], 1, bias=False), BatchNorm2d(f_t.shape[1])]
         self.connector = nn.Sequential(*layers, *([nn.ReLU()] if self.relu else []))
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output
-from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages
 from kdzoo.keywords import at_least, one_of, positive
 from kdzoo.losses import cross_entropy
 from kdzoo.phase import fit
@@ -18,7 +18,7 @@ def layers(widths: tuple[int, ...], back: bool = False, norm: bool = False) -> n
     modules: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         modules.append((nn.ConvTranspose2d if back else nn.Conv2d)(inputs, outputs, 3, padding=1))
-        modules += [nn.BatchNorm2d(outputs)] if norm else []
+        modules += [BatchNorm2d(outputs)] if norm else []
         modules.append(nn.LeakyReLU(0.1))
     return nn.Sequential(*modules)
 

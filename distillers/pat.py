@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
-from kdzoo.connectors import Pyramid, check_stages
+from kdzoo.connectors import BatchNorm2d, Pyramid, check_stages
 from kdzoo.errors import UserError
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import context_loss, cross_entropy, softened_kl
@@ -84,7 +84,7 @@ class Aligner(nn.Module):
     def __init__(self, width: int, target: Tensor):
         super().__init__()
         self.grid = target.shape[2:]
-        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1, bias=False)
+        self.norm, self.conv = BatchNorm2d(width), nn.Conv2d(width, target.shape[1], 1, bias=False)
 
     def forward(self, regions: Tensor) -> Tensor:
         return self.conv(self.norm(resized(regions, self.grid)))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import Pyramid, check_stages
+from kdzoo.connectors import BatchNorm2d, Pyramid, check_stages
 from kdzoo.errors import UserError
 from kdzoo.keywords import one_of, share
 from kdzoo.losses import context_loss, cross_entropy, warm_up
@@ -17,7 +17,7 @@ def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     """Make a convolution that keeps the height and width, and batch norm."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    return nn.Sequential(conv, BatchNorm2d(outputs))
 
 
 def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
-from kdzoo.connectors import check_stages
+from kdzoo.connectors import BatchNorm2d, check_stages
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import cross_entropy, softened_kl
 
@@ -45,7 +45,7 @@ class AttentionProjector(nn.Module):
     def __init__(self, student: Tensor, teacher: Tensor, heads: int, sharpness: float, asked: bool):
         super().__init__()
         (c_s, *seen), (c_t, *grid) = student.shape[1:], teacher.shape[1:]
-        self.enter = nn.Sequential(nn.Conv2d(c_s, c_s, 3, padding=1), nn.BatchNorm2d(c_s), nn.ReLU())
+        self.enter = nn.Sequential(nn.Conv2d(c_s, c_s, 3, padding=1), BatchNorm2d(c_s), nn.ReLU())
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, c_s, *seen), std=0.02))
         self.queries = None if asked else nn.Parameter(torch.randn(1, c_t, *grid))
         self.ask = nn.Sequential(nn.Conv2d(c_t, c_t, 1), nn.ReLU())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output, Show
-from kdzoo.connectors import CommonGrid, Pool, TeachersClassifier, check_stages
+from kdzoo.connectors import BatchNorm2d, CommonGrid, Pool, TeachersClassifier, check_stages
 from kdzoo.errors import UserError
 from kdzoo.outputs import LOGITS
 
@@ -96,13 +96,13 @@ class SimKD(Distiller):
         middle = outputs // self.factor
         return nn.Sequential(
             nn.Conv2d(inputs, middle, 1, bias=False),
-            nn.BatchNorm2d(middle),
+            BatchNorm2d(middle),
             nn.ReLU(),
             nn.Conv2d(middle, middle, 3, padding=1, bias=False),
-            nn.BatchNorm2d(middle),
+            BatchNorm2d(middle),
             nn.ReLU(),
             nn.Conv2d(middle, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNorm2d(outputs),
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
-from kdzoo.connectors import check_stages
+from kdzoo.connectors import BatchNorm2d, check_stages
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import cross_entropy, softened_kl
 
@@ -41,7 +41,7 @@ class AttentionProjector(nn.Module):
         self.heads = next(h for h in range(max(outputs // head_width, 1), 0, -1) if outputs % h == 0)
         self.scale = sharpness * (outputs // self.heads) ** -0.5
         self.tokens = grid[0] * grid[1]
-        self.convolve = nn.Sequential(nn.Conv2d(inputs, inputs, 3, padding=1), nn.BatchNorm2d(inputs), nn.ReLU())
+        self.convolve = nn.Sequential(nn.Conv2d(inputs, inputs, 3, padding=1), BatchNorm2d(inputs), nn.ReLU())
         self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, inputs, height, width), std=0.02))
         self.value, self.project = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
         self.chooses = height * width > 1

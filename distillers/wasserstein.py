@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
-from kdzoo.connectors import CommonGrid, check_stages
+from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages
 from kdzoo.errors import UserError
 from kdzoo.keywords import at_least, not_negative, one_of, positive, share
 from kdzoo.losses import cross_entropy, soft_target_loss, true_class
@@ -188,7 +188,7 @@ class Wasserstein(Distiller):
             f_s, f_t = student.features[self.stage], teacher.features[self.stage]
             self.pool = CommonGrid(f_s, f_t)
             self.statistics = CellStatistics(self.pool.size, self.grid)
-            self.projector = nn.Sequential(nn.Conv2d(f_s.shape[1], f_t.shape[1], 1), nn.BatchNorm2d(f_t.shape[1]))
+            self.projector = nn.Sequential(nn.Conv2d(f_s.shape[1], f_t.shape[1], 1), BatchNorm2d(f_t.shape[1]))
             self.register_buffer("rectified", torch.tensor(False))
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from kdzoo import Output
 from kdzoo.connectors import (
+    BatchNorm2d,
     CommonGrid,
     CommonGrids,
     Pool,
@@ -129,3 +130,28 @@ def test_a_map_can_be_brought_to_any_grid_and_a_constant_stays_one(grid, size):
     maps = torch.sin(torch.arange(6 * grid[0] * grid[1]).double()).view(2, 3, *grid)
     assert torch.allclose(resize.double()(maps), F.adaptive_avg_pool2d(maps, size))
     assert (resize(maps) is maps) == (grid == size)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_batch_norm_gives_what_torchs_gives_for_a_gradient_of_any_layout(layout):
+    maps = torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kind in (BatchNorm2d, nn.BatchNorm2d):
+        given, norm = maps.contiguous(memory_format=torch.channels_last).requires_grad_(), kind(6)
+        seen = norm(given)
+        seen.backward(maps.sin().contiguous(memory_format=layout))
+        found.append((seen.detach(), given.grad, norm.weight.grad, norm.bias.grad, norm.running_var))
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(BatchNorm2d, True), (nn.BatchNorm2d, False)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradient_that_reaches_a_batch_norm_lies_as_its_map_does(kind, kept, layout):
+    seen = kind(6)(torch.randn(4, 6, 5, 3).contiguous(memory_format=layout))
+    node = seen.grad_fn if kind is nn.BatchNorm2d else seen.grad_fn.next_functions[0][0]
+    lies = []
+    node.register_prehook(lambda gradients: lies.append(gradients[0].is_contiguous(memory_format=layout)))
+    other = torch.contiguous_format if layout is torch.channels_last else torch.channels_last
+    seen.backward(torch.ones(4, 6, 5, 3).contiguous(memory_format=other))
+    assert lies == [kept]
