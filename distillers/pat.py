@@ -154,7 +154,8 @@ class PAT(Distiller):
     - Gates have at least 4 hidden numbers, as narrow teachers would have one or none.
     - Aligners are those of their convolutional teachers, for tokens too, which lie on a grid here.
 
-    Memory: the graph of the teacher's stages behind the first is kept, without its weights' gradients.
+    Memory: the graph of the teacher's stages behind the first is kept, without its weights' gradients. With all else
+    these are 26 MB for each image of 32 pixels (resnet32x4 -> resnet8x4), where kd keeps 2.6 MB.
 
     Args:
         ce: weight of the cross-entropy with the ground truth.

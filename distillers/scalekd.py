@@ -98,6 +98,9 @@ class ScaleKD(Distiller):
     Differs from the authors' code: f_t^4 is taken before norms that follow the stage, the number of heads does not
     depend on the teacher, and a student's map may have another grid than the teacher's, as keys need no common one.
 
+    Memory: four projectors and two passes of the teacher's last stage are kept, 16 MB in all for each image of 32
+    pixels (resnet32x4 -> resnet8x4), where kd keeps 2.6 MB.
+
     Args:
         ce: weight of the cross-entropy with the ground truth.
         kd: weight of the distillation of the logits.
