@@ -178,7 +178,7 @@ def bench(
     """Train every method, teacher-student pair and seed of a suite, then print the table.
 
     \b
-      kdzoo bench digits --dry-run
+      kdzoo bench digits-short --dry-run
       kdzoo bench mine.yaml --seeds 3 protocol.epochs=100
 
     SUITE is a name of 'kdzoo list suites', or the path of a YAML file. Runs that share teacher, data, protocol and seed

@@ -45,8 +45,8 @@ def next_steps(result: "Result") -> str:
     steps = [("Run:", str(shortened(result.folder)))]
     if result.distiller != "none" and without_teacher(result) is None:
         steps.append(("Next, the student without a teacher:", command_without_teacher(result)))
-    if result.data in suites.shipped():
-        steps.append((f"Many methods on {result.data}, compared over seeds:", f"kdzoo bench {result.data}"))
+    if (suite := f"{result.data}-short") in suites.shipped():
+        steps.append((f"Several methods on {result.data}, compared over seeds:", f"kdzoo bench {suite}"))
     else:
         steps.append(("Suites that compare many methods:", "kdzoo list suites"))
     steps.append(("All runs of this folder:", shlex.join(["kdzoo", "table", str(shortened(root))])))

@@ -85,7 +85,7 @@ def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in suites.shipped() if name not in ("digits", "bands", "controls", "heart")]
+    "name", [name for name in suites.shipped() if name not in ("bands", "controls", "heart")]
 )
 def test_the_suites_of_the_tables_stand_on_baselines_pairs_and_seeds(name):
     runs = load(name).runs

@@ -141,7 +141,7 @@ def test_the_command_without_a_teacher_is_the_same_training(tmp_path, monkeypatc
 
 def test_the_commands_to_run_next_are_named(tmp_path):
     lines = next_steps(result(tmp_path)).splitlines()
-    assert "  kdzoo bench digits" in lines
+    assert "  kdzoo bench digits-short" in lines
     assert f"  kdzoo table {tmp_path}" in lines
     assert "  kdzoo list suites" not in lines
     assert "  kdzoo list suites" in next_steps(result(tmp_path, data="folder:flowers")).splitlines()
