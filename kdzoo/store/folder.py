@@ -64,6 +64,12 @@ class Result:
     extra_parameters: int | None = None  # that the method trains beside the student
     peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
     weights: str = ""  # SHA-256 of the student's file; empty in results of older versions
+    best_top5: float | None = None  # of the best epoch by top-1; None in results of older versions, as all that follow
+    ship: str = "last"  # which student was kept, as output.ship says: last, best or ema
+    flops: int | None = None  # of one image through the student that ships; a multiplication with its addition is two
+    file_bytes: int | None = None  # of the student's file
+    latency_1: float | None = None  # milliseconds of one image through the student that ships, in float32: the median
+    latency_64: float | None = None  # milliseconds of 64 images in one batch
 
     def plain(self) -> dict[str, Any]:
         """Return the values as JSON holds them; the folder is not among them."""
@@ -71,13 +77,23 @@ class Result:
         del values["folder"]
         return values
 
+    @property
+    def shipped_top1(self) -> float:
+        """Top-1 of the student that was kept, in percent."""
+        return self.best_top1 if self.ship == "best" else self.top1
+
+    @property
+    def shipped_top5(self) -> float | None:
+        """Top-5 of the student that was kept, in percent; None where it was not kept apart."""
+        return self.best_top5 if self.ship == "best" else self.top5
+
 
 LONGEST_TITLE = 200  # of the 255 bytes that a folder's name may have
 HIGHEST = {  # what the numbers of a result may be at most; none is below 0
-    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1"), 100),
-    **dict.fromkeys(("seconds", "images_per_second"), 1e12),
+    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1", "best_top5"), 100),
+    **dict.fromkeys(("seconds", "images_per_second", "latency_1", "latency_64"), 1e12),
     **dict.fromkeys(("epochs", "best_epoch"), 10**6),
-    **dict.fromkeys(("seed", "parameters", "extra_parameters", "peak_memory"), 2**63 - 1),
+    **dict.fromkeys(("seed", "parameters", "extra_parameters", "peak_memory", "flops", "file_bytes"), 2**63 - 1),
 }
 FORMAT = 3  # of config.yaml; another version's folders are refused
 
