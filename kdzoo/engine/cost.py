@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from statistics import median
 from typing import NamedTuple, TypeVar
 
@@ -46,8 +47,8 @@ def measure(network: nn.Module, image_size: int, device: torch.device) -> Cost:
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module, _ in modes)
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            latencies = [_tried(lambda count=count: _latency(network, images[:count])) for count in BATCHES]
-            return Cost(_tried(lambda: _flops(network, images[:1])), *latencies)
+            one, many = (_tried(partial(_latency, network, images[:count])) for count in BATCHES)
+            return Cost(_tried(partial(_flops, network, images[:1])), one, many)
     finally:
         for module, mode in modes:
             module.training = mode

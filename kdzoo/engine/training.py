@@ -213,8 +213,9 @@ def facts_of(shipped: nn.Module, distillation: Distillation) -> dict[str, Any]:
     student, teacher = distillation.student, distillation.teacher
     if isinstance(shipped, models.Network):
         return shipped.facts()
-    needed = teacher if distillation.distiller.needs.teacher else None
-    return {**student.facts(), "teacher": models.shapes_of((needed or student).shapes())}
+    assert isinstance(student, models.Network), "the engine trains networks of kdzoo.models"
+    known = teacher if distillation.distiller.needs.teacher and isinstance(teacher, models.Network) else student
+    return {**student.facts(), "teacher": models.shapes_of(known.shapes())}
 
 
 def cost_of(shipped: nn.Module, lane: Lane, dataset: Dataset, known: dict[str, cost.Cost]) -> cost.Cost:

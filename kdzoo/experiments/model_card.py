@@ -39,7 +39,6 @@ def card(result: Result, student: Student, program: bool) -> str:
     """
     names, seeds = result.names, beside(result)
     top1 = [run.shipped_top1 for run in seeds]
-    library = {} if program else {"library_name": "timm"}
     facts = ModelCardData(
         pipeline_tag="image-classification",
         tags=["image-classification", "knowledge-distillation", "kdzoo", *(["timm"] if not program else [])],
@@ -54,7 +53,7 @@ def card(result: Result, student: Student, program: bool) -> str:
                 metric_value=round(result.shipped_top1, 2),
             )
         ],
-        **library,
+        library_name=None if program else "timm",
     )
     spread = f" ± {stdev(top1):.2f}" if len(top1) > 1 else ""
     counted = f"{mean(top1):.2f}{spread} % over {len(top1)} seed{'s' if len(top1) > 1 else ''}"

@@ -104,7 +104,7 @@ def quantise_onnx(source: Path, target: Path, batches: Iterable[Tensor]) -> None
     waiting = iter(batches)
 
     class Reader(quantization.CalibrationDataReader):
-        def get_next(self) -> Mapping[str, Any] | None:  # type: ignore[override]
+        def get_next(self) -> Mapping[str, Any] | None:
             images = next(waiting, None)
             return None if images is None else {INPUT: images.cpu().contiguous().numpy()}
 
