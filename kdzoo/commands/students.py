@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 @click.option(
     "--workers",
     type=click.IntRange(0, 128),
-    help="Number of processes that decode images (default: one for each core).",
+    help="Number of processes that decode images beside the network (default: one for each core where a GPU computes, "
+    "else 0).",
 )
 @click.option(
     "--trust-code",

@@ -2,16 +2,18 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
 
 from kdzoo.data.augment import floats
 from kdzoo.data.pictures import Files, Reading
-from kdzoo.data.stream import Streamed, stream, whole_transform
+from kdzoo.data.stream import stream, whole_transform
 from kdzoo.data.trees import walk
 from kdzoo.engine.device import find_device
 from kdzoo.errors import UserError, out_of_memory_told, unknown
@@ -53,7 +55,8 @@ def predict(
         top: classes for each image.
         device: to compute on; ``auto`` is the first GPU, else the CPU.
         precision: of the network; None: the run's, or float32 where this device lacks it.
-        workers: processes that decode images; None: one for each core, and none for few images.
+        workers: processes that decode images beside the network; None: one for each core where a GPU computes, else
+            none, and threads of this process decode between two batches.
         trust_code: as in ``load``.
 
     Returns:
@@ -76,7 +79,7 @@ def predict(
     student.to(place).to(memory_format=torch.channels_last)
     if workers is None:
         batches = len(paths) // BATCH
-        workers = min(os.cpu_count() or 1, MOST_WORKERS, batches // 2)
+        workers = 0 if place.type == "cpu" else min(os.cpu_count() or 1, MOST_WORKERS, batches // 2)
     return _predictions(student, paths, reading, top, place, precision, workers)
 
 
@@ -99,28 +102,35 @@ def files_of(given: Iterable[str | Path]) -> Iterator[str]:
             raise UserError(f"no file or folder {path}; expected images, or folders of images")
 
 
-class _Shown(Streamed):
-    """Images as the run was measured with, and whether each can be read."""
+class _Shown(TorchDataset[Any]):
+    """Images by their rows as the run was measured with, (S, S, 3) uint8, and whether each can be read."""
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        drawn = super().__getitem__(key)
-        if isinstance(drawn, UserError):
-            return {"images": torch.zeros(self.square, dtype=torch.uint8), "is_read": torch.tensor(False)}
-        return {**drawn, "is_read": torch.tensor(True)}
+    def __init__(self, pictures: Files, student: Student, threads: int):
+        self.pictures, self.side, self.threads = pictures, student.image_size, threads
+        self.resized = int(self.side / student.test_crop)
+        self.cut = whole_transform(self.side, student.test_crop)
 
-    square: tuple[int, int, int]
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        try:
+            pixels = np.array(self.cut(self.pictures.decoded(row, self.resized)))
+        except UserError:
+            return {"images": torch.zeros(self.side, self.side, 3, dtype=torch.uint8), "is_read": torch.tensor(False)}
+        return {"images": torch.from_numpy(pixels), "is_read": torch.tensor(True)}
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Tensor]]:
+        with ThreadPoolExecutor(self.threads) as pool:  # Pillow decodes and resizes without Python's lock
+            return list(pool.map(self.__getitem__, rows))
 
 
 def _predictions(
     student: Student, paths: list[str], reading: Reading, top: int, device: torch.device, precision: str, workers: int
 ) -> Iterator[Prediction]:
-    side, names = student.image_size, np.array([os.fsencode(os.path.abspath(path)) for path in paths])
+    names = np.array([os.fsencode(os.path.abspath(path)) for path in paths])
     pictures = Files(Path(), names, np.zeros(len(paths), np.int64), "images", reading)
-    cut = whole_transform(side, student.test_crop)
-    dataset = _Shown(pictures, {"images": cut}, int(side / student.test_crop), seed=0)
-    dataset.square = (side, side, 3)
+    # Where the CPU computes too, decoding and the network take turns, each on all cores: side by side they are slower.
+    dataset = _Shown(pictures, student, threads=1 if workers else torch.get_num_threads())
     starts = range(0, len(paths), BATCH)
-    keys = [[(0, row) for row in range(start, min(start + BATCH, len(paths)))] for start in starts]
+    keys = [list(range(start, min(start + BATCH, len(paths)))) for start in starts]
     top = min(top, len(student.classes))
     waiting: list[tuple[int, Any]] = []  # one batch is read while the device computes the next
     for start, drawn in zip(starts, stream(dataset, keys, workers, device), strict=True):
