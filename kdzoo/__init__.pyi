@@ -15,7 +15,10 @@ from .distiller import Needs as Needs
 from .errors import UserError as UserError
 from .experiments.bench import Report as Report
 from .experiments.bench import bench as bench
+from .experiments.exports import Export as Export
+from .experiments.exports import export as export
 from .experiments.run import run as run
+from .experiments.students import load as load
 from .image_set import ImageSet as ImageSet
 from .outputs import NetworkView as NetworkView
 from .outputs import Output as Output

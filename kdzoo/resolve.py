@@ -45,6 +45,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
         raise UserError("files is no setting; the files that a run names are found by themselves")
     run = _with_data(given)
     settings = replace(run.settings, protocol=_protocol(recipe))
+    _check_ship(Run(settings, run.place))
     names = settings.data.name, settings.protocol.name, settings.teacher.name, settings.student.name
     usual = preset(str(keywords["name"]), *names)
     settings = replace(settings, distiller=distiller_settings({**usual, **keywords}))
@@ -54,6 +55,20 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
         fingerprint = fingerprint_of(settings.data, run.place.data.root)
     settings = replace(settings, data=replace(settings.data, fingerprint=fingerprint))
     return Run(replace(settings, files=files_of(settings)), run.place)
+
+
+def _check_ship(run: Run) -> None:
+    """Check that the student to keep is one that the recipe makes."""
+    ship, every = run.settings.output.ship, run.place.output.measure_every
+    if ship == "ema" and not run.settings.protocol.ema:
+        raise UserError(
+            "output.ship=ema: this protocol averages no weights; set protocol.ema=0.999, or keep output.ship=last"
+        )
+    if ship == "best" and every > 1:
+        raise UserError(
+            f"output.ship=best: the best epoch is found by measuring each, and output.measure_every={every} leaves "
+            "some out; set it to 1"
+        )
 
 
 def resolve_data(name: str, overrides: Sequence[str] = ()) -> Run:
@@ -111,14 +126,19 @@ def fingerprint_of(data: DataSettings, root: str) -> str:
         return ""
 
 
-def stored(plain: Mapping[str, Any]) -> Run:
+def stored(plain: Mapping[str, Any], checked: bool = True) -> Run:
     """Read the run that ``Run.plain`` wrote down: complete, so no preset, recipe or default of today takes part.
+
+    Args:
+        plain: what it wrote.
+        checked: whether the method, whose code is imported for it, checks its keywords.
 
     Raises:
         UserError: a key or keyword that is not known any more.
     """
     given = dict(plain)
-    distiller = distiller_settings(given.pop("distiller"))
+    keywords = dict(given.pop("distiller"))
+    distiller = distiller_settings(keywords) if checked else DistillerSettings(str(keywords.pop("name")), keywords)
     settings, place = _typed(given)
     return Run(replace(settings, distiller=distiller), place)
 

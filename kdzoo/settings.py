@@ -132,6 +132,17 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
+class OutputSettings:
+    """Which student a run keeps."""
+
+    ship: Literal["last", "best", "ema"] = setting(
+        "last",
+        "Student to keep: last is that after the last epoch, averaged where protocol.ema is set; best is that of the "
+        "epoch with the best top-1; ema is the average, and refused where protocol.ema is 0",
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a run is: everything that decides its result, and nothing else."""
 
@@ -141,6 +152,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     protocol: Protocol = field(default_factory=Protocol)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
     seed: int = setting(
         0, "Seed of the initial weights, and of the order and augmentation of the batches", between, 0, 2**63 - 1
     )

@@ -1,6 +1,7 @@
 """Give the batches of an open data set: a loader for training, and all test images in order."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from kdzoo.data import augment
 from kdzoo.data.loader import Loader
 from kdzoo.data.pictures import Pictures, Pixels
+from kdzoo.data.sources import stratified
 from kdzoo.data.stream import Streamed, stream, whole_transform
 from kdzoo.distiller import DataSpec
 from kdzoo.recipe import Protocol
@@ -63,20 +65,34 @@ class Dataset:
             batch_size: of all batches but the last.
             test_crop: share of the resized side that the centre crop keeps.
         """
-        labels = torch.from_numpy(self._test.labels).to(self.device)
+        return self._batches(self._test, self.test_pixels, batch_size, test_crop)
+
+    def sample(
+        self, split: Literal["train", "test"], count: int, batch_size: int, test_crop: float = 1.0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``count`` images of a split, spread over its classes, as ``test_batches`` does; 0 yields all."""
+        pictures, pixels = (self._train, self.train_pixels) if split == "train" else (self._test, self.test_pixels)
+        rows = stratified(pictures.labels, count or len(pictures))
+        chosen = None if pixels is None else pixels[torch.from_numpy(rows).to(self.device)]
+        return self._batches(pictures.take(rows), chosen, batch_size, test_crop)
+
+    def _batches(
+        self, pictures: Pictures, pixels: Tensor | None, batch_size: int, test_crop: float
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        labels = torch.from_numpy(pictures.labels).to(self.device)
         size = self.spec.image_size
         starts = range(0, len(labels), batch_size)
-        if self.test_pixels is not None:
+        if pixels is not None:
             resized = int(size / test_crop)
             margin = round((resized - size) / 2)
             for start in starts:
-                images = augment.floats(self.test_pixels[start : start + batch_size])
+                images = augment.floats(pixels[start : start + batch_size])
                 images = augment.resize(images, resized)[:, :, margin : margin + size, margin : margin + size]
                 images = images.contiguous(memory_format=torch.channels_last)
                 yield images, labels[start : start + batch_size]
             return
         whole = {"images": whole_transform(size, test_crop)}
-        dataset = Streamed(self._test, whole, int(size / test_crop), seed=0)
+        dataset = Streamed(pictures, whole, int(size / test_crop), seed=0)
         keys = ([(0, row) for row in range(start, min(start + batch_size, len(labels)))] for start in starts)
         for start, drawn in zip(starts, stream(dataset, keys, self.workers, self.device), strict=True):
             yield augment.floats(drawn["images"]), labels[start : start + batch_size]

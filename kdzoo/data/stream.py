@@ -114,7 +114,7 @@ class Streamed(TorchDataset[Any]):
 
 
 def stream(
-    dataset: Streamed, keys: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+    dataset: TorchDataset[Any], keys: Iterable[list[Any]], workers: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """Yield a dict of (B, S, S, 3) uint8 tensors on the device for each list of keys.
 

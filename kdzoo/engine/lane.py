@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
@@ -91,6 +91,7 @@ class Lane:
         self.seconds = 0.0  # spent on this run so far, over all its starts
         self.at: int | None = None  # the step that it is in or was in last; None before the first
         self.failure: UserError | None = None
+        self.best: dict[str, Tensor] | None = None  # on the CPU: the student of the best epoch, where that ships
         curves = place.output.tensorboard and self.ranks.first
         self.curves = Curves(self.folder.path) if curves else None
         self.average = ModelEmaV3(self.trained, decay=protocol.ema) if protocol.ema else None
@@ -161,7 +162,11 @@ class Lane:
             yield
 
     def record(self, found: dict[str, Any]) -> None:
-        """Write an epoch down."""
+        """Write an epoch down, and keep its student where it is the best so far and the best ships."""
+        earlier = [record["top1"] for record in self.history]
+        if self.run.settings.output.ship == "best" and found["top1"] > max(earlier, default=-1.0):
+            state = self.deployed().state_dict()
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
         self.history.append(found)
         self.ranks.once(self.folder.write_history, self.history)
         if self.curves is not None:
@@ -169,12 +174,19 @@ class Lane:
         self.meter.reset()
 
     def deployed(self) -> nn.Module:
-        """Make the module that would ship now."""
+        """Make the module of this moment that images go through when it is measured."""
         trained = self.trained if self.average is None else cast(Trained, self.average.module)
         module = trained.distiller.deploy(trained.student)
         if not isinstance(module, nn.Module):
             name = self.run.settings.distiller.name
             raise UserError(f"distiller '{name}' deploys a {type(module).__name__}; expected a torch.nn.Module")
+        return module
+
+    def shipped(self) -> nn.Module:
+        """Make the module that ships, after the last step."""
+        module = self.deployed()
+        if self.best is not None:
+            module.load_state_dict(self.best)
         return module
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,6 +197,7 @@ class Lane:
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "meter": self.meter.state_dict(),
+            "best": self.best,
             "history": self.history,
             "seconds": self.seconds,
         }
@@ -208,5 +221,6 @@ class Lane:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.meter.load_state_dict(state["meter"])
+        self.best = state["best"]
         self.history = state["history"]
         self.seconds = state["seconds"]

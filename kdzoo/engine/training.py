@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
@@ -15,7 +16,7 @@ from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import DataSpec
-from kdzoo.engine import loop
+from kdzoo.engine import cost, loop
 from kdzoo.engine.device import current
 from kdzoo.engine.faults import caught, check_finite, check_trained
 from kdzoo.engine.lane import Lane, titles
@@ -172,10 +173,11 @@ def _train_lanes(
             ranks.once(say_origins, lanes.values(), dataset, progress)
             with current(device), Termination() as termination:
                 loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
+        costs: dict[str, cost.Cost] = {}
         for i, lane in lanes.items():
             if lane.failure is None:
                 with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():
-                    outcomes[i] = finish(lane, dataset, teacher)
+                    outcomes[i] = finish(lane, dataset, teacher, costs)
             if lane.failure is not None:
                 outcomes[i] = lane.failure
     return [outcomes[i] for i in range(len(runs))]
@@ -206,11 +208,31 @@ def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Pro
     return outcome
 
 
-def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
-    """Write the student that ships, then the result."""
-    settings, history, shipped = lane.run.settings, lane.history, lane.deployed()
+def facts_of(shipped: nn.Module, distillation: Distillation) -> dict[str, Any]:
+    """Describe what a student's file must be read with; where more ships, with the shapes that it was built from."""
+    student, teacher = distillation.student, distillation.teacher
+    if isinstance(shipped, models.Network):
+        return shipped.facts()
+    assert isinstance(student, models.Network), "the engine trains networks of kdzoo.models"
+    known = teacher if distillation.distiller.needs.teacher and isinstance(teacher, models.Network) else student
+    return {**student.facts(), "teacher": models.shapes_of(known.shapes())}
+
+
+def cost_of(shipped: nn.Module, lane: Lane, dataset: Dataset, known: dict[str, cost.Cost]) -> cost.Cost:
+    """Measure what a lane's student costs, once for all students of one architecture, which ``known`` holds."""
+    if not lane.ranks.first:
+        return cost.Cost()
+    architecture = f"{lane.run.settings.student} {shipped}"
+    if architecture not in known:
+        known[architecture] = cost.measure(shipped, dataset.spec.image_size, lane.device)
+    return known[architecture]
+
+
+def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None, costs: dict[str, cost.Cost]) -> Result:
+    """Write the student that ships, then the result; ``costs`` are known of other lanes."""
+    settings, history, shipped = lane.run.settings, lane.history, lane.shipped()
     check_finite(shipped, "the student to ship")
-    lane.ranks.once(models.save_weights, shipped, lane.folder.student)
+    lane.ranks.once(models.save_weights, shipped, lane.folder.student, facts_of(shipped, lane.distillation))
     best = max((record for record in history if record["top1"] is not None), key=lambda record: record["top1"])
     result = Result(
         folder=lane.folder.path,
@@ -235,6 +257,11 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         extra_parameters=count(lane.trained) - count(shipped),
         peak_memory=peak_memory(lane.device),
         weights=digest(lane.folder.student) if lane.ranks.first else "",
+        best_top5=best["top5"],
+        ship=settings.output.ship,
+        image_size=dataset.spec.image_size,
+        file_bytes=lane.folder.student.stat().st_size if lane.ranks.first else None,
+        **cost_of(shipped, lane, dataset, costs)._asdict(),
     )
     lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
     lane.ranks.once(lane.folder.write_result, result)

@@ -1,6 +1,6 @@
 """One run from its settings to its result: what ``kdzoo run`` does, and ``kdzoo.run`` from Python."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kdzoo import data, models, registry
+from kdzoo import data
 from kdzoo.data import option_settings
-from kdzoo.distiller import Distiller
 from kdzoo.engine import ranks as processes
 from kdzoo.engine.device import find_device, resolve_auto, use
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.memory import check_reserve
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import build, network_of, train_one
+from kdzoo.engine.training import build, train_one
 from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import teachers
+from kdzoo.experiments.students import shipped
 from kdzoo.files import path_of, read_text
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, stored
@@ -28,6 +28,7 @@ from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock
+from kdzoo.store.trust import PARTS
 
 __all__ = ["Result", "evaluate_run", "execute", "run"]
 
@@ -41,15 +42,17 @@ class Here(NamedTuple):
     precision: str | None = None  # None: the run's, or float32 where this machine lacks it
     trust_code: bool = False  # import the files and modules that the run names, whoever wrote them
 
-    def place(self, folder: RunFolder) -> Run:
+    def place(self, folder: RunFolder, parts: Collection[str] = PARTS) -> Run:
         """Read the run of a folder and place it here; its fingerprint is that of the data that lie here.
+
+        Code of other ``parts`` of the run is not used.
 
         Raises:
             UserError: the device is not there or has no such precision, or the run names code that is not trusted.
         """
         name, working = "" if self.data is None else _absolute(self.data), Path.cwd()
         with folder.home():
-            settings, place = folder.run(self.trust_code, working)
+            settings, place = folder.run(self.trust_code, working, parts)
             images = settings.data
             if name:
                 kept = images.options if name.partition(":")[0] == images.name.partition(":")[0] else {}
@@ -200,45 +203,32 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
         UserError: there is no finished run at ``path``, or its data are not where they were.
     """
     folder = RunFolder(path.resolve())
-    result = folder.read_result()
-    if result is None:
-        folder.read_config()
-        raise UserError(f"{path} is not finished; run its command again, and it continues")
+    result = folder.finished()
     with torch.random.fork_rng(), Progress() as progress:
         run = here.place(folder)
         settings = run.settings
         with folder.home():
             dataset = open_data(run, use(run.place), progress)
             compare_data(run, folder, dataset, progress)
-            deployed = shipped(run, dataset, folder, progress)
+            deployed = shipped_of(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
             deployed.to(dataset.device).to(memory_format=torch.channels_last)
             top1, top5 = evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
-        if (round(top1, 2), round(top5, 2)) != (round(result.top1, 2), round(result.top5, 2)):
+        known = result.shipped_top1, result.top5 if result.shipped_top5 is None else result.shipped_top5
+        if (round(top1, 2), round(top5, 2)) != tuple(round(share, 2) for share in known):
             progress.say(
-                f"{folder.result} says top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %: that differs from what is "
+                f"{folder.result} says top-1 {known[0]:.2f} %, top-5 {known[1]:.2f} %: that differs from what is "
                 "measured now, as it may a little on another device or in another precision, and by more on other data"
             )
         return top1, top5
 
 
-def shipped(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progress) -> nn.Module:
-    """Load the module that a run ships; a teacher is fetched only where it ships too."""
-    settings, spec = run.settings, dataset.spec
-    if (result := folder.read_result()) is not None:
-        folder.check_student(result)
-    if changed := changed_files(settings):
+def shipped_of(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progress) -> nn.Module:
+    """Load the module that a run ships, and say so where a file of the user's changed since."""
+    folder.finished()
+    if changed := changed_files(run.settings):
         progress.say(f"{folder.path.name}: {', '.join(changed)} changed since this run was made")
-    student = settings.student
-    if registry.load(settings.distiller.name).deploy is not Distiller.deploy:
-        teacher = teachers.obtain(run, dataset, Progress(quiet=True), made=stored(folder.read_config()).settings)
-        network: nn.Module = build(run, dataset, TeacherPasses(teacher.network), fetch=False).deploy()
-    elif models.written_facts(folder.student):
-        return models.load_given(student.name, spec, folder.student, taps=student.taps)
-    else:  # of an older version, which wrote no facts
-        network = network_of(student, spec, fetch=False)
-    models.load_weights(network, folder.student)
-    return network
+    return shipped(run.settings, dataset.spec, folder)
 
 
 def compare_data(run: Run, folder: RunFolder, dataset: data.Dataset, progress: Progress) -> None:

@@ -20,7 +20,7 @@ from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import teachers
-from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped
+from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped_of
 from kdzoo.outputs import Output, Show
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
@@ -262,7 +262,7 @@ def of_runs(paths: Sequence[Path], batches: int = 0, here: Here = HERE) -> pd.Da
         for name, (folder, run) in zip(_names(runs), runs, strict=True):
             with folder.home():
                 compare_data(run, folder, dataset, progress)
-                networks[name] = shipped(run, dataset, folder, progress)
+                networks[name] = shipped_of(run, dataset, folder, progress)
         with progress.doing("comparing the networks"):
             table = compare(networks, dataset, batches, shared.engine.precision, shared.protocol.test_crop)
     if options := shared.data.options:

@@ -8,18 +8,23 @@ from kdzoo.models.cast import cast_weights
 from kdzoo.models.given import load_given, written_facts
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
+from kdzoo.models.shapes import output_of, shapes_of
+from kdzoo.models.student import Student
 from kdzoo.models.weights import load_weights, save_weights
 
 __all__ = [
     "Network",
+    "Student",
     "cast_weights",
     "check_name",
     "create",
     "describe",
     "load_given",
     "load_weights",
+    "output_of",
     "pretrained_classes",
     "save_weights",
+    "shapes_of",
     "short_names",
     "unfuse_attention",
     "wrap",

@@ -30,6 +30,7 @@ class Facts:
     mean: tuple[float, ...] | None = setting(None, "Mean of each colour", each, between, -1e6, 1e6)
     std: tuple[float, ...] | None = setting(None, "Standard deviation of each colour", each, positive)
     adapted: tuple[str, ...] | None = None  # what of the network was changed to suit the image size
+    teacher: dict[str, Any] | None = None  # shapes of the teacher's outputs, where more than the student is shipped
 
 
 def load_given(

@@ -83,7 +83,7 @@ class Network(nn.Module):
         if show.preactivations:
             self._before.open()
         output = self._reader.read(self.body, self._prepared(images), show.features or show.preactivations)
-        if output.logits is None or len(output.logits) != len(images):
+        if output.logits is None or output.logits.shape[:1] != images.shape[:1]:  # len would fix it in an export
             kind = "training" if self.training else "evaluation"
             raise UserError(f"'{self.name}' gives no row of logits for each of {len(images)} images in {kind} mode")
         if show.preactivations:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -22,14 +22,15 @@ from kdzoo.models.weight_files import find_file, read_file, written_by_kdzoo
 SHOWN = 3  # mismatching tensors named in an error
 
 
-def save_weights(network: nn.Module, file: str | os.PathLike[str]) -> None:
+def save_weights(network: nn.Module, file: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> None:
     """Save the weights of ``network.body``, or of the module itself, as safetensors.
 
-    The file's metadata hold what a network must be given to read them, see ``given``.
+    The file's metadata hold what a network must be given to read them, see ``given``: by default what it says itself.
     """
     state = {k: v.detach().cpu().contiguous().clone() for k, v in _bare(network).state_dict().items()}
-    facts = getattr(network, "facts", None)
-    metadata = {"kdzoo": json.dumps(facts())} if facts else None
+    if facts is None and hasattr(network, "facts"):
+        facts = network.facts()  # type: ignore[operator]  # of Network
+    metadata = None if facts is None else {"kdzoo": json.dumps(facts)}
     make_folder(Path(file).parent)
     write_atomically(Path(file), lambda temporary: temporary.write_bytes(save(state, metadata)))
 

@@ -15,6 +15,8 @@ from kdzoo.quantities import duration
 if TYPE_CHECKING:
     from kdzoo.store.folder import Result
 
+KEPT = {"last": "of the last epoch", "best": "of the best epoch", "ema": "averaged, of the last epoch"}
+
 
 def result_table(result: "Result") -> Table:
     """Tabulate a run's result, beside that of its student trained without a teacher, if there is one."""
@@ -30,11 +32,26 @@ def result_table(result: "Result") -> Table:
     table.add_row("student top-5, last epoch", f"{result.top5:.2f} %")
     alone = without_teacher(result)
     if alone is not None:
-        table.add_row("student top-1 without a teacher", f"{alone.top1:.2f} %")
+        table.add_row("student top-1 without a teacher", f"{alone.shipped_top1:.2f} %")
+    table.add_row("student that is kept", KEPT.get(result.ship, result.ship))
+    if cost := cost_of(result):
+        table.add_row("its size", cost)
+    if result.latency_1 is not None and result.latency_64 is not None:
+        table.add_row("its latency", f"{result.latency_1:.3g} ms, {result.latency_64:.3g} ms for 64")
     table.add_row("protocol, seed", f"{result.protocol}, {result.seed}")
     table.add_row("time", duration(result.seconds))
     table.add_row("images per second", f"{result.images_per_second:.0f}")
     return table
+
+
+def cost_of(result: "Result") -> str:
+    """Write the size of a run's student, as far as it is known."""
+    parts = [
+        (result.parameters, lambda count: f"{count:,} parameters"),
+        (result.file_bytes, lambda size: f"{size / 1e6:.3g} MB"),
+        (result.flops, lambda flops: f"{flops / 1e9:.3g} GFLOPs"),
+    ]
+    return ", ".join(text(value) for value, text in parts if value is not None)
 
 
 def next_steps(result: "Result") -> str:
@@ -77,7 +94,7 @@ def command_without_teacher(result: "Result") -> str:
     known = settings["data"].get("fingerprint", "")  # of the same data, and nothing to give
     usual = flat(resolve({**given, "distiller": {"name": "none"}}, fingerprint=known).plain())
     usual["protocol.epochs"] = read_protocol(result.protocol).epochs
-    used = flat({part: settings[part] for part in parts})
+    used = flat({part: settings[part] for part in parts} | {"output": {"ship": result.ship}})
     words = ["kdzoo", "run", "--distiller", "none", "--student", result.student]
     for option, value, default in (
         ("--data", result.data, "digits"),
@@ -102,4 +119,7 @@ def _same_student(folder: Path) -> dict[str, Any]:
     from kdzoo.store.folder import RunFolder
 
     settings, _ = apart(RunFolder(folder).read_config())
-    return {key: settings[key] for key in ("student", "protocol", "data")}
+    return {
+        **{key: settings[key] for key in ("student", "protocol", "data")},
+        "ship": settings["output"].get("ship", "last"),
+    }

@@ -17,9 +17,12 @@ from kdzoo.results.table import (
     pair_name,
     repeated,
     scores,
+    shipped,
     summary,
 )
 
+EPOCHS = {"top1": "last", "best_top1": "best"}  # of the measures
+KEPT = {"best": ", students of the best epoch", "ema": ", averaged students"}  # by output.ship, where it is not last
 MARKS = {"reconstructed": "†", "adapted": "‡"}
 
 
@@ -80,6 +83,9 @@ def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
             columns[f"published {epoch}"] = [
                 Cell(sources.cell(number, value)) for number, value in zip(found, rows[ours], strict=True)
             ]
+        columns["ms for 1, 64"] = _latencies(rows)
+        columns["GFLOPs"] = _cells(rows["flops"], lambda flops: f"{flops / 1e9:.3g}")
+        columns["MB"] = _cells(rows["file_bytes"], lambda size: f"{size / 1e6:.3g}")
         columns["seconds"] = _cells(rows["seconds"], "{:.0f}".format)
         columns["images/s"] = _cells(rows["images_per_second"], "{:.0f}".format)
         columns["parameters"] = _cells(rows["parameters"], "{:,}".format)
@@ -87,6 +93,10 @@ def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
         columns["peak MiB"] = _cells(rows["peak_memory"], lambda bytes: f"{bytes / 2**20:.0f}")
         grid = _grid("Students, mean ± standard deviation over n seeds", columns, names=3)
         notes = _notes(_part(runs, key), rows, baseline, "seeds", "methods of a pair")
+        if any(cell.text for cell in columns["ms for 1, 64"]):
+            notes.append(
+                "ms for 1, 64: latency of a batch of 1 and of 64 images in float32, where the run was trained."
+            )
         sections.append(Section(title(key), [grid], [*notes, *sources.notes()]))
     return sections
 
@@ -115,17 +125,18 @@ def pivoted(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
         compared = {"method": [Cell(_method(*row)) for row in zip(part["method"], part["fidelity"], strict=True)]}
         compared |= _compared(part, baseline) | {"average rank": _cells(part["rank"], "{:.2f}".format)}
         if len(compared) > 1:
-            grids.append(_grid("All pairs together, top-1 of the last epoch", compared, names=1))
+            grids.append(_grid(f"All pairs together, top-1 of the {_epoch(rows)} epoch", compared, names=1))
         notes = _notes(_part(runs, key), part, baseline, "seeds and pairs", "methods") + _ranking(_part(runs, key))
         sections.append(Section(title(key), grids, [*notes, *sources.notes()]))
     return sections
 
 
 def wide(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """Add a column for each pair to ``comparisons``: its mean top-1 of the last epoch, unrounded."""
+    """Add a column for each pair to ``comparisons``: its mean top-1, of the students that are kept, unrounded."""
     table = summary(runs, baseline)
     table["pair"] = [pair_name(*pair) for pair in zip(table["teacher"], table["student"], strict=True)]
-    cells = table.pivot_table(index=[*SECTION, "method"], columns="pair", values="top1_mean", sort=False)
+    table["kept"] = table["top1_mean"].where(table["ship"] != "best", table["best_top1_mean"])
+    cells = table.pivot_table(index=[*SECTION, "method"], columns="pair", values="kept", sort=False)
     return comparisons(runs, baseline).merge(cells.reset_index(), on=[*SECTION, "method"])
 
 
@@ -175,9 +186,9 @@ def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, fam
         notes.append("One seed and one pair: nothing can be concluded about which method is better.")
     elif rows["compared"].any():
         notes.append(
-            f"minus {baseline}: mean of the paired differences in top-1 of the last epoch over the {over} that both "
-            f"have (compared: how many), with its 95 % interval; p of the paired t-test, Holm-corrected over the "
-            f"{family}; not told apart: p is at least {statistics.ALPHA}. It speaks of these {over}."
+            f"minus {baseline}: mean of the paired differences in top-1 of the {_epoch(runs)} epoch over the {over} "
+            f"that both have (compared: how many), with its 95 % interval; p of the paired t-test, Holm-corrected "
+            f"over the {family}; not told apart: p is at least {statistics.ALPHA}. It speaks of these {over}."
         )
         if rows["compared"].max() < 2:
             notes.append("No comparison here rests on more than one run of each method: nothing can be concluded.")
@@ -233,7 +244,12 @@ def _where(rows: pd.DataFrame) -> list[dict[str, str]]:
 
 def _part(table: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     """The rows of one section."""
-    return table[(table["data"] == key[0]) & (table["protocol"] == key[1])]
+    return table[(table[SECTION] == list(key)).all(axis=1)]
+
+
+def _epoch(rows: pd.DataFrame) -> str:
+    """The epoch of the students that a section keeps."""
+    return EPOCHS[shipped(rows)]
 
 
 def _spread(rows: pd.DataFrame, name: str, marks: Sequence[str]) -> list[Cell]:
@@ -246,6 +262,13 @@ def _interval(rows: pd.DataFrame, name: str, show: Callable[[float], str]) -> li
     return [Cell(f"{show(low)} to {show(high)}" if pd.notna(low) else "") for low, high in ends]
 
 
+def _latencies(rows: pd.DataFrame) -> list[Cell]:
+    """Milliseconds of a batch of 1 and of 64, side by side."""
+    pairs = zip(rows["latency_1"], rows["latency_64"], strict=True)
+    known = [", ".join(f"{ms:.3g}" for ms in pair if pd.notna(ms)) for pair in pairs]
+    return [Cell(text) for text in known]
+
+
 def _cells(values: pd.Series, show: Callable[[float], str]) -> list[Cell]:
     return [Cell(show(value) if pd.notna(value) else "") for value in values]
 
@@ -256,7 +279,8 @@ def _method(name: str, fidelity: str) -> str:
 
 def title(key: Sequence[str]) -> str:
     """Write the heading of a section."""
-    return f"{key[0]}, protocol {key[1]}"
+    data, protocol, ship = key
+    return f"{data}, protocol {protocol}{KEPT.get(ship, '')}"
 
 
 def _signed(value: float) -> str:

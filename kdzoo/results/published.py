@@ -43,7 +43,9 @@ def everything() -> pd.DataFrame:
     return table
 
 
-def find(data: str, protocol: str, teacher: str, student: str, method: str, epoch: str) -> Published | None:
+def find(
+    data: str, protocol: str, teacher: str, student: str, method: str, epoch: str, ship: str = ""
+) -> Published | None:
     """Find the published number of exactly this setting, or None. Rows marked ``unverified`` do not count.
 
     Args:
@@ -51,6 +53,7 @@ def find(data: str, protocol: str, teacher: str, student: str, method: str, epoc
             alone, whose number does not depend on the teacher it stands beside.
         method: a method's name, or ``teacher`` for the teacher's own accuracy.
         epoch: ``last`` or ``best``.
+        ship: the student that our runs keep, which no published number depends on.
     """
     alone = teacher == "-"
     named = "" if alone else teacher.partition(" (")[0]

@@ -15,19 +15,21 @@ from kdzoo.results import published, statistics
 from kdzoo.store.folder import RunFolder, find_runs
 
 BASELINE = "kd"
-SECTION = ["data", "protocol"]  # what is compared with each other agrees in these
+SECTION = ["data", "protocol", "ship"]  # what is compared with each other agrees in these
 PAIR = ["teacher", "student"]
 MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
-NUMBERS = ("teacher_top1", *MEASURES, "seconds", "images_per_second")
-COUNTS = ("parameters", "extra_parameters", "peak_memory")
+TIMES = ("seconds", "images_per_second", "latency_1", "latency_64")
+NUMBERS = ("teacher_top1", *MEASURES, *TIMES)
+COUNTS = ("parameters", "extra_parameters", "peak_memory", "flops", "file_bytes")
 
 
 def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) -> pd.DataFrame:
     """Compare the finished runs in or below ``folders``: one row for each data set, protocol, pair and method.
 
     Accuracies are in percent, with mean, deviation and 95 % interval over seeds. ``difference`` is the method's top-1
-    minus the baseline's over the seeds that both have, ``p_holm`` its corrected p-value, ``verdict`` says in a word
-    whether it holds, and published numbers stand beside ours.
+    minus the baseline's over the seeds that both have, of the students that are kept; ``p_holm`` is its corrected
+    p-value, ``verdict`` says in a word whether it holds, and published numbers stand beside ours. Runs that keep the
+    last student and those that keep the best (``ship``) are never compared with each other.
 
     Args:
         folders: one folder of runs, or several.
@@ -140,8 +142,8 @@ def observations(runs: pd.DataFrame) -> pd.DataFrame:
 def summary(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     """Make one row for each section, pair and method, with unrounded numbers; unknown values are NaN.
 
-    Accuracies are in percent. ``difference`` is of the last epoch's top-1, over the seeds that the method and the
-    baseline both have (``compared`` many); ``p_holm`` is corrected over the methods compared on the same pair.
+    Accuracies are in percent. ``difference`` is in top-1 of the students that are kept, over the seeds that the method
+    and the baseline both have (``compared`` many); ``p_holm`` is corrected over the methods of the same pair.
     The published number of either epoch stands beside ours, its difference being ours minus it.
     """
     seen = observations(runs)
@@ -159,10 +161,10 @@ def summary(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
             row |= compared[str(method)]
             for epoch, ours in (("last", row["top1_mean"]), ("best", row["best_top1_mean"])):
                 row |= _beside(published.find(**where, method=str(method), epoch=epoch), ours, epoch)
-            row |= {name: group[name].mean() for name in ("seconds", "images_per_second")}
+            row |= {name: group[name].mean() for name in TIMES}
             row |= {name: group[name].max() for name in COUNTS}
             block.append(row)
-        found += sorted(block, key=lambda row: -row["top1_mean"])
+        found += sorted(block, key=lambda row: -row[f"{shipped(pair)}_mean"])
     table = pd.DataFrame(found)
     return table.astype(dict.fromkeys(COUNTS, "Int64"))
 
@@ -188,13 +190,18 @@ def comparisons(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def shipped(section: pd.DataFrame) -> str:
+    """Name the measure of the students that a section keeps: top-1 of the best epoch, or of the last."""
+    return "best_top1" if "best" in set(section["ship"]) else "top1"
+
+
 def scores(section: pd.DataFrame) -> pd.DataFrame:
-    """Tabulate the mean top-1 of the last epoch, pairs x methods, without pairs or methods that have gaps.
+    """Tabulate the mean top-1 of the students that are kept, pairs x methods, without those that have gaps.
 
     The pair or method that lacks the larger share of its cells is left out, one after the other.
     """
     named = section.assign(pair=[pair_name(*pair) for pair in zip(section["teacher"], section["student"], strict=True)])
-    table = named.pivot_table(index="pair", columns="method", values="top1", aggfunc="mean", sort=False)
+    table = named.pivot_table(index="pair", columns="method", values=shipped(section), aggfunc="mean", sort=False)
     while table.isna().any(axis=None):
         pairs, methods = table.isna().mean(axis=1), table.isna().mean(axis=0)
         table = (
@@ -229,7 +236,8 @@ def check_baseline(runs: pd.DataFrame, baseline: str) -> None:
 
 def _compare(seen: pd.DataFrame, baseline: str) -> dict[str, dict[str, Any]]:
     """For each method its paired difference to the baseline; p is corrected over the methods."""
-    groups = {str(name): group.set_index([*PAIR, "seed"])["top1"] for name, group in seen.groupby("method")}
+    top1 = shipped(seen)
+    groups = {str(name): group.set_index([*PAIR, "seed"])[top1] for name, group in seen.groupby("method")}
     theirs = groups.get(baseline)
     differences = {}
     for name, ours in groups.items():

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from kdzoo.naming import Names
 from kdzoo.resolve import stored
 from kdzoo.settings import Place, Run, Settings, apart
 from kdzoo.store.environment import environment
-from kdzoo.store.trust import check_code
+from kdzoo.store.trust import PARTS, check_code
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Result:
     extra_parameters: int | None = None  # that the method trains beside the student
     peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
     weights: str = ""  # SHA-256 of the student's file; empty in results of older versions
+    best_top5: float | None = None  # of the best epoch by top-1; None in results of older versions, as all that follow
+    ship: str = "last"  # which student was kept, as output.ship says: last, best or ema
+    image_size: int | None = None  # side in pixels of the images that it is given, before it resizes them itself
+    flops: int | None = None  # of one image through the student that ships; a multiplication with its addition is two
+    file_bytes: int | None = None  # of the student's file
+    latency_1: float | None = None  # milliseconds of one image through the student that ships, in float32: the median
+    latency_64: float | None = None  # milliseconds of 64 images in one batch
 
     def plain(self) -> dict[str, Any]:
         """Return the values as JSON holds them; the folder is not among them."""
@@ -71,13 +78,24 @@ class Result:
         del values["folder"]
         return values
 
+    @property
+    def shipped_top1(self) -> float:
+        """Top-1 of the student that was kept, in percent."""
+        return self.best_top1 if self.ship == "best" else self.top1
+
+    @property
+    def shipped_top5(self) -> float | None:
+        """Top-5 of the student that was kept, in percent; None where it was not kept apart."""
+        return self.best_top5 if self.ship == "best" else self.top5
+
 
 LONGEST_TITLE = 200  # of the 255 bytes that a folder's name may have
 HIGHEST = {  # what the numbers of a result may be at most; none is below 0
-    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1"), 100),
-    **dict.fromkeys(("seconds", "images_per_second"), 1e12),
+    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1", "best_top5"), 100),
+    **dict.fromkeys(("seconds", "images_per_second", "latency_1", "latency_64"), 1e12),
     **dict.fromkeys(("epochs", "best_epoch"), 10**6),
-    **dict.fromkeys(("seed", "parameters", "extra_parameters", "peak_memory"), 2**63 - 1),
+    "image_size": 4096,
+    **dict.fromkeys(("seed", "parameters", "extra_parameters", "peak_memory", "flops", "file_bytes"), 2**63 - 1),
 }
 FORMAT = 3  # of config.yaml; another version's folders are refused
 
@@ -186,22 +204,46 @@ class RunFolder:
         if result.weights not in ("", digest(self.student)):
             raise UserError(f"{self.student} is damaged (its checksum differs); {MOVE_AWAY}")
 
-    def run(self, trust_code: bool = False, working: Path | None = None) -> Run:
+    def finished(self) -> Result:
+        """Read the result of a run whose student is there and whole.
+
+        Raises:
+            UserError: this is no run, it is not finished, or its student is lost or damaged.
+        """
+        result = self.read_result()
+        if result is None:
+            self.read_config()
+            raise UserError(f"{self.path} is not finished; run its command again, and it continues")
+        self.check_student(result)
+        return result
+
+    def read_classes(self) -> tuple[str, ...]:
+        """Read the class that each output of the student stands for.
+
+        Raises:
+            UserError: they are lost.
+        """
+        if not self.classes.is_file():
+            raise UserError(f"{self.path} has lost its {self.classes.name}; copy the whole folder")
+        return tuple(read_text(self.classes).splitlines())
+
+    def run(self, trust_code: bool = False, working: Path | None = None, parts: Collection[str] = PARTS) -> Run:
         """Read what the run was made with, checked against what is installed now.
 
         Args:
             trust_code: import the files and modules that it names, whoever wrote them.
             working: the user's working folder, by default the one of now: code in it that is as it was is trusted.
+            parts: of the run, whose code is used; none of the others is imported.
 
         Raises:
             UserError: there are no such settings, another version wrote them, or they name code that is not trusted.
         """
         config = self.read_config()
         if not trust_code:
-            check_code(config, self.path, working or Path.cwd())
+            check_code(config, self.path, working or Path.cwd(), parts)
         if strange := next(_unknown(config), None):
             raise self._of_another_version(strange)
-        return stored(config)
+        return stored(config, checked="distiller" in parts)
 
     @contextmanager
     def home(self) -> Iterator[None]:

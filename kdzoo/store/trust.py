@@ -1,6 +1,6 @@
 """Code that a run's settings name runs when they are used, so it runs only where it is one's own or trusted."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,10 @@ from kdzoo import own_code
 from kdzoo.errors import UserError
 from kdzoo.files import digest
 
+PARTS = ("distiller", "data", "teacher", "student")  # of a run, which may be code
 
-def check_code(plain: Mapping[str, Any], run: Path, working: Path) -> None:
+
+def check_code(plain: Mapping[str, Any], run: Path, working: Path, parts: Collection[str] = PARTS) -> None:
     """Check that all code which a run's settings name is the user's: in the working folder, and as it was recorded.
 
     Nothing is imported. Files are looked for where the run was made, modules in the working folder of then too.
@@ -18,13 +20,14 @@ def check_code(plain: Mapping[str, Any], run: Path, working: Path) -> None:
         plain: the run's settings, as they stand in its file.
         run: its folder, in which nothing is the user's own.
         working: the user's working folder.
+        parts: of the run, whose code would be used.
 
     Raises:
         UserError: some is not; names each, and the option that trusts it.
     """
     recorded = plain.get("files")
     known = recorded if isinstance(recorded, Mapping) else {}
-    names = {part: str(plain[part]["name"] or "") for part in ("distiller", "data", "teacher", "student")}
+    names = {part: str(plain[part]["name"] or "") if part in parts else "" for part in PARTS}
     found = own_code.named(names["distiller"], names["data"], [names["teacher"], names["student"]])
     strange = [
         name

@@ -140,7 +140,7 @@ def test_a_finished_run_is_shown_and_not_run_again(finished, monkeypatch):
 
 def test_the_same_seed_gives_the_same_student(finished, tmp_path):
     again = distil(tmp_path)
-    measured = dict.fromkeys(("seconds", "images_per_second", "peak_memory"))
+    measured = dict.fromkeys(("seconds", "images_per_second", "peak_memory", "latency_1", "latency_64"))
     assert again.plain() | measured == finished.plain() | measured
     one, other = (load_file(run.folder / "student.safetensors") for run in (finished, again))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -28,7 +28,13 @@ SUBJECTS = {
     "run": (["run", "--distiller", "kd", "--teacher", "resnet14", "--student", "resnet8", "--out", "runs", *ON], 1),
     "bench": (["bench", "suite.yaml", "--out", "runs", *ON], 2),
 }
-TIMES = {"seconds", "images_per_second", "peak_memory"}  # of results and histories, which differ each time
+TIMES = {
+    "seconds",
+    "images_per_second",
+    "peak_memory",
+    "latency_1",
+    "latency_64",
+}  # of results and histories, which differ each time
 NATIVE = {-signal.SIGSEGV, -signal.SIGABRT}  # where a library that is not Python's finds no memory
 HANG = 120.0  # seconds
 FOLDERS = ("runs/*resnet8*", "runs/*resnet8*/checkpoints", "runs", "cache/teachers/*", "cache")

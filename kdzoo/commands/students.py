@@ -1,0 +1,154 @@
+"""The commands that take a student elsewhere: predict and export."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kdzoo.commands.options import DEBUG, elsewhere
+from kdzoo.errors import UserError
+
+if TYPE_CHECKING:
+    from kdzoo.experiments.predictions import Prediction
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGES...")
+@click.option("--format", "style", type=click.Choice(["csv", "json"]), default="csv", help="Form of the output.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Number of classes for each image, likeliest first (default: 1).",
+)
+@click.option("--device", default="auto", help="Device to compute on (default: the first GPU, else the CPU).")
+@click.option(
+    "--precision", help="Precision of the network: float32, tf32 or bf16 (default: that of the run if possible)."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 128),
+    help="Number of processes that decode images beside the network (default: one for each core where a GPU computes, "
+    "else 0).",
+)
+@click.option(
+    "--trust-code",
+    is_flag=True,
+    help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
+)
+@DEBUG
+def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) -> None:
+    """Classify image files by the student of a finished run.
+
+    IMAGES are files, or folders whose images are all taken. They are read as the run read its own: turned upright,
+    resized, cropped, normalised.
+
+    \b
+      kdzoo predict runs/digits-none-resnet8-s0-0123456789ab photos --top 3 > answers.csv
+
+    Prints the path of each image, its class and the class's probability. An image that cannot be read is left out and
+    named, and the exit code is then 2.
+    """
+    from kdzoo.engine.progress import Progress
+
+    with Progress() as progress, progress.doing("loading the student"):
+        from kdzoo.experiments.predictions import predict
+
+        found = predict(folder, images, **options)
+    failures: list[str] = []
+
+    def readable() -> "Iterator[Prediction]":
+        for each in found:
+            if each.failure:
+                failures.append(each.failure)
+                click.echo(" ".join(each.failure.split()), err=True)
+            else:
+                yield each
+
+    for line in _table(readable()) if style == "csv" else _array(readable()):
+        click.echo(line, nl=False)
+    if failures:
+        raise UserError(f"{len(failures)} images could not be read, and are left out; replace or remove them")
+
+
+def _table(found: "Iterator[Prediction]") -> Iterator[str]:
+    """Write a line of CSV for each image."""
+    from kdzoo.results.render import no_formula
+    from kdzoo.results.table import visible
+
+    def line(cells: list[object]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(no_formula(cell) for cell in cells)
+        return text.getvalue()
+
+    is_first = True
+    for each in found:
+        if is_first:
+            columns = [f"_{place}" if place > 1 else "" for place in range(1, len(each.classes) + 1)]
+            yield line(["image", *(f"{name}{place}" for place in columns for name in ("class", "probability"))])
+            is_first = False
+        pairs = zip(each.classes, each.probabilities, strict=True)
+        cells = [cell for name, share in pairs for cell in (visible(name), f"{share:.6g}")]
+        yield line([visible(each.image), *cells])
+
+
+def _array(found: "Iterator[Prediction]") -> Iterator[str]:
+    """Write a JSON array, an image a line."""
+    opening = "[\n"
+    for each in found:
+        pairs = zip(each.classes, each.probabilities, strict=True)
+        classes = [{"class": name, "probability": float(f"{share:.6g}")} for name, share in pairs]
+        yield opening + json.dumps({"image": each.image, "classes": classes})
+        opening = ",\n"
+    yield "[]\n" if opening == "[\n" else "\n]\n"
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option(
+    "--format",
+    "style",
+    required=True,
+    type=click.Choice(["timm", "onnx", "torch", "hub"]),
+    help="Folder for timm; ONNX model; program of torch.export; or folder for timm with a model card for the hub.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: exports/RUN-FORMAT).")
+@click.option("--overwrite", is_flag=True, help="Replace an export that is there (default: refuse).")
+@click.option(
+    "--quantize", type=click.Choice(["int8"]), help="Also write an ONNX model of 8 bits, and measure its accuracy."
+)
+@click.option(
+    "--images",
+    type=click.IntRange(min=0),
+    default=256,
+    help="Number of test images that onnx and torch are compared on; 0 takes all (default: 256).",
+)
+@elsewhere
+@DEBUG
+def export(
+    folder: Path, style: Any, out: Path | None, overwrite: bool, quantize: Any, images: int, **here: Any
+) -> None:
+    """Export the student of a finished run for other tools.
+
+    \b
+      kdzoo export runs/digits-none-resnet8-s0-0123456789ab --format onnx --quantize int8
+
+    A network that timm cannot make by its configuration is written as a program of torch.export. ONNX and torch are
+    compared with the student on test images, so they need the run's data. Nothing is uploaded.
+    """
+    from kdzoo.engine.progress import Progress
+
+    with Progress() as progress, progress.doing("loading torch"):
+        from kdzoo.experiments.exports import export
+        from kdzoo.experiments.run import Here
+        from kdzoo.results.last_screen import shortened
+
+    made = export(folder, style, out, quantize=quantize, images=images, overwrite=overwrite, here=Here(**here))
+    click.echo(f"wrote {shortened(made.folder)}")
+    for line in made.lines:
+        click.echo(line)
