@@ -7,9 +7,10 @@ from functools import partial
 from itertools import chain
 from statistics import median
 
+import numpy as np
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
@@ -19,7 +20,7 @@ from kdzoo.engine import loop
 from kdzoo.engine.device import current
 from kdzoo.engine.faults import caught, check_finite, check_trained
 from kdzoo.engine.lane import Lane, titles
-from kdzoo.engine.measure import evaluate
+from kdzoo.engine.measure import Answers, evaluate, joined
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
@@ -35,6 +36,7 @@ from kdzoo.resolve import changed_files
 from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.predictions import SIDE, Predictions, mistakes
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Teacher:
 
     network: models.Network
     top1: float  # in percent, on the test set
+    classes: Tensor | None = None  # (N,) what it takes the test images for
 
 
 def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> models.Network:
@@ -207,7 +210,7 @@ def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Pro
 
 
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
-    """Write the student that ships, then the result."""
+    """Write the student that ships and what it takes the test images for, then the result."""
     settings, history, shipped = lane.run.settings, lane.history, lane.deployed()
     check_finite(shipped, "the student to ship")
     lane.ranks.once(models.save_weights, shipped, lane.folder.student)
@@ -237,9 +240,24 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Result:
         weights=digest(lane.folder.student) if lane.ranks.first else "",
     )
     lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
+    lane.ranks.once(write_predictions, lane, shipped, dataset, teacher)
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result
+
+
+def write_predictions(lane: Lane, shipped: nn.Module, dataset: Dataset, teacher: Teacher | None) -> None:
+    """Write what the student that ships takes the test images for, and its teacher, by one more pass of the student.
+
+    The pass makes the file a function of weights and data alone, also where training was resumed after its last epoch.
+    """
+    settings, answers = lane.run.settings, list[Answers]()
+    evaluate(shipped, dataset, settings.engine.precision, settings.protocol.test_crop, answers=answers)
+    labels, classes, confidence = (each.numpy() for each in joined(answers))
+    worst = mistakes(labels, classes, confidence)
+    pictures, titles = dataset.test_pictures(worst, SIDE)
+    theirs = np.zeros(0, np.int64) if teacher is None or teacher.classes is None else teacher.classes.numpy()
+    Predictions(labels, classes, confidence, theirs, worst, pictures, titles).write(lane.folder.predictions)
 
 
 def count(module: nn.Module) -> int:
