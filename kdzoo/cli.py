@@ -6,6 +6,7 @@ import click
 
 from kdzoo import __version__
 from kdzoo.commands.answers import check, inspect_data, list_names, show
+from kdzoo.commands.report import plot, report
 from kdzoo.commands.runs import evaluate, spectrum, table
 from kdzoo.commands.training import bench, run
 from kdzoo.errors import AskedToEnd, UserError, out_of_memory_told
@@ -23,7 +24,7 @@ def cli() -> None:
     """
 
 
-for command in (run, bench, evaluate, table, spectrum, inspect_data, list_names, show, check):
+for command in (run, bench, evaluate, table, report, plot, spectrum, inspect_data, list_names, show, check):
     cli.add_command(command)
 
 
