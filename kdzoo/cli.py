@@ -6,6 +6,7 @@ import click
 
 from kdzoo import __version__
 from kdzoo.commands.answers import check, inspect_data, list_names, show
+from kdzoo.commands.report import plot, report
 from kdzoo.commands.runs import evaluate, spectrum, table
 from kdzoo.commands.students import export, predict
 from kdzoo.commands.training import bench, run
@@ -24,7 +25,8 @@ def cli() -> None:
     """
 
 
-for command in (run, bench, evaluate, predict, export, table, spectrum, inspect_data, list_names, show, check):
+COMMANDS = (run, bench, evaluate, predict, export, table, report, plot, spectrum, inspect_data, list_names, show, check)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -1,14 +1,20 @@
 """Finished runs that nobody trained: folders as an engine leaves them, and the rows that tables are made of."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
 from kdzoo.naming import names_of
 from kdzoo.resolve import resolve
 from kdzoo.results import table
 from kdzoo.store.folder import Result, RunFolder, find_runs
+from kdzoo.store.predictions import Predictions, mistakes
 
 
-def write(root, top1, seed, *overrides, distiller="kd", **found):
+def write(root: Path, top1: float, seed: int, *overrides: str, distiller: str = "kd", **found: Any) -> RunFolder:
     """A finished run of the digits, as an engine would leave it."""
     run = resolve(
         {"distiller": {"name": distiller}, "student": {"name": "resnet_8"}, "output": {"root": str(root)}},
@@ -16,7 +22,7 @@ def write(root, top1, seed, *overrides, distiller="kd", **found):
     )
     folder = RunFolder.of(run)
     folder.open(run)
-    values = {
+    values: dict[str, Any] = {
         "data": "digits",
         "protocol": "quick",
         "teacher": "vit_s",
@@ -39,9 +45,68 @@ def write(root, top1, seed, *overrides, distiller="kd", **found):
     return folder
 
 
-def runs(*scores, **common):
+def fill(
+    folder: RunFolder,
+    classes: Sequence[str],
+    top1: float,
+    epochs: int = 3,
+    images: int = 300,
+    side: int = 8,
+    terms: int = 2,
+    seed: int = 0,
+) -> None:
+    """Add to a finished run what reports show beside its result: history, class names and predictions."""
+    chance = np.random.default_rng(seed)
+    history = [
+        {
+            "epoch": epoch,
+            "step": 10 * epoch,
+            "lr": 0.1,
+            "loss": dict.fromkeys(("ce", "kd", "one", "other")[:terms], 2.0 / epoch),
+            "top1": round(top1 * epoch / epochs, 2),
+            "top5": 99.0,
+            "images_per_second": 100.0,
+        }
+        for epoch in range(1, epochs + 1)
+    ]
+    folder.write_history(history)
+    folder.classes.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    labels = chance.integers(len(classes), size=images)
+    student, teacher = (
+        np.where(chance.random(images) < share, labels, chance.integers(len(classes), size=images))
+        for share in (top1 / 100, 0.9)
+    )
+    confidence = chance.random(images)
+    worst = mistakes(labels, student, confidence)
+    pictures = chance.integers(256, size=(len(worst), side, side, 3)).astype(np.uint8)
+    titles = tuple(f"image {row}" for row in worst)
+    Predictions(labels, student, confidence, teacher, worst, pictures, titles).write(folder.predictions)
+
+
+def many(
+    root: Path,
+    methods: Sequence[str],
+    students: Sequence[str] = ("resnet_8",),
+    seeds: int = 3,
+    classes: Sequence[str] = ("cat", "dog", "ship"),
+    **filled: int,
+) -> list[RunFolder]:
+    """Runs of every method, student and seed, each method a little better than the one before, with all files."""
+    folders = []
+    for i, method in enumerate(methods):
+        for j, student in enumerate(students):
+            for seed in range(seeds):
+                top1 = round(70 + 3 * i + j + 0.3 * ((seed * 7 + i * 3 + j) % 5), 2)
+                given = [f"student.name={student}"] if student != "resnet_8" else []
+                folder = write(root, top1, seed, *given, distiller=method, student=student, parameters=10**5 * (j + 1))
+                fill(folder, classes, top1, seed=seed, **filled)
+                folders.append(folder)
+    return folders
+
+
+def runs(*scores: tuple[Any, ...], **common: Any) -> pd.DataFrame:
     """Runs from (teacher, student, method, seed, top1), as ``table.rows`` gives them."""
-    fixed = {
+    fixed: dict[str, Any] = {
         "data": "cifar100",
         "protocol": "crd",
         "fidelity": "exact",
@@ -66,7 +131,7 @@ def runs(*scores, **common):
     return pd.DataFrame(records)
 
 
-def varied(root):
+def varied(root: Path) -> pd.DataFrame:
     """Three seeds of kd, and three runs that each differ from it in one thing."""
     for seed, top1 in enumerate((80.0, 81.0, 85.0)):
         write(root, top1, seed)

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdzoo.data import augment
@@ -96,6 +98,14 @@ class Dataset:
         keys = ([(0, row) for row in range(start, min(start + batch_size, len(labels)))] for start in starts)
         for start, drawn in zip(starts, stream(dataset, keys, self.workers, self.device), strict=True):
             yield augment.floats(drawn["images"]), labels[start : start + batch_size]
+
+    def test_pictures(self, rows: NDArray[np.int64], side: int) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+        """Show some test images, uncropped but square: (N, S, S, 3), S at most ``side``, and their names."""
+        side = min(side, self.spec.image_size)
+        square = whole_transform(side, test_crop=1.0)
+        shown = [np.asarray(square(self._test.decoded(row, side))) for row in rows.tolist()]
+        pictures = np.stack(shown) if shown else np.zeros((0, side, side, 3), np.uint8)
+        return pictures, tuple(self._test.title(row) for row in rows.tolist())
 
     def _on_device(self, pictures: Pictures) -> Tensor:
         assert isinstance(pictures, Pixels)

@@ -1,4 +1,6 @@
-"""Accuracy of a network on the test images."""
+"""Accuracy of a network on the test images, and what it takes each of them for."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,21 @@ from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, autocast
 
 
+class Answers(NamedTuple):
+    """What a network takes test images for, on their device."""
+
+    labels: Tensor  # (N,) int64, the true classes
+    classes: Tensor  # (N,) int64, those of the highest logits
+    confidence: Tensor  # (N,) float32, their probabilities
+
+
 def evaluate(
     network: nn.Module,
     dataset: Dataset,
     precision: str,
     test_crop: float = 1.0,
     batch_size: int | None = None,
-    confusion: Tensor | None = None,
+    answers: list[Answers] | None = None,
 ) -> tuple[float, float]:
     """Measure top-1 and top-5 accuracy on the test set, in percent; top-5 is top-K where there are fewer classes.
 
@@ -28,8 +38,7 @@ def evaluate(
         precision: of the network, by its name.
         test_crop: share of the resized side that the test crop keeps.
         batch_size: images of a pass; None: ``test_rows``.
-        confusion: (K, K) int64 on the device, to which every test image adds one at its label's row and the column of
-            the class that the network takes it for.
+        answers: a list that gets the answers of each batch, see ``joined``.
     """
     check_reserve()
     training = network.training
@@ -45,15 +54,21 @@ def evaluate(
             if not isinstance(logits, Tensor) or logits.shape != expected:
                 given = "no logits" if not isinstance(logits, Tensor) else f"logits of shape {tuple(logits.shape)}"
                 raise UserError(f"{type(network).__name__} shows {given}; expected an Output with logits {expected}")
-            answers = logits.topk(best).indices
-            if confusion is not None:
-                confusion.index_put_((labels, answers[:, 0]), torch.ones_like(labels), accumulate=True)
-            found = answers == labels[:, None]
+            classes = logits.topk(best).indices
+            if answers is not None:
+                confidence = logits.float().softmax(dim=1).gather(1, classes[:, :1])
+                answers.append(Answers(labels, classes[:, 0], confidence[:, 0]))
+            found = classes == labels[:, None]
             hits += torch.stack([found[:, 0].sum(), found.sum()])
             count += len(labels)
     network.train(training)
     top1, top5 = (100 * hit / count for hit in hits.tolist())  # Apple's GPUs have no float64
     return top1, top5
+
+
+def joined(answers: list[Answers]) -> Answers:
+    """Join the answers of batches to those of the whole test set, on the CPU."""
+    return Answers(*(torch.cat(parts).cpu() for parts in zip(*answers, strict=True)))
 
 
 def test_rows(spec: DataSpec) -> int:

@@ -8,9 +8,10 @@ from itertools import chain
 from statistics import median
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
@@ -20,7 +21,7 @@ from kdzoo.engine import cost, loop
 from kdzoo.engine.device import current
 from kdzoo.engine.faults import caught, check_finite, check_trained
 from kdzoo.engine.lane import Lane, titles
-from kdzoo.engine.measure import evaluate
+from kdzoo.engine.measure import Answers, evaluate, joined
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
@@ -36,6 +37,7 @@ from kdzoo.resolve import changed_files
 from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.predictions import SIDE, Predictions, mistakes
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Teacher:
 
     network: models.Network
     top1: float  # in percent, on the test set
+    classes: Tensor | None = None  # (N,) what it takes the test images for
 
 
 def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> models.Network:
@@ -229,7 +232,7 @@ def cost_of(shipped: nn.Module, lane: Lane, dataset: Dataset, known: dict[str, c
 
 
 def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None, costs: dict[str, cost.Cost]) -> Result:
-    """Write the student that ships, then the result; ``costs`` are known of other lanes."""
+    """Write the student that ships and what it takes the test images for, then the result; ``costs`` are other lanes'."""
     settings, history, shipped = lane.run.settings, lane.history, lane.shipped()
     check_finite(shipped, "the student to ship")
     lane.ranks.once(models.save_weights, shipped, lane.folder.student, facts_of(shipped, lane.distillation))
@@ -264,9 +267,24 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None, costs: dict[st
         **cost_of(shipped, lane, dataset, costs)._asdict(),
     )
     lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
+    lane.ranks.once(write_predictions, lane, shipped, dataset, teacher)
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result
+
+
+def write_predictions(lane: Lane, shipped: nn.Module, dataset: Dataset, teacher: Teacher | None) -> None:
+    """Write what the student that ships takes the test images for, and its teacher, by one more pass of the student.
+
+    The pass makes the file a function of weights and data alone, also where training was resumed after its last epoch.
+    """
+    settings, answers = lane.run.settings, list[Answers]()
+    evaluate(shipped, dataset, settings.engine.precision, settings.protocol.test_crop, answers=answers)
+    labels, classes, confidence = (each.numpy() for each in joined(answers))
+    worst = mistakes(labels, classes, confidence)
+    pictures, titles = dataset.test_pictures(worst, SIDE)
+    theirs = np.zeros(0, np.int64) if teacher is None or teacher.classes is None else teacher.classes.numpy()
+    Predictions(labels, classes, confidence, theirs, worst, pictures, titles).write(lane.folder.predictions)
 
 
 def count(module: nn.Module) -> int:

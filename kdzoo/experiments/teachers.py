@@ -8,7 +8,7 @@ import torch
 
 from kdzoo import models
 from kdzoo.data import Dataset
-from kdzoo.engine.measure import evaluate
+from kdzoo.engine.measure import Answers, evaluate, joined
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Teacher, network_of, train_one
 from kdzoo.errors import UserError
@@ -48,11 +48,14 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     with progress.doing(f"measuring teacher {wanted.name} on {spec.name}"):
-        confusion = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64, device=device)
+        answers: list[Answers] = []
         precision, test_crop = settings.engine.precision, settings.protocol.test_crop
-        top1, _ = evaluate(network, dataset, precision, test_crop, confusion=confusion)
+        top1, _ = evaluate(network, dataset, precision, test_crop, answers=answers)
+        labels, classes, _ = joined(answers)
     progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({network.origin})")
-    check_order(wanted.name, spec.class_names, confusion.cpu().numpy())
+    confusion = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64)
+    confusion.index_put_((labels, classes), torch.ones_like(labels), accumulate=True)
+    check_order(wanted.name, spec.class_names, confusion.numpy())
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not run.place.teacher.allow_weak:
         is_given = wanted.weights and not wanted.finetune
         raise UserError(
@@ -66,7 +69,7 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
             )
             + "; --allow-weak-teacher distils all the same"
         )
-    return Teacher(network, top1)
+    return Teacher(network, top1, classes)
 
 
 def _kept(run: Run, made: Settings, dataset: Dataset) -> RunFolder | None:

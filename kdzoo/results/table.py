@@ -81,6 +81,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
             {
                 **values,
                 **values.pop("names"),
+                "folder": folder.path,
                 "device": machine.get("device") or "unknown",
                 "precision": machine.get("precision") or "unknown",
             }

@@ -114,6 +114,7 @@ class RunFolder:
         self.failure = path / "failed.txt"
         self.before = path / "before"  # a finished run that this one replaces, until it is finished itself
         self.classes = path / "classes.txt"  # the class that each output of the student stands for, one a line
+        self.predictions = path / "predictions.safetensors"  # of the student, and of its teacher, on the test images
 
     @classmethod
     def of(cls, run: Run) -> "RunFolder":
@@ -320,7 +321,7 @@ class RunFolder:
 
         What an unfinished run left is removed; of all other files in the folder none is touched.
         """
-        kept = (self.config, self.environment, self.student, self.history, self.classes)
+        kept = (self.config, self.environment, self.student, self.history, self.classes, self.predictions)
         with storing(self.path):
             if self.result.is_file():
                 shutil.rmtree(self.before, ignore_errors=True)
@@ -329,7 +330,7 @@ class RunFolder:
                     shutil.copy2(file, self.before)
                 self.result.replace(self.before / self.result.name)  # at this moment it is there, and no longer here
             curves = self.path.glob("events.out.tfevents.*")
-            for file in (self.student, self.history, self.classes, self.failure, *curves):
+            for file in (self.student, self.history, self.classes, self.predictions, self.failure, *curves):
                 file.unlink(missing_ok=True)
 
 

@@ -25,7 +25,8 @@ PROGRAM = str(Path(__file__).with_name("two_ranks.py"))
 # crd draws each of the 112 images of other classes once, so that no draw is left to chance.
 ALIKE = ["none", "kd", "ctkd", "lfcc", "figkd:class_order=confusion", "crd:negatives=112,width=16"]
 APART = ["mlld", "simkd"]  # one compares the images of a batch, the other has batch norms
-WRITTEN = {"classes.txt", "config.yaml", "environment.json", "metrics.jsonl", "result.json", "student.safetensors"}
+WRITTEN = {"classes.txt", "config.yaml", "environment.json", "metrics.jsonl", "predictions.safetensors", "result.json"}
+WRITTEN |= {"student.safetensors"}
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
 import kdzoo
+from kdzoo.data import open_dataset
 from kdzoo.errors import UserError
 from kdzoo.experiments.run import evaluate_run
 from kdzoo.experiments.teachers import near_chance
 from kdzoo.files import cache_folder
 from kdzoo.settings import DistillerSettings
-from kdzoo.store import checkpoint
+from kdzoo.store import checkpoint, predictions
 from kdzoo.store.folder import RunFolder, find_runs
 
 QUICK = ["protocol.batch_size=64", "teacher.epochs=2", "protocol.epochs=2", "protocol.augmentation.flip=true"]
@@ -80,6 +82,22 @@ def test_a_run_leaves_everything_that_its_number_stands_on(finished):
     environment = json.loads(folder.environment.read_text())
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
     assert not list(folder.checkpoints.glob("*.pt"))
+
+
+def test_it_says_what_the_student_and_its_teacher_take_each_test_image_for(finished):
+    found = predictions.read(finished.folder / "predictions.safetensors", 10)
+    for classes, top1 in ((found.student, finished.top1), (found.teacher, finished.teacher_top1)):
+        assert 100 * float((classes == found.labels).mean()) == pytest.approx(top1)
+    assert (found.labels[found.worst] != found.student[found.worst]).all()
+    digits = open_dataset("digits").test_pixels.numpy()
+    assert np.array_equal(found.pictures, digits[found.worst])
+    assert not np.array_equal(found.pictures, digits[found.worst - 1])
+    assert found.titles[0] == f"image {found.worst[0]}"
+
+
+def test_a_student_without_a_teacher_has_predictions_of_its_own_alone(tmp_path):
+    result = kdzoo.run("none", "resnet8", out=tmp_path, overrides=QUICK, quiet=True)
+    assert len(predictions.read(result.folder / "predictions.safetensors", 10).teacher) == 0
 
 
 def test_a_student_may_be_measured_in_some_epochs_only_and_always_in_the_last(finished, tmp_path):
@@ -144,12 +162,15 @@ def test_the_same_seed_gives_the_same_student(finished, tmp_path):
     assert again.plain() | measured == finished.plain() | measured
     one, other = (load_file(run.folder / "student.safetensors") for run in (finished, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len({(run.folder / "predictions.safetensors").read_bytes() for run in (finished, again)}) == 1
 
 
 def test_another_seed_gives_another(finished, tmp_path):
     other = load_file(distil(tmp_path, seed=1).folder / "student.safetensors")
     one = load_file(finished.folder / "student.safetensors")
     assert any(not torch.equal(one[name], other[name]) for name in one)
+    files = list(tmp_path.glob("*/predictions.safetensors"))
+    assert files[0].read_bytes() != (finished.folder / "predictions.safetensors").read_bytes()
 
 
 def test_a_run_leaves_global_randomness_alone(tmp_path):
@@ -175,6 +196,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path, die_at):
     resumed = distil(tmp_path / "killed", *more, distiller=str(method))
     one, other = (load_file(run.folder / "student.safetensors") for run in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len({(run.folder / "predictions.safetensors").read_bytes() for run in (whole, resumed)}) == 1
     records = [RunFolder(run.folder).read_history() for run in (whole, resumed)]
     timeless = [[{**record, "images_per_second": 0} for record in history] for history in records]
     assert timeless[0] == timeless[1]
@@ -261,6 +283,7 @@ def test_a_finished_run_stays_until_the_one_that_replaces_it_is_finished(tmp_pat
         [found] = find_runs([tmp_path])
         assert found.read_result().top1 == whole.top1
         assert found.student.is_file()
+        assert found.predictions.is_file()
     again = distil(tmp_path, fresh=True)
     assert find_runs([tmp_path])[0].path == folder.path
     assert len(find_runs([tmp_path])) == 1

@@ -189,7 +189,13 @@ class Torture:
             here = {
                 key: digest for key, digest in found(file.parents[1]).items() if key.startswith(f"{file.parent.name}/")
             }
-            for part in ("config.yaml", "student.safetensors", "metrics.jsonl", "result.json"):
+            for part in (
+                "config.yaml",
+                "student.safetensors",
+                "metrics.jsonl",
+                "predictions.safetensors",
+                "result.json",
+            ):
                 if here.get(f"{file.parent.name}/{part}") != self.whole[subject][f"{name}/{part}"]:
                     raise Fault(f"{file.parent.name} says that it is finished, and its {part} differs or is missing")
 

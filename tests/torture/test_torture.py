@@ -36,6 +36,7 @@ def finished(home, name="kd", **changed):
     texts = {
         "config.yaml": "a: 1",
         "student.safetensors": "weights",
+        "predictions.safetensors": "classes",
         "metrics.jsonl": '{"top1": 1, "images_per_second": 5}',
     }
     texts |= {"result.json": '{"top1": 1, "seconds": 9}'} | {
@@ -59,7 +60,14 @@ def test_times_may_differ(torture, tmp_path):
     assert found(tmp_path / "here" / "runs") == torture.whole["run"]
 
 
-@pytest.mark.parametrize("changed", [{"student_safetensors": "weightS"}, {"result_json": '{"top1": 2, "seconds": 9}'}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"student_safetensors": "weightS"},
+        {"predictions_safetensors": "classeS"},
+        {"result_json": '{"top1": 2, "seconds": 9}'},
+    ],
+)
 def test_a_finished_run_with_other_weights_or_another_result_is_a_fault(torture, tmp_path, changed):
     finished(tmp_path / "here", **changed)
     with pytest.raises(Fault, match="says that it is finished, and its"):

@@ -1,0 +1,252 @@
+"""Write the report as one HTML file that needs no network: its sections, its figures and all that belongs to a run."""
+
+import base64
+import gzip
+import hashlib
+import shlex
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kdzoo import __version__, registry
+from kdzoo.errors import UserError
+from kdzoo.files import make_folder, write_text
+from kdzoo.results import layout, published, statistics
+from kdzoo.results.render import Cell
+from kdzoo.results.report import figures
+from kdzoo.results.report.answer import answer
+from kdzoo.results.report.curves import curves
+from kdzoo.results.report.gather import Gathered, best_first, gather, of_section, records
+from kdzoo.results.report.one_run import Panes
+from kdzoo.results.report.style import Figure, styles
+from kdzoo.results.table import (
+    PAIR,
+    SECTION,
+    comparisons,
+    groups,
+    observations,
+    pair_name,
+    scores,
+    summary,
+)
+
+MORE = {"teacher top-1", "top-1 best", "top-5 last", "compared", "published best", "images/s", "extra parameters"}
+MORE |= {"peak MiB"}
+HELP = {  # of columns, by how their titles begin; the first that fits
+    "n": "Number of seeds, each with its own initial weights and order of images",
+    "teacher top-1": "Share of the test images whose class the teacher finds, in percent",
+    "top-1 last": "Share of the test images whose class the student finds, after the last epoch: mean ± standard "
+    "deviation over seeds",
+    "top-1 best": "The same after the best epoch, which is chosen on the test images: too high by that choice",
+    "top-5": "Share of the test images whose class is among the student's first five",
+    "95 %": "95 % interval: a range that holds the true mean in 95 of 100 such comparisons",
+    "compared": "Number of runs of the same pair and seed that both methods have",
+    "p (Holm)": "How often chance alone gives such a difference; corrected for the number of methods",
+    "verdict": "better or worse: p is below 0.05; not told apart: these runs do not show a difference",
+    "published": "The authors' number of the same epoch, in brackets ours minus it; the letter is its source",
+    "seconds": "Time of one training, the teacher's own training left out",
+    "images/s": "Training images per second",
+    "parameters": "Numbers that the student learned",
+    "extra": "Numbers that the method trains beside the student and throws away",
+    "peak": "Memory in training",
+}
+FIGURES = {
+    "forest": (
+        "Differences to {baseline}",
+        "Mean difference in top-1 over the same pairs and seeds, with its 95 % interval: a range that holds the true "
+        "difference in 95 of 100 such comparisons. Where the interval crosses the dotted line, chance may explain it.",
+    ),
+    "ranks": (
+        "Critical-difference diagram",
+        "Average place of each method over the pairs. A bar on the right joins methods that cannot be told apart, "
+        "since their ranks lie closer than the critical difference (Nemenyi test, 0.05).",
+    ),
+    "cost": (
+        "Accuracy against cost",
+        "What a student reaches, and what it costs to run or to train. The upper left corner is best.",
+    ),
+    "curves": (
+        "Learning curves and loss terms",
+        "One line for each run, gray where a method is not among the best six. Accuracies are shown from a third of "
+        "the training on; a double click shows all of it, and dragging looks closer. A click on a line opens its run "
+        "below, a click on a name hides its lines.",
+    ),
+}
+
+
+def write(paths: Sequence[Path], out: Path, baseline: str | None = None) -> None:
+    """Write the report of the finished runs in or below ``paths`` completely or not at all.
+
+    Raises:
+        UserError: there is no finished run, no run of the baseline, a library is missing, or no permission to write.
+    """
+    text = page(paths, baseline)
+    make_folder(out.parent)
+    write_text(out, text)
+
+
+def page(paths: Sequence[Path], baseline: str | None = None) -> str:
+    """Make the report's HTML.
+
+    Raises:
+        UserError: as by ``write``, but for the permission.
+    """
+    packed, code = _plotly()
+    gathered = gather(paths, baseline)
+    baseline = gathered.baseline
+    drawn: dict[str, Figure] = {}
+    sections = _sections(gathered, drawn)
+    panes = Panes(gathered.kept, baseline).all()
+    css, js = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (js, code))
+    words = ["kdzoo", "report", *map(str, paths), "--baseline", baseline]
+    return _render(
+        title="Distillation report",
+        counts=_counts(gathered.runs),
+        allowed=allowed,
+        css=css,
+        js=js,
+        plotly=packed,
+        sections=sections,
+        pairs=sorted({one.pair for one in gathered.kept}),
+        runs=[pane["title"] for pane in panes["runs"]],
+        left_out=gathered.notes,
+        version=__version__,
+        made_by=shlex.join(words),
+        data={"figures": drawn, "baseline": baseline, "first": _first(gathered), **panes},
+    )
+
+
+def _render(css: str, js: str, **context: Any) -> str:
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise UserError("kdzoo report needs jinja2: pip install 'kdzoo[report]'") from error
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    ours = {"css": Markup(css), "js": Markup(js), "allowed": Markup(context.pop("allowed"))}
+    return template.render(**context, **ours)
+
+
+@cache
+def _plotly() -> tuple[str, str]:
+    """Pack plotly.js, which would fill a report's five megabytes alone: gzip in base64, and its text."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UserError("kdzoo report needs plotly: pip install 'kdzoo[report]'") from error
+    code = get_plotlyjs()
+    return base64.b64encode(gzip.compress(code.encode(), mtime=0)).decode("ascii"), code
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+def _sections(gathered: Gathered, drawn: dict[str, Figure]) -> list[dict[str, Any]]:
+    """Make a section for each group of comparable runs; their figures go into ``drawn`` by their names."""
+    runs, baseline, found = gathered.runs, gathered.baseline, []
+    pooled, laid = comparisons(runs, baseline), layout.long(runs, baseline)
+    for i, ((key, rows), section) in enumerate(zip(groups(summary(runs, baseline), SECTION), laid, strict=True)):
+        part, seen = of_section(pooled, key), of_section(observations(runs), key)
+        kept = [(place, one) for place, one in enumerate(gathered.kept) if one.section == key]
+        looks = styles(best_first(rows), baseline)
+        complete = scores(seen)
+        drawings = {
+            "forest": figures.forest(rows, part, baseline),
+            "ranks": figures.ranks(complete),
+            "cost": figures.cost(rows, looks),
+            "curves": curves(kept, looks),
+        }
+        made = {name: figure for name, figure in drawings.items() if figure is not None}
+        drawn |= {f"{name}-{i}": figure for name, figure in made.items()}
+        [grid] = section.grids
+        order = sorted(range(len(grid.titles)), key=lambda n: grid.titles[n] != "method")
+        found.append(
+            {
+                "title": section.title,
+                "answer": answer(rows, part, baseline),
+                "caption": grid.caption,
+                "columns": [_column(grid.titles[n], n >= grid.names) for n in order],
+                "rows": [
+                    {
+                        "method": row["method"],
+                        "pair": pair_name(row["teacher"], row["student"]),
+                        "cells": [_cell(cells[n], grid.titles[n], row) for n in order],
+                    }
+                    for row, cells in zip(records(rows), grid.rows, strict=True)
+                ],
+                "notes": section.notes,
+                "figures": [
+                    {
+                        "id": f"{name}-{i}",
+                        "title": title.format(baseline=baseline),
+                        "help": said,
+                        "first": name == "forest",
+                    }
+                    for name, (title, said) in FIGURES.items()
+                    if name in made
+                ],
+                "lacking": _lacking(made, complete),
+            }
+        )
+    return found
+
+
+def _column(title: str, is_number: bool) -> dict[str, Any]:
+    said = next((text for start, text in HELP.items() if title == start or title.startswith(start)), "")
+    if title.startswith("minus "):
+        said = HELP["95 %"] if title.endswith("95 %") else f"Points of top-1 above the baseline{title[5:]}"
+    return {
+        "title": title,
+        "kind": "n" if is_number and title != "verdict" else "",
+        "more": title in MORE,
+        "help": said or "Sort by this column",
+    }
+
+
+def _first(gathered: Gathered) -> int:
+    """The run that is shown first: the best one of the first section."""
+    rows = [(place, one) for place, one in enumerate(gathered.kept) if one.section == gathered.kept[0].section]
+    return max(rows, key=lambda row: row[1].row["top1"])[0]
+
+
+def _cell(cell: Cell, title: str, row: dict[str, Any]) -> dict[str, str]:
+    said = ""
+    if title == "method" and row["fidelity"] in layout.MARKS:
+        said = f"{row['fidelity']}: {registry.FIDELITIES[row['fidelity']]}"
+    if title.startswith("published") and cell.text:
+        where = {name: str(row[name]) for name in ("data", "protocol", *PAIR, "method")}
+        number = published.find(**where, epoch=title.split()[1])
+        said = number.origin if number else ""
+    verdict = cell.text.replace(" ", "-") if title == "verdict" and cell.text in ("better", "worse") else ""
+    return {"text": cell.text, "mark": cell.mark, "help": said, "verdict": verdict}
+
+
+def _lacking(made: dict[str, Any], complete: pd.DataFrame) -> list[str]:
+    """Say why figures are missing."""
+    lines = []
+    if "forest" not in made:
+        lines.append("No differences are drawn: no method shares a pair and a seed with the baseline.")
+    if "ranks" not in made:
+        pairs, methods = complete.shape
+        lines.append(
+            f"No critical-difference diagram: it needs {statistics.ENOUGH_PAIRS} pairs that all of at least "
+            f"{statistics.ENOUGH_METHODS} methods have, and these runs have {pairs} of {methods} methods."
+        )
+    return lines
+
+
+def _counts(runs: pd.DataFrame) -> str:
+    counts = {
+        "run": len(runs),
+        "method": runs["method"].nunique(),
+        "pair": len(runs[PAIR].drop_duplicates()),
+        "seed": runs["seed"].nunique(),
+    }
+    return ", ".join(f"{number} {name}{'' if number == 1 else 's'}" for name, number in counts.items())
