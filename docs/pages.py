@@ -69,20 +69,17 @@ def linked_row(row: re.Match[str]) -> str:
     """Link the first cells of a row in the table of methods: the method's page, and its paper."""
     name, fidelity, paper = row.groups()
     is_method = name in registry.names()
-    return f"| [{name}](methods/{name}.md) | {fidelity} | {paper_link(paper)} |" if is_method else row[0]
+    return f"| [{name}](methods/{name}.md) | {fidelity} | {paper_link(paper, short=True)} |" if is_method else row[0]
 
 
-def on_post_build(config: MkDocsConfig) -> None:
-    """Check that no page makes the browser ask another server for anything.
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    """Check that a page makes the browser ask no other server for anything.
 
     Raises:
-        PluginError: one does.
+        PluginError: it does.
     """
-    asks = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""")
-    for file in Path(config.site_dir).rglob("*.html"):
-        text = file.read_text(encoding="utf-8")
-        if found := asks.search(re.sub(r'<link[^>]*rel="canonical"[^>]*>', "", text)):
-            raise PluginError(f"{file} asks another server: {found[0]}")
+    if found := re.search(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""", output):
+        raise PluginError(f"{page.file.src_uri} asks another server: {found[0]}")
 
 
 def public(modules: bool) -> list[str]:
@@ -148,15 +145,16 @@ def method_page(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def paper_link(paper: str) -> str:
-    """Link a paper as a method names it."""
+def paper_link(paper: str, short: bool = False) -> str:
+    """Link a paper as a method names it; ``short`` shows what it is in place of a long name."""
     kind, _, rest = paper.partition(":")
     address = {"arXiv": f"https://arxiv.org/abs/{rest}", "doi": f"https://doi.org/{rest}"}.get(kind)
     if kind == "github" or paper.startswith("github.com/"):
         address = f"https://github.com/{paper.removeprefix('github.com/').removeprefix('github:')}"
     elif kind == "https":
-        address, paper = paper, paper.split("/")[2]
-    return f"[{escape(paper)}]({address})" if address else escape(paper)
+        address = paper
+    shown = address.split("/")[2] if address and short and kind != "arXiv" else paper
+    return f"[{escape(shown)}]({address})" if address else escape(paper)
 
 
 def needs(distiller: Distiller) -> Iterator[str]:
@@ -264,7 +262,8 @@ def formula(latex: str) -> str:
     for line in split(" ".join(latex.split())):
         terms = []
         for term in line:
-            made = convert(NAMES.sub(r"\\mathrm{\g<0>}", term)).replace("<math ", '<math displaystyle="true" ', 1)
+            spaced = re.sub(r"\\(log|cos|min|max) +(?!\()", r"\\\1\\,", NAMES.sub(r"\\mathrm{\g<0>}", term))
+            made = convert(spaced).replace("<math ", '<math displaystyle="true" ', 1)
             if "\\" in re.sub(r"<[^>]*>", "", made):
                 raise PluginError(f"a formula cannot be converted: {term}")
             terms.append(re.sub(r"<mo>(?=&#x0002B;|&#x02212;)", '<mo form="infix">', made, count=1))
