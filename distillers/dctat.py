@@ -55,7 +55,7 @@ class Spectrum(nn.Module):
 class DCTAT(Distiller):
     r"""A DCT-driven loss in attention-based knowledge distillation.
 
-    .. math:: L = w_{ce} H(y, p_s) + w_{dct} \operatorname{mean}_i [\arg\max z_{t,i} = y_i]
+    .. math:: L = w_{ce} H(y, p_s) + w_{dct} \operatorname{mean}_i [\operatorname{argmax} z_{t,i} = y_i]
         \sum_l \|D(a_{s,i}^l) - D(a_{t,i}^l)\|_2 + w_{kd} T^2 KL(p_t^{(T)} \| p_s^{(T)})
 
     The attention map a is the mean over channels of f^2. D takes it to [0, 1], subtracts its mean, transforms it,

@@ -266,6 +266,14 @@ def one_of(choices: Collection[str], **keyword: str) -> str:
     return value
 
 
+def some_of(choices: Collection[str], **keyword: Sequence[str]) -> tuple[str, ...]:
+    """Check that each of several words is one of ``choices``, and none stands twice; there may be none."""
+    ((name, values),) = keyword.items()
+    if len(set(values)) < len(values):
+        raise UserError(f"{name}={list(values)}: expected each word once")
+    return tuple(one_of(choices, **{name: value}) for value in values)
+
+
 def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
     """Apply one of the checks above to each of several values; there must be at least one."""
     ((name, values),) = keyword.items()

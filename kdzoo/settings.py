@@ -6,8 +6,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from kdzoo.keywords import at_least, between, described, fraction, not_negative, per_channel, positive, setting, share
+from kdzoo.keywords import (
+    at_least,
+    between,
+    described,
+    fraction,
+    not_negative,
+    per_channel,
+    positive,
+    setting,
+    share,
+    some_of,
+)
 from kdzoo.recipe import Protocol
+
+LOGGERS = ("tensorboard", "mlflow", "wandb")
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,9 @@ class OutputPlace:
     """Where results go."""
 
     root: str = setting("runs", "Folder that holds the runs")
-    tensorboard: bool = setting(False, "Also write losses and accuracies for TensorBoard")
+    log: tuple[str, ...] = setting(
+        (), "Loggers that record the run too, such as [tensorboard,mlflow]; the third is wandb", some_of, LOGGERS
+    )
     measure_every: int = setting(
         1,
         "Number of epochs from one measurement of the student to the next; the last is always measured",

@@ -11,6 +11,7 @@ from kdzoo.data import open_dataset
 from kdzoo.experiments import suites
 
 DOCS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+MADE = {"api/index.md"}  # pages that docs/pages.py makes of the code
 BLOCKS = [
     pytest.param(block, id=f"{file.stem}-{number}")
     for file in DOCS
@@ -26,22 +27,38 @@ def test_every_python_block_runs_by_itself(block, tmp_path, monkeypatch):
 
 
 def test_there_are_blocks_to_run():
-    assert len(BLOCKS) >= 6
+    assert len(BLOCKS) >= 9
+
+
+def headings(file):
+    return {
+        re.sub(r"[^a-z0-9 _-]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#")
+    }
+
+
+def broken_links(text, folder, own):
+    """Links to files that are not there, or to headings that they do not have; ``own`` are those of the text."""
+    broken = []
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" not in target and path not in MADE:
+            file = folder / path
+            is_there = file.is_file() if path else True
+            if not is_there or (anchor and anchor not in (headings(file) if path else own)):
+                broken.append(target)
+    return broken
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.stem)
 def test_every_picture_and_every_link_within_the_documents_is_there(file):
-    text = file.read_text(encoding="utf-8")
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in text.splitlines()
-        if line.startswith("#")
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif "://" not in target:
-            assert (file.parent / target).is_file()
+    assert broken_links(file.read_text(encoding="utf-8"), file.parent, headings(file)) == []
+
+
+def test_a_broken_link_is_noticed():
+    text = "[a](nowhere.md) [b](#nowhere) [c](methods.md#nowhere) [d](methods.md#methods) [e](#here)"
+    assert broken_links(text, DOCS[0].parent, {"here"}) == ["nowhere.md", "#nowhere", "methods.md#nowhere"]
 
 
 def test_every_frequency_method_is_explained_and_reconstructions_are_called_so():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,9 +23,9 @@ from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, matmul_precision
 from kdzoo.randomness import seed_of
 from kdzoo.settings import Run
-from kdzoo.store.curves import Curves
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.history import check_history, is_number
+from kdzoo.store.loggers import Loggers
 
 
 class Epochs:
@@ -78,9 +78,10 @@ class Lane:
     steps_per_epoch: int
     title: str = ""  # among the lanes beside it
     ranks: Ranks = ALONE
+    loggers: Loggers = field(default_factory=Loggers)  # none
 
     def __post_init__(self) -> None:
-        settings, place = self.run
+        settings, _ = self.run
         protocol = settings.protocol
         self.base_rate = protocol.lr_of.get(settings.student.name, protocol.lr)
         self.trained = Trained(self.distillation.student, self.distillation.distiller)
@@ -92,8 +93,6 @@ class Lane:
         self.at: int | None = None  # the step that it is in or was in last; None before the first
         self.failure: UserError | None = None
         self.best: dict[str, Tensor] | None = None  # on the CPU: the student of the best epoch, where that ships
-        curves = place.output.tensorboard and self.ranks.first
-        self.curves = Curves(self.folder.path) if curves else None
         self.average = ModelEmaV3(self.trained, decay=protocol.ema) if protocol.ema else None
         # What the host writes at the begin of a step and the device reads in it.
         self.number = torch.zeros((), device=self.device, dtype=torch.int64)
@@ -169,8 +168,7 @@ class Lane:
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
         self.history.append(found)
         self.ranks.once(self.folder.write_history, self.history)
-        if self.curves is not None:
-            self.curves.write(self.history)
+        self.loggers.write(self.history)
         self.meter.reset()
 
     def deployed(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -37,6 +38,7 @@ from kdzoo.resolve import changed_files
 from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.loggers import Loggers
 from kdzoo.store.predictions import SIDE, Predictions, mistakes
 
 
@@ -170,19 +172,22 @@ def _train_lanes(
         for i in built:
             with caught(runs[i], lambda: "while its training was set up", partial(outcomes.__setitem__, i)):
                 lanes[i] = Lane(runs[i], built[i], RunFolder.of(runs[i]), device, per_epoch, names[i], ranks)
-        for lane in lanes.values():
-            ranks.once(lane.folder.open, lane.run)
-        if lanes:
-            ranks.once(say_origins, lanes.values(), dataset, progress)
-            with current(device), Termination() as termination:
-                loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
-        costs: dict[str, cost.Cost] = {}
-        for i, lane in lanes.items():
-            if lane.failure is None:
-                with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():
-                    outcomes[i] = finish(lane, dataset, teacher, costs)
-            if lane.failure is not None:
-                outcomes[i] = lane.failure
+        with ExitStack() as ended:
+            for lane in lanes.values():
+                ranks.once(lane.folder.open, lane.run)
+                if ranks.first:
+                    lane.loggers = ended.enter_context(Loggers(lane.run, lane.folder, progress.say))
+            if lanes:
+                ranks.once(say_origins, lanes.values(), dataset, progress)
+                with current(device), Termination() as termination:
+                    loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
+            costs: dict[str, cost.Cost] = {}
+            for i, lane in lanes.items():
+                if lane.failure is None:
+                    with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():
+                        outcomes[i] = finish(lane, dataset, teacher, costs)
+                if lane.failure is not None:
+                    outcomes[i] = lane.failure
     return [outcomes[i] for i in range(len(runs))]
 
 
@@ -268,6 +273,7 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None, costs: dict[st
     )
     lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
     lane.ranks.once(write_predictions, lane, shipped, dataset, teacher)
+    lane.loggers.finish(history, result)  # before the run counts as finished: a kill in between is made up for
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result

@@ -17,6 +17,7 @@ from kdzoo.settings import Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock
+from kdzoo.store.loggers import check_installed
 
 
 @dataclass
@@ -125,6 +126,8 @@ def placed(suite: Suite, out: Path, executor: Executor, progress: Progress) -> l
     """Place the suite's runs below ``out``, and replace every ``auto`` for where they are trained."""
     if any(run.settings.engine.devices != 1 for run in suite.runs):
         raise UserError("engine.devices belongs to kdzoo run; a suite trains one group on each device (--jobs)")
+    for run in suite.runs:
+        check_installed(run.place)
     return executor.resolve_auto([run.within(output={"root": str(out)}) for run in suite.runs], progress)
 
 

@@ -219,8 +219,7 @@ def stepped(
     loader = common_loader(runs[0].settings, built.values(), dataset)
     batch = next(loader.batches())
     for i in list(built):
-        run = runs[i].within(output={"tensorboard": False})  # nothing is written
-        lane = Lane(run, built.pop(i), RunFolder.of(run), batch.images.device, loader.steps_per_epoch)
+        lane = Lane(runs[i], built.pop(i), RunFolder.of(runs[i]), batch.images.device, loader.steps_per_epoch)
         with lane.failing_alone():
             for step in range(2):  # optimisers take their memory at the end of the first
                 lane.step(batch, step)

@@ -28,6 +28,7 @@ from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import Result, RunFolder
 from kdzoo.store.lock import RunLock
+from kdzoo.store.loggers import check_installed
 from kdzoo.store.trust import PARTS
 
 __all__ = ["Result", "evaluate_run", "execute", "run"]
@@ -142,6 +143,7 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
     With several devices this starts a process for each, which comes here again; those of torchrun come by themselves.
     """
     run = processes.check(resolve_auto(run))
+    check_installed(run.place)
     folder = RunFolder.of(run)
     if processes.to_start(run):
         processes.start(execute, run, fresh, quiet)

@@ -111,6 +111,7 @@ class RunFolder:
         self.result = path / "result.json"
         self.student = path / "student.safetensors"
         self.environment = path / "environment.json"
+        self.loggers = path / "loggers.json"  # the names of its records in MLflow and W&B
         self.failure = path / "failed.txt"
         self.before = path / "before"  # a finished run that this one replaces, until it is finished itself
         self.classes = path / "classes.txt"  # the class that each output of the student stands for, one a line
@@ -160,6 +161,9 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged ({error}); {MOVE_AWAY}") from error
         if config and config.pop("format", None) != FORMAT:
             raise self._of_another_version("format")
+        output = config.get("output")
+        if isinstance(output, dict) and "tensorboard" in output:  # which is now one of several loggers
+            output["log"] = ["tensorboard"] if output.pop("tensorboard") else []
         for part in ("distiller", "student", "teacher", "data", "protocol"):
             if not isinstance(config.get(part), dict) or "name" not in config[part]:
                 raise UserError(f"{self.config} is damaged (it has no {part}.name); {MOVE_AWAY}")
@@ -330,7 +334,7 @@ class RunFolder:
                     shutil.copy2(file, self.before)
                 self.result.replace(self.before / self.result.name)  # at this moment it is there, and no longer here
             curves = self.path.glob("events.out.tfevents.*")
-            for file in (self.student, self.history, self.classes, self.predictions, self.failure, *curves):
+            for file in (self.student, self.history, self.classes, self.predictions, self.failure, self.loggers, *curves):
                 file.unlink(missing_ok=True)
 
 

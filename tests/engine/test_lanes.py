@@ -188,9 +188,3 @@ def test_measuring_counts_the_whole_test_set(dataset):
     oracle.seen, oracle.labels = 0, torch.cat([labels for _, labels in dataset.test_batches(256)])
     top1, top5 = evaluate(oracle, dataset, "float32", batch_size=100)
     assert top1 == top5 == pytest.approx(75.0)
-
-
-def test_curves_are_written_where_asked(tmp_path, dataset, teacher):
-    run = settings(tmp_path, "kd", "output.tensorboard=true")
-    [result] = train_lanes([run], dataset, teacher, Progress(quiet=True))
-    assert len(list(result.folder.glob("events.out.tfevents.*"))) == 1

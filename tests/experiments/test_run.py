@@ -101,7 +101,7 @@ def test_a_student_without_a_teacher_has_predictions_of_its_own_alone(tmp_path):
 
 
 def test_a_student_may_be_measured_in_some_epochs_only_and_always_in_the_last(finished, tmp_path):
-    seldom = distil(tmp_path, "output.measure_every=5", "output.tensorboard=true")
+    seldom = distil(tmp_path, "output.measure_every=5", "output.log=[tensorboard]")
     assert [record["top1"] for record in RunFolder(seldom.folder).read_history()] == [None, finished.top1]
     assert (seldom.top1, seldom.best_epoch) == (finished.top1, 2)
     with pytest.raises(UserError, match="from 1"):
