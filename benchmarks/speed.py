@@ -136,7 +136,7 @@ def measure(row: Row, machine: Machine, size: int, seconds: float) -> dict[str, 
     wait = waiting(device)
     works = {"engine": group.step, "bare": bare_step(group)}
     for work in works.values():
-        timed(work, wait, graphs.WARM_UP + 2)  # and the capture
+        timed(work, wait, graphs.WARM_UP + graphs.CHECKED + 1)  # and the capture
     steps = max(1, round(seconds / (2 * ROUNDS) / timed(group.step, wait)))
     measured = take_turns(works, ROUNDS, wait, dict.fromkeys(works, steps))
     median, images = medians(measured), row.batch * row.lanes

@@ -1,25 +1,25 @@
 """The step of all lanes as CUDA graphs: launched whole, where Python would launch it kernel by kernel."""
 
-import random
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.utils._pytree import tree_map_only
 
 from kdzoo.distiller import Batch
+from kdzoo.engine.agreement import OUTPUTS, LaneState, Snapshot, agree
+from kdzoo.engine.host_work import changed, host_work, kept
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.tensors import leaves
 
 WARM_UP = 3  # plain steps before the capture: they make moments, workspaces and all else that is made when first used
+CHECKED = 2  # replays that are compared with plain steps; the second has another batch than the capture
 
 Work = Callable[[], None]
 Record = Callable[[Work, Any], Work]  # (work, stream) -> what does the work again
@@ -52,7 +52,8 @@ class Graphed(Plain):
     networks overlap. A lane that fails is replayed no more and touches no other; one that cannot be captured continues
     plainly, beside the others, saying why. Graphs read batch, learning rate and step from tensors that stay in place,
     and the generator's seed and offset when they are replayed, so the seed that the host sets before each makes a
-    graph draw what the plain step draws.
+    graph draw what the plain step draws. The first replays are compared with plain steps from the same state; where
+    they differ, the plain step's result is kept, and the lane continues plainly.
 
     Args:
         teacher: of all lanes.
@@ -60,6 +61,7 @@ class Graphed(Plain):
         precision: of the networks.
         say: takes a line for the user.
         record: how work becomes a graph. Where work is not asynchronous, doing it again is the same.
+        checked: how many of the first replays are compared with plain steps.
     """
 
     def __init__(
@@ -69,13 +71,17 @@ class Graphed(Plain):
         precision: str,
         say: Callable[[str], None],
         record: Record,
+        checked: int = CHECKED,
     ):
         super().__init__(teacher)
+        self.checked = checked
         self.device, self.precision, self.say, self.record = device, precision, say, record
         self.runtime: Any = torch.get_device_module(device)
         self.streams: dict[Any, Any] = {}  # of each lane that is captured, and one for all others
         self.replays: dict[int, Work | None] = {}  # by lane; None: it cannot be captured
+        self.checks: Counter[Any] = Counter()  # by lane, and of the teacher
         self.teach: Work | None = None  # the teacher's passes
+        self.shown: list[Tensor] = []  # the images that they read
         self.passes: dict[Any, Any] = {}  # what they leave for the lanes
         self.plainly = False  # the teacher cannot be captured, and so nothing can
         self.batch: Batch | None = None
@@ -101,26 +107,50 @@ class Graphed(Plain):
         if self.teach is None:
             # Only of memory that holds the next batch too: what a method made of the images is its lane's own.
             ours = {tensor.untyped_storage().data_ptr() for tensor in leaves(self.batch)}
-            shown = [one.images for one in teacher.made.values() if one.images.untyped_storage().data_ptr() in ours]
-            work = partial(self.pass_through, teacher, shown)
+            self.shown = [
+                one.images for one in teacher.made.values() if one.images.untyped_storage().data_ptr() in ours
+            ]
+            work = partial(self.pass_through, teacher)
             try:
                 with self.aside("teacher") as stream:
-                    self.teach = self.record(work, stream) if shown else work
+                    self.teach = self.record(work, stream) if self.shown else work
             except Exception as error:
-                self.say(f"all steps run kernel by kernel, as the teacher cannot be a CUDA graph: {first_line(error)}")
-                self.plainly = True
-                teacher.forget()
+                self.stay_plain(teacher, f"the teacher cannot be a CUDA graph: {first_line(error)}")
                 return
         self.teach()
+        if self.checks["teacher"] < self.checked:
+            self.checks["teacher"] += 1
+            passes = dict(self.passes)
+            found = self.shown_by(passes)
+            plain, again = (self.shown_by(self.pass_plainly(teacher)) for _ in range(2))
+            if not agree(found, plain, again, OUTPUTS[self.precision]):
+                self.stay_plain(teacher, "the teacher as a CUDA graph gives other outputs")
+                return
+            self.passes = passes
         teacher.made = dict(self.passes)
 
-    def pass_through(self, teacher: TeacherPasses, shown: list[Tensor]) -> None:
-        """Make the teacher's passes as a lane would ask for them."""
+    def stay_plain(self, teacher: TeacherPasses, reason: str) -> None:
+        """Run all steps operation by operation from now on, and say why."""
+        self.say(f"all steps run kernel by kernel, as {reason}")
+        self.plainly = True
+        teacher.forget()
+
+    def pass_through(self, teacher: TeacherPasses) -> None:
+        """Make the teacher's passes as a lane would ask for them, and leave them for the lanes."""
+        self.passes = self.pass_plainly(teacher)
+
+    def pass_plainly(self, teacher: TeacherPasses) -> dict[Any, Any]:
+        """Return the teacher's passes, as a lane would ask for them."""
         teacher.forget()
         with torch.no_grad(), autocast(self.device.type, PRECISIONS[self.precision]):
-            for images in shown:
+            for images in self.shown:
                 teacher(images, teacher.show)
-        self.passes = dict(teacher.made)
+        return dict(teacher.made)
+
+    @staticmethod
+    def shown_by(passes: dict[Any, Any]) -> list[Tensor]:
+        """Copy the outputs of passes to the host."""
+        return [tensor.detach().to("cpu", copy=True) for made in passes.values() for tensor in made.tensors]
 
     def step(self, lane: Lane, batch: Batch, step: int) -> None:
         key = id(lane)
@@ -139,12 +169,45 @@ class Graphed(Plain):
             found += [f"it gives '{name}' another value in Python" for name in changed(before, kept(lane.trained))]
             if self.begun == WARM_UP and (reason := lane.host_bound or next(iter(found), None)):
                 self.give_up(lane, reason)
-        elif key in self.replays or self.capture(lane, batch):
+        elif self.checks[key] < self.checked:
+            self.checks[key] += 1
+            self.check(lane, batch, step)
+        else:
+            self.take(lane, batch, step)
+
+    def take(self, lane: Lane, batch: Batch, step: int) -> None:
+        """Take a lane's step by its graph, which the first one records, or plainly where that fails."""
+        key = id(lane)
+        if key in self.replays or self.capture(lane, batch):
             with self.aside(key):
                 lane.begin(step)
                 self.replays[key]()  # type: ignore[misc]  # it is there
         else:
             lane.step(batch, step)
+
+    def check(self, lane: Lane, batch: Batch, step: int) -> None:
+        """Take a lane's step by its graph and plainly, twice; keep the plain result where they differ."""
+        state = LaneState(lane)
+        with self.aside(id(lane)):
+            before = state.read()
+            plain, again = (self.plain_result(lane, batch, step, state, before) for _ in range(2))
+        if self.teacher is not None:
+            self.teacher.made = dict(self.passes)
+        self.take(lane, batch, step)
+        if self.replays[id(lane)] is None:
+            return
+        with self.aside(id(lane)):
+            if different := state.read().difference(plain, again, before):
+                state.write(plain)
+                self.give_up(lane, f"its {different} differ from those of a plain step")
+
+    @staticmethod
+    def plain_result(lane: Lane, batch: Batch, step: int, state: LaneState, before: Snapshot) -> Snapshot:
+        """Return what a plain step makes of a lane, and put the lane back to the state before it."""
+        lane.step(batch, step)
+        made = state.read()
+        state.write(before)
+        return made
 
     def capture(self, lane: Lane, batch: Batch) -> bool:
         """Record a lane's step, which does nothing yet, and tell whether that could be done."""
@@ -195,60 +258,6 @@ def cuda_graph(work: Work, stream: torch.cuda.Stream) -> Work:
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
-
-
-@contextmanager
-def host_work(device: torch.device) -> Iterator[list[str]]:
-    """Detect what a CUDA graph cannot capture: waiting for the device, and random numbers drawn by the host."""
-    found: list[str] = []
-    if device.type != "cuda":
-        yield found
-        return
-    drawn, mode = _generators(), torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    for warning in caught:
-        if "called a synchronizing" in str(warning.message):
-            found.append(f"the host reads the device at {Path(warning.filename).name}:{warning.lineno}")
-        elif "debug mode is a prototype" not in str(warning.message):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if drawn != _generators():
-        found.append("the host draws random numbers in it")
-
-
-def _generators() -> tuple[Any, ...]:
-    """Read the state of the generators that a capture does not follow."""
-    # A method may draw from numpy's global generator, hence the legacy call.
-    numbers = np.random.get_state(legacy=False)  # noqa: NPY002
-    return (
-        random.getstate(),
-        str(numbers),
-        numbers["state"]["key"].tobytes(),
-        torch.default_generator.get_state().tolist(),
-    )
-
-
-def kept(module: nn.Module) -> dict[str, Any]:
-    """Read what a module and its parts hold between steps: plain values, and where their tensors lie."""
-    held: dict[str, Any] = {}
-    for path, owner in module.named_modules():
-        own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False), *vars(owner).items()]
-        for name, value in own:
-            if isinstance(value, Tensor):
-                held[f"{path}.{name}"] = value.data_ptr()
-            elif isinstance(value, bool | int | float | str):
-                held[f"{path}.{name}"] = value
-    return held
-
-
-def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """List the names whose values differ."""
-    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
 def first_line(error: BaseException) -> str:

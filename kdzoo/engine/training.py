@@ -1,7 +1,7 @@
 """Train runs side by side and write their folders, given the data and, where a method has one, the teacher."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -123,10 +123,15 @@ def common_loader(settings: Settings, built: Iterable[Distillation], dataset: Da
     return dataset.loader(settings.protocol, seed=settings.seed, views=tuple(views), rank=ranks.rank, world=ranks.world)
 
 
-def shared_passes(network: models.Network, run: Run) -> TeacherPasses:
-    """Share the passes of a frozen network, made by a copy whose weights are cast once and compiled if asked for."""
+def shared_passes(network: models.Network, run: Run, say: Callable[[str], object] = lambda _: None) -> TeacherPasses:
+    """Share the passes of a frozen network, made by a copy with folded batch norms whose weights are cast once."""
     dtype = PRECISIONS[run.settings.engine.precision].dtype
-    fast = network if dtype is None else models.cast_weights(network, dtype)
+    fast = models.fold_norms(network)
+    if fast is None:
+        say(f"batch norms of {network.name} stay as they are: folded into the layers before them, its outputs differ")
+        fast = network
+    if dtype is not None:
+        fast = models.cast_weights(fast, dtype)
     if run.place.engine.compile:
         fast.compile()
     return TeacherPasses(network, fast=fast)
@@ -159,7 +164,7 @@ def train_lanes(
 def _train_lanes(
     runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks
 ) -> list[Result | UserError]:
-    shared = None if teacher is None else shared_passes(teacher.network, runs[0])
+    shared = None if teacher is None else shared_passes(teacher.network, runs[0], progress.say)
     students = [run.settings.student for run in runs]
     weights = " with pretrained weights" if any(student.pretrained for student in students) else ""
     with progress.doing(f"building {', '.join(sorted({student.name for student in students}))}{weights}"):

@@ -5,6 +5,7 @@ from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transforme
 from kdzoo.models.adapt import unfuse_attention
 from kdzoo.models.by_name import check_name, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
+from kdzoo.models.fold import fold_norms
 from kdzoo.models.given import load_given, written_facts
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
@@ -19,6 +20,7 @@ __all__ = [
     "check_name",
     "create",
     "describe",
+    "fold_norms",
     "load_given",
     "load_weights",
     "output_of",

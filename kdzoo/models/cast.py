@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kdzoo.errors import is_shortage
 from kdzoo.models.network import Network
 from kdzoo.outputs import EVERYTHING
+from kdzoo.precision import Precision, autocast
 
 # Types that autocast is known to feed with cast weights. Not what derives from them, which may do more with weights.
 _CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -29,7 +30,7 @@ def cast_weights(network: Network, dtype: torch.dtype) -> Network:
             for name, weight in layer.named_parameters(recurse=False):
                 setattr(layer, name, nn.Parameter(weight.to(dtype), requires_grad=False))
     try:
-        pairs = zip(_outputs(copy, dtype), _outputs(network, dtype), strict=True)
+        pairs = zip(probed(copy, dtype), probed(network, dtype), strict=True)
         same = all(torch.equal(one, other) for one, other in pairs)
     except RuntimeError as error:  # of types that do not go together
         if is_shortage(error):
@@ -39,10 +40,11 @@ def cast_weights(network: Network, dtype: torch.dtype) -> Network:
 
 
 @torch.no_grad()
-def _outputs(network: Network, dtype: torch.dtype) -> list[Tensor]:
+def probed(network: Network, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """List all outputs of a network for two images, under autocast to ``dtype`` or in float32."""
     images = torch.rand(2, 3, network.image_size, network.image_size, generator=torch.Generator().manual_seed(0))
     images = images.to(network.mean.device).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, dtype):
-        output = network(images, EVERYTHING)
+    with autocast(images.device.type, Precision(dtype)):
+        output = network.forward(images, EVERYTHING)  # not a call, which would be one for those who watch the network
     shown = [output.logits, output.embedding, *output.features, *output.preactivations]
     return shown if output.final is None else [*shown, output.final]

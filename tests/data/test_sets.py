@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from kdzoo import registry
 from kdzoo.data import open_dataset
 from kdzoo.data.sources import open_source
 from kdzoo.errors import UserError
@@ -28,6 +29,27 @@ def test_digits_are_split_by_class_once_and_for_all() -> None:
     counts = torch.bincount(labels)
     assert counts.min() >= 34
     assert counts.max() <= 37
+
+
+def test_digits_that_are_kept_in_the_cache_are_those_of_scikit_learn_and_made_again_where_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded() -> bytes:
+        _, train, test = registry.data_sets.load("digits")().load(tmp_path)
+        assert test is not None
+        return b"".join(np.asarray(array).tobytes() for array in (*train, *test))
+
+    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path))
+    file = tmp_path / "data" / "digits.npz"
+    made, whole = loaded(), file.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (b"", whole[:middle], whole[:middle] + bytes(9) + whole[middle + 9 :]):
+        file.write_bytes(damaged)
+        assert loaded() == made
+        assert file.read_bytes() != damaged
+    kept = file.stat().st_mtime_ns
+    assert loaded() == made
+    assert file.stat().st_mtime_ns == kept
 
 
 def test_mean_and_deviation_are_those_of_the_training_images() -> None:

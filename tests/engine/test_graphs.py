@@ -24,9 +24,10 @@ TRIED = ["protocol.augmentation.crop=1", "protocol.augmentation.flip=true"]
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Turns the captured path on; ``record`` and what is said may be set by the test."""
+    """Turns the captured path on; ``record``, what is said and how often it is checked may be set by the test."""
 
     class Path:
+        checked = graphs.CHECKED
         said: list[str] = []  # noqa: RUF012
 
         @staticmethod
@@ -38,7 +39,7 @@ def captured(monkeypatch):
 
     def steps(lane, shared, say):
         precision = lane.run.settings.engine.precision
-        return Graphed(shared, lane.device, precision, path.said.append, lambda *work: path.record(*work))
+        return Graphed(shared, lane.device, precision, path.said.append, lambda *work: path.record(*work), path.checked)
 
     monkeypatch.setattr(graphs, "steps", steps)
     return path
@@ -83,14 +84,14 @@ def test_steps_on_tensors_that_stay_in_place_end_with_the_bits_of_plain_ones(
 
 
 def test_the_teacher_still_sees_each_batch_once(tmp_path, dataset, teacher, captured):
-    shown = []
+    shown, captured.checked = [], 0
     teacher.network.register_forward_hook(lambda _network, images, _output: shown.append(images[0]))
     trained(tmp_path, ["kd", "uhkd", "logitmse"], dataset, teacher)
     assert len(shown) == 2 * (320 // 64)
 
 
 def test_the_teacher_sees_each_part_of_a_batch_once(tmp_path, dataset, teacher, captured):
-    shown = []
+    shown, captured.checked = [], 0
     teacher.network.register_forward_hook(lambda _network, images, _output: shown.append(len(images[0])))
     trained(tmp_path, ["kd", "uhkd"], dataset, teacher, "engine.accumulate=4")
     assert shown == [16] * (4 * 2 * (320 // 64))
@@ -130,6 +131,75 @@ def test_a_teacher_that_cannot_be_captured_leaves_all_lanes_plain(tmp_path, data
         students(outcomes), students(trained(tmp_path / "b", ["kd", "uhkd"], dataset, teacher)), strict=True
     ):
         assert same(one, other)
+
+
+def nothing(work):
+    return lambda: None
+
+
+def the_first_again(work):
+    """Writes what the first call wrote, as a graph would that read memory of the step in which it was captured."""
+    calls = []
+
+    def again():
+        if not calls:
+            calls.append(work())
+
+    return again
+
+
+def twice(work):
+    return lambda: (work(), work())
+
+
+WRONG = [("nothing", nothing), ("the first alone", the_first_again), ("twice", twice)]
+
+
+@pytest.mark.parametrize(("title", "wrong"), WRONG)
+def test_a_lane_whose_graph_is_wrong_ends_with_the_bits_of_plain_steps(
+    tmp_path, dataset, teacher, captured, title, wrong
+):
+    calls = []
+
+    def record(work, stream):
+        calls.append(work)
+        return wrong(work) if len(calls) == 2 else work  # the teacher, then the first lane
+
+    captured.record = record
+    beside = trained(tmp_path / "a", ["kd", "uhkd"], dataset, teacher)
+    assert [line.split(": ")[0] for line in captured.said] == ["kd"]
+    assert captured.said[0].endswith("differ from those of a plain step")
+    captured.record, captured.said[:] = lambda work, stream: work, []
+    for one, other in zip(
+        students(beside), students(trained(tmp_path / "b", ["kd", "uhkd"], dataset, teacher)), strict=True
+    ):
+        assert same(one, other)
+    assert captured.said == []
+
+
+def test_a_teacher_whose_graph_is_wrong_leaves_all_lanes_plain(tmp_path, dataset, teacher, captured):
+    calls = []
+
+    def record(work, stream):
+        calls.append(work)
+        return the_first_again(work) if len(calls) == 1 else work
+
+    captured.record = record
+    outcomes = trained(tmp_path / "a", ["kd", "uhkd"], dataset, teacher)
+    assert captured.said == ["all steps run kernel by kernel, as the teacher as a CUDA graph gives other outputs"]
+    captured.record = lambda work, stream: work
+    for one, other in zip(
+        students(outcomes), students(trained(tmp_path / "b", ["kd", "uhkd"], dataset, teacher)), strict=True
+    ):
+        assert same(one, other)
+
+
+def test_without_checks_a_wrong_graph_is_not_noticed(tmp_path, dataset, teacher, captured):
+    captured.checked, captured.record = 0, lambda work, stream: nothing(work)
+    [wrong] = trained(tmp_path / "a", ["kd"], dataset, teacher)
+    captured.record = lambda work, stream: work
+    [right] = trained(tmp_path / "b", ["kd"], dataset, teacher)
+    assert not same(*students([wrong, right]))
 
 
 def test_a_lane_that_fails_in_a_captured_step_stops_alone(tmp_path, dataset, teacher, captured):
