@@ -4,8 +4,8 @@
 
 A student is trained for a moment on pictures that are drawn here, JPEG files of 500 x 375 pixels; its accuracy means
 nothing. ``bare`` is the network on batches of 64 that lie in memory; ``predict`` reads, decodes and classifies the
-files, the start of its processes included, and the loading of the student not. They take turns. An export is timed as a command, from the start of its
-process to its end, so torch's import counts.
+files, the start of its processes included, and the loading of the student not. They take turns. An export is timed as
+a command, from the start of its process to its end, so torch's import counts.
 """
 
 import subprocess

@@ -82,7 +82,7 @@ def export(
             folder is there.
 
     Example:
-        >>> run = kdzoo.run("none", "vit_pico", overrides=quick, quiet=True)
+        >>> run = kdzoo.run("none", "test_vit", overrides=quick, quiet=True)
         >>> made = kdzoo.export(run.folder, "timm", out="mine")
         >>> import timm
         >>> timm.create_model("local-dir:mine", pretrained=True).num_classes

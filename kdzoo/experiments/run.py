@@ -227,7 +227,7 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
 
 def shipped_of(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progress) -> nn.Module:
     """Load the module that a run ships, and say so where a file of the user's changed since."""
-    folder.finished()
+    folder.check_student(folder.finished())
     if changed := changed_files(run.settings):
         progress.say(f"{folder.path.name}: {', '.join(changed)} changed since this run was made")
     return shipped(run.settings, dataset.spec, folder)

@@ -41,7 +41,9 @@ def load(run: str | Path, *, trust_code: bool = False) -> Student:
         (torch.Size([4, 10]), ('0', '1', '2'))
     """
     folder = RunFolder(path_of(run).resolve())
-    result, classes, working = folder.finished(), folder.read_classes(), Path.cwd()
+    result, working = folder.finished(), Path.cwd()
+    folder.check_student(result)
+    classes = folder.read_classes()
     facts = models.written_facts(folder.student)
     with folder.home(), torch.random.fork_rng(devices=[]):
         settings = folder.run(trust_code, working, parts_used(folder)).settings

@@ -210,16 +210,15 @@ class RunFolder:
             raise UserError(f"{self.student} is damaged (its checksum differs); {MOVE_AWAY}")
 
     def finished(self) -> Result:
-        """Read the result of a run whose student is there and whole.
+        """Read the result of a run that is finished.
 
         Raises:
-            UserError: this is no run, it is not finished, or its student is lost or damaged.
+            UserError: this is no run, or it is not finished.
         """
         result = self.read_result()
         if result is None:
             self.read_config()
             raise UserError(f"{self.path} is not finished; run its command again, and it continues")
-        self.check_student(result)
         return result
 
     def read_classes(self) -> tuple[str, ...]:
