@@ -96,7 +96,7 @@ def many(
     for i, method in enumerate(methods):
         for j, student in enumerate(students):
             for seed in range(seeds):
-                top1 = round(70 + 3 * i + j + 0.3 * ((seed * 7 + i * 3 + j) % 5), 2)
+                top1 = round(60 + 3 * i + j + 0.3 * ((seed * 7 + i * 3 + j) % 5), 2)
                 given = [f"student.name={student}"] if student != "resnet_8" else []
                 folder = write(root, top1, seed, *given, distiller=method, student=student, parameters=10**5 * (j + 1))
                 fill(folder, classes, top1, seed=seed, **filled)

@@ -12,7 +12,7 @@ from kdzoo.results import ranks
 from kdzoo.results.layout import MARKS, title
 from kdzoo.results.report.curves import ACCURACY
 from kdzoo.results.report.figures import ALL_PAIRS, COSTS
-from kdzoo.results.report.gather import Kept, best_first, gather, of_section, records
+from kdzoo.results.report.gather import Kept, best_first, gather, measure_of, of_section, records
 from kdzoo.results.report.style import GRAY, VERDICTS, styles
 from kdzoo.results.spectrum_plot import STYLE, require_matplotlib
 from kdzoo.results.table import SECTION, comparisons, groups, pair_name, summary
@@ -181,11 +181,13 @@ def _costs(runs: pd.DataFrame, cost: str, baseline: str) -> list[Panel]:
 
 
 def _cost(known: pd.DataFrame, cost: str, name: str, unit: float, looks: Mapping[str, dict[str, Any]]) -> Any:
+    measure = measure_of(known)
+
     def paint(ax: "Axes") -> None:
         for method, part in known.groupby("method", sort=False):
             look = looks[str(method)]
-            x, y = part[cost].astype(float) / unit, part["top1_mean"]
-            half = (part["top1_high"] - y).fillna(0)
+            x, y = part[cost].astype(float) / unit, part[f"{measure}_mean"]
+            half = (part[f"{measure}_high"] - y).fillna(0)
             label = plain(str(method)) if look["named"] else None
             mark: dict[str, Any] = {"markerfacecolor": "white"} if look["symbol"] == "circle-open" else {}
             ax.errorbar(x, y, half, fmt=SYMBOLS[look["symbol"]], color=look["color"], label=label, elinewidth=1, **mark)

@@ -345,7 +345,7 @@ def test_pictures_of_many_runs_never_fill_the_page(tmp_path, monkeypatch):
     assert all(pane["mistakes"] for pane in one_run.Panes(kept, "kd").all()["runs"])
     monkeypatch.setattr(one_run, "PICTURES", 6000)
     panes = one_run.Panes(kept, "kd").all()["runs"]
-    assert [bool(pane["mistakes"]) for pane in panes] == [True, False, False, False]
+    assert ["mistakes" in pane for pane in panes] == [True, True, False, False]
     assert "too many pictures" in panes[-1]["notes"][0]
 
 

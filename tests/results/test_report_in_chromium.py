@@ -159,7 +159,7 @@ def hover(browser):
     return wait_for(browser, "document.querySelector('.hoverlayer .hovertext')?.textContent")
 
 
-@pytest.mark.parametrize(("name", "said"), [("curves", r"epoch 3: 7"), ("forest", "interval")])
+@pytest.mark.parametrize(("name", "said"), [("curves", "epoch 3: 6"), ("forest", "interval")])
 def test_pointing_at_a_figure_shows_the_value(opened, name, said):
     plot = figure(opened, name)
     assert not plot.find_elements("css selector", ".hoverlayer .hovertext")

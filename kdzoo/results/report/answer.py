@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdzoo.results.report.gather import records
+from kdzoo.results.report.gather import measure_of, records
 from kdzoo.results.table import pair_name
 
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -58,10 +58,11 @@ def answer(rows: pd.DataFrame, pooled: pd.DataFrame, baseline: str) -> tuple[str
 
 
 def _untested(rows: pd.DataFrame, compared: Sequence[dict[str, Any]], baseline: str, where: str) -> tuple[str, str]:
-    best = max(records(rows), key=lambda row: row["top1_mean"])
+    top1 = f"{measure_of(rows)}_mean"
+    best = max(records(rows), key=lambda row: row[top1])
     seeds = _count(int(best["seeds"]), "seed")
     pair = pair_name(best["teacher"], best["student"])
-    first = f"The highest top-1 is {best['top1_mean']:.2f} % of {best['method']} for {pair} ({seeds})."
+    first = f"The highest top-1 is {best[top1]:.2f} % of {best['method']} for {pair} ({seeds})."
     if len(compared) == 1:
         return first, "There is one method: nothing is compared."
     if baseline not in set(rows["method"]):

@@ -11,7 +11,7 @@ from kdzoo.results.report.style import GRAY, Figure, escaped, figure, options, s
 
 ACCURACY = "top-1 on the test images (%)"
 FEW = 15  # epochs that an axis counts one by one
-POINTS = 120  # of a curve, at most
+POINTS = 100  # of a curve, at most
 
 
 def curves(kept: Sequence[tuple[int, Kept]], looks: Mapping[str, dict[str, Any]]) -> Figure | None:

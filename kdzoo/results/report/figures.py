@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from kdzoo.results import statistics
-from kdzoo.results.report.gather import records
+from kdzoo.results.report.gather import measure_of, records
 from kdzoo.results.report.style import GRAY, PALETTE, VERDICTS, Figure, escaped, figure, options, short
 from kdzoo.results.table import average_ranks, pair_name
 
@@ -145,12 +145,13 @@ def ranks(complete: pd.DataFrame) -> Figure | None:
 def cost(rows: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> Figure | None:
     """Draw top-1 against what a student costs; None where nothing is known of it."""
     traces: list[dict[str, Any]] = []
+    measure = measure_of(rows)
     for column, (title, unit) in COSTS.items():
         known = rows[rows[column].notna()] if column in rows else rows[:0]
         for method, part in known.groupby("method", sort=False):
             look = looks[str(method)]
             pairs = [pair_name(*pair) for pair in zip(part["teacher"], part["student"], strict=True)]
-            half = (part["top1_high"] - part["top1_mean"]).fillna(0)
+            half = (part[f"{measure}_high"] - part[f"{measure}_mean"]).fillna(0)
             traces.append(
                 {
                     "type": "scatter",
@@ -158,7 +159,7 @@ def cost(rows: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> Figure | No
                     "name": short(str(method)),
                     "showlegend": look["named"],
                     "x": _numbers(part[column].astype(float) / unit),
-                    "y": _numbers(part["top1_mean"]),
+                    "y": _numbers(part[f"{measure}_mean"]),
                     "error_y": {"type": "data", "array": _numbers(half), "color": look["color"], "thickness": 1.2},
                     "text": [f"<b>{escaped(str(method))}</b><br>{escaped(pair)}" for pair in pairs],
                     "hovertemplate": "%{text}<br>top-1 %{y:.2f} %<br>%{x:.4~g}<extra></extra>",

@@ -15,7 +15,7 @@ from kdzoo.results.report.spectra import spectra
 from kdzoo.store.predictions import Predictions
 
 CONFUSIONS = 10  # that are listed
-PICTURES = 1_500_000  # characters of all pictures of a report together
+PICTURES = 1_200_000  # characters of all pictures of a report together
 FACTS = {"revision": "commit of kdzoo", "device": "device", "precision": "precision", "threads": "CPU threads"}
 FACTS |= {"python": "Python", "platform": "platform"}
 
@@ -54,10 +54,10 @@ class Panes:
             if len(found.teacher):
                 pane["teacher"] = by_class(found.labels, found.teacher, count)
                 pane["confusions"] = confusions(found, count)
-            pane["mistakes"] = mistakes(found)
-            self.pictures += sum(len(mistake["picture"]) for mistake in pane["mistakes"])
-            if self.pictures > PICTURES:
-                pane["mistakes"] = None
+            if self.pictures < PICTURES:
+                pane["mistakes"] = mistakes(found)
+                self.pictures += sum(len(mistake["picture"]) for mistake in pane["mistakes"])
+            else:
                 notes.append("too many pictures for one page: give fewer runs to see this one's mistakes")
         return {**pane, "notes": notes}
 
@@ -127,5 +127,5 @@ def picture(pixels: NDArray[np.uint8]) -> str:
     """Write pixels (S, S, 3) as the address of an image that needs no file: small ones exactly, others as WebP."""
     file = BytesIO()
     exact = len(pixels) <= 16
-    Image.fromarray(pixels).save(file, "PNG" if exact else "WEBP", **({} if exact else {"quality": 60}))
+    Image.fromarray(pixels).save(file, "PNG" if exact else "WEBP", **({} if exact else {"quality": 60, "method": 0}))
     return f"data:image/{'png' if exact else 'webp'};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

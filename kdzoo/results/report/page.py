@@ -20,7 +20,7 @@ from kdzoo.results.render import Cell
 from kdzoo.results.report import figures
 from kdzoo.results.report.answer import answer
 from kdzoo.results.report.curves import curves
-from kdzoo.results.report.gather import Gathered, best_first, gather, of_section, records
+from kdzoo.results.report.gather import Gathered, best_first, gather, measure_of, of_section, records
 from kdzoo.results.report.one_run import Panes
 from kdzoo.results.report.style import Figure, styles
 from kdzoo.results.table import (
@@ -35,7 +35,7 @@ from kdzoo.results.table import (
 )
 
 MORE = {"teacher top-1", "top-1 best", "top-5 last", "compared", "published best", "images/s", "extra parameters"}
-MORE |= {"peak MiB"}
+MORE |= {"peak MiB", "GFLOPs", "MB"}
 HELP = {  # of columns, by how their titles begin; the first that fits
     "n": "Number of seeds, each with its own initial weights and order of images",
     "teacher top-1": "Share of the test images whose class the teacher finds, in percent",
@@ -53,6 +53,9 @@ HELP = {  # of columns, by how their titles begin; the first that fits
     "parameters": "Numbers that the student learned",
     "extra": "Numbers that the method trains beside the student and throws away",
     "peak": "Memory in training",
+    "ms for": "Latency: time of one pass of the student over one image, and over 64",
+    "GFLOPs": "Arithmetic of one image: billions of additions and multiplications",
+    "MB": "Size of the student's file",
 }
 FIGURES = {
     "forest": (
@@ -213,7 +216,8 @@ def _column(title: str, is_number: bool) -> dict[str, Any]:
 def _first(gathered: Gathered) -> int:
     """The run that is shown first: the best one of the first section."""
     rows = [(place, one) for place, one in enumerate(gathered.kept) if one.section == gathered.kept[0].section]
-    return max(rows, key=lambda row: row[1].row["top1"])[0]
+    measure = measure_of(pd.DataFrame([one.row for _, one in rows]))
+    return max(rows, key=lambda row: row[1].row[measure])[0]
 
 
 def _cell(cell: Cell, title: str, row: dict[str, Any]) -> dict[str, str]:
