@@ -24,6 +24,6 @@ from .outputs import NetworkView as NetworkView
 from .outputs import Output as Output
 from .outputs import Show as Show
 from .results.table import table as table
-from .store.folder import Result as Result
+from .store.result import Result as Result
 
 __version__: str

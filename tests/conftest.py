@@ -14,7 +14,7 @@ import torch
 
 from kdzoo import models
 from kdzoo.data import Dataset, open_dataset
-from kdzoo.engine.training import Teacher
+from kdzoo.engine.passes import Teacher
 from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 

@@ -10,8 +10,9 @@ import pandas as pd
 from kdzoo.naming import names_of
 from kdzoo.resolve import resolve
 from kdzoo.results import table
-from kdzoo.store.folder import Result, RunFolder, find_runs
+from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.store.predictions import Predictions, mistakes
+from kdzoo.store.result import Result
 
 
 def write(root: Path, top1: float, seed: int, *overrides: str, distiller: str = "kd", **found: Any) -> RunFolder:

@@ -1,6 +1,7 @@
-"""The teacher's passes, which all lanes share."""
+"""A teacher, and its passes, which all lanes share."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor
 from kdzoo.models import Network
 from kdzoo.outputs import LOGITS, Output, Show
 from kdzoo.tensors import leaves
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network on its device, and what it reaches."""
+
+    network: Network
+    top1: float  # in percent, on the test set
+    classes: Tensor | None = None  # (N,) what it takes the test images for
 
 
 def writes(tensors: Iterable[Tensor]) -> int:

@@ -15,9 +15,10 @@ from kdzoo.files import make_folder, read_json, read_text, write_text
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
-from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 from kdzoo.store.loggers import check_installed
+from kdzoo.store.result import Result
 
 
 @dataclass

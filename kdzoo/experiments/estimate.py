@@ -21,8 +21,9 @@ from kdzoo.engine import memory
 from kdzoo.engine.device import use
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.memory import Cost
+from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, build_all, common_loader, shared_passes
+from kdzoo.engine.training import build_all, common_loader, shared_passes
 from kdzoo.errors import OutOfMemory, UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.run import open_data

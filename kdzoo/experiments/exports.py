@@ -29,7 +29,8 @@ from kdzoo.models.export_program import (
     write_program,
 )
 from kdzoo.models.export_timm import CannotSay, write_timm
-from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.folder import RunFolder
+from kdzoo.store.result import Result
 
 Format = Literal["timm", "onnx", "torch", "hub"]
 FORMATS: tuple[Format, ...] = ("timm", "onnx", "torch", "hub")

@@ -11,7 +11,8 @@ from kdzoo import __version__
 from kdzoo.errors import UserError
 from kdzoo.models import Student
 from kdzoo.naming import ALONE
-from kdzoo.store.folder import Result, find_runs
+from kdzoo.store.folder import find_runs
+from kdzoo.store.result import Result
 
 KEPT = {"best": "the best epoch, chosen on the images that it is measured on", "ema": "the last epoch, averaged"}
 FOR_TIMM = """```python

@@ -26,9 +26,10 @@ from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, stored
 from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint
-from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 from kdzoo.store.loggers import check_installed
+from kdzoo.store.result import Result
 from kdzoo.store.trust import PARTS
 
 __all__ = ["Result", "evaluate_run", "execute", "run"]

@@ -9,8 +9,9 @@ import torch
 from kdzoo import models
 from kdzoo.data import Dataset
 from kdzoo.engine.measure import Answers, evaluate, joined
+from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, network_of, train_one
+from kdzoo.engine.training import network_of, train_one
 from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder

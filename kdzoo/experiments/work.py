@@ -13,8 +13,9 @@ import torch
 
 from kdzoo.data import Dataset
 from kdzoo.engine.device import current, use
+from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, train_lanes
+from kdzoo.engine.training import train_lanes
 from kdzoo.errors import OutOfMemory, StorageError, UserError, out_of_memory_told
 from kdzoo.experiments import teachers
 from kdzoo.experiments.estimate import packs
@@ -23,8 +24,9 @@ from kdzoo.files import write_text
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
-from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock, await_signs
+from kdzoo.store.result import Result
 
 
 def grouped(runs: Iterable[Run]) -> list[list[Run]]:

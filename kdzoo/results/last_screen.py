@@ -13,7 +13,7 @@ from kdzoo.keywords import flat
 from kdzoo.quantities import duration
 
 if TYPE_CHECKING:
-    from kdzoo.store.folder import Result
+    from kdzoo.store.result import Result
 
 KEPT = {"last": "of the last epoch", "best": "of the best epoch", "ema": "averaged, of the last epoch"}
 

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,79 +23,14 @@ from kdzoo.files import (
     storing,
     write_text,
 )
-from kdzoo.keywords import between, flat, read_yaml, typed
-from kdzoo.naming import Names
+from kdzoo.keywords import flat, read_yaml
 from kdzoo.resolve import stored
 from kdzoo.settings import Place, Run, Settings, apart
 from kdzoo.store.environment import environment
+from kdzoo.store.result import Result
 from kdzoo.store.trust import PARTS, check_code
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run found. Accuracies are in percent, of the whole test set.
-
-    Example:
-        >>> result = kdzoo.run("none", "resnet8", overrides=quick, quiet=True)
-        >>> result.folder.parent, result.student, result.epochs
-        (PosixPath('runs'), 'resnet8', 1)
-    """
-
-    folder: Path
-    data: str
-    protocol: str
-    teacher: str | None
-    student: str
-    distiller: str
-    fidelity: str
-    seed: int
-    teacher_top1: float | None
-    top1: float  # of the last epoch
-    top5: float
-    best_top1: float  # of the best epoch
-    best_epoch: int
-    epochs: int
-    seconds: float  # of training and measuring, without the teacher's training
-    images_per_second: float  # the median over epochs
-    names: Names  # of its parts, as tables show them
-    fingerprint: str = ""  # of the data; empty where their name and options decide them
-    parameters: int | None = None  # of the student that ships; None: not counted, as in results of older versions
-    extra_parameters: int | None = None  # that the method trains beside the student
-    peak_memory: int | None = None  # bytes of the device in training, teacher included; None: not measured
-    weights: str = ""  # SHA-256 of the student's file; empty in results of older versions
-    best_top5: float | None = None  # of the best epoch by top-1; None in results of older versions, as all that follow
-    ship: str = "last"  # which student was kept, as output.ship says: last, best or ema
-    image_size: int | None = None  # side in pixels of the images that it is given, before it resizes them itself
-    flops: int | None = None  # of one image through the student that ships; a multiplication with its addition is two
-    file_bytes: int | None = None  # of the student's file
-    latency_1: float | None = None  # milliseconds of one image through the student that ships, in float32: the median
-    latency_64: float | None = None  # milliseconds of 64 images in one batch
-
-    def plain(self) -> dict[str, Any]:
-        """Return the values as JSON holds them; the folder is not among them."""
-        values = asdict(self)
-        del values["folder"]
-        return values
-
-    @property
-    def shipped_top1(self) -> float:
-        """Top-1 of the student that was kept, in percent."""
-        return self.best_top1 if self.ship == "best" else self.top1
-
-    @property
-    def shipped_top5(self) -> float | None:
-        """Top-5 of the student that was kept, in percent; None where it was not kept apart."""
-        return self.best_top5 if self.ship == "best" else self.top5
-
-
 LONGEST_TITLE = 200  # of the 255 bytes that a folder's name may have
-HIGHEST = {  # what the numbers of a result may be at most; none is below 0
-    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1", "best_top5"), 100),
-    **dict.fromkeys(("seconds", "images_per_second", "latency_1", "latency_64"), 1e12),
-    **dict.fromkeys(("epochs", "best_epoch"), 10**6),
-    "image_size": 4096,
-    **dict.fromkeys(("seed", "parameters", "extra_parameters", "peak_memory", "flops", "file_bytes"), 2**63 - 1),
-}
 FORMAT = 3  # of config.yaml; another version's folders are refused
 
 
@@ -296,22 +230,12 @@ class RunFolder:
         """Read the result; None where the run is not finished."""
         if not self.result.is_file():
             return None
-        values = _known(Result, read_json(self.result))  # a newer version may have written more
-        if isinstance(values.get("names"), dict):
-            values["names"] = _known(Names, values["names"])
-        if missing := sorted(REQUIRED - values.keys()):
-            raise self._of_another_version(missing[0])
         try:
-            result: Result = typed(Result, {**values, "folder": self.path}, "")
-            for name, highest in HIGHEST.items():
-                if getattr(result, name) is not None:
-                    between(0, highest, **{name: getattr(result, name)})
+            return Result.of(read_json(self.result), self.path)
+        except KeyError as missing:
+            raise self._of_another_version(missing.args[0]) from None
         except UserError as error:
             raise UserError(f"{self.result} is damaged ({error}); {MOVE_AWAY}") from error
-        plain = flat(result.plain())
-        if plain | flat(values) != plain:
-            raise UserError(f"{self.result} is damaged (a value is of another type); {MOVE_AWAY}")
-        return result
 
     def _of_another_version(self, key: str) -> UserError:
         return UserError(
@@ -333,17 +257,19 @@ class RunFolder:
                     shutil.copy2(file, self.before)
                 self.result.replace(self.before / self.result.name)  # at this moment it is there, and no longer here
             curves = self.path.glob("events.out.tfevents.*")
-            for file in (self.student, self.history, self.classes, self.predictions, self.failure, self.loggers, *curves):
+            for file in (
+                self.student,
+                self.history,
+                self.classes,
+                self.predictions,
+                self.failure,
+                self.loggers,
+                *curves,
+            ):
                 file.unlink(missing_ok=True)
 
 
-REQUIRED = {key.name for key in fields(Result) if key.default is MISSING} - {"folder"}
 KNOWN = {**Run(Settings(), Place()).plain(), "distiller": {}}
-
-
-def _known(schema: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Keep the values of the keys that a dataclass has."""
-    return {key.name: values[key.name] for key in fields(schema) if key.name in values}
 
 
 def _unknown(config: Mapping[str, Any], known: Mapping[str, Any] = KNOWN, prefix: str = "") -> Iterator[str]:

@@ -23,7 +23,8 @@ from kdzoo.errors import UserError, told
 from kdzoo.files import read_json, write_text
 from kdzoo.keywords import flat
 from kdzoo.settings import Place, Run
-from kdzoo.store.folder import Result, RunFolder
+from kdzoo.store.folder import RunFolder
+from kdzoo.store.result import Result
 
 
 class Logger(Protocol):

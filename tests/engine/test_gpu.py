@@ -9,9 +9,9 @@ from kdzoo.data import open_dataset
 from kdzoo.engine import graphs
 from kdzoo.engine.device import resolve_auto
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.passes import TeacherPasses
+from kdzoo.engine.passes import Teacher, TeacherPasses
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, build, train_lanes
+from kdzoo.engine.training import build, train_lanes
 from kdzoo.errors import UserError
 from kdzoo.experiments.run import evaluate_run
 from kdzoo.losses import cross_entropy

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from kdzoo import models, registry
 from kdzoo.data import open_dataset
+from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import Teacher, train_lanes
+from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
 
 from ..misbehaving import IMPORTS, METHODS, NETWORKS, write_method, write_network

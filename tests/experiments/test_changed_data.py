@@ -15,7 +15,8 @@ from kdzoo.experiments import suites
 from kdzoo.experiments.run import evaluate_run
 from kdzoo.resolve import resolve
 from kdzoo.results import table
-from kdzoo.store.folder import Result, find_runs
+from kdzoo.store.folder import find_runs
+from kdzoo.store.result import Result
 
 from .. import made_runs
 

@@ -19,8 +19,8 @@ import kdzoo
 from kdzoo.cli import cli
 from kdzoo.data import open_dataset
 from kdzoo.data.stream import OUT_OF_SHARED_MEMORY
+from kdzoo.engine.finish import peak_memory
 from kdzoo.engine.measure import evaluate
-from kdzoo.engine.training import peak_memory
 from kdzoo.errors import UserError
 from kdzoo.experiments import spectrum
 from kdzoo.experiments.run import Here, evaluate_run
