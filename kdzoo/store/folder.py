@@ -230,8 +230,9 @@ class RunFolder:
         """Read the result; None where the run is not finished."""
         if not self.result.is_file():
             return None
+        values = read_json(self.result)
         try:
-            return Result.of(read_json(self.result), self.path)
+            return Result.of(values, self.path)
         except KeyError as missing:
             raise self._of_another_version(missing.args[0]) from None
         except UserError as error:
