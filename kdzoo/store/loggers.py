@@ -52,8 +52,7 @@ class Loggers:
     def __init__(
         self, run: Run | None = None, folder: RunFolder | None = None, say: Callable[[str], object] = print
     ) -> None:
-        self.say, self.is_finished = say, False
-        self.opened: dict[str, Logger] = {}
+        self.say, self.is_finished, self.opened = say, False, dict[str, Logger]()
         if run is not None and folder is not None:
             for name in run.place.output.log:
                 self._alone(name, partial(self._open, name, run, folder))
@@ -122,9 +121,8 @@ def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def texts(values: Mapping[str, Any], longest: int) -> dict[str, str]:
     """Return nested settings as texts by their full keys, cut to what a library takes."""
-    return {
-        key: (value if isinstance(value, str) else json.dumps(value))[:longest] for key, value in flat(values).items()
-    }
+    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat(values).items()}
+    return {key: value[:longest] for key, value in plain.items()}
 
 
 def noted_name(folder: RunFolder, library: str) -> str | None:
@@ -172,12 +170,22 @@ def block(values: Mapping[str, Any]) -> str:
     return "".join(f"    {line}\n" for line in json.dumps(values, indent=2).splitlines())
 
 
+# Where the user did not set it: no report of its use over the network, no news of its database, and seconds instead of
+# minutes until a server that does not answer counts as failed.
+MLFLOW = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
+
 class MLflow:
     """A run of MLflow: in the store that ``MLFLOW_TRACKING_URI`` names, else in ``mlflow.db`` beside the runs."""
 
     def __init__(self, run: Run, folder: RunFolder):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report its use over the network
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        for name, value in MLFLOW.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
@@ -278,7 +286,7 @@ class WandB:
         self.run.summary.update({f"result/{key}": value for key, value in flat(result.plain()).items()})
         student = wandb.Artifact(f"student-{self.identity}", type="model")
         for file in (self.folder.student, self.folder.classes, self.folder.environment):
-            student.add_file(str(file), policy="immutable", skip_cache=True)  # nothing is copied
+            student.add_file(str(file.resolve()), policy="immutable", skip_cache=True)  # nothing is copied
         self.run.log_artifact(student)
 
     def close(self, state: str) -> None:

@@ -31,14 +31,16 @@ HISTORY = [
 NAMES = {"step", "lr", "loss/ce", "loss/kd", "top1", "top5", "images_per_second"}
 
 
-@pytest.fixture(autouse=True)
-def own_configuration(monkeypatch):
-    """No configuration of the libraries on this machine takes part."""
-    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "WANDB_"))]:
-        monkeypatch.delenv(name)
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"):
-        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
-        monkeypatch.delenv(name)
+@pytest.fixture(autouse=True, scope="module")
+def own_configuration():
+    """No configuration of the libraries on this machine takes part, and none is left behind."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("MLFLOW_", "WANDB_")):
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +130,10 @@ def in_mlflow(client):
 
 def in_wandb(folder):
     """The records of the only offline run, whose file is a log of LevelDB's kind after a head of seven bytes."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # waits for the process that writes the file
     [file] = folder.path.parent.glob("wandb/offline-run-*/*.wandb")
     content, at, whole, records = file.read_bytes(), 7, b"", []
     while at + 7 <= len(content):
