@@ -12,7 +12,7 @@ LINES = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
 OLDEST = {line.partition("==")[0]: Version(line.partition("==")[2]) for line in LINES if not line.startswith("#")}
 UNTRIED = {"ray", "datasets"}  # too large to install twice
 TOOLS = {"hypothesis", "mypy", "pandas-stubs", "pytest", "pytest-xdist", "ruff"}
-TOOLS |= {"scipy-stubs", "types-psutil", "types-PyYAML"}
+TOOLS |= {"scipy-stubs", "selenium", "types-psutil", "types-PyYAML"}
 
 
 def requirements() -> list[Requirement]:

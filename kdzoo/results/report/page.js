@@ -165,8 +165,8 @@ function byClass(run, names) {
     yaxis: { type: "category", categoryorder: "array", categoryarray: rows.map((row) => row.i), showgrid: true, automargin: true,
       tickvals: rows.map((row) => row.i), ticktext: rows.map((row) => cut(names[row.i])) },
   };
-  const said = `Classes with the greatest loss against ${other ? data.baseline : "the teacher"} first, from below.`
-    + (all > MOST ? ` Of ${all} classes, the ${MOST / 2} with the greatest loss and the ${MOST / 2} with the greatest gain.` : "");
+  const said = `Below are the classes that lose most against ${other ? data.baseline : "the teacher"}, above those that gain most.`
+    + (all > MOST ? ` Shown are ${MOST} of ${all} classes.` : "");
   return block("Accuracy by class", said, { traces, layout, selects: [], layouts: {} });
 }
 function block(title, said, figure) {
