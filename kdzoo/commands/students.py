@@ -125,8 +125,8 @@ def _array(found: "Iterator[Prediction]") -> Iterator[str]:
 @click.option(
     "--images",
     type=click.IntRange(min=0),
-    default=256,
-    help="Number of test images that onnx and torch are compared on; 0 takes all (default: 256).",
+    default=128,
+    help="Number of test images that onnx and torch are compared on; 0 takes all (default: 128).",
 )
 @elsewhere
 @DEBUG

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ from kdzoo.store.result import Result
 Format = Literal["timm", "onnx", "torch", "hub"]
 FORMATS: tuple[Format, ...] = ("timm", "onnx", "torch", "hub")
 RECORD = "export.json"  # what was exported, and how it was checked
-IMAGES = 256  # test images that a program is compared on, by default
-CALIBRATION = 256  # training images that decide the ranges of 8-bit numbers
+IMAGES = 128  # test images that a program is compared on, by default
+CALIBRATION = 128  # training images that decide the ranges of 8-bit numbers
 BATCH = 32
 
 
@@ -103,7 +104,7 @@ def export(
         record |= {"top1": result.shipped_top1, "image_size": student.image_size, "classes": list(student.classes)}
         with progress.doing(f"writing {result.student} for {format}"):
             if format in ("timm", "hub"):
-                lines, found = _for_timm(student, result, folder, format)
+                lines, found = _for_timm(student, result, folder, target, format)
             else:
                 lines, found = _program(student, source, folder, format, quantize, images, here, progress)
         text = json.dumps({**record, **found}, indent=2)
@@ -111,22 +112,26 @@ def export(
     return Export(target, tuple(lines))
 
 
-def _for_timm(student: Student, result: Result, folder: Path, format: str) -> tuple[list[str], dict[str, Any]]:
-    """Write the folder of timm, or a program where timm cannot say what the student is; on the hub with a card."""
+def _for_timm(
+    student: Student, result: Result, folder: Path, target: Path, format: str
+) -> tuple[list[str], dict[str, Any]]:
+    """Write the folder of timm, or a program where timm cannot say what the student is; for the hub with a card."""
     try:
         write_timm(student.network, folder, student.classes, student.test_crop)
         why = ""
-        lines = ["timm reads it: timm.create_model('local-dir:FOLDER', pretrained=True)"]
+        lines = [f"timm reads it: timm.create_model({f'local-dir:{target}'!r}, pretrained=True)"]
     except CannotSay as error:
         why = str(error)
         for file in folder.iterdir():
             file.unlink()
         write_program(student, folder / "model.pt2")
-        lines = [f"not for timm, since {why}: model.pt2 is a torch.export program, torch.export.load(FILE).module()"]
+        read = f"torch.export.load({str(target / 'model.pt2')!r}).module()"
+        lines = [f"not for timm, since {why}: it holds a torch.export program instead, {read}"]
     if format == "hub":
         text = model_card.card(result, student, program=bool(why))
         (folder / "README.md").write_text(text, encoding="utf-8")
-        lines.append("README.md is its card; add a licence to it. To upload: huggingface-cli upload OWNER/NAME FOLDER")
+        upload = shlex.join(["hf", "upload", "OWNER/NAME", str(target)])
+        lines.append(f"README.md is its card: add a licence. Nothing is uploaded; to do so: {upload}")
     return lines, {"timm": not why, "reason": why}
 
 
@@ -143,25 +148,20 @@ def _program(
     """Write a program and compare it with the student on test images."""
     found: dict[str, Any] = {}
     dataset, test_crop = _data(source, here, progress)
+    programs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     if format == "torch":
         write_program(student, folder / "model.pt2")
-        program = open_program(folder / "model.pt2")
+        programs["model.pt2"] = open_program(folder / "model.pt2")
     else:
         found["opset"] = write_onnx(student, folder / "model.onnx")
-        program = open_onnx(folder / "model.onnx")
-
-    def compared(name: str, program: Callable[[torch.Tensor], torch.Tensor]) -> str:
-        seen = compare(program, student, dataset.sample("test", images, BATCH, test_crop))
-        found[name] = {**seen._asdict(), "of": dataset.test_size}
-        return _told(name, seen)
-
-    name = "model.pt2" if format == "torch" else "model.onnx"
-    lines = [compared(name, program)]
+        programs["model.onnx"] = open_onnx(folder / "model.onnx")
     if quantize is not None:
         shown = (batch for batch, _ in dataset.sample("train", CALIBRATION, BATCH, test_crop))
         quantise_onnx(folder / "model.onnx", folder / "model-int8.onnx", shown)
-        lines.append(compared("model-int8.onnx", open_onnx(folder / "model-int8.onnx")))
-    return lines, found
+        programs["model-int8.onnx"] = open_onnx(folder / "model-int8.onnx")
+    compared = compare(programs, student, dataset.sample("test", images, BATCH, test_crop))
+    found |= {name: {**seen._asdict(), "of": dataset.test_size} for name, seen in compared.items()}
+    return [_told(name, seen) for name, seen in compared.items()], found
 
 
 def _told(name: str, seen: Comparison) -> str:

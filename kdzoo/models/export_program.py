@@ -29,18 +29,30 @@ class Comparison(NamedTuple):
     student_top1: float
 
 
-def compare(program: Run, student: Student, batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
-    """Show the same images and labels to both."""
-    count, farthest, hits = 0, 0.0, torch.zeros(3)
+def compare(
+    programs: Mapping[str, Run], student: Student, batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Comparison]:
+    """Show the same images and labels to the student and to each program."""
+    ours: list[Tensor] = []
+    theirs: dict[str, list[Tensor]] = {name: [] for name in programs}
+    labels: list[Tensor] = []
     with torch.inference_mode():
-        for images, labels in batches:
-            ours, theirs = student(images), program(images)
-            farthest = max(farthest, float((ours - theirs).abs().max()))
-            mine, its = ours.argmax(1), theirs.argmax(1)
-            hits += torch.stack([(mine == its).sum(), (its == labels).sum(), (mine == labels).sum()])
-            count += len(labels)
-    agreement, top1, student_top1 = (100 * hit / count for hit in hits.tolist())
-    return Comparison(count, farthest, agreement, top1, student_top1)
+        for images, its in batches:
+            ours.append(student(images))
+            labels.append(its)
+            for name, program in programs.items():
+                theirs[name].append(program(images))
+    answers = {name: torch.cat(logits) for name, logits in theirs.items()}
+    return {name: _compared(logits, torch.cat(ours), torch.cat(labels)) for name, logits in answers.items()}
+
+
+def _compared(theirs: Tensor, ours: Tensor, labels: Tensor) -> Comparison:
+    def share(one: Tensor, other: Tensor) -> float:
+        return 100 * (one == other).sum().item() / len(labels)
+
+    its, mine = theirs.argmax(1), ours.argmax(1)
+    farthest = (theirs - ours).abs().max().item()
+    return Comparison(len(labels), farthest, share(its, mine), share(its, labels), share(mine, labels))
 
 
 def write_program(student: Student, file: Path) -> None:

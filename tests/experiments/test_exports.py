@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import kdzoo
+from kdzoo import models
 from kdzoo.cli import cli
 from kdzoo.data import open_dataset
 from kdzoo.errors import UserError
@@ -23,27 +24,23 @@ from ..made_runs import write
 TINY = ["engine.device=cpu", "engine.precision=float32", "protocol.epochs=1", "protocol.batch_size=16"]
 TINY += ["data.limit=128", "teacher.epochs=1", "teacher.allow_weak=true"]
 
-# What a process does that cannot import kdzoo: reads images, and writes the logits of what was exported.
+# What a process does that cannot import kdzoo: reads images, and writes the logits that timm's network gives them.
 WITHOUT_KDZOO = """
 import sys
 sys.modules["kdzoo"] = None
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-kind, folder, images, logits = sys.argv[1:]
+folder, images, logits = sys.argv[1:]
 shown = load_file(images)["images"]
-if kind == "timm":
-    import timm
-    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    facts = timm.data.resolve_data_config(network.pretrained_cfg)
-    assert facts["input_size"][1:] == tuple(shown.shape[2:]), facts
-    mean, std = (torch.tensor(facts[name]).view(3, 1, 1) for name in ("mean", "std"))
-    print(*network.pretrained_cfg["label_names"])
-    program = lambda images: network((images - mean) / std)
-else:
-    program = torch.export.load(f"{folder}/model.pt2").module()
+network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+facts = timm.data.resolve_data_config(network.pretrained_cfg)
+assert facts["input_size"][1:] == tuple(shown.shape[2:]), facts
+mean, std = (torch.tensor(facts[name]).view(3, 1, 1) for name in ("mean", "std"))
+print(*network.pretrained_cfg["label_names"])
 with torch.no_grad():
-    save_file({"logits": program(shown)}, logits)
+    save_file({"logits": network((shown - mean) / std)}, logits)
 """
 
 
@@ -63,17 +60,8 @@ def transformer(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs"), "test_vit")
 
 
-def without_kdzoo(kind, folder, student, tmp_path):
-    """The logits that another process computes of test images, and the student's, and what it said."""
-    images = torch.cat([images for images, _ in open_dataset("digits").test_batches(256)]).contiguous()
-    save_file({"images": images}, tmp_path / "images")
-    arguments = [kind, folder, tmp_path / "images", tmp_path / "logits"]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_KDZOO, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        return load_file(tmp_path / "logits")["logits"], student(images), done.stdout
+def shown_in_tests():
+    return torch.cat([images for images, _ in open_dataset("digits").test_batches(256)]).contiguous()
 
 
 def exported(made, style, out, *more):
@@ -89,26 +77,38 @@ def test_timm_reads_a_students_folder_where_kdzoo_cannot_be_imported(transformer
     assert said.splitlines()[0].startswith("wrote ")
     student = kdzoo.load(transformer.folder)
     assert student.network.adapted  # so that its configuration has to say it
-    theirs, ours, names = without_kdzoo("timm", tmp_path / "out", student, tmp_path)
+    save_file({"images": shown_in_tests()}, tmp_path / "images")
+    arguments = [tmp_path / "out", tmp_path / "images", tmp_path / "logits"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_KDZOO, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    theirs, ours = load_file(tmp_path / "logits")["logits"], student(shown_in_tests()).detach()
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert torch.equal(theirs.argmax(1), ours.argmax(1))
-    assert tuple(names.split()) == student.classes
+    assert tuple(done.stdout.split()) == student.classes
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "export.json"}
 
 
 def test_what_timm_cannot_say_is_a_program_and_the_line_says_so(resnet, tmp_path):
     said = exported(resnet, "timm", tmp_path / "out")
-    assert "not for timm, since it consists of more than a network of timm's: model.pt2" in said
-    theirs, ours, _ = without_kdzoo("torch", tmp_path / "out", kdzoo.load(resnet.folder), tmp_path)
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert "not for timm, since it consists of more than a network of timm's: it holds a torch.export program" in said
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    images, student = shown_in_tests(), kdzoo.load(resnet.folder)
+    torch.testing.assert_close(program(images), student(images), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(program(images), student(1 - images), rtol=1e-4, atol=1e-4)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.pt2", "export.json"}
 
 
 def test_a_stem_that_was_shrunk_is_noticed_though_all_shapes_agree(tmp_path):
-    made = run(tmp_path / "runs", "resnet14t.c3_in1k")  # of three small convolutions, whose strides alone differ
-    assert any("stem" in change for change in kdzoo.load(made.folder).network.adapted)
-    said = exported(made, "timm", tmp_path / "out")
-    assert "cannot say how resnet14t.c3_in1k was adapted (stem" in said
+    name = "resnet10t"  # its stem has three small convolutions, whose strides alone differ
+    folder = write(tmp_path, 50.0, 0, f"student.name={name}", student=name, image_size=32)
+    spec = open_dataset("digits", image_size=32).spec
+    models.save_weights(models.create(name, spec), folder.student)
+    folder.classes.write_text("".join(f"{name}\n" for name in spec.class_names))
+    assert any("stem" in change for change in kdzoo.load(folder.path).network.adapted)
+    said = exported(folder.read_result(), "timm", tmp_path / "out")
+    assert "cannot say how resnet10t was adapted (stem" in said
     assert not (tmp_path / "out" / "config.json").exists()
 
 

@@ -97,6 +97,18 @@ def test_what_a_method_costs_stands_beside_what_it_brings(tmp_path):
     assert "| 61 | 100 | 1,234,567 | 89 | 3 |" in markdown
 
 
+def test_what_a_student_costs_stands_beside_what_it_reaches(tmp_path):
+    cost = {"flops": 557_000_000, "file_bytes": 44_800_000, "latency_1": 3.214, "latency_64": 41.0}
+    write(tmp_path, 80.0, 0, **cost)
+    found = table.rows(find_runs([tmp_path]))
+    markdown = layout.render(found, "markdown")
+    assert "| ms for 1, 64 | GFLOPs | MB |" in markdown
+    assert "| 3.21, 41 | 0.557 | 44.8 |" in markdown
+    assert "latency of a batch of 1 and of 64 images in float32" in markdown
+    summary = table.summary(found).iloc[0]
+    assert {name: summary[name] for name in cost} == cost
+
+
 def test_differences_are_paired_over_the_seeds_that_both_have():
     found = runs(
         *[("t", "s", "kd", seed, top1) for seed, top1 in enumerate((70.0, 72.0, 71.0, 99.0))],
