@@ -266,6 +266,14 @@ def one_of(choices: Collection[str], **keyword: str) -> str:
     return value
 
 
+def switch_or_auto(**keyword: bool | str) -> bool | str:
+    """Check that a switch is on, off or ``auto``."""
+    ((name, value),) = keyword.items()
+    if not isinstance(value, bool) and value != "auto":
+        raise UserError(f"{name}={value}: expected on, off or auto")
+    return value
+
+
 def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
     """Apply one of the checks above to each of several values; there must be at least one."""
     ((name, values),) = keyword.items()

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from kdzoo.keywords import at_least, between, described, fraction, not_negative, per_channel, positive, setting, share
+from kdzoo.keywords import (
+    at_least,
+    between,
+    described,
+    fraction,
+    not_negative,
+    per_channel,
+    positive,
+    setting,
+    share,
+    switch_or_auto,
+)
 from kdzoo.recipe import Protocol
 
 
@@ -163,7 +174,11 @@ class EnginePlace:
 
     device: str = setting("auto", "Device to train on: cpu, cuda, cuda:1 or mps; auto is the first GPU, else the CPU")
     graph: bool = setting(True, "Run training steps as CUDA graphs, where that is possible")
-    compile: bool = setting(False, "Compile the networks with torch.compile")
+    compile: bool | str = setting(
+        "auto",
+        "Compile the networks: on, off (to repeat a run bit by bit), or auto: where that saves time within the run",
+        switch_or_auto,
+    )
     checkpoint_activations: bool = setting(
         False, "Compute the student's feature maps again in the backward pass instead of keeping them, to save memory"
     )
