@@ -34,6 +34,7 @@ ROUNDS = 5  # in which plain and compiled code take turns
 CODES = 256  # variants of a network's code that torch may keep, of all lanes and groups of lanes
 
 Passes = Callable[[Tensor, Show], Output]
+Found = list[list[Tensor]]  # what a pass gives, by kind: outputs, gradients, statistics
 
 
 class Compiled:
@@ -115,9 +116,9 @@ class Compiling:
         assert self.teacher is not None
         network, show = self.teacher.fast, self.teacher.show
 
-        def outputs(call: Passes) -> list[Tensor]:
+        def outputs(call: Passes) -> Found:
             with torch.no_grad(), autocast(self.device.type, PRECISIONS[self.precision]):
-                return leaves(call(images, show))
+                return [leaves(call(images, show))]
 
         make = partial(Compiled, network, images, show, False)
         compiled = self.tried("teacher", network.name, make, network, outputs, passes, COST)
@@ -144,8 +145,8 @@ class Compiling:
             made.append(compiled)
         return bool(made)
 
-    def gradients(self, student: Network, images: Tensor, show: Show, call: Passes) -> list[Tensor]:
-        """Return outputs and gradients of a student, whose statistics are then as before."""
+    def gradients(self, student: Network, images: Tensor, show: Show, call: Passes) -> Found:
+        """Return outputs, gradients and statistics of a student's pass, and put the statistics back."""
         buffers = list(student.buffers())
         before = [buffer.clone() for buffer in buffers]
         torch.manual_seed(seed_of(0, "compiling"))
@@ -154,13 +155,14 @@ class Compiling:
         with autocast(self.device.type, precision):
             outputs = leaves(call(images, show))
         with matmul_precision(self.device.type, precision):
-            slopes = torch.autograd.grad(
+            slopes: Sequence[Tensor | None] = torch.autograd.grad(
                 torch.stack([output.square().mean() for output in outputs]).sum(), weights, allow_unused=True
             )
+        statistics = [buffer.clone() for buffer in buffers]
         with torch.no_grad():
             for buffer, kept in zip(buffers, before, strict=True):
                 buffer.copy_(kept)
-        return [*(output.detach() for output in outputs), *(slope for slope in slopes if slope is not None)]
+        return [[output.detach() for output in outputs], [one for one in slopes if one is not None], statistics]
 
     def tried(
         self,
@@ -168,7 +170,7 @@ class Compiling:
         name: str,
         make: Callable[[], Compiled],
         network: Network,
-        work: Callable[[Passes], list[Tensor]],
+        work: Callable[[Passes], Found],
         passes: int,
         cost: float,
         again: bool = False,
@@ -199,7 +201,7 @@ class Compiling:
         except Exception as error:
             self.progress.say(f"{role} {name}: steps run as they are, as it cannot be compiled: {first_line(error)}")
             return None
-        if len(found) != len(plain) or not agree(found, plain, other, OUTPUTS[self.precision]):
+        if not self.right(found, plain, other):
             self.progress.say(f"{role} {name}: steps run as they are, as compiled code gives other outputs")
             return None
         if not timed:
@@ -212,6 +214,12 @@ class Compiling:
         kept = "kept" if share <= LEAST else "not kept"
         self.progress.say(f"{role} {name}: compiled in {took:.0f} s, takes {share:.2f} of the plain time: {kept}")
         return compiled if share <= LEAST else None
+
+    def right(self, found: Found, plain: Found, again: Found) -> bool:
+        """Tell whether each kind of what a pass gives is that of two plain ones."""
+        if list(map(len, found)) != list(map(len, plain)):
+            return False
+        return all(map(partial(agree, share=OUTPUTS[self.precision]), found, plain, again))
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Time a call."""
