@@ -1,10 +1,11 @@
 """Measures the engine against the usual loop and against a bare loop of the same tensor operations.
 
-    python benchmarks/engine.py --data folder:data/cifar100 [--steps 30] [--rounds 7]
+    python benchmarks/engine.py --data folder:data/cifar100 [--steps 30] [--rounds 7] [--compile auto]
 
 The three take turns in one process; the table shows medians and ratios, and goes to ``benchmarks/results/``. After
 that the usual loop and then the engine run once more, for the milliseconds of each part of a step; the usual loop
-computes its loss in no separate part, and its loader's workers take their time beside all parts.
+computes its loss in no separate part, and its loader's workers take their time beside all parts. The bare loop's
+teacher is the plain network; the parts of compiled passes are in the rest.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from measuring import (
     Mark,
     arguments_of,
     by_part,
+    compiling,
     file_of,
     medians,
     network,
@@ -77,11 +79,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--teacher", default="resnet32x4")
     parser.add_argument("--student", default="resnet8x4")
+    parser.add_argument("--compile", choices=("off", "auto", "on"), default="off", help="the engine's; default: off")
     given = parser.parse_args()
     machine = this_machine()
     device = machine.device
     dataset = open_dataset(given.data, device=device)
-    group = Group(given.teacher, given.student, ["kd"], dataset, machine)
+    group = Group(given.teacher, given.student, ["kd"], dataset, machine, compile=given.compile)
     assert dataset.train_pixels is not None
     pictures = Pictures(
         dataset.train_pixels.cpu().numpy(),
@@ -91,7 +94,7 @@ def main() -> None:
     )
     plain = [models.create(name, dataset.spec).body for name in (given.teacher, given.student)]
     usual = train(plain[0], plain[1], pictures, group.batch_size)
-    bare = bare_steps(group.runs[0].settings, dataset, group.teacher.fast)
+    bare = bare_steps(group.runs[0].settings, dataset, group.teacher.network)
     loops = {"usual": lambda: next(usual), "bare": lambda: next(bare), "engine": group.step}
     wait = waiting(device)
     take_turns(loops, 5, wait)  # warm-up
@@ -122,7 +125,8 @@ def main() -> None:
             for name, seconds in measured.items()
         ]
     )
-    publish(table, file_of(given.results, f"engine-kd-{given.teacher}-{given.student}-b{group.batch_size}", machine))
+    title = compiling(f"engine-kd-{given.teacher}-{given.student}-b{group.batch_size}", given.compile)
+    publish(table, file_of(given.results, title, machine))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything one wants from half an hour of a GPU, in order of worth: tests, speed, lanes, losses, peers, accuracy.
+# Everything one wants from half an hour of a GPU, in order of worth: tests, passes, speed, lanes, losses, peers, accuracy.
 #
 #   benchmarks/gpu.sh [OUT] [--data folder:DIR] [--mdistiller DIR] [--repdistiller DIR] [--torchdistill DIR]
 #
@@ -61,10 +61,11 @@ part() {
 }
 
 quick=${QUICK:-}
-speed=() lanes=() losses=() compared=() pair="resnet32x4, resnet8x4" epochs=${EPOCHS:-15} limits=()
+passes=() speed=() lanes=() losses=() compared=() pair="resnet32x4, resnet8x4" epochs=${EPOCHS:-15} limits=()
 if [[ -n $quick ]]; then
   pair="resnet20, resnet8" epochs=1 limits=(data.limit=512 teacher.allow_weak=true)
   speed=(--pairs resnet20:resnet8 --methods kd uhkd --batches 16 --lanes 1 2 --seconds 1)
+  passes=(--teachers resnet20 --students resnet8 --batch-size 8 --rounds 1)
   lanes=(--pairs resnet20:resnet8 --methods kd dkd --steps 1 --rounds 1)
   losses=(--pairs resnet20:resnet8 --methods kd figkd --batch-size 8 --rounds 1)
   compared=(--teacher resnet20 --student resnet8 --batch-size 16 --steps 2 --rounds 1 --warm-up 1 --workers 1)
@@ -79,6 +80,7 @@ YAML
 
 # Options of setup.cfg ask for pytest-xdist; one GPU serves one process.
 part tests python -m pytest -o addopts= --import-mode=importlib -q -rs -p no:cacheprovider -m gpu tests
+part passes python "$here/passes.py" --results "$out" "${passes[@]}"
 part speed python "$here/speed.py" --results "$out" "${speed[@]}"
 part lanes python "$here/lanes.py" --results "$out" "${lanes[@]}"
 part losses python "$here/losses.py" --results "$out" "${losses[@]}"

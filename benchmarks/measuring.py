@@ -19,8 +19,10 @@ from kdzoo.data import Dataset
 from kdzoo.data.pictures import Pixels
 from kdzoo.distiller import Batch
 from kdzoo.engine import graphs
+from kdzoo.engine.compiling import WATCHED, Compiling
 from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.lane import Lane
+from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, common_loader, shared_passes
 from kdzoo.files import slug, write_text
 from kdzoo.resolve import resolve
@@ -38,6 +40,11 @@ def arguments_of(documentation: str | None) -> ArgumentParser:
     parser = ArgumentParser(description=documentation, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of tables")
     return parser
+
+
+def compiling(title: str, compile: str) -> str:
+    """The title of a table, with what is compiled where that is not nothing."""
+    return title if compile == "off" else f"{title}-compile-{compile}"
 
 
 def waiting(device: torch.device) -> Callable[[], None]:
@@ -146,6 +153,7 @@ class Group:
         dataset: what is trained on.
         machine: where they compute.
         batch_size: None: the protocol's.
+        compile: as ``engine.compile``; ``auto`` decides as in a training of a million steps.
     """
 
     def __init__(
@@ -156,9 +164,10 @@ class Group:
         dataset: Dataset,
         machine: Machine,
         batch_size: int | None = None,
+        compile: str = "off",
     ):
         self.device = dataset.device
-        self.runs = [self._run(teacher, student, method, machine, batch_size) for method in methods]
+        self.runs = [self._run(teacher, student, method, machine, batch_size, compile) for method in methods]
         self.teacher = shared_passes(network(teacher, dataset.spec).eval().requires_grad_(False), self.runs[0])
         distillations = [build(run, dataset, self.teacher).train() for run in self.runs]
         loader = common_loader(self.runs[0].settings, distillations, dataset)
@@ -170,9 +179,11 @@ class Group:
             Lane(run, distillation, nowhere, self.device, loader.steps_per_epoch)
             for run, distillation in zip(self.runs, distillations, strict=True)
         ]
-        self.steps = graphs.steps(self.lanes[0], self.teacher, print)
         for distillation in distillations:
             distillation.prepare([self.batch()])
+        with Progress() as progress:
+            Compiling(self.lanes, self.teacher, 10**6, progress).decide(0, 1, WATCHED, self.batch())
+        self.steps = graphs.steps(self.lanes[0], self.teacher, print)
 
     def batch(self) -> Batch:
         """The next one."""
@@ -188,10 +199,10 @@ class Group:
         self.done += 1
 
     @staticmethod
-    def _run(teacher: str, student: str, method: str, machine: Machine, batch_size: int | None) -> Run:
+    def _run(teacher: str, student: str, method: str, machine: Machine, batch_size: int | None, compile: str) -> Run:
         protocol = {"name": "crd"} | ({"batch_size": batch_size} if batch_size else {})
         names = {"distiller": method, "student": student, "teacher": teacher}
-        engine = {"device": str(machine.device), "precision": machine.precision}
+        engine = {"device": str(machine.device), "precision": machine.precision, "compile": compile}
         return resolve({**{key: {"name": name} for key, name in names.items()}, "protocol": protocol, "engine": engine})
 
     @staticmethod

@@ -41,7 +41,7 @@ def kdzoo(given: Namespace, folder: Path, pace: Pace) -> None:
     """This library: one lane."""
     machine = this_machine()
     dataset = open_dataset(given.data, device=machine.device)
-    group = Group(given.teacher, given.student, [given.method], dataset, machine, given.batch_size)
+    group = Group(given.teacher, given.student, [given.method], dataset, machine, given.batch_size, given.compile)
     for _ in pace(itertools.repeat(None)):
         group.step()
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from measuring import arguments_of, file_of, publish, this_machine, waiting
+from measuring import arguments_of, compiling, file_of, publish, this_machine, waiting
 from peer_libraries import LAYOUT, LIBRARIES, accept, write_cifar
 from torch import nn
 
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--steps", type=int, help="of a turn; default: 30, on a GPU 300")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", choices=("off", "auto", "on"), default="off", help="kdzoo's; default: off")
     parser.add_argument("--work", type=Path, help="a folder for CIFAR-100 in torchvision's layout and for logs")
     given = parser.parse_args()
     machine = this_machine()
@@ -154,7 +155,7 @@ def main() -> None:
         if not (given.work / LAYOUT / "meta").is_file():
             write_cifar(open_dataset(given.data), given.work / LAYOUT)
         table = compare(given, {"kdzoo": Path(), **folders})
-    title = f"peers-{given.method}-{given.teacher}-{given.student}-b{given.batch_size}"
+    title = compiling(f"peers-{given.method}-{given.teacher}-{given.student}-b{given.batch_size}", given.compile)
     publish(table, file_of(given.results, title, machine))
 
 

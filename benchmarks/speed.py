@@ -3,7 +3,8 @@
     python benchmarks/speed.py [--pairs vit_s:resnet18@224 ...] [--methods kd uhkd ...] [--batches 64] [--lanes 1 8]
 
 ``images_per_second`` counts a batch once for each lane. ``over_bare`` is the speed as a share of a bare loop's: the
-same networks and losses on one batch that lies on the device, with a plain optimiser and nothing else; both take turns.
+same losses and networks, these neither folded nor compiled, on one batch that lies on the device, with a plain
+optimiser and nothing else; both take turns.
 ``mfu`` is the share of what the arithmetic allows: matrix products, convolutions and attention, counted, over the rate
 at which the device multiplies large matrices in that precision, measured here; a loss's transforms are not counted. The
 shares of the step are of eager steps that wait for the device between parts, so they tell what is large, not what
@@ -14,7 +15,8 @@ on; one that cannot be measured is left out, with a line that says why.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -62,6 +64,7 @@ class Row(NamedTuple):
     batch: int
     method: str
     lanes: int
+    compile: str = "off"  # engine.compile
 
 
 GOAL = Row("vit_s:resnet18@224", 256, "kd", 1)  # on a GPU: at least 0.85 of the bare loop
@@ -75,7 +78,7 @@ def shares(group: Group, steps: int) -> dict[str, float]:
 
 
 def bare_step(group: Group) -> Callable[[], None]:
-    """A step on one batch that stays, with nothing around the tensor operations."""
+    """A step on one batch that stays, of plain networks, with nothing around the tensor operations."""
     batch, precision = group.batch(), PRECISIONS[group.runs[0].settings.engine.precision]
     distillations = [lane.distillation for lane in group.lanes]
     optimizers = [
@@ -85,13 +88,28 @@ def bare_step(group: Group) -> Callable[[], None]:
     def step() -> None:
         group.teacher.forget()
         for distillation, optimizer in zip(distillations, optimizers, strict=True):
-            terms = distillation(batch)
+            with plain_passes(group):
+                terms = distillation(batch)
             with matmul_precision(group.device.type, precision):
                 torch.stack(list(terms.values())).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
     return step
+
+
+@contextmanager
+def plain_passes(group: Group) -> Iterator[None]:
+    """Makes the passes by the networks themselves: as they were made, neither folded nor compiled."""
+    students = [lane.distillation for lane in group.lanes]
+    faster, group.teacher.calls = group.teacher.calls, group.teacher.network
+    kept = [student.pass_student_through(student.student) for student in students]
+    try:
+        yield
+    finally:
+        group.teacher.calls = faster
+        for student, passes in zip(students, kept, strict=True):
+            student.pass_student_through(passes)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -132,7 +150,7 @@ def measure(row: Row, machine: Machine, size: int, seconds: float) -> dict[str, 
     teacher, student = names.split(":")
     device = machine.device
     dataset = images_of(int(own_size or size), device)
-    group = Group(teacher, student, [row.method] * row.lanes, dataset, machine, row.batch)
+    group = Group(teacher, student, [row.method] * row.lanes, dataset, machine, row.batch, row.compile)
     wait = waiting(device)
     works = {"engine": group.step, "bare": bare_step(group)}
     for work in works.values():
@@ -176,6 +194,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--batches", nargs="*", type=int, help="default: 64, on a GPU 64 and 512")
     parser.add_argument("--lanes", nargs="*", type=int, help="default: 1, on a GPU 1 and 8")
+    parser.add_argument("--compile", nargs="*", choices=("off", "auto", "on"), default=["off"], help="default: off")
     parser.add_argument("--seconds", type=float, help="of each row; default: 20, on a GPU 2")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="the table, to go on with one of another day")
@@ -185,14 +204,16 @@ def main() -> None:
     batches, lanes = given.batches or ([64, 512] if on_gpu else [64]), given.lanes or ([1, 8] if on_gpu else [1])
     seconds = given.seconds or (2.0 if on_gpu else 20.0)
     wanted = [
-        Row(pair, batch, method, count)
-        for method, count, batch, pair in product(given.methods, lanes, batches, given.pairs or PAIRS)
+        Row(pair, batch, method, count, compile)
+        for method, count, batch, pair, compile in product(
+            given.methods, lanes, batches, given.pairs or PAIRS, given.compile
+        )
     ]
     if on_gpu and not given.pairs:
         wanted.insert(0, GOAL)
     file = given.out or file_of(given.results, "speed", machine)
     rows = measured_before(file)
-    done = {tuple(row[key] for key in Row._fields) for row in rows}
+    done = {tuple(row.get(key, "off") for key in Row._fields) for row in rows}
     for row in wanted:
         if row in done:
             continue

@@ -274,6 +274,14 @@ def some_of(choices: Collection[str], **keyword: Sequence[str]) -> tuple[str, ..
     return tuple(one_of(choices, **{name: value}) for value in values)
 
 
+def switch_or_auto(**keyword: bool | str) -> bool | str:
+    """Check that a switch is on, off or ``auto``."""
+    ((name, value),) = keyword.items()
+    if not isinstance(value, bool) and value != "auto":
+        raise UserError(f"{name}={value}: expected on, off or auto")
+    return value
+
+
 def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
     """Apply one of the checks above to each of several values; there must be at least one."""
     ((name, values),) = keyword.items()

@@ -17,6 +17,7 @@ from kdzoo.keywords import (
     setting,
     share,
     some_of,
+    switch_or_auto,
 )
 from kdzoo.recipe import Protocol
 
@@ -188,7 +189,11 @@ class EnginePlace:
 
     device: str = setting("auto", "Device to train on: cpu, cuda, cuda:1 or mps; auto is the first GPU, else the CPU")
     graph: bool = setting(True, "Run training steps as CUDA graphs, where that is possible")
-    compile: bool = setting(False, "Compile the networks with torch.compile")
+    compile: bool | str = setting(
+        "auto",
+        "Compile the networks: on, off (to repeat a run bit by bit), or auto: where that saves time within the run",
+        switch_or_auto,
+    )
     checkpoint_activations: bool = setting(
         False, "Compute the student's feature maps again in the backward pass instead of keeping them, to save memory"
     )

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from kdzoo.distiller import Batch
 from kdzoo.engine.agreement import OUTPUTS, LaneState, Snapshot, agree
-from kdzoo.engine.host_work import changed, host_work, kept
+from kdzoo.engine.host_work import changed, first_line, host_work, kept
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.precision import PRECISIONS, autocast
@@ -258,10 +258,3 @@ def cuda_graph(work: Work, stream: torch.cuda.Stream) -> Work:
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
-
-
-def first_line(error: BaseException) -> str:
-    """Find the first error and its first line; a capture that was broken off raises again when it ends."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

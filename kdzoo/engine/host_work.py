@@ -64,3 +64,10 @@ def kept(module: nn.Module) -> dict[str, Any]:
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """List the names whose values differ."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def first_line(error: BaseException) -> str:
+    """Find the first error and its first line; a capture that was broken off raises again when it ends."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from kdzoo.data import Dataset, Loader
 from kdzoo.engine import graphs
+from kdzoo.engine.compiling import Compiling
 from kdzoo.engine.faults import Shared, check_finite
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.measure import evaluate
@@ -40,8 +41,11 @@ def train(
     per_epoch, shared = loader.steps_per_epoch, Shared(teacher, len(lanes))
     start = begin(lanes, teacher, loader, shared, progress, termination)
     steps, clock = graphs.steps(lanes[0], teacher, progress.say), Clock()
+    compiling = Compiling(lanes, teacher, loader.total_steps, progress)
 
     for step, batch in enumerate(loader.batches(start), start):
+        if compiling.decide(step, step - start, clock.since("start"), batch):
+            steps = graphs.steps(lanes[0], teacher, progress.say)  # those of plain networks are of no more use
         batch = steps.begin(batch)
         shared.watch(batch)
         for lane in alive(lanes):

@@ -69,8 +69,6 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
         teacher.show |= distiller.needs.show("teacher")
     if place.engine.checkpoint_activations:
         student.checkpoint_activations()
-    if place.engine.compile:
-        student.compile()
     return channels_last(distillation.to(dataset.device))
 
 
@@ -114,8 +112,6 @@ def shared_passes(network: models.Network, run: Run, say: Callable[[str], object
         fast = network
     if dtype is not None:
         fast = models.cast_weights(fast, dtype)
-    if run.place.engine.compile:
-        fast.compile()
     return TeacherPasses(network, fast=fast)
 
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
-from kdzoo import models, precision
+from kdzoo import precision
 from kdzoo.distiller import Batch
+from kdzoo.engine import compiling
 from kdzoo.engine.device import resolve_auto
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.micro_batches import micro_batches
@@ -126,6 +126,7 @@ def test_a_network_that_cannot_compute_again_says_so(tmp_path, dataset, teacher)
 FAULTS = """
 import resource, sys
 import torch
+from kdzoo.engine import compiling
 from kdzoo.engine.device import keep_freed_memory
 
 assert sys.argv[1] == "as usual" or keep_freed_memory()
@@ -233,11 +234,13 @@ def test_a_methods_weights_of_four_dimensions_are_read_with_channels_last(tmp_pa
 def test_a_compiled_run_ends_where_a_plain_one_does(tmp_path, dataset, teacher, monkeypatch):
     compiled = []
 
-    def quickly(self):  # all that torch.compile does but for writing kernels
-        compiled.append(self.name)
-        nn.Module.compile(self, backend="eager")
+    class Noted(compiling.Compiled):
+        def __init__(self, network, *more):
+            compiled.append(network.name)
+            super().__init__(network, *more)
 
-    monkeypatch.setattr(models.Network, "compile", quickly)
+    monkeypatch.setattr(compiling, "Compiled", Noted)
+    monkeypatch.setattr(compiling, "BACKEND", "eager")  # all that torch.compile does but for writing kernels
     found = {}
     for mode in ("on", "off"):
         run = settings(tmp_path / mode, "uhkd", f"engine.compile={mode}", "protocol.ema=0.9")

@@ -1,0 +1,232 @@
+"""Compile networks where that pays for itself within the training."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdzoo.distiller import Batch
+from kdzoo.engine.agreement import OUTPUTS, agree
+from kdzoo.engine.host_work import first_line
+from kdzoo.engine.lane import Lane
+from kdzoo.engine.micro_batches import micro_batches
+from kdzoo.engine.passes import TeacherPasses
+from kdzoo.engine.progress import Progress
+from kdzoo.files import cache_folder
+from kdzoo.models import Network
+from kdzoo.outputs import Output, Show
+from kdzoo.precision import PRECISIONS, autocast, matmul_precision
+from kdzoo.randomness import seed_of
+from kdzoo.tensors import leaves
+
+BACKEND = "inductor"
+WATCHED = 10.0  # seconds of steps before anything is decided
+COST = 60.0  # seconds that compiling one network may take, and the next one of its kind a tenth of that
+GAINS = {"teacher": 0.2, "student": 0.1}  # shares of its time that compiled code may save
+LEAST = 0.95  # share of the plain time that compiled code may take at most
+ROUNDS = 5  # in which plain and compiled code take turns
+CODES = 256  # variants of a network's code that torch may keep, of all lanes and groups of lanes
+
+Passes = Callable[[Tensor, Show], Output]
+Found = list[list[Tensor]]  # what a pass gives, by kind: outputs, gradients, statistics
+
+
+class Compiled:
+    """A network's passes by compiled code, for inputs of one kind, and by its plain code for all others.
+
+    Args:
+        network: makes ``network(images, show)``.
+        images: of the kind that is compiled for.
+        show: what a pass shows.
+        grad: whether the passes are those of a network that learns.
+    """
+
+    def __init__(self, network: Network, images: Tensor, show: Show, grad: bool):
+        self.network = network
+        self.kind = self._kind(images, show, grad)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CODES)
+        # Weights that stay are laid out for the kernels; draws are those of plain code.
+        options = {"fallback_random": True} if grad else {"freezing": True}
+        wanted: Any = {"options": options} if BACKEND == "inductor" else {}
+        self.code = torch.compile(network.forward, backend=BACKEND, dynamic=False, **wanted)
+
+    def __call__(self, images: Tensor, show: Show) -> Output:
+        known = self._kind(images, show, torch.is_grad_enabled()) == self.kind
+        return (self.code if known else self.network)(images, show)
+
+    def _kind(self, images: Tensor, show: Show, grad: bool) -> tuple[Any, ...]:
+        return images.shape, images.stride(), show, grad, self.network.training
+
+
+class Compiling:
+    """The decision which networks of a training are compiled, made once.
+
+    ``engine.compile=on`` compiles all before the first step. ``auto`` looks at the time of some steps, compiles where
+    the rest of the training is long enough, and keeps what a stopwatch finds faster. Either keeps nothing whose outputs
+    or gradients are not those of plain code.
+
+    Args:
+        lanes: that are trained.
+        teacher: of all lanes.
+        total: steps of the training.
+        progress: is told what is done.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], teacher: TeacherPasses | None, total: int, progress: Progress):
+        self.lanes, self.teacher, self.total, self.progress = lanes, teacher, total, progress
+        settings, place = lanes[0].run
+        self.mode, self.precision = place.engine.compile, settings.engine.precision
+        self.device, self.parts = lanes[0].device, settings.engine.accumulate
+        self.decided = self.mode is False or (self.mode == "auto" and lanes[0].ranks.world > 1)
+
+    def decide(self, step: int, done: int, seconds: float, batch: Batch) -> bool:
+        """Decide, as soon as enough is known, and tell whether a network was compiled now.
+
+        Args:
+            step: the next one.
+            done: how many steps were done so far,
+            seconds: in this time.
+            batch: that of the next step.
+        """
+        if self.decided or (self.mode == "auto" and (seconds < WATCHED or not done)):
+            return False
+        self.decided = True
+        left = self.total - step
+        if self.mode == "auto" and seconds / done * left * max(GAINS.values()) < COST:
+            return False
+        images = micro_batches(batch, self.parts)[0].images
+        passes = left * self.parts
+        torch.compiler.reset()  # the code of trainings before this one
+        found = [self.try_teacher(images, passes)] if self.teacher is not None else []
+        kinds: dict[str, list[Lane]] = {}
+        for lane in self.lanes:
+            if lane.failure is None:
+                kinds.setdefault(str(lane.run.settings.student), []).append(lane)
+        return any([*found, *(self.try_students(lanes, images, passes) for lanes in kinds.values())])
+
+    def try_teacher(self, images: Tensor, passes: int) -> bool:
+        """Let compiled code make the teacher's passes where that is right and pays; tell whether it does."""
+        assert self.teacher is not None
+        network, show = self.teacher.fast, self.teacher.show
+
+        def outputs(call: Passes) -> Found:
+            with torch.no_grad(), autocast(self.device.type, PRECISIONS[self.precision]):
+                return [leaves(call(images, show))]
+
+        make = partial(Compiled, network, images, show, False)
+        compiled = self.tried("teacher", network.name, make, network, outputs, passes, COST)
+        if compiled is None:
+            return False
+        self.teacher.calls = compiled
+        return True
+
+    def try_students(self, lanes: Sequence[Lane], images: Tensor, passes: int) -> bool:
+        """Let compiled code make the passes of students of one kind where that is right and pays; tell whether."""
+        made: list[Compiled] = []
+        for lane in lanes:
+            student = lane.distillation.student
+            show = lane.distillation.distiller.needs.show("student")
+            if not isinstance(student, Network):
+                return False
+            work = partial(self.gradients, student, images, show)
+            make = partial(Compiled, student, images, show, True)
+            cost = COST * (1 + (len(lanes) - 1) / 10) / len(lanes)
+            compiled = self.tried("student", lane.title, make, student, work, passes, cost, again=bool(made))
+            if compiled is None:
+                break
+            lane.distillation.pass_student_through(compiled)
+            made.append(compiled)
+        return bool(made)
+
+    def gradients(self, student: Network, images: Tensor, show: Show, call: Passes) -> Found:
+        """Return outputs, gradients and statistics of a student's pass, and put the statistics back."""
+        buffers = list(student.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        torch.manual_seed(seed_of(0, "compiling"))
+        weights = [weight for weight in student.parameters() if weight.requires_grad]
+        precision = PRECISIONS[self.precision]
+        with autocast(self.device.type, precision):
+            outputs = leaves(call(images, show))
+        with matmul_precision(self.device.type, precision):
+            slopes: Sequence[Tensor | None] = torch.autograd.grad(
+                torch.stack([output.square().mean() for output in outputs]).sum(), weights, allow_unused=True
+            )
+        statistics = [buffer.clone() for buffer in buffers]
+        with torch.no_grad():
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
+        return [[output.detach() for output in outputs], [one for one in slopes if one is not None], statistics]
+
+    def tried(
+        self,
+        role: str,
+        name: str,
+        make: Callable[[], Compiled],
+        network: Network,
+        work: Callable[[Passes], Found],
+        passes: int,
+        cost: float,
+        again: bool = False,
+    ) -> Compiled | None:
+        """Compile a network, check what it computes, and return it where it is worth it.
+
+        Args:
+            role: teacher or student.
+            name: as the user is told.
+            make: makes the compiled passes.
+            network: makes the plain ones.
+            work: a pass by either, and all that it gives.
+            passes: how many are still to be made.
+            cost: seconds that may be spent.
+            again: another of its kind was tried before and is faster, so that no stopwatch is needed.
+        """
+        timed = self.mode == "auto" and not again
+        try:
+            plain, other = work(network), work(network)
+            if timed and GAINS[role] * self.seconds(partial(work, network)) * passes < cost:
+                return None
+            with self.progress.doing(f"compiling {role} {name}"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's compiler, about itself
+                begun = time.monotonic()
+                compiled = make()
+                found = work(compiled)
+                took = time.monotonic() - begun
+        except Exception as error:
+            self.progress.say(f"{role} {name}: steps run as they are, as it cannot be compiled: {first_line(error)}")
+            return None
+        if not self.right(found, plain, other):
+            self.progress.say(f"{role} {name}: steps run as they are, as compiled code gives other outputs")
+            return None
+        if not timed:
+            return compiled
+        times: tuple[list[float], list[float]] = [], []
+        for _ in range(ROUNDS):
+            times[0].append(self.seconds(partial(work, network)))
+            times[1].append(self.seconds(partial(work, compiled)))
+        share = median(times[1]) / median(times[0])
+        kept = "kept" if share <= LEAST else "not kept"
+        self.progress.say(f"{role} {name}: compiled in {took:.0f} s, takes {share:.2f} of the plain time: {kept}")
+        return compiled if share <= LEAST else None
+
+    def right(self, found: Found, plain: Found, again: Found) -> bool:
+        """Tell whether each kind of what a pass gives is that of two plain ones."""
+        if list(map(len, found)) != list(map(len, plain)):
+            return False
+        return all(map(partial(agree, share=OUTPUTS[self.precision]), found, plain, again))
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Time a call."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        begun = time.perf_counter()
+        work()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter() - begun

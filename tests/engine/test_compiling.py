@@ -1,0 +1,159 @@
+"""Networks are compiled where that is right and pays, and nothing but rounding changes."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdzoo.engine import compiling
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import train_lanes
+from kdzoo.errors import UserError
+
+from ..short_runs import settings
+
+ALWAYS = {"WATCHED": 0.0, "COST": 0.0, "LEAST": 1e9}  # however long the run, and however fast the code
+
+
+class Said(Progress):
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def code(monkeypatch):
+    """Exchanges compiled code for a function of the network's own output, and notes what was compiled and called."""
+
+    class Code:
+        made: list[str]
+        called: list[str]
+
+        @staticmethod
+        def change(output):
+            return output
+
+    code = Code()
+    code.made, code.called = [], []
+
+    class Fake:
+        def __init__(self, network, images, show, grad):
+            self.network = network
+            code.made.append(network.name)
+
+        def __call__(self, images, show):
+            code.called.append(self.network.name)
+            return code.change(self.network(images, show))
+
+    monkeypatch.setattr(compiling, "Compiled", Fake)
+    return code
+
+
+def trained(out, dataset, teacher, *more, names=("kd",)):
+    said = Said()
+    outcomes = train_lanes([settings(out, name, *more) for name in names], dataset, teacher, said)
+    assert not any(isinstance(outcome, UserError) for outcome in outcomes), outcomes
+    weights = [load_file(outcome.folder / "student.safetensors") for outcome in outcomes]
+    return weights, [line for line in said.lines if line.startswith(("teacher", "student"))]
+
+
+def same(some, others):
+    return all(torch.equal(one[key], other[key]) for one, other in zip(some, others, strict=True) for key in one)
+
+
+def set_all(monkeypatch, values):
+    for name, value in values.items():
+        monkeypatch.setattr(compiling, name, value)
+
+
+@pytest.mark.parametrize(("mode", "made"), [("on", ["resnet14", "resnet8"]), ("off", []), ("auto", [])])
+def test_a_switch_says_whether_networks_are_compiled_and_a_short_run_is_left_alone(
+    tmp_path, dataset, teacher, code, mode, made
+):
+    _, said = trained(tmp_path, dataset, teacher, f"engine.compile={mode}")
+    assert sorted(code.made) == made
+    assert said == []
+
+
+def test_left_to_itself_it_compiles_where_the_rest_of_the_run_is_worth_it(
+    tmp_path, dataset, teacher, code, monkeypatch
+):
+    set_all(monkeypatch, ALWAYS)
+    compiled, said = trained(tmp_path / "compiled", dataset, teacher, names=["kd", "uhkd"])
+    assert sorted(code.made) == ["resnet14", "resnet8", "resnet8"]
+    assert [line.endswith(": kept") for line in said] == [True, True]
+    steps = 10 - 1  # the first is plain
+    assert code.called.count("resnet14") > steps
+    plain, _ = trained(tmp_path / "plain", dataset, teacher, "engine.compile=off", names=["kd", "uhkd"])
+    assert same(compiled, plain)
+
+
+def test_code_that_is_no_faster_is_not_kept(tmp_path, dataset, teacher, code, monkeypatch):
+    set_all(monkeypatch, ALWAYS | {"LEAST": 0.0})
+    _, said = trained(tmp_path, dataset, teacher)
+    assert [line.endswith(": not kept") for line in said] == [True, True]
+    assert len(code.called) == 2 * (1 + compiling.ROUNDS)
+
+
+def with_other_logits(output):
+    return output._replace(logits=1.01 * output.logits)
+
+
+def with_other_gradients(output):
+    return output._replace(logits=2 * output.logits - output.logits.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"), [(with_other_logits, ["teacher", "student"]), (with_other_gradients, ["student"])]
+)
+def test_code_that_gives_other_outputs_or_gradients_is_not_kept(tmp_path, dataset, teacher, code, change, refused):
+    code.change = change
+    wrong, said = trained(tmp_path / "wrong", dataset, teacher, "engine.compile=on")
+    assert [line.split()[0] for line in said] == refused
+    assert all(line.endswith(": steps run as they are, as compiled code gives other outputs") for line in said)
+    assert code.called.count("resnet8") == 1
+    plain, _ = trained(tmp_path / "plain", dataset, teacher, "engine.compile=off")
+    assert same(wrong, plain)
+
+
+def test_code_that_differs_by_rounding_is_kept(tmp_path, dataset, teacher, code):
+    code.change = lambda output: output._replace(logits=(1 + 1e-6) * output.logits)
+    rounded, said = trained(tmp_path / "rounded", dataset, teacher, "engine.compile=on")
+    assert said == []
+    plain, _ = trained(tmp_path / "plain", dataset, teacher, "engine.compile=off")
+    assert not same(rounded, plain)
+
+
+def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, dataset, teacher, monkeypatch):
+    def compiled(*_):
+        raise RuntimeError("no C++ compiler\nmore")
+
+    monkeypatch.setattr(compiling, "Compiled", compiled)
+    weights, said = trained(tmp_path / "on", dataset, teacher, "engine.compile=on")
+    assert said == [
+        "teacher resnet14: steps run as they are, as it cannot be compiled: no C++ compiler",
+        "student kd: steps run as they are, as it cannot be compiled: no C++ compiler",
+    ]
+    assert same(weights, trained(tmp_path / "off", dataset, teacher, "engine.compile=off")[0])
+
+
+def test_a_switch_is_on_off_or_auto(tmp_path):
+    with pytest.raises(UserError, match=r"engine\.compile=fast: expected on, off or auto"):
+        settings(tmp_path, "kd", "engine.compile=fast")
+    assert settings(tmp_path, "kd").place.engine.compile == "auto"
+
+
+@pytest.mark.slow(reason="writes and compiles C++ for two networks")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_code_of_torchs_compiler_trains_as_plain_code_does(tmp_path, dataset, teacher):
+    compiled, said = trained(tmp_path / "on", dataset, teacher, "engine.compile=on")
+    assert said == []
+    plain, _ = trained(tmp_path / "off", dataset, teacher, "engine.compile=off")
+    assert not same(compiled, plain)
+    [one], [other] = compiled, plain
+    gap = sum((one[key] - other[key]).float().square().sum() for key in one).sqrt()
+    assert gap <= 0.01 * sum(other[key].float().square().sum() for key in other).sqrt()
