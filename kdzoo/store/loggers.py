@@ -267,7 +267,7 @@ class WandB:
             id=number,
             dir=root,
             config=run.settings.plain(),
-            mode=mode,  # type: ignore[arg-type]  # checked by wandb
+            mode=mode,
             resume=None if mode == "offline" else "allow",
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True),
