@@ -37,6 +37,13 @@ Passes = Callable[[Tensor, Show], Output]
 Found = list[list[Tensor]]  # what a pass gives, by kind: outputs, gradients, statistics
 
 
+def begin_anew() -> None:
+    """Forget the code of trainings before this one; what is compiled from now on is kept in the cache on disk."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # first: torch sets it too
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CODES)
+
+
 class Compiled:
     """A network's passes by compiled code, for inputs of one kind, and by its plain code for all others.
 
@@ -50,8 +57,6 @@ class Compiled:
     def __init__(self, network: Network, images: Tensor, show: Show, grad: bool):
         self.network = network
         self.kind = self._kind(images, show, grad)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CODES)
         # Weights that stay are laid out for the kernels; draws are those of plain code.
         options = {"fallback_random": True} if grad else {"freezing": True}
         wanted: Any = {"options": options} if BACKEND == "inductor" else {}
@@ -103,7 +108,7 @@ class Compiling:
             return False
         images = micro_batches(batch, self.parts)[0].images
         passes = left * self.parts
-        torch.compiler.reset()  # the code of trainings before this one
+        begin_anew()
         found = [self.try_teacher(images, passes)] if self.teacher is not None else []
         kinds: dict[str, list[Lane]] = {}
         for lane in self.lanes:
