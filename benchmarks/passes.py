@@ -30,7 +30,7 @@ from measuring import (
 from torch import Tensor
 
 from kdzoo import models
-from kdzoo.engine.compiling import Compiled, Passes
+from kdzoo.engine.compiling import Compiled, Passes, begin_anew
 from kdzoo.outputs import LOGITS
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.tensors import leaves
@@ -130,7 +130,7 @@ def main() -> None:
     file = file_of(given.results, f"passes-b{given.batch_size}", machine)
     for learns, names in ((False, given.teachers), (True, given.students)):
         for name in names:
-            torch.compiler.reset()
+            begin_anew()
             rows += measure(case_of(name, learns, given.batch_size, machine), machine, given.rounds)
             publish(pd.DataFrame(rows), file)
 

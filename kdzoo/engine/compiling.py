@@ -5,7 +5,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -33,8 +35,20 @@ LEAST = 0.95  # share of the plain time that compiled code may take at most
 ROUNDS = 5  # in which plain and compiled code take turns
 CODES = 256  # variants of a network's code that torch may keep, of all lanes and groups of lanes
 
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the variable that names the folder of compiled code
+TORCHS = "torchinductor_"  # how torch's own begins, in the folder of temporary files
+
 Passes = Callable[[Tensor, Show], Output]
 Found = list[list[Tensor]]  # what a pass gives, by kind: outputs, gradients, statistics
+
+
+def begin_anew() -> None:
+    """Forget the code of trainings before this one; what is compiled from now on is kept in the cache on disk."""
+    folder = Path(os.environ.get(FOLDER) or Path(gettempdir(), TORCHS))
+    if folder.name.startswith(TORCHS) and folder.parent == Path(gettempdir()):  # set by torch when it was imported
+        os.environ[FOLDER] = str(cache_folder() / "compiled")
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CODES)
 
 
 class Compiled:
@@ -50,8 +64,6 @@ class Compiled:
     def __init__(self, network: Network, images: Tensor, show: Show, grad: bool):
         self.network = network
         self.kind = self._kind(images, show, grad)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CODES)
         # Weights that stay are laid out for the kernels; draws are those of plain code.
         options = {"fallback_random": True} if grad else {"freezing": True}
         wanted: Any = {"options": options} if BACKEND == "inductor" else {}
@@ -103,7 +115,7 @@ class Compiling:
             return False
         images = micro_batches(batch, self.parts)[0].images
         passes = left * self.parts
-        torch.compiler.reset()  # the code of trainings before this one
+        begin_anew()
         found = [self.try_teacher(images, passes)] if self.teacher is not None else []
         kinds: dict[str, list[Lane]] = {}
         for lane in self.lanes:

@@ -1,6 +1,9 @@
 """Networks are compiled where that is right and pays, and nothing but rounding changes."""
 
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +142,14 @@ def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, 
         "student kd: steps run as they are, as it cannot be compiled: no C++ compiler",
     ]
     assert same(weights, trained(tmp_path / "off", dataset, teacher, "engine.compile=off")[0])
+
+
+@pytest.mark.parametrize("own", [None, "mine"])
+def test_compiled_code_lies_in_the_cache_or_where_the_user_wants_it(tmp_path, monkeypatch, cache, own):
+    torchs = Path(tempfile.gettempdir()) / "torchinductor_me"  # which torch sets by itself
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / own if own else torchs))
+    compiling.begin_anew()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / own if own else cache / "compiled")
 
 
 def test_a_switch_is_on_off_or_auto(tmp_path):
