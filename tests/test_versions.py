@@ -10,9 +10,10 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 LINES = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
 OLDEST = {line.partition("==")[0]: Version(line.partition("==")[2]) for line in LINES if not line.startswith("#")}
-UNTRIED = {"ray", "datasets"}  # too large to install twice
+UNTRIED = {"ray", "datasets", "mlflow-skinny", "SQLAlchemy", "alembic", "wandb", "onnx", "onnxruntime", "onnxscript"}
 TOOLS = {"hypothesis", "mypy", "pandas-stubs", "pytest", "pytest-xdist", "ruff"}
 TOOLS |= {"scipy-stubs", "selenium", "types-psutil", "types-PyYAML"}
+TOOLS |= {"latex2mathml", "mkdocs", "mkdocs-material", "mkdocstrings", "ziamath"}
 
 
 def requirements() -> list[Requirement]:
