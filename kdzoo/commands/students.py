@@ -60,10 +60,12 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
         from kdzoo.experiments.predictions import predict
 
         found = predict(folder, images, **options)
-    failures: list[str] = []
+    failures, count = list[str](), 0
 
     def readable() -> "Iterator[Prediction]":
+        nonlocal count
         for each in found:
+            count += 1
             if each.failure:
                 failures.append(each.failure)
                 click.echo(" ".join(each.failure.split()), err=True)
@@ -73,7 +75,7 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
     for line in _table(readable()) if style == "csv" else _array(readable()):
         click.echo(line, nl=False)
     if failures:
-        raise UserError(f"{len(failures)} images could not be read, and are left out; replace or remove them")
+        raise UserError(f"{len(failures)} of {count} images cannot be read and are left out; replace or remove them")
 
 
 def _table(found: "Iterator[Prediction]") -> Iterator[str]:

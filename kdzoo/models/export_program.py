@@ -68,7 +68,8 @@ def write_program(student: Student, file: Path) -> None:
 
 def open_program(file: Path) -> Run:
     """Read what ``write_program`` wrote."""
-    return torch.export.load(file).module()
+    with _silent():
+        return torch.export.load(file).module()
 
 
 def write_onnx(student: Student, file: Path) -> int:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import ExifTags, Image
 
 import kdzoo
-from kdzoo.cli import cli
+from kdzoo.cli import cli, main
 from kdzoo.data import open_dataset
 from kdzoo.errors import UserError
 from kdzoo.experiments.predictions import predict
@@ -210,16 +210,20 @@ def test_classes_are_named_by_rank_and_no_cell_is_a_formula(on_files, monkeypatc
     assert found[0]["image"] == "=dark/0.png"
 
 
-def test_a_damaged_image_is_named_and_the_others_are_classified(on_files, tmp_path, monkeypatch):
+def test_a_damaged_image_is_named_and_the_others_are_classified(on_files, tmp_path, monkeypatch, capsys):
     made, root = on_files
     monkeypatch.chdir(tmp_path)
     shutil.copy(root / "test" / "bright" / "0.png", "good.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    done = CliRunner().invoke(cli, ["predict", str(made.folder), "bad.png", "good.png"])
-    assert isinstance(done.exception, UserError)
-    assert "1 images could not be read" in str(done.exception)
-    assert "bad.png" in done.stderr
-    assert [row["image"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["good.png"]
+    monkeypatch.setattr(sys, "argv", ["kdzoo", "predict", str(made.folder), "bad.png", "good.png"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    found = capsys.readouterr()
+    assert end.value.code == 2
+    assert "cannot read image" in found.err
+    assert "bad.png" in found.err
+    assert "error: 1 of 2 images cannot be read" in found.err
+    assert [row["image"] for row in csv.DictReader(io.StringIO(found.out))] == ["good.png"]
 
 
 def test_paths_that_hold_no_images_are_refused(on_files, tmp_path):
