@@ -10,7 +10,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 LINES = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
 OLDEST = {line.partition("==")[0]: Version(line.partition("==")[2]) for line in LINES if not line.startswith("#")}
-UNTRIED = {"ray", "datasets", "mlflow-skinny", "SQLAlchemy", "alembic", "wandb", "onnx", "onnxruntime", "onnxscript"}
+UNTRIED = {"ray", "datasets", "mlflow-skinny", "SQLAlchemy", "alembic", "wandb"}
 TOOLS = {"hypothesis", "mypy", "pandas-stubs", "pytest", "pytest-xdist", "ruff"}
 TOOLS |= {"scipy-stubs", "selenium", "types-psutil", "types-PyYAML"}
 TOOLS |= {"latex2mathml", "mkdocs", "mkdocs-material", "mkdocstrings", "ziamath"}
