@@ -108,13 +108,12 @@ class Compiling:
 
         Args:
             step: the next one.
-            done: how many steps were done so far,
-            seconds: in this time.
+            done: how many steps this process did before it.
+            seconds: how long these took.
             batch: that of the next step.
         """
         if self.decided or (self.mode == "auto" and (seconds < WATCHED or not done)):
             return False
-        self.left = 0.0  # seconds that may still be spent
         self.decided = True
         self.left = SHARE * seconds / done * (self.total - step) if self.mode == "auto" else inf
         if self.left < min(COSTS.values()):
