@@ -2,9 +2,9 @@
 
     python benchmarks/passes.py [--teachers resnet32x4 vit_s@16] [--students resnet8x4 resnet18@16] [--batch-size 64]
 
-The variants of a network take turns. ``share`` is the time as a share of the plain network's, ``difference`` the
-largest of any output (of a student: or gradient) as a share of the largest number of the plain one. Networks and images
-are random.
+The variants of a network take turns. ``share`` is the time as a share of the plain network's; ``difference`` the norm
+of what differs in all outputs, or in all gradients where that is larger, over the norm of the plain ones. Networks and
+images are random.
 """
 
 import time
@@ -30,7 +30,8 @@ from measuring import (
 from torch import Tensor
 
 from kdzoo import models
-from kdzoo.engine.compiling import Compiled, Passes, begin_anew
+from kdzoo.engine.agreement import distance
+from kdzoo.engine.compiling import Compiled, Found, Passes, begin_anew
 from kdzoo.outputs import LOGITS
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.tensors import leaves
@@ -48,15 +49,15 @@ class Case(NamedTuple):
     images: Tensor
 
 
-def outputs(case: Case, machine: Machine, call: Passes) -> list[Tensor]:
-    """A pass of a teacher, or forward and backward pass of a student; all that it gives."""
+def outputs(case: Case, machine: Machine, call: Passes) -> Found:
+    """A pass of a teacher, or forward and backward pass of a student: outputs and gradients."""
     with torch.set_grad_enabled(case.learns), autocast(machine.device.type, PRECISIONS[machine.precision]):
         found = leaves(call(case.images, LOGITS))
     if not case.learns:
-        return found
+        return [found]
     weights = list(case.network.parameters())
     slopes = torch.autograd.grad(torch.stack([one.square().mean() for one in found]).sum(), weights, allow_unused=True)
-    return [*(one.detach() for one in found), *(slope for slope in slopes if slope is not None)]
+    return [[one.detach() for one in found], [slope for slope in slopes if slope is not None]]
 
 
 def variants(case: Case, machine: Machine) -> dict[str, Passes]:
@@ -97,11 +98,11 @@ def measure(case: Case, machine: Machine, rounds: int) -> list[dict[str, object]
     ]
 
 
-def difference(some: list[Tensor], others: list[Tensor]) -> float:
-    """The largest difference of any two tensors, as a share of the largest number of the second."""
+def difference(some: Found, others: Found) -> float:
+    """The norm of the difference over that of the second, of outputs or of gradients: the larger."""
     return max(
-        float((one - other).abs().max() / other.abs().max().clamp_min(1e-12))
-        for one, other in zip(some, others, strict=True)
+        distance(found, plain) / distance(plain, map(torch.zeros_like, plain))
+        for found, plain in zip(some, others, strict=True)
     )
 
 

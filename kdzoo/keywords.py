@@ -277,7 +277,7 @@ def some_of(choices: Collection[str], **keyword: Sequence[str]) -> tuple[str, ..
 def switch_or_auto(**keyword: bool | str) -> bool | str:
     """Check that a switch is on, off or ``auto``."""
     ((name, value),) = keyword.items()
-    if not isinstance(value, bool) and value != "auto":
+    if value not in (True, False, "on", "off", "auto"):
         raise UserError(f"{name}={value}: expected on, off or auto")
     return value
 

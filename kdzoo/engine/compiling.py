@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import median
 from tempfile import gettempdir
@@ -29,8 +30,9 @@ from kdzoo.tensors import leaves
 
 BACKEND = "inductor"
 WATCHED = 10.0  # seconds of steps before anything is decided
-COST = 60.0  # seconds that compiling one network may take, and the next one of its kind a tenth of that
-GAINS = {"teacher": 0.2, "student": 0.1}  # shares of its time that compiled code may save
+SHARE = 0.03  # of the time that a training still takes, which may be spent on trying
+COSTS = {"teacher": 60.0, "student": 120.0}  # seconds that it takes to try one, on two cores
+NEXT = 0.1  # of these, for a student of which another was compiled before
 LEAST = 0.95  # share of the plain time that compiled code may take at most
 ROUNDS = 5  # in which plain and compiled code take turns
 CODES = 256  # variants of a network's code that torch may keep, of all lanes and groups of lanes
@@ -94,53 +96,65 @@ class Compiling:
     def __init__(self, lanes: Sequence[Lane], teacher: TeacherPasses | None, total: int, progress: Progress):
         self.lanes, self.teacher, self.total, self.progress = lanes, teacher, total, progress
         settings, place = lanes[0].run
-        self.mode, self.precision = place.engine.compile, settings.engine.precision
+        asked = place.engine.compile
+        self.mode = ("on" if asked else "off") if isinstance(asked, bool) else asked
+        self.precision = settings.engine.precision
         self.device, self.parts = lanes[0].device, settings.engine.accumulate
-        self.decided = self.mode is False or (self.mode == "auto" and lanes[0].ranks.world > 1)
+        self.left = 0.0  # seconds that may still be spent
+        self.decided = self.mode == "off" or (self.mode == "auto" and lanes[0].ranks.world > 1)
 
     def decide(self, step: int, done: int, seconds: float, batch: Batch) -> bool:
         """Decide, as soon as enough is known, and tell whether a network was compiled now.
 
         Args:
             step: the next one.
-            done: how many steps were done so far,
-            seconds: in this time.
+            done: how many steps this process did before it.
+            seconds: how long these took.
             batch: that of the next step.
         """
         if self.decided or (self.mode == "auto" and (seconds < WATCHED or not done)):
             return False
         self.decided = True
-        left = self.total - step
-        if self.mode == "auto" and seconds / done * left * max(GAINS.values()) < COST:
+        self.left = SHARE * seconds / done * (self.total - step) if self.mode == "auto" else inf
+        if self.left < min(COSTS.values()):
             return False
         images = micro_batches(batch, self.parts)[0].images
-        passes = left * self.parts
         begin_anew()
-        found = [self.try_teacher(images, passes)] if self.teacher is not None else []
+        found = [] if self.teacher is None else [self.try_teacher(self.teacher, images)]
         kinds: dict[str, list[Lane]] = {}
         for lane in self.lanes:
             if lane.failure is None:
                 kinds.setdefault(str(lane.run.settings.student), []).append(lane)
-        return any([*found, *(self.try_students(lanes, images, passes) for lanes in kinds.values())])
+        return any([*found, *(self.try_students(lanes, images) for lanes in kinds.values())])
 
-    def try_teacher(self, images: Tensor, passes: int) -> bool:
+    def spend(self, cost: float) -> bool:
+        """Take so many seconds from those that may be spent, and tell whether they were there."""
+        if cost > self.left:
+            return False
+        self.left -= cost
+        return True
+
+    def try_teacher(self, teacher: TeacherPasses, images: Tensor) -> bool:
         """Let compiled code make the teacher's passes where that is right and pays; tell whether it does."""
-        assert self.teacher is not None
-        network, show = self.teacher.fast, self.teacher.show
+        network, show = teacher.fast, teacher.show
+        if not self.spend(COSTS["teacher"]):
+            return False
 
         def outputs(call: Passes) -> Found:
             with torch.no_grad(), autocast(self.device.type, PRECISIONS[self.precision]):
                 return [leaves(call(images, show))]
 
         make = partial(Compiled, network, images, show, False)
-        compiled = self.tried("teacher", network.name, make, network, outputs, passes, COST)
+        compiled = self.tried("teacher", network.name, make, network, outputs)
         if compiled is None:
             return False
-        self.teacher.calls = compiled
+        teacher.calls = compiled
         return True
 
-    def try_students(self, lanes: Sequence[Lane], images: Tensor, passes: int) -> bool:
+    def try_students(self, lanes: Sequence[Lane], images: Tensor) -> bool:
         """Let compiled code make the passes of students of one kind where that is right and pays; tell whether."""
+        if not self.spend(COSTS["student"] * (1 + NEXT * (len(lanes) - 1))):
+            return False
         made: list[Compiled] = []
         for lane in lanes:
             student = lane.distillation.student
@@ -149,8 +163,7 @@ class Compiling:
                 return False
             work = partial(self.gradients, student, images, show)
             make = partial(Compiled, student, images, show, True)
-            cost = COST * (1 + (len(lanes) - 1) / 10) / len(lanes)
-            compiled = self.tried("student", lane.title, make, student, work, passes, cost, again=bool(made))
+            compiled = self.tried("student", student.name, make, student, work, again=bool(made))
             if compiled is None:
                 break
             lane.distillation.pass_student_through(compiled)
@@ -183,8 +196,6 @@ class Compiling:
         make: Callable[[], Compiled],
         network: Network,
         work: Callable[[Passes], Found],
-        passes: int,
-        cost: float,
         again: bool = False,
     ) -> Compiled | None:
         """Compile a network, check what it computes, and return it where it is worth it.
@@ -195,15 +206,11 @@ class Compiling:
             make: makes the compiled passes.
             network: makes the plain ones.
             work: a pass by either, and all that it gives.
-            passes: how many are still to be made.
-            cost: seconds that may be spent.
             again: another of its kind was tried before and is faster, so that no stopwatch is needed.
         """
         timed = self.mode == "auto" and not again
         try:
             plain, other = work(network), work(network)
-            if timed and GAINS[role] * self.seconds(partial(work, network)) * passes < cost:
-                return None
             with self.progress.doing(f"compiling {role} {name}"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch's compiler, about itself
                 begun = time.monotonic()

@@ -13,10 +13,11 @@ from kdzoo.engine import compiling
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
+from kdzoo.resolve import resolve
 
 from ..short_runs import settings
 
-ALWAYS = {"WATCHED": 0.0, "COST": 0.0, "LEAST": 1e9}  # however long the run, and however fast the code
+ALWAYS = {"WATCHED": 0.0, "SHARE": 1e9, "LEAST": 1e9}  # however short the run, and however slow the code
 
 
 class Said(Progress):
@@ -139,7 +140,7 @@ def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, 
     weights, said = trained(tmp_path / "on", dataset, teacher, "engine.compile=on")
     assert said == [
         "teacher resnet14: steps run as they are, as it cannot be compiled: no C++ compiler",
-        "student kd: steps run as they are, as it cannot be compiled: no C++ compiler",
+        "student resnet8: steps run as they are, as it cannot be compiled: no C++ compiler",
     ]
     assert same(weights, trained(tmp_path / "off", dataset, teacher, "engine.compile=off")[0])
 
@@ -156,6 +157,8 @@ def test_a_switch_is_on_off_or_auto(tmp_path):
     with pytest.raises(UserError, match=r"engine\.compile=fast: expected on, off or auto"):
         settings(tmp_path, "kd", "engine.compile=fast")
     assert settings(tmp_path, "kd").place.engine.compile == "auto"
+    networks = {"distiller": {"name": "none"}, "student": {"name": "resnet8"}}
+    assert resolve({**networks, "engine": {"compile": "off"}}).place.engine.compile == "off"
 
 
 @pytest.mark.slow(reason="writes and compiles C++ for two networks")
