@@ -9,19 +9,17 @@ DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say where a finished run is looked at, and on what."""
+Command = Callable[..., None]
+
+
+def with_data(command: Command) -> Command:
+    """Options that say where the data of a finished run lie now, and whether its code is trusted."""
     for option in (
         click.option(
             "--trust-code",
             is_flag=True,
             help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
         ),
-        click.option(
-            "--precision",
-            help="Precision of the networks: float32, tf32 or bf16 (default: that of the run if possible).",
-        ),
-        click.option("--device", default="auto", help="Device to compute on (default: the first GPU, else the CPU)."),
         click.option("--data-root", "root", help="Folder of downloaded data sets (default: the one of the run)."),
         click.option(
             "--data",
@@ -30,6 +28,24 @@ def elsewhere(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def computing(command: Command) -> Command:
+    """Options that say on what a finished run is looked at."""
+    for option in (
+        click.option(
+            "--precision",
+            help="Precision of the networks: float32, tf32 or bf16 (default: that of the run if possible).",
+        ),
+        click.option("--device", default="auto", help="Device to compute on (default: the first GPU, else the CPU)."),
+    ):
+        command = option(command)
+    return command
+
+
+def elsewhere(command: Command) -> Command:
+    """Options that say where a finished run is looked at, and on what."""
+    return with_data(computing(command))
 
 
 def show_rich(renderable: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, elsewhere
+from kdzoo.commands.options import DEBUG, computing, with_data
 from kdzoo.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     default=1,
     help="Number of classes for each image, likeliest first (default: 1).",
 )
-@click.option("--device", default="auto", help="Device to compute on (default: the first GPU, else the CPU).")
-@click.option(
-    "--precision", help="Precision of the network: float32, tf32 or bf16 (default: that of the run if possible)."
-)
+@computing
 @click.option(
     "--workers",
     type=click.IntRange(0, 128),
@@ -130,7 +127,7 @@ def _array(found: "Iterator[Prediction]") -> Iterator[str]:
     default=128,
     help="Number of test images that onnx and torch are compared on; 0 takes all (default: 128).",
 )
-@elsewhere
+@with_data
 @DEBUG
 def export(
     folder: Path, style: Any, out: Path | None, overwrite: bool, quantize: Any, images: int, **here: Any
