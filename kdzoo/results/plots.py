@@ -12,10 +12,10 @@ from kdzoo.results import ranks
 from kdzoo.results.layout import MARKS, title
 from kdzoo.results.report.curves import ACCURACY
 from kdzoo.results.report.figures import ALL_PAIRS, COSTS
-from kdzoo.results.report.gather import Kept, best_first, gather, measure_of, of_section, records
+from kdzoo.results.report.gather import Kept, best_first, gather, of_section, records
 from kdzoo.results.report.style import GRAY, VERDICTS, styles
 from kdzoo.results.spectrum_plot import STYLE, require_matplotlib
-from kdzoo.results.table import SECTION, comparisons, groups, pair_name, summary
+from kdzoo.results.table import SECTION, comparisons, groups, pair_name, shipped, summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,7 +181,7 @@ def _costs(runs: pd.DataFrame, cost: str, baseline: str) -> list[Panel]:
 
 
 def _cost(known: pd.DataFrame, cost: str, name: str, unit: float, looks: Mapping[str, dict[str, Any]]) -> Any:
-    measure = measure_of(known)
+    measure = shipped(known)
 
     def paint(ax: "Axes") -> None:
         for method, part in known.groupby("method", sort=False):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from kdzoo.results.report.gather import measure_of, records
-from kdzoo.results.table import pair_name
+from kdzoo.results.report.gather import records
+from kdzoo.results.table import pair_name, shipped
 
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 NAMED = 6  # methods that a sentence names
@@ -58,7 +58,7 @@ def answer(rows: pd.DataFrame, pooled: pd.DataFrame, baseline: str) -> tuple[str
 
 
 def _untested(rows: pd.DataFrame, compared: Sequence[dict[str, Any]], baseline: str, where: str) -> tuple[str, str]:
-    top1 = f"{measure_of(rows)}_mean"
+    top1 = f"{shipped(rows)}_mean"
     best = max(records(rows), key=lambda row: row[top1])
     seeds = _count(int(best["seeds"]), "seed")
     pair = pair_name(best["teacher"], best["student"])

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 
 from kdzoo.results import statistics
-from kdzoo.results.report.gather import measure_of, records
+from kdzoo.results.report.gather import records
 from kdzoo.results.report.style import GRAY, PALETTE, VERDICTS, Figure, escaped, figure, options, short
-from kdzoo.results.table import average_ranks, pair_name
+from kdzoo.results.table import average_ranks, pair_name, shipped
 
 ALL_PAIRS = "all pairs together"
 ROW = 26  # pixels of a method's line
@@ -145,7 +145,7 @@ def ranks(complete: pd.DataFrame) -> Figure | None:
 def cost(rows: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> Figure | None:
     """Draw top-1 against what a student costs; None where nothing is known of it."""
     traces: list[dict[str, Any]] = []
-    measure = measure_of(rows)
+    measure = shipped(rows)
     for column, (title, unit) in COSTS.items():
         known = rows[rows[column].notna()] if column in rows else rows[:0]
         for method, part in known.groupby("method", sort=False):

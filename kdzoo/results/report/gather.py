@@ -88,14 +88,9 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
-def measure_of(rows: pd.DataFrame) -> str:
-    """Name the top-1 of the students that the runs of a section keep: that of the best epoch, or of the last."""
-    return "best_top1" if set(rows.get("ship", ())) == {"best"} else "top1"
-
-
 def best_first(rows: pd.DataFrame) -> list[str]:
     """List the methods of ``table.summary``, the one of the highest mean top-1 first."""
-    means = rows.groupby("method")[f"{measure_of(rows)}_mean"].mean()
+    means = rows.groupby("method")[f"{table.shipped(rows)}_mean"].mean()
     return [str(name) for name in means.sort_values(ascending=False).index]
 
 

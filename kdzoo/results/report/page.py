@@ -20,19 +20,10 @@ from kdzoo.results.render import Cell
 from kdzoo.results.report import figures
 from kdzoo.results.report.answer import answer
 from kdzoo.results.report.curves import curves
-from kdzoo.results.report.gather import Gathered, best_first, gather, measure_of, of_section, records
+from kdzoo.results.report.gather import Gathered, best_first, gather, of_section, records
 from kdzoo.results.report.one_run import Panes
 from kdzoo.results.report.style import Figure, styles
-from kdzoo.results.table import (
-    PAIR,
-    SECTION,
-    comparisons,
-    groups,
-    observations,
-    pair_name,
-    scores,
-    summary,
-)
+from kdzoo.results.table import PAIR, SECTION, comparisons, groups, observations, pair_name, scores, shipped, summary
 
 MORE = {"teacher top-1", "top-1 best", "top-5 last", "compared", "published best", "images/s", "extra parameters"}
 MORE |= {"peak MiB", "GFLOPs", "MB"}
@@ -216,7 +207,7 @@ def _column(title: str, is_number: bool) -> dict[str, Any]:
 def _first(gathered: Gathered) -> int:
     """The run that is shown first: the best one of the first section."""
     rows = [(place, one) for place, one in enumerate(gathered.kept) if one.section == gathered.kept[0].section]
-    measure = measure_of(pd.DataFrame([one.row for _, one in rows]))
+    measure = shipped(pd.DataFrame([one.row for _, one in rows]))
     return max(rows, key=lambda row: row[1].row[measure])[0]
 
 
