@@ -1,14 +1,15 @@
 """What a person sees while it trains: a live view on a terminal or in a notebook, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from statistics import fmean
 from threading import Event, Thread
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,6 +30,36 @@ Ticker = Callable[[Callable[[], object]], AbstractContextManager[object]]
 def plain_console(**options: Any) -> Console:
     """Make a console that prints every text as it is: paths, names and errors may hold what rich takes for markup."""
     return Console(highlight=False, markup=False, emoji=False, **options)
+
+
+class Heard:
+    """A stream that is written to for as long as somebody can read it; then its text is dropped, and work continues."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        try:
+            return self.stream.write(text)
+        except OSError:  # the reader of a pipe has ended, or a terminal is closed
+            self.turn_away()
+            return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self.turn_away()
+
+    def turn_away(self) -> None:
+        """Lead the stream to where all is dropped, with what it still holds."""
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @contextmanager
@@ -69,7 +100,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         ticker: Ticker = every_second,
     ):
-        self.console = console or plain_console(file=sys.stderr, quiet=quiet)
+        self.console = console or plain_console(file=Heard(sys.stderr), quiet=quiet)
         self.quiet, self.ticker = quiet, ticker
         has_cursor = self.console.is_terminal and not self.console.is_dumb_terminal
         in_notebook = self.console.is_jupyter and find_spec("ipywidgets") is not None

@@ -1,6 +1,7 @@
 """What a person sees: lines in time where there is no terminal, and on one a view of the whole suite."""
 
 import io
+import os
 import sys
 from contextlib import nullcontext
 from threading import Event
@@ -352,3 +353,16 @@ def test_texts_that_are_not_ours_are_shown_as_they_are(text):
             lines = progress.console.file.getvalue().splitlines()
             assert [line for line in lines if line == f"/data/{text}/x.png"]
             assert f"group 1/2: {text} on digits" in lines
+
+
+def test_work_continues_when_the_reader_of_its_lines_is_gone(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream:
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, b"what is written to it is an error")
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress(ticker=lambda work: nullcontext()) as progress:
+            progress.say("epoch 1")
+            progress.say("epoch 2")
+        print("of others", file=stream)
