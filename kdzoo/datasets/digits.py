@@ -9,6 +9,8 @@ from kdzoo import ImageSet
 from kdzoo.datasets._kept import kept
 from kdzoo.image_set import Loaded
 
+SHAPES = {"train": (1437, 8, 8), "train_labels": (1437,), "test": (360, 8, 8), "test_labels": (360,)}
+
 
 class Digits(ImageSet):
     """Handwritten digits that come with scikit-learn, split by class in the same way at every call."""
@@ -18,7 +20,7 @@ class Digits(ImageSet):
 
     def load(self, root: Path) -> Loaded:
         """Load the scans from scikit-learn's package; later from the cache, as its import takes most of a second."""
-        found = kept("digits", split_scans)
+        found = kept("digits", SHAPES, split_scans)
         names = [str(digit) for digit in range(self.num_classes)]
         return names, (found["train"], found["train_labels"]), (found["test"], found["test_labels"])
 

@@ -47,9 +47,15 @@ def test_digits_that_are_kept_in_the_cache_are_those_of_scikit_learn_and_made_ag
         file.write_bytes(damaged)
         assert loaded() == made
         assert file.read_bytes() != damaged
+    for others in ({"train": np.zeros(3)}, {name: np.zeros(2, np.uint8) for name in np.load(file).files}):
+        np.savez(file, **others)  # type: ignore[arg-type]  # as the code that writes it
+        assert loaded() == made
     kept = file.stat().st_mtime_ns
     assert loaded() == made
     assert file.stat().st_mtime_ns == kept
+    file.unlink()
+    file.mkdir()  # where nothing can be written
+    assert loaded() == made
 
 
 def test_mean_and_deviation_are_those_of_the_training_images() -> None:
