@@ -7,7 +7,11 @@ import click
 
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-
+TRUST_CODE = click.option(
+    "--trust-code",
+    is_flag=True,
+    help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
+)
 
 Command = Callable[..., None]
 
@@ -15,11 +19,7 @@ Command = Callable[..., None]
 def with_data(command: Command) -> Command:
     """Options that say where the data of a finished run lie now, and whether its code is trusted."""
     for option in (
-        click.option(
-            "--trust-code",
-            is_flag=True,
-            help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
-        ),
+        TRUST_CODE,
         click.option("--data-root", "root", help="Folder of downloaded data sets (default: the one of the run)."),
         click.option(
             "--data",

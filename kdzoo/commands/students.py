@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, computing, with_data
+from kdzoo.commands.options import DEBUG, TRUST_CODE, computing, with_data
 from kdzoo.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
     help="Number of processes that decode images beside the network (default: one for each core where a GPU computes, "
     "else 0).",
 )
-@click.option(
-    "--trust-code",
-    is_flag=True,
-    help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
-)
+@TRUST_CODE
 @DEBUG
 def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) -> None:
     """Classify image files by the student of a finished run.
