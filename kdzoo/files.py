@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -51,8 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
     """
-    # Not by the process alone: in two containers that share a folder two processes may have one number.
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    temporary = part_of(path)
     with storing(path.parent):
         try:
             write(temporary)
@@ -65,6 +65,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Make a folder to write into, which takes the name ``target`` when all is written; one that was there goes.
+
+    What killed processes left half-written beside it is removed after a day.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; what stood at ``target`` is untouched.
+    """
+    make_folder(target.parent)
+    folder, former = part_of(target), part_of(target)
+    with storing(target.parent):
+        try:
+            folder.mkdir()
+            yield folder
+            if target.exists():
+                target.rename(former)
+            folder.rename(target)
+            remove_parts(target.parent, older_than=DAY)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(former, ignore_errors=True)
 
 
 @contextmanager
@@ -101,11 +125,23 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def remove_parts(folder: Path, older_than: float = -inf) -> None:
-    """Remove the temporary files of killed processes from a folder, where they are older than so many seconds."""
-    for file in folder.glob(".*.part"):
+    """Remove what killed processes left half-written in a folder, where it is older than so many seconds."""
+    for part in folder.glob(".*.part"):
         with suppress(OSError):  # another process may have been first
-            if _PART.fullmatch(file.name) and time.time() - file.stat().st_mtime > older_than:
-                file.unlink()
+            if _PART.fullmatch(part.name) and time.time() - part.lstat().st_mtime > older_than:
+                if part.is_dir() and not part.is_symlink():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
+
+
+def part_of(path: Path) -> Path:
+    """Name what is written before it becomes ``path``.
+
+    Not by the process alone: in two containers that share a folder two processes may have one number. Of the name as
+    many characters as fit the 255 bytes of a file system, whatever their script.
+    """
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import DAY, cache_folder, path_of, write_text
+from kdzoo.files import DAY, appearing, cache_folder, path_of, write_text
 
 
 def test_the_cache_is_made_for_its_owner_alone(tmp_path, monkeypatch):
@@ -60,3 +60,44 @@ def test_half_written_files_go_a_day_later(tmp_path):
         os.utime(file, (0, new.stat().st_mtime - DAY - 1))
     write_text(tmp_path / "a", "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == [new.name, foreign.name, "a"]
+
+
+def test_half_written_folders_go_a_day_later_and_links_keep_what_they_point_to(tmp_path):
+    kept = tmp_path / "kept"
+    old, new, link = (tmp_path / name for name in (".a.1-0123abcd.part", ".b.1-0123abcd.part", ".l.1-0123abcd.part"))
+    for folder in (kept, old, new):
+        folder.mkdir()
+        (folder / "file").touch()
+    link.symlink_to(kept)
+    for path in (old, link):
+        os.utime(path, (0, new.stat().st_mtime - DAY - 1), follow_symlinks=False)
+    with appearing(tmp_path / "a") as folder:
+        (folder / "whole").touch()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [new.name, "a", "kept"]
+    assert (kept / "file").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "\U0001f600" * 63])
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path, name):
+    write_text(tmp_path / name, "whole")
+    with appearing(tmp_path / f"{name[:-1]}y") as folder:
+        (folder / "whole").touch()
+    assert (tmp_path / name).read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_whose_writing_is_stopped_leaves_nothing_and_keeps_what_was_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "before").touch()
+
+    def stopped():
+        with appearing(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "before"]
+    with appearing(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "whole"]

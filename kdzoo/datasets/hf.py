@@ -1,7 +1,6 @@
 """A Hugging Face data set: a folder that save_to_disk wrote, or a name on the hub; needs pip install 'kdzoo[hf]'."""
 
 import os
-import secrets
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -12,7 +11,7 @@ from kdzoo import ImageSet
 from kdzoo.data.classes import natural
 from kdzoo.data.trees import TESTS, TRAIN, split_of
 from kdzoo.errors import StorageError, UserError
-from kdzoo.files import cache_folder, path_of, slug
+from kdzoo.files import DAY, cache_folder, part_of, path_of, remove_parts, slug
 from kdzoo.image_set import Loaded
 
 
@@ -104,7 +103,7 @@ def _files(split: Any, column: str, folder: Path) -> list[str]:
     import datasets
 
     raw = split.cast_column(column, datasets.Image(decode=False)).select_columns(column)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = part_of(folder)
     is_new = not folder.is_dir()
     paths = []
     try:
@@ -121,6 +120,7 @@ def _files(split: Any, column: str, folder: Path) -> list[str]:
             paths.append(str(folder / file))
         if is_new:
             part.rename(folder)
+            remove_parts(folder.parent, older_than=DAY)
     except OSError as error:
         if not folder.is_dir():  # else another process wrote it meanwhile
             raise StorageError(f"{folder.parent} cannot be written ({error.strerror}); choose another cache") from error

@@ -2,11 +2,8 @@
 
 import json
 import os
-import secrets
 import shlex
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +15,7 @@ from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import model_card
 from kdzoo.experiments.run import HERE, Here, compare_data, open_data
 from kdzoo.experiments.students import load, parts_used
-from kdzoo.files import make_folder, path_of, storing
+from kdzoo.files import appearing, path_of
 from kdzoo.models import Student
 from kdzoo.models.export_program import (
     Comparison,
@@ -192,24 +189,3 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target} is there, and no export of kdzoo; choose another --out")
     if not overwrite:
         raise UserError(f"{target} is there; choose another --out, or replace it by --overwrite")
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """Make a folder beside ``target`` to write into, which takes its name and place when all is written.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    make_folder(target.parent)
-    folder = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    with storing(target.parent):
-        try:
-            folder.mkdir()
-            yield folder
-            if target.exists():
-                target.rename(folder.with_suffix(".old"))
-            folder.rename(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(folder.with_suffix(".old"), ignore_errors=True)

@@ -17,7 +17,6 @@ from kdzoo import models
 from kdzoo.cli import cli
 from kdzoo.data import open_dataset
 from kdzoo.errors import UserError
-from kdzoo.experiments.exports import appearing
 
 from ..made_runs import write
 
@@ -230,23 +229,6 @@ def test_a_folder_that_is_there_is_replaced_only_if_it_is_an_export_and_one_asks
     assert (other / "README.md").exists()
     assert not (other / "left.txt").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "out"]
-
-
-def test_an_export_that_is_stopped_leaves_nothing_and_keeps_what_was_there(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "before").touch()
-
-    def stopped():
-        with appearing(tmp_path / "out") as folder:
-            (folder / "half").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stopped()
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "before"]
-    with appearing(tmp_path / "out") as folder:
-        (folder / "whole").touch()
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "whole"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(transformer, tmp_path):
