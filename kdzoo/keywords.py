@@ -261,17 +261,18 @@ def odd(**keyword: int) -> int:
 def one_of(choices: Collection[str], **keyword: str) -> str:
     """Check that a word is one of ``choices``; the error suggests the nearest."""
     ((name, value),) = keyword.items()
-    if value not in choices:
-        raise unknown(name, value, choices)
+    if not isinstance(value, str) or value not in choices:
+        raise unknown(name, str(value), choices)
     return value
 
 
 def some_of(choices: Collection[str], **keyword: Sequence[str]) -> tuple[str, ...]:
     """Check that each of several words is one of ``choices``, and none stands twice; there may be none."""
     ((name, values),) = keyword.items()
-    if len(set(values)) < len(values):
+    words = tuple(one_of(choices, **{name: value}) for value in values)
+    if len(set(words)) < len(words):
         raise UserError(f"{name}={list(values)}: expected each word once")
-    return tuple(one_of(choices, **{name: value}) for value in values)
+    return words
 
 
 def switch_or_auto(**keyword: bool | str) -> bool | str:

@@ -77,6 +77,8 @@ def test_any_text_for_any_key_of_the_command_line(key, value):
 
 
 @given(key=st.sampled_from(KEYS), value=VALUES)
+@example(key="output.log", value=[[]])
+@example(key="output.log", value=["mlflow", {"mlflow": 1}])
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_value_for_any_key_from_python_or_a_suite(key, value):
     *sections, last = key.split(".")
