@@ -139,7 +139,7 @@ def part_of(path: Path) -> Path:
     """Name what is written before it becomes ``path``.
 
     Not by the process alone: in two containers that share a folder two processes may have one number. Of the name as
-    many characters as fit the 255 bytes of a file system, whatever their script.
+    many characters as fit the 255 bytes of a file system in any script.
     """
     return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.part")
 

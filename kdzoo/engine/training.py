@@ -104,15 +104,8 @@ def common_loader(settings: Settings, built: Iterable[Distillation], dataset: Da
 
 
 def shared_passes(network: models.Network, run: Run, say: Callable[[str], object] = lambda _: None) -> TeacherPasses:
-    """Share the passes of a frozen network, made by a copy with folded batch norms whose weights are cast once."""
-    dtype = PRECISIONS[run.settings.engine.precision].dtype
-    fast = models.fold_norms(network)
-    if fast is None:
-        say(f"batch norms of {network.name} stay as they are: folded into the layers before them, its outputs differ")
-        fast = network
-    if dtype is not None:
-        fast = models.cast_weights(fast, dtype)
-    return TeacherPasses(network, fast=fast)
+    """Share the passes of a frozen network, made by the copy of it that is fastest."""
+    return TeacherPasses(network, fast=models.frozen(network, PRECISIONS[run.settings.engine.precision], say))
 
 
 def train_lanes(

@@ -6,12 +6,14 @@ from kdzoo.models.adapt import unfuse_attention
 from kdzoo.models.by_name import check_name, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
 from kdzoo.models.fold import fold_norms
+from kdzoo.models.frozen_copy import frozen
 from kdzoo.models.given import load_given, written_facts
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.shapes import output_of, shapes_of
 from kdzoo.models.student import Student
 from kdzoo.models.weights import load_weights, save_weights
+from kdzoo.models.winograd import use_winograd
 
 __all__ = [
     "Network",
@@ -21,6 +23,7 @@ __all__ = [
     "create",
     "describe",
     "fold_norms",
+    "frozen",
     "load_given",
     "load_weights",
     "output_of",
@@ -29,6 +32,7 @@ __all__ = [
     "shapes_of",
     "short_names",
     "unfuse_attention",
+    "use_winograd",
     "wrap",
     "written_facts",
 ]

@@ -138,16 +138,16 @@ def test_a_folder_of_another_version_is_refused_in_one_line(finished, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow(reason="trains at 224 pixels, the size of the pretrained weights")
+@pytest.mark.slow(reason="trains at 160 pixels, the size of the pretrained weights")
 def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_made(tmp_path, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
-    networks = ["student.name=vit_pico", "teacher.name=vit_pico", "student.pretrained=true", "teacher.pretrained=true"]
+    networks = ["student.name=test_vit", "teacher.name=test_vit", "student.pretrained=true", "teacher.pretrained=true"]
     short = ["data.limit=64", "protocol.epochs=1", "teacher.epochs=1", "teacher.allow_weak=true"]
     result = distil(tmp_path, *networks, *short)
     again = evaluate_run(result.folder)
     assert again == (result.top1, result.top5)
-    assert load_file(result.folder / "student.safetensors")["pos_embed"].shape[1] == 1 + 14 * 14
+    assert load_file(result.folder / "student.safetensors")["pos_embed"].shape[1] == 1 + 10 * 10
     assert distil(tmp_path, *networks, *short, "seed=1").teacher_top1 == result.teacher_top1  # read from the cache
 
 

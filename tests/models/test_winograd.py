@@ -1,0 +1,157 @@
+"""Wide 3x3 convolutions of a frozen network with fewer products give the same, but for rounding."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdzoo import DataSpec
+from kdzoo.models import create, frozen, use_winograd, winograd, wrap
+from kdzoo.models.winograd import Winograd, transformed
+from kdzoo.outputs import EVERYTHING, LOGITS
+from kdzoo.precision import PRECISIONS
+
+DATA = DataSpec("fake", 7, tuple("abcdefg"), 32, torch.arange(7))
+WIDE = {"resnet8x4": 3, "resnet32x4": 27, "vgg13_cifar": 9, "wrn_40_2": 22, "wrn_16_1": 3, "resnet18": 13}
+WIDE["mobilenetv2_half"] = 0
+SLOW = ("resnet32x4", "vgg13_cifar", "wrn_40_2")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def winograds(network):
+    return [name for name, module in network.named_modules() if isinstance(module, Winograd)]
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "wide", "grid"),
+    [(3, 64, 64, (8, 8)), (2, 64, 96, (7, 7)), (9, 65, 64, (4, 12)), (1, 128, 64, (33, 30)), (300, 64, 64, (4, 4))],
+)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_convolution_has_the_values_of_float64(images, channels, wide, grid, bias):
+    layer = nn.Conv2d(channels, wide, 3, padding=1, bias=bias)
+    maps = torch.randn(images, channels, *grid)
+    wanted = F.conv2d(maps.double(), layer.weight.double(), layer.bias.double() if bias else None, padding=1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = Winograd(layer)(maps.contiguous(memory_format=layout))
+        assert not torch.equal(found, layer(maps))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(found.double(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_the_identity_is_exact_in_rational_numbers():
+    weight = torch.randint(-3, 4, (64, 64, 3, 3)).double()
+    maps = torch.randint(-3, 4, (2, 64, 9, 8)).double()
+    bias = torch.randint(-3, 4, (64,)).double()
+    found = winograd.winograd(maps, transformed(weight), bias)
+    assert torch.allclose(found, F.conv2d(maps, weight, bias, padding=1), rtol=0, atol=1e-9)
+
+
+def test_one_image_has_the_values_that_it_has_among_others():
+    layer = Winograd(nn.Conv2d(64, 64, 3, padding=1))
+    maps = torch.randn(37, 64, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(layer(maps)[30:31], layer(maps[30:31]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow(reason="large")) if n in SLOW else n for n in WIDE]
+)
+def test_a_networks_outputs_stay_and_its_weights_are_shared(name):
+    network = create(name, DATA).eval().requires_grad_(False)
+    fast = use_winograd(network)
+    assert len(winograds(fast)) == WIDE[name]
+    assert (fast is network) == (WIDE[name] == 0)
+    held = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    assert held <= {tensor.data_ptr() for tensor in (*fast.parameters(), *fast.buffers())}
+    assert winograds(network) == []
+    images = torch.rand(5, 3, network.image_size, network.image_size)
+    with torch.no_grad():
+        found, wanted = fast(images, EVERYTHING), network(images, EVERYTHING)
+    for one, other in zip((found.logits, *found.features), (wanted.logits, *wanted.features), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+def test_where_gradients_are_asked_for_or_maps_are_small_the_layer_itself_is_called():
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    fast = Winograd(layer)
+    maps = torch.randn(2, 64, 8, 8, requires_grad=True)
+    assert torch.equal(fast(maps), layer(maps))
+    assert torch.autograd.grad(fast(maps).sum(), maps)[0].abs().sum() > 0
+    with torch.no_grad():
+        for side in (1, 2, 3, 5, 6):
+            assert torch.equal(fast(maps[..., :side, :side]), layer(maps[..., :side, :side]))
+        assert not torch.equal(fast(maps), layer(maps))
+
+
+class Own(nn.Conv2d):
+    """May do more with its weight."""
+
+
+class Many(nn.Module):
+    """A convolution of each kind, of which the first alone is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.wide = nn.Conv2d(64, 64, 3, padding=1)
+        self.others = nn.Sequential(
+            nn.Conv2d(64, 64, 3, padding=1, stride=2),
+            nn.Conv2d(64, 64, 3, padding=2, dilation=2),
+            nn.Conv2d(64, 64, 3, padding=1, groups=2),
+            nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"),
+            nn.Conv2d(64, 64, 5, padding=2),
+            nn.Conv2d(64, 64, 1),
+            Own(64, 64, 3, padding=1),
+            nn.Conv2d(64, 63, 3, padding=1),
+            nn.Conv2d(63, 64, 3, padding=1),
+        )
+        self.watched = nn.Conv2d(64, 64, 3, padding=1)
+        self.watched.register_forward_hook(lambda module, inputs, output: None)
+        self.fc = nn.Linear(64, 7)
+
+    def forward(self, images):
+        return self.fc(self.watched(self.others(self.wide(self.stem(images)))).mean((2, 3)))
+
+
+def test_only_layers_that_are_known_to_be_right_and_to_gain_are_exchanged():
+    network = wrap(Many(), image_size=32, num_classes=7).eval().requires_grad_(False)
+    assert [name.rpartition(".")[2] for name in winograds(use_winograd(network))] == ["wide"]
+
+
+def test_a_network_whose_outputs_would_differ_stays_as_it_is(monkeypatch):
+    network = create("resnet8x4", DATA).eval().requires_grad_(False)
+    assert use_winograd(network) is not network
+    monkeypatch.setattr(winograd, "transformed", lambda weight: 1.01 * transformed(weight))
+    assert use_winograd(network) is network
+
+
+def test_it_is_one_operation_for_torchs_compiler():
+    layer = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+    fast, maps = Winograd(layer), torch.randn(2, 64, 7, 8)
+    torch.library.opcheck(winograd.winograd, (maps, fast.products, fast.bias))
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(maps), fast(maps))
+
+
+def test_a_network_of_bf16_is_cast_instead():
+    network = create("resnet8x4", DATA).eval().requires_grad_(False)
+    assert winograds(frozen(network, PRECISIONS["bf16"])) == []
+    assert len(winograds(frozen(network, PRECISIONS["float32"]))) == WIDE["resnet8x4"]
+
+
+def test_a_network_that_cannot_be_folded_says_so_and_still_needs_fewer_products(monkeypatch):
+    monkeypatch.setattr("kdzoo.models.frozen_copy.fold_norms", lambda network: None)
+    network, said = create("resnet8x4", DATA).eval().requires_grad_(False), []
+    fast = frozen(network, PRECISIONS["float32"], said.append)
+    assert len(said) == 1
+    assert said[0].startswith("batch norms of resnet8x4 stay")
+    with torch.no_grad():
+        images = torch.rand(2, 3, 32, 32)
+        assert torch.allclose(fast(images, LOGITS).logits, network(images, LOGITS).logits, rtol=0, atol=1e-4)
