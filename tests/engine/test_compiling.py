@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdzoo import models
 from kdzoo.engine import compiling
+from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
@@ -161,12 +163,28 @@ def test_a_switch_is_on_off_or_auto(tmp_path):
     assert resolve({**networks, "engine": {"compile": "off"}}).place.engine.compile == "off"
 
 
+TINY = """
+from torch import nn
+
+def tiny(num_classes):
+    layers = [nn.Conv2d(3, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
+    layers += [nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(64, num_classes))
+"""
+
+
 @pytest.mark.slow(reason="writes and compiles C++ for two networks")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_code_of_torchs_compiler_trains_as_plain_code_does(tmp_path, dataset, teacher):
-    compiled, said = trained(tmp_path / "on", dataset, teacher, "engine.compile=on")
+def test_code_of_torchs_compiler_trains_as_plain_code_does(tmp_path, dataset, monkeypatch):
+    (tmp_path / "tinynets.py").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = models.create("tinynets:tiny", dataset.spec).to(memory_format=torch.channels_last)
+    teacher = Teacher(network.eval().requires_grad_(False), top1=10.0)
+    own = "student.name=tinynets:tiny"
+    compiled, said = trained(tmp_path / "on", dataset, teacher, "engine.compile=on", own)
     assert said == []
-    plain, _ = trained(tmp_path / "off", dataset, teacher, "engine.compile=off")
+    plain, _ = trained(tmp_path / "off", dataset, teacher, "engine.compile=off", own)
     assert not same(compiled, plain)
     [one], [other] = compiled, plain
     gap = sum((one[key] - other[key]).float().square().sum() for key in one).sqrt()
