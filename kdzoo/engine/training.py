@@ -56,14 +56,16 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     spec = dataset.spec._replace(labels=labels)
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = network_of(settings.student, spec, fetch)
+    precision = PRECISIONS[settings.engine.precision]
     if dataset.device.type == "cpu":
         models.unfuse_attention(student)
+        if precision.dtype is None:
+            models.learn_by_winograd(student)
     torch.manual_seed(seed_of(settings.seed, "distiller"))
     distiller = registry.load(settings.distiller.name)(**settings.distiller.keywords)
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller.name}' needs a teacher; pass --teacher NAME")
     network = None if teacher is None else teacher.network
-    precision = PRECISIONS[settings.engine.precision]
     distillation = Distillation(student, network, distiller, data=spec, precision=precision, passes=teacher)
     if teacher is not None and distiller.needs.teacher:
         teacher.show |= distiller.needs.show("teacher")

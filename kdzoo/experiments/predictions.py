@@ -19,7 +19,7 @@ from kdzoo.engine.device import find_device
 from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments.students import load
 from kdzoo.files import path_of
-from kdzoo.models import Student, frozen
+from kdzoo.models import Network, Student, frozen
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.store.folder import RunFolder
 
@@ -132,7 +132,9 @@ def _predictions(
     starts = range(0, len(paths), BATCH)
     keys = [list(range(start, min(start + BATCH, len(paths)))) for start in starts]
     top = min(top, len(student.classes))
-    network = frozen(student.network, PRECISIONS[precision])
+    network = student.network
+    if isinstance(network, Network):  # and not what a method ships in its place
+        network = frozen(network, PRECISIONS[precision])
     waiting: list[tuple[int, Any]] = []  # one batch is read while the device computes the next
     for start, drawn in zip(starts, stream(dataset, keys, workers, device), strict=True):
         with torch.inference_mode(), autocast(device.type, PRECISIONS[precision]):

@@ -13,7 +13,7 @@ from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.shapes import output_of, shapes_of
 from kdzoo.models.student import Student
 from kdzoo.models.weights import load_weights, save_weights
-from kdzoo.models.winograd import use_winograd
+from kdzoo.models.winograd import learn_by_winograd, use_winograd
 
 __all__ = [
     "Network",
@@ -24,6 +24,7 @@ __all__ = [
     "describe",
     "fold_norms",
     "frozen",
+    "learn_by_winograd",
     "load_given",
     "load_weights",
     "output_of",

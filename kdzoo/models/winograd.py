@@ -1,7 +1,9 @@
-"""Compute the 3x3 convolutions of a frozen network with a quarter of the products, on CPUs in float32."""
+"""Compute 3x3 convolutions with a quarter of the products, on CPUs in float32."""
 
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from itertools import chain
+from math import inf
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from kdzoo.models.network import Network
 TILE, WINDOW = 4, 6  # sides of what a tile gives and of what it reads
 KERNEL = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
 KERNEL += [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+TURNED = [row[::-1] for row in KERNEL]  # of the convolution that goes back
 READ = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
 READ += [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 GIVEN = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
-LEAST_WIDTH = 64  # channels on either side, below which transforms cost more than the products they save
+# Channels on either side below which transforms cost more than the products they save, by the processor's instructions.
+LEAST_WIDTH = {"AVX2": 64, "AVX512": 128}
+LEAST_TILES = 128  # of a batch, below which the transforms of a weight that changes cost more
 MOST_TILES = 0.1  # for each position of a map: the tiles of small maps lie half outside
 CACHED = 2**14  # numbers of a transformed map that are worked on at once, for each of its 36 products
 
@@ -36,7 +41,7 @@ def use_winograd(network: Network) -> Network:
     Returns:
         The copy; ``network`` itself where no layer is of that kind, or where the copy's outputs would differ.
     """
-    names = [name for name, module in network.named_modules() if _is_wide(module)]
+    names = [name for name, module in network.named_modules() if _is_known(module)]
     if not names:
         return network
     tensors = chain(network.parameters(), network.buffers())
@@ -51,6 +56,25 @@ def use_winograd(network: Network) -> Network:
     return alike(changed, network) or network
 
 
+def learn_by_winograd(network: nn.Module) -> None:
+    """Let a network's wide 3x3 convolutions of stride 1 learn by Winograd's algorithm, forward and backward.
+
+    In evaluation mode, and where no gradient is asked for, they are what they were. Weights and their names stay.
+    """
+    for module in network.modules():
+        if _is_known(module):
+            module.__class__ = WinogradConv2d
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A 3x3 convolution that needs fewer products where it learns."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled() and _gains(maps, LEAST_TILES):
+            return _Convolution.apply(maps, self.weight, self.bias)
+        return super().forward(maps)
+
+
 class Winograd(nn.Module):
     """A 3x3 convolution without gradients: maps (B, C, H, W) -> (B, D, H, W).
 
@@ -61,55 +85,68 @@ class Winograd(nn.Module):
     """
 
     products: Tensor
+    bias: Tensor
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
         self.layer = layer
-        self.register_buffer("products", transformed(layer.weight))
-        bias = torch.zeros_like(layer.weight[:, 0, 0, 0]) if layer.bias is None else layer.bias
-        self.register_buffer("bias", bias.detach())
+        products = transformed(layer.weight.detach().double()).to(layer.weight.dtype)
+        self.register_buffer("products", products.mT.contiguous())
+        self.register_buffer("bias", _bias(layer.weight, layer.bias).detach())
 
     def forward(self, maps: Tensor) -> Tensor:
-        height, width = maps.shape[-2:]
-        if torch.is_grad_enabled() or _tiles(height) * _tiles(width) > MOST_TILES * height * width:
+        if torch.is_grad_enabled() or not _gains(maps):
             return self.layer(maps)
         return winograd(maps, self.products, self.bias)
 
 
-def transformed(weight: Tensor) -> Tensor:
-    """Transform the weight (D, C, 3, 3) of a convolution: (36, C, D)."""
-    kernel = torch.tensor(KERNEL, dtype=torch.float64)
-    found = torch.einsum("ia,dcab,jb->ijcd", kernel, weight.detach().double(), kernel)
-    return found.flatten(0, 1).to(weight.dtype).contiguous()
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return winograd(maps, transformed(weight).mT, _bias(weight, bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        maps, weight, _ = inputs
+        ctx.save_for_backward(maps, weight)
+
+    @staticmethod
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
+        maps, weight = ctx.saved_tensors
+        to_maps, to_weight, to_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for gradients of gradients
+            given, sides = [weight.shape[0]] if to_bias else None, [1, 1]
+            return torch.ops.aten.convolution_backward(
+                slopes, maps, weight, given, sides, sides, sides, False, [0, 0], 1, list(ctx.needs_input_grad)
+            )
+        return (
+            winograd(slopes, transformed(weight, TURNED), slopes.new_zeros(maps.shape[1])) if to_maps else None,
+            torch.empty_like(weight).copy_(winograd_weight(maps, slopes)) if to_weight else None,
+            slopes.sum((0, 2, 3)) if to_bias else None,
+        )
+
+
+def transformed(weight: Tensor, kernel: Sequence[Sequence[float]] = KERNEL) -> Tensor:
+    """Transform the weight (D, C, 3, 3) of a convolution: (36, D, C)."""
+    return (_both(kernel, weight) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(-1, *weight.shape[:2])
 
 
 @torch.library.custom_op("kdzoo::winograd", mutates_args=())
 def winograd(maps: Tensor, products: Tensor, bias: Tensor) -> Tensor:
     """Convolve maps (B, C, H, W), padded by 1, with a transformed weight (36, C, D), and add a bias (D).
 
-    Some images at a time, so that what is between the products lies in the processor's caches.
-
     Returns:
         (B, D, H, W), channels-last.
     """
-    (images, channels, height, width), wide = maps.shape, products.shape[2]
+    (images, _, height, width), wide = maps.shape, products.shape[2]
     rows, columns = _tiles(height), _tiles(width)
-    read, given = (torch.tensor(side, dtype=maps.dtype) for side in (READ, GIVEN))
-    read, given = torch.kron(read, read), torch.kron(given, given)  # both sides of a tile at once
+    read, given = _both(READ, maps), _both(GIVEN, maps)
     found = maps.new_empty(images, TILE * rows, TILE * columns, wide)
     tiles = found.view(images, rows, TILE, columns, TILE, wide)
-    below, right = (TILE * count + 1 - side for count, side in ((rows, height), (columns, width)))
-    at_once = max(1, max(CACHED // channels, WINDOW**2) // (rows * columns))
-    for start in range(0, images, at_once):
-        some = F.pad(maps[start : start + at_once].permute(0, 2, 3, 1), (0, 0, 1, right, 1, below))
-        image, row, column, channel = some.stride()
-        windows = some.as_strided(
-            (WINDOW, WINDOW, len(some), rows, columns, channels),
-            (row, column, image, TILE * row, TILE * column, channel),
-        )
-        inner = (read @ windows.reshape(WINDOW**2, -1)).view(WINDOW**2, -1, channels) @ products
-        outer = (given @ inner.flatten(1)).view(TILE, TILE, len(some), rows, columns, wide)
-        torch.add(outer.permute(2, 3, 0, 4, 1, 5), bias, out=tiles[start : start + at_once])
+    for some in _chunks(maps):
+        inner = _windows(maps[some], read) @ products
+        outer = (given @ inner.flatten(1)).view(TILE, TILE, -1, rows, columns, wide)
+        torch.add(outer.permute(2, 3, 0, 4, 1, 5), bias, out=tiles[some])
     if (TILE * rows, TILE * columns) != (height, width):
         found = found[:, :height, :width].contiguous()
     return found.permute(0, 3, 1, 2)
@@ -121,12 +158,75 @@ def _(maps: Tensor, products: Tensor, bias: Tensor) -> Tensor:
     return maps.new_empty(images, height, width, products.shape[2]).permute(0, 3, 1, 2)
 
 
+@torch.library.custom_op("kdzoo::winograd_weight", mutates_args=())
+def winograd_weight(maps: Tensor, slopes: Tensor) -> Tensor:
+    """Compute the gradient of the weight from maps (B, C, H, W) and the gradient of what they became, (B, D, H, W).
+
+    Returns:
+        (D, C, 3, 3)
+    """
+    (_, channels, height, width), wide = maps.shape, slopes.shape[1]
+    rows, columns = _tiles(height), _tiles(width)
+    read, given = _both(READ, maps), _both(GIVEN, maps).mT
+    products = maps.new_zeros(WINDOW**2, channels, wide)
+    for some in _chunks(maps):
+        padded = F.pad(slopes[some].permute(0, 2, 3, 1), (0, 0, 0, TILE * columns - width, 0, TILE * rows - height))
+        tiles = padded.reshape(-1, rows, TILE, columns, TILE, wide).permute(2, 4, 0, 1, 3, 5)
+        outer = (given @ tiles.reshape(TILE**2, -1)).view(WINDOW**2, -1, wide)
+        products.baddbmm_(_windows(maps[some], read).mT, outer)
+    kernel = _both(KERNEL, maps).mT @ products.flatten(1)
+    return kernel.view(3, 3, channels, wide).permute(3, 2, 0, 1).contiguous()
+
+
+@winograd_weight.register_fake
+def _(maps: Tensor, slopes: Tensor) -> Tensor:
+    return maps.new_empty(slopes.shape[1], maps.shape[1], 3, 3)
+
+
+def _windows(maps: Tensor, read: Tensor) -> Tensor:
+    """Transform what each tile reads of maps (B, C, H, W): (36, tiles, C)."""
+    images, channels, height, width = maps.shape
+    rows, columns = _tiles(height), _tiles(width)
+    padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height))
+    image, row, column, channel = padded.stride()
+    windows = padded.as_strided(
+        (WINDOW, WINDOW, images, rows, columns, channels),
+        (row, column, image, TILE * row, TILE * column, channel),
+    )
+    return (read @ windows.reshape(WINDOW**2, -1)).view(WINDOW**2, -1, channels)
+
+
+def _chunks(maps: Tensor) -> Iterator[slice]:
+    """Cut a batch so that what is between the products lies in the processor's caches."""
+    images, channels, height, width = maps.shape
+    count = max(1, max(CACHED // channels, WINDOW**2) // (_tiles(height) * _tiles(width)))
+    return (slice(start, start + count) for start in range(0, images, count))
+
+
+def _both(side: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """Transform rows and columns of a tile at once."""
+    matrix = torch.tensor(side, dtype=like.dtype)
+    return torch.kron(matrix, matrix)
+
+
+def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+
 def _tiles(side: int) -> int:
     return -(-side // TILE)
 
 
-def _is_wide(module: nn.Module) -> bool:
+def _gains(maps: Tensor, least: int = 1) -> bool:
+    """Tell whether the tiles of maps (B, C, H, W) are at least so many, and not mostly outside."""
+    images, (height, width) = len(maps), maps.shape[-2:]
+    tiles = _tiles(height) * _tiles(width)
+    return maps.ndim == 4 and images * tiles >= least and tiles <= MOST_TILES * height * width
+
+
+def _is_known(module: nn.Module) -> bool:
     """Tell whether a layer is a 3x3 convolution that is known to gain; what derives from it may do more."""
+    least = LEAST_WIDTH.get(torch.backends.cpu.get_cpu_capability(), inf)
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == (3, 3)
@@ -134,6 +234,6 @@ def _is_wide(module: nn.Module) -> bool:
         and module.padding in ((1, 1), "same")
         and module.padding_mode == "zeros"
         and module.groups == 1
-        and min(module.in_channels, module.out_channels) >= LEAST_WIDTH
+        and min(module.in_channels, module.out_channels) >= least
         and not (module._forward_pre_hooks or module._forward_hooks)
     )

@@ -1,4 +1,6 @@
-"""Wide 3x3 convolutions of a frozen network with fewer products give the same, but for rounding."""
+"""Wide 3x3 convolutions with fewer products give the same, forward and backward, but for rounding."""
+
+import copy
 
 import pytest
 import torch
@@ -6,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import DataSpec
-from kdzoo.models import create, frozen, use_winograd, winograd, wrap
-from kdzoo.models.winograd import Winograd, transformed
+from kdzoo.models import create, frozen, learn_by_winograd, use_winograd, winograd, wrap
+from kdzoo.models.winograd import Winograd, WinogradConv2d, transformed
 from kdzoo.outputs import EVERYTHING, LOGITS
 from kdzoo.precision import PRECISIONS
 
@@ -18,8 +20,9 @@ SLOW = ("resnet32x4", "vgg13_cifar", "wrn_40_2")
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 def winograds(network):
@@ -47,7 +50,7 @@ def test_the_identity_is_exact_in_rational_numbers():
     weight = torch.randint(-3, 4, (64, 64, 3, 3)).double()
     maps = torch.randint(-3, 4, (2, 64, 9, 8)).double()
     bias = torch.randint(-3, 4, (64,)).double()
-    found = winograd.winograd(maps, transformed(weight), bias)
+    found = winograd.winograd(maps, transformed(weight).mT, bias)
     assert torch.allclose(found, F.conv2d(maps, weight, bias, padding=1), rtol=0, atol=1e-9)
 
 
@@ -130,10 +133,104 @@ def test_a_network_whose_outputs_would_differ_stays_as_it_is(monkeypatch):
     assert use_winograd(network) is network
 
 
+@pytest.mark.parametrize(("instructions", "taken"), [("AVX2", 9), ("AVX512", 7), ("DEFAULT", 0)])
+def test_the_processor_decides_how_wide_a_convolution_must_be(monkeypatch, instructions, taken):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    network = create("vgg13_cifar", DATA).eval().requires_grad_(False)
+    assert len(winograds(use_winograd(network))) == taken
+
+
+def learning(layer):
+    network = nn.Sequential(layer)
+    learn_by_winograd(network)
+    return network.train()
+
+
+def gradients(module, maps, slopes):
+    maps = maps.detach().requires_grad_()
+    found = module(maps)
+    return [found, *torch.autograd.grad(found, [maps, *module.parameters()], slopes)]
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "wide", "grid"),
+    [(32, 64, 64, (8, 8)), (35, 64, 96, (7, 7)), (43, 65, 64, (4, 12)), (2, 128, 64, (33, 30)), (300, 64, 64, (4, 4))],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_learns_with_the_gradients_of_float64(images, channels, wide, grid, bias):
+    layer = nn.Conv2d(channels, wide, 3, padding=1, bias=bias).to(memory_format=torch.channels_last)
+    maps, slopes = torch.randn(images, channels, *grid), torch.randn(images, wide, *grid)
+    wanted = gradients(copy.deepcopy(layer).double(), maps.double(), slopes.double())
+    plain = gradients(layer, maps, slopes)
+    found = gradients(learning(layer), maps, slopes)
+    assert not torch.equal(found[0], plain[0])
+    assert found[2].stride() == layer.weight.stride()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one.double(), other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+def test_a_network_learns_by_it_and_is_measured_and_kept_as_it_was():
+    network = create("resnet8x4", DATA).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(network)
+    learn_by_winograd(other)
+    learns = [name for name, module in other.named_modules() if isinstance(module, WinogradConv2d)]
+    assert len(learns) == WIDE["resnet8x4"]
+    assert list(other.state_dict()) == list(network.state_dict())
+    images = torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    exact = copy.deepcopy(network).double()
+    labels, slopes = torch.arange(32) % 7, []
+    for each, shown in ((exact, images.double()), (network, images), (other, images)):
+        loss = F.cross_entropy(each.train()(shown, LOGITS).logits, labels)
+        slopes.append(torch.cat([one.double().flatten() for one in torch.autograd.grad(loss, list(each.parameters()))]))
+    plain, found = ((each - slopes[0]).norm() for each in slopes[1:])
+    assert 0 < found < 5 * plain  # most of either is rounding that turns a ReLU on or off
+    other.load_state_dict(network.state_dict())
+    with torch.no_grad():  # of the same weights and statistics
+        assert torch.equal(*(each.train()(images, LOGITS).logits for each in (network, other)))
+        assert torch.equal(*(each.eval()(images, LOGITS).logits for each in (network, other)))
+    assert torch.equal(*(each.eval()(images, LOGITS).logits for each in (network, other)))
+
+
+def test_frozen_weights_get_no_gradient_and_gradients_of_gradients_are_right():
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    fast = learning(copy.deepcopy(layer))
+    maps = torch.randn(32, 64, 8, 8, requires_grad=True)
+    found = []
+    for module in (layer, fast):
+        [slope] = torch.autograd.grad(module(maps).pow(3).sum(), maps, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), [maps, *module.parameters()]))
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, rtol=0, atol=1e-4 * one.abs().max().item())
+    fast.requires_grad_(False)
+    [slope] = torch.autograd.grad(fast(maps).sum(), maps)
+    assert torch.allclose(slope, torch.autograd.grad(layer(maps).sum(), maps)[0], rtol=0, atol=1e-4)
+    fast.requires_grad_(True)
+    fast(maps.detach()).sum().backward()
+    assert fast[0].weight.grad is not None
+
+
+def test_few_tiles_learn_by_the_layer_itself():
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    fast = learning(copy.deepcopy(layer))
+    for images, side, same in ((31, 8, True), (32, 8, False), (400, 3, True), (127, 4, True), (128, 4, False)):
+        maps = torch.randn(images, 64, side, side)
+        assert torch.equal(fast(maps), layer(maps)) == same
+
+
+def test_it_compiles_where_it_learns():
+    torch.compiler.reset()
+    fast, maps = learning(nn.Conv2d(64, 64, 3, padding=1)), torch.randn(32, 64, 8, 8)
+    slopes = torch.randn(32, 64, 8, 8)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for one, two in zip(gradients(compiled, maps, slopes), gradients(fast, maps, slopes), strict=True):
+        assert torch.allclose(one, two, rtol=0, atol=1e-6 * two.abs().max().item())
+
+
 def test_it_is_one_operation_for_torchs_compiler():
     layer = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
     fast, maps = Winograd(layer), torch.randn(2, 64, 7, 8)
     torch.library.opcheck(winograd.winograd, (maps, fast.products, fast.bias))
+    torch.library.opcheck(winograd.winograd_weight, (maps, torch.randn(2, 64, 7, 8)))
     torch.compiler.reset()
     with torch.no_grad():
         compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
