@@ -9,6 +9,7 @@ images are random.
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
 
@@ -62,9 +63,14 @@ def outputs(case: Case, machine: Machine, call: Passes) -> Found:
 
 def variants(case: Case, machine: Machine) -> dict[str, Passes]:
     """What makes the network's passes, by the name of the variant."""
-    if case.learns:
-        return {"plain": case.network, "compiled": Compiled(case.network, case.images, LOGITS, True)}
     precision = PRECISIONS[machine.precision]
+    if case.learns:
+        shared = {id(tensor): tensor for tensor in (*case.network.parameters(), *case.network.buffers())}
+        fast = deepcopy(case.network, shared)
+        if machine.device.type == "cpu" and precision.dtype is None:
+            models.learn_by_winograd(fast)
+        compiled = Compiled(fast, case.images, LOGITS, True)
+        return {"plain": case.network, "fewer products": fast, "compiled": compiled}
     folded, fast = models.fold_norms(case.network) or case.network, models.frozen(case.network, precision)
     if precision.dtype is not None:
         folded = fast

@@ -3,8 +3,8 @@
     python benchmarks/speed.py [--pairs vit_s:resnet18@224 ...] [--methods kd uhkd ...] [--batches 64] [--lanes 1 8]
 
 ``images_per_second`` counts a batch once for each lane. ``over_bare`` is the speed as a share of a bare loop's: the
-same losses and networks, these neither folded nor compiled, on one batch that lies on the device, with a plain
-optimiser and nothing else; both take turns.
+same losses and networks, these not folded, compiled or with fewer products, on one batch that lies on the device, with
+a plain optimiser and nothing else; both take turns.
 ``mfu`` is the share of what the arithmetic allows: matrix products, convolutions and attention, counted, over the rate
 at which the device multiplies large matrices in that precision, measured here; a loss's transforms are not counted. The
 shares of the step are of eager steps that wait for the device between parts, so they tell what is large, not what
@@ -44,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdzoo.engine import graphs
 from kdzoo.errors import UserError
+from kdzoo.models.winograd import WinogradConv2d
 from kdzoo.precision import PRECISIONS, matmul_precision
 
 PAIRS = (
@@ -100,14 +101,19 @@ def bare_step(group: Group) -> Callable[[], None]:
 
 @contextmanager
 def plain_passes(group: Group) -> Iterator[None]:
-    """Makes the passes by the networks themselves: as they were made, neither folded nor compiled."""
+    """Makes the passes by the networks themselves: as they were made, not folded, compiled or with fewer products."""
     students = [lane.distillation for lane in group.lanes]
+    layers: list[Any] = [layer for one in students for layer in one.student.modules() if type(layer) is WinogradConv2d]
     faster, group.teacher.calls = group.teacher.calls, group.teacher.network
     kept = [student.pass_student_through(student.student) for student in students]
+    for layer in layers:
+        layer.__class__ = nn.Conv2d
     try:
         yield
     finally:
         group.teacher.calls = faster
+        for layer in layers:
+            layer.__class__ = WinogradConv2d
         for student, passes in zip(students, kept, strict=True):
             student.pass_student_through(passes)
 
