@@ -221,8 +221,11 @@ def parts_of(group: Group) -> list[Mark]:
 
 
 def file_of(results: Path, what: str, machine: Machine) -> Path:
-    """The table's file, whose name holds what was measured, on which device, in which precision and when."""
-    threads = f"cpu-{torch.get_num_threads()}threads"
+    """The table's file, whose name holds what was measured, on which device, in which precision and when.
+
+    Of a processor, the instructions that torch uses, which environment variables may have cut down.
+    """
+    threads = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}-{torch.get_num_threads()}threads"
     device = slug(torch.cuda.get_device_name(machine.device)) if machine.device.type == "cuda" else threads
     title = f"{what}-{device}-{machine.precision}-torch{torch.__version__}-{date.today()}"
     return results / f"{title.replace('+', '_')}.csv"

@@ -55,7 +55,7 @@ PAIRS = (
     "swin_t:mobilenetv2",
 )
 METHODS = ("kd", "uhkd", "figkd", "lfcc", "ofa", "crd")
-ROUNDS = 5
+ROUNDS = 7
 
 
 class Row(NamedTuple):
