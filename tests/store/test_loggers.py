@@ -55,8 +55,9 @@ def made_store(tmp_path_factory):
 
 
 @pytest.fixture
-def store(made_store, tmp_path):
+def store(made_store, tmp_path, monkeypatch):
     """A copy of it, beside the runs of a test; it holds one run of another experiment."""
+    monkeypatch.chdir(tmp_path)  # for MLflow keeps artifacts in the folder where a store was opened, if it names none
     shutil.copy(made_store.path.parent / "mlflow.db", tmp_path / "mlflow.db")
     client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     client.rename_experiment(client.get_experiment_by_name("kdzoo").experiment_id, "before")
@@ -264,7 +265,6 @@ def test_a_store_of_mlflow_that_cannot_be_reached_is_one_line(tmp_path, monkeypa
 def test_the_users_own_store_of_mlflow_is_written_and_the_one_beside_the_runs_is_not(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "pets")
-    monkeypatch.chdir(tmp_path)
     recorded(tmp_path / "runs", "mlflow", HISTORY)
     assert len(store.search_runs([store.get_experiment_by_name("pets").experiment_id])) == 1
     assert not (tmp_path / "runs" / "mlflow.db").exists()
