@@ -136,26 +136,25 @@ def winograd(maps: Tensor, products: Tensor, bias: Tensor) -> Tensor:
     """Convolve maps (B, C, H, W), padded by 1, with a transformed weight (36, C, D), and add a bias (D).
 
     Returns:
-        (B, D, H, W), channels-last.
+        (B, D, H, W), channels-last, and no view, since what follows may write to it.
     """
     (images, _, height, width), wide = maps.shape, products.shape[2]
     rows, columns = _tiles(height), _tiles(width)
     read, given = _both(READ, maps), _both(GIVEN, maps)
-    found = maps.new_empty(images, TILE * rows, TILE * columns, wide)
-    tiles = found.view(images, rows, TILE, columns, TILE, wide)
+    found = _empty(maps, images, wide, TILE * rows, TILE * columns)
+    tiles = found.permute(0, 2, 3, 1).view(images, rows, TILE, columns, TILE, wide)
     for some in _chunks(maps):
         inner = _windows(maps[some], read) @ products
         outer = (given @ inner.flatten(1)).view(TILE, TILE, -1, rows, columns, wide)
         torch.add(outer.permute(2, 3, 0, 4, 1, 5), bias, out=tiles[some])
-    if (TILE * rows, TILE * columns) != (height, width):
-        found = found[:, :height, :width].contiguous()
-    return found.permute(0, 3, 1, 2)
+    if (TILE * rows, TILE * columns) == (height, width):
+        return found
+    return _empty(maps, images, wide, height, width).copy_(found[..., :height, :width])
 
 
 @winograd.register_fake
 def _(maps: Tensor, products: Tensor, bias: Tensor) -> Tensor:
-    images, _, height, width = maps.shape
-    return maps.new_empty(images, height, width, products.shape[2]).permute(0, 3, 1, 2)
+    return _empty(maps, len(maps), products.shape[2], *maps.shape[2:])
 
 
 @torch.library.custom_op("kdzoo::winograd_weight", mutates_args=())
@@ -201,6 +200,10 @@ def _chunks(maps: Tensor) -> Iterator[slice]:
     images, channels, height, width = maps.shape
     count = max(1, max(CACHED // channels, WINDOW**2) // (_tiles(height) * _tiles(width)))
     return (slice(start, start + count) for start in range(0, images, count))
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _both(side: Sequence[Sequence[float]], like: Tensor) -> Tensor:

@@ -209,6 +209,18 @@ def test_frozen_weights_get_no_gradient_and_gradients_of_gradients_are_right():
     assert fast[0].weight.grad is not None
 
 
+@pytest.mark.parametrize("side", [8, 7])
+def test_what_follows_may_write_to_its_maps(side):
+    layer, maps = nn.Conv2d(64, 64, 3, padding=1), torch.randn(64, 64, side, side)
+    slopes = torch.randn(64, 64, side, side)
+    found = gradients(nn.Sequential(learning(copy.deepcopy(layer)), nn.ReLU(inplace=True)), maps, slopes)
+    for one, other in zip(found, gradients(nn.Sequential(layer, nn.ReLU()), maps, slopes), strict=True):
+        assert torch.linalg.norm(one - other) < 1e-2 * torch.linalg.norm(other)
+    with torch.no_grad():
+        frozen = nn.Sequential(Winograd(layer), nn.ReLU(inplace=True))(maps)
+        assert torch.allclose(frozen, layer(maps).relu(), rtol=0, atol=1e-4)
+
+
 def test_few_tiles_learn_by_the_layer_itself():
     layer = nn.Conv2d(64, 64, 3, padding=1)
     fast = learning(copy.deepcopy(layer))
