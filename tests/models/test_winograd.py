@@ -229,6 +229,7 @@ def test_few_tiles_learn_by_the_layer_itself():
         assert torch.equal(fast(maps), layer(maps)) == same
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch 2.11's compiler does
 def test_it_compiles_where_it_learns():
     torch.compiler.reset()
     fast, maps = learning(nn.Conv2d(64, 64, 3, padding=1)), torch.randn(32, 64, 8, 8)
