@@ -26,15 +26,10 @@ SLOW = {
 MARKED = [pytest.param(check, marks=[SLOW[name]] if name in SLOW else []) for name, check in BY_NAME.items()]
 
 
-SMALLER = {"pat": {"width": 64}}  # at its width of 512 it takes as long to learn as all other methods
-
-
 @pytest.mark.parametrize("check", MARKED, ids=BY_NAME)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_installed_distiller_conforms(name, check):
     distiller = load(name)
-    if name in SMALLER and check.__name__ in SLOW:
-        distiller = partial(distiller, **SMALLER[name])
     reason = getattr(distiller, "expected_failures", {}).get(check.__name__)
     if reason is None:
         check(distiller)

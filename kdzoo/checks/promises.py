@@ -272,7 +272,7 @@ def check_compiles(distiller: type[Distiller]) -> None:
     """The method compiles as one graph, once for all batches, with the same results as without compilation."""
     torch.compiler.reset()
     plain, inner = toys.distillation(distiller), toys.distillation(distiller)
-    compiled = torch.compile(inner, fullgraph=True, backend="eager")  # the graph; its kernels are torch's own matter
+    compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     for step in (1, 2, 3):
         terms = toys.seeded(plain, step)
         toys.total(terms).backward()

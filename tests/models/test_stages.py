@@ -36,7 +36,6 @@ SLOW = (
     "swinv2_cr_tiny_224",
     "cait_xxs24_224",
 )
-SLOWLY = (*CIFAR[6:], *SLOW)
 
 
 def network(name, classes=7):
@@ -66,14 +65,14 @@ def assert_same(found, wanted):
     [
         *CIFAR[:6],
         *TIMM,
-        *(pytest.param(n, marks=pytest.mark.slow(reason="more of the same families")) for n in SLOWLY),
+        *(pytest.param(n, marks=pytest.mark.slow(reason="more of the same families")) for n in (*CIFAR[6:], *SLOW)),
     ],
 )
 @torch.no_grad()
 def test_stages_one_after_the_other_give_the_bits_of_the_plain_pass(name, images):
     net = network(name).eval()
     assert not net.inseparable
-    for narrow in (False, True)[: 1 if name in SLOWLY else 2]:  # bf16 is emulated on most processors
+    for narrow in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             assert_same(view(net).run_from(0, images), net(images, Show()))
     training, same = net.train(), copy.deepcopy(net)
