@@ -118,6 +118,12 @@ class DataSettings:
     val: float = setting(
         0.0, "Share of the training images that is held out and measured on, instead of the test images", fraction
     )
+    select: float = setting(
+        0.0,
+        "Share of the training images, without those of data.val, that is held out to choose methods by, and measured "
+        "on instead",
+        fraction,
+    )
     exif: bool = setting(True, "Turn photographs upright, as their camera noted")
     alpha: str = setting("white", "Colour that transparent pixels are laid on")
     skip_damaged: bool = setting(False, "Leave out image files that cannot be decoded, and count them")
@@ -202,6 +208,13 @@ class EnginePlace:
         0, "Number of runs of a suite that may be trained side by side (0: as many as memory holds)", between, 0, 10**6
     )
     memory: float = setting(1.0, "Share of the device's memory that runs side by side may take", between, 0.001, 1)
+    stop_after: int = setting(
+        0,
+        "Epoch after which the runs of a suite stop, to be continued by the same command (0: train to the end)",
+        between,
+        0,
+        10**6,
+    )
     checkpoint_seconds: float = setting(
         60.0, "Seconds between checkpoints: at most so much work is lost when a run is killed", not_negative
     )
@@ -262,6 +275,17 @@ class Run(NamedTuple):
     def within(self, **changes: dict[str, Any]) -> "Run":
         """Change keys of the sections of the run's place."""
         return self._replace(place=self.place.within(**changes))
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which its training stops here: that of the recipe, or ``engine.stop_after``."""
+        epochs = self.settings.protocol.epochs
+        return min(self.place.engine.stop_after or epochs, epochs)
+
+    @property
+    def is_trained_whole(self) -> bool:
+        """Whether that is the end of its recipe."""
+        return self.last_epoch == self.settings.protocol.epochs
 
     def plain(self) -> dict[str, Any]:
         """Return both in one mapping, by the keys that a user gives."""

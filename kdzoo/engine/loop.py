@@ -27,7 +27,7 @@ def train(
     progress: Progress,
     termination: Termination,
 ) -> None:
-    """Train every lane from its newest common checkpoint to the end of the protocol.
+    """Train every lane from its newest common checkpoint to the end of the protocol, or of ``engine.stop_after``.
 
     All lanes share data, protocol, seed and engine settings. A lane that fails stops alone, with its reason in
     ``lane.failure``; the others continue.
@@ -39,11 +39,12 @@ def train(
     (settings, place), ranks = lanes[0].run, lanes[0].ranks
     check_micro_batches(loader, settings.engine.accumulate)
     per_epoch, shared = loader.steps_per_epoch, Shared(teacher, len(lanes))
+    stop = lanes[0].run.last_epoch * per_epoch
     start = begin(lanes, teacher, loader, shared, progress, termination)
     steps, clock = graphs.steps(lanes[0], teacher, progress.say), Clock()
-    compiling = Compiling(lanes, teacher, loader.total_steps, progress)
+    compiling = Compiling(lanes, teacher, stop, progress)
 
-    for step, batch in enumerate(loader.batches(start), start):
+    for step, batch in enumerate(loader.batches(start, stop), start):
         if compiling.decide(step, step - start, clock.since("start"), batch):
             steps = graphs.steps(lanes[0], teacher, progress.say)  # those of plain networks are of no more use
         batch = steps.begin(batch)
@@ -75,6 +76,8 @@ def train(
 
         if not any(alive(lanes)):
             break
+    if start < stop < loader.total_steps:
+        save(lanes, stop, clock.since("start"))
     for lane in alive(lanes):
         lane.seconds += clock.since("start")
 
@@ -97,7 +100,8 @@ def begin(
                 lane.prepare(loader, teacher)
             shared.was_written_by(lane)
     titles = [lane.title for lane in lanes]
-    progress.begin(describe(lanes), loader.steps_per_epoch, loader.total_steps, start, titles)
+    stop = lanes[0].run.last_epoch * loader.steps_per_epoch
+    progress.begin(describe(lanes), loader.steps_per_epoch, stop, start, titles)
     return start
 
 
@@ -160,7 +164,7 @@ def record_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     settings, place = lane.run
     terms, epoch = lane.meter.read(), (step + 1) // lane.steps_per_epoch
     top1 = top5 = None
-    if epoch % place.output.measure_every == 0 or epoch == settings.protocol.epochs:
+    if epoch % place.output.measure_every == 0 or epoch == lane.run.last_epoch:
         with progress.doing(f"measuring {settings.student.name} ({lane.title}) after epoch {epoch}"):
             top1, top5 = evaluate(lane.deployed(), dataset, settings.engine.precision, settings.protocol.test_crop)
     record = {

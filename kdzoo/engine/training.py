@@ -32,6 +32,8 @@ from kdzoo.store.folder import RunFolder
 from kdzoo.store.loggers import Loggers
 from kdzoo.store.result import Result
 
+Outcome = Result | UserError | None  # of a run: its result, why it failed, or neither where it stopped on the way
+
 
 def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> models.Network:
     """Make a network with the weights it starts from.
@@ -116,14 +118,14 @@ def train_lanes(
     teacher: Teacher | None,
     progress: Progress,
     ranks: Ranks = ALONE,
-) -> list[Result | UserError]:
+) -> list[Outcome]:
     """Train runs that share data, protocol, seed and teacher side by side, each from where its folder stands.
 
     Each of ``ranks`` calls it alike and trains on its share of every batch.
 
     Returns:
-        For each run its result, or why it failed; no lane's failure stops another. Where memory lacks for what they
-        share, none fits.
+        For each run its result, or why it failed, or None where it stopped as ``engine.stop_after`` asks; no lane's
+        failure stops another. Where memory lacks for what they share, none fits.
     """
     try:
         return _train_lanes(runs, dataset, teacher, progress, ranks)
@@ -136,13 +138,13 @@ def train_lanes(
 
 def _train_lanes(
     runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress, ranks: Ranks
-) -> list[Result | UserError]:
+) -> list[Outcome]:
     shared = None if teacher is None else shared_passes(teacher.network, runs[0], progress.say)
     students = [run.settings.student for run in runs]
     weights = " with pretrained weights" if any(student.pretrained for student in students) else ""
     with progress.doing(f"building {', '.join(sorted({student.name for student in students}))}{weights}"):
         built, failed = build_all(runs, dataset, shared)
-    outcomes: dict[int, Result | UserError] = {**failed}
+    outcomes: dict[int, Outcome] = {**failed}
     if built:
         loader = common_loader(runs[0].settings, built.values(), dataset, ranks)
         device, per_epoch, names = dataset.device, loader.steps_per_epoch, titles(runs)
@@ -161,7 +163,8 @@ def _train_lanes(
                     loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
             costs: dict[str, cost.Cost] = {}
             for i, lane in lanes.items():
-                if lane.failure is None:
+                outcomes[i] = None
+                if lane.failure is None and lane.run.is_trained_whole:
                     with progress.doing(f"writing the result of {lane.title}"), lane.failing_alone():
                         outcomes[i] = finish(lane, dataset, teacher, costs)
                 if lane.failure is not None:
@@ -191,4 +194,5 @@ def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Pro
     [outcome] = train_lanes([run], dataset, teacher, progress, ranks)
     if isinstance(outcome, UserError):
         raise outcome
+    assert outcome is not None, "a run of its own is trained to its end"
     return outcome

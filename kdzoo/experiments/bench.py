@@ -32,6 +32,7 @@ class Report:
     """
 
     finished: list[Path] = field(default_factory=list)
+    on_the_way: list[Path] = field(default_factory=list)  # they stand at the epoch of engine.stop_after
     failed: dict[Path, str] = field(default_factory=dict)
     stopped: dict[Path, str] = field(default_factory=dict)  # neither, and no process is at work on them; with a reason
     elsewhere: list[Path] = field(default_factory=list)  # another process is at work on them
@@ -170,6 +171,8 @@ def survey(runs: Sequence[Run], reasons: Sequence[str] = ()) -> Report:
         folder = RunFolder.of(run)
         if folder.read_result() is not None:
             report.finished.append(folder.path)
+        elif not run.is_trained_whole and folder.has_reached(run.last_epoch):
+            report.on_the_way.append(folder.path)
         elif folder.failure.is_file():
             report.failed[folder.path] = read_text(folder.failure).strip()
         elif RunLock(folder.path).is_held():

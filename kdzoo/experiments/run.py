@@ -143,6 +143,8 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
 
     With several devices this starts a process for each, which comes here again; those of torchrun come by themselves.
     """
+    if not run.is_trained_whole:
+        raise UserError("engine.stop_after belongs to kdzoo bench; kdzoo run trains to the end of its recipe")
     run = processes.check(resolve_auto(run))
     check_installed(run.place)
     folder = RunFolder.of(run)

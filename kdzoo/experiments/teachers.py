@@ -115,7 +115,8 @@ def recipe(run: Run, dataset: Dataset) -> Run:
     # A teacher is the same however many devices its students have.
     engine = replace(settings.engine, devices=1)
     output = OutputPlace(root=str(cache_folder() / "teachers"), measure_every=own.settings.protocol.epochs)
-    return Run(replace(own.settings, engine=engine), replace(run.place, output=output))
+    place = replace(run.place, output=output).within(engine={"stop_after": 0})  # it is trained to its end
+    return Run(replace(own.settings, engine=engine), place)
 
 
 def trained(run: Run, dataset: Dataset, progress: Progress) -> RunFolder:

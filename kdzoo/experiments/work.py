@@ -15,7 +15,7 @@ from kdzoo.data import Dataset
 from kdzoo.engine.device import current, use
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import train_lanes
+from kdzoo.engine.training import Outcome, train_lanes
 from kdzoo.errors import OutOfMemory, StorageError, UserError, out_of_memory_told
 from kdzoo.experiments import teachers
 from kdzoo.experiments.estimate import packs
@@ -26,7 +26,6 @@ from kdzoo.settings import Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock, await_signs
-from kdzoo.store.result import Result
 
 
 def grouped(runs: Iterable[Run]) -> list[list[Run]]:
@@ -54,7 +53,7 @@ def work_through(groups: Sequence[Sequence[Run]], progress: Progress, wait: bool
         StorageError: a group's folder cannot be written; the other groups are trained first.
         UserError: the runs cannot be trained as their settings ask.
     """
-    progress.suite([sum(run.settings.protocol.epochs for run in group if not is_done(run)) for group in groups])
+    progress.suite([sum(run.last_epoch for run in group if not is_done(run)) for group in groups])
     broken: dict[int, StorageError] = {}
 
     def turn(wait: bool = False) -> int:
@@ -118,8 +117,9 @@ def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wa
 
 
 def is_done(run: Run) -> bool:
-    """Tell whether nothing is left to do for a run: it is finished, or it failed."""
-    return RunFolder.of(run).is_done()
+    """Tell whether nothing is left to do for a run: it is finished, it failed, or it stands where it is to stop."""
+    folder = RunFolder.of(run)
+    return folder.is_done() or (not run.is_trained_whole and folder.has_reached(run.last_epoch))
 
 
 def title(group: Sequence[Run]) -> str:
@@ -131,7 +131,7 @@ def title(group: Sequence[Run]) -> str:
 def train_together(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> None:
     """Train runs side by side; those that memory did not hold are tried again, half as many at a time."""
     for lanes in by_checkpoint(runs):
-        progress.count_next(sum(run.settings.protocol.epochs for run in lanes))
+        progress.count_next(sum(run.last_epoch for run in lanes))
         gc.collect()  # lanes before these may be parts of cycles, which Python frees by their number and not their size
         outcomes = dict(enumerate(train_lanes(lanes, dataset, teacher, progress)))
         full = [i for i, outcome in outcomes.items() if isinstance(outcome, OutOfMemory) and len(lanes) > 1]
@@ -144,7 +144,7 @@ def train_together(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | Non
                 train_together([lanes[i] for i in full[start : start + fewer]], dataset, teacher, progress)
 
 
-def record(run: Run, outcome: Result | UserError, progress: Progress) -> None:
+def record(run: Run, outcome: Outcome, progress: Progress) -> None:
     """Write a failure down; results are written already."""
     if isinstance(outcome, UserError):
         write_text(RunFolder.of(run).failure, str(outcome) + "\n")

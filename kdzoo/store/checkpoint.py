@@ -56,6 +56,11 @@ def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
     return found, damaged
 
 
+def steps(folder: Path) -> list[int]:
+    """List the steps of the checkpoints in ``folder``, newest first, without looking into them."""
+    return [int(file.name[5:14]) for file in _files(folder)]
+
+
 def load(file: Path) -> dict[str, Any]:
     """Read the state that ``save`` was given, on the CPU.
 

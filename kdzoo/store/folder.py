@@ -26,6 +26,7 @@ from kdzoo.files import (
 from kdzoo.keywords import flat, read_yaml
 from kdzoo.resolve import stored
 from kdzoo.settings import Place, Run, Settings, apart
+from kdzoo.store import checkpoint
 from kdzoo.store.environment import environment
 from kdzoo.store.result import Result
 from kdzoo.store.trust import PARTS, check_code
@@ -193,6 +194,13 @@ class RunFolder:
     def is_done(self, retry: bool = False) -> bool:
         """Tell whether a bench leaves the run as it is: it is finished, or it failed and is not to be retried."""
         return self.result.is_file() or (self.failure.is_file() and not retry)
+
+    def has_reached(self, epoch: int) -> bool:
+        """Tell whether an unfinished run was trained for so many epochs, and can be continued from there."""
+        history = self.read_history()
+        return (
+            len(history) >= epoch and max(checkpoint.steps(self.checkpoints), default=0) >= history[epoch - 1]["step"]
+        )
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history, one line an epoch."""
