@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -36,7 +37,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
     Raises:
         UserError: an unknown key, name or protocol (with the nearest), a value of the wrong type.
     """
-    given = _merged(values, overrides)
+    given = merged(values, overrides)
     keywords = given.pop("distiller", {}) or {}
     if not isinstance(keywords, dict) or not keywords.get("name"):
         raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
@@ -77,21 +78,24 @@ def resolve_data(name: str, overrides: Sequence[str] = ()) -> Run:
     Raises:
         UserError: as by ``resolve``.
     """
-    run = _with_data(_merged({"data": {"name": name}}, overrides))
+    run = _with_data(merged({"data": {"name": name}}, overrides))
     fingerprint = fingerprint_of(run.settings.data, run.place.data.root)
     return run._replace(settings=replace(run.settings, data=replace(run.settings.data, fingerprint=fingerprint)))
 
 
-def _merged(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Join nested values and ``key=value`` strings, the latter winning."""
+def merged(
+    values: Mapping[str, Any], overrides: Sequence[str], others: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Join nested values, ``others`` of the same kind, and ``key=value`` strings, the latter winning."""
     for override in overrides:
         if "=" not in override:
             raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
     refuse_markers(values, "")
+    refuse_markers(others, "")
     with explained():
         added = OmegaConf.from_dotlist(list(overrides))
         refuse_markers(OmegaConf.to_container(added), "")
-        merged = OmegaConf.merge(OmegaConf.create(dict(values)), added)
+        merged = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.create(dict(others)), added)
         return OmegaConf.to_container(merged)  # type: ignore[return-value]  # a mapping gives a mapping
 
 
@@ -121,7 +125,9 @@ def fingerprint_of(data: DataSettings, root: str) -> str:
     from kdzoo.data import fingerprint
 
     try:
-        return fingerprint(data.name, root, options=data.options, classes=data.classes, val=data.val)
+        return fingerprint(
+            data.name, root, options=data.options, classes=data.classes, val=data.val, select=data.select
+        )
     except UserError:
         return ""
 

@@ -37,6 +37,7 @@ def open_dataset(
     options: Mapping[str, Any] | None = None,
     classes: str | None = None,
     val: float = 0.0,
+    select: float = 0.0,
     exif: bool = True,
     alpha: str = "white",
     skip_damaged: bool = False,
@@ -61,6 +62,8 @@ def open_dataset(
             None: the set's own. It decides which output of a network means which class.
         val: the share of the training images that is held out, of each class alike, to measure on instead of the test
             images; 0: none.
+        select: the share of those that are left that is held out in the same way, to choose methods by, and measured on
+            instead; 0: none.
         exif: whether images of files are turned and mirrored as their camera noted.
         alpha: the colour that transparent pixels of image files are laid on, such as ``white`` or ``#808080``.
         skip_damaged: whether to leave out image files that cannot be decoded, instead of stopping at the first.
@@ -73,7 +76,9 @@ def open_dataset(
     folder = cache or cache_folder() / "data"
     choose = partial(without_damaged, folder=folder, workers=workers, report=report) if skip_damaged else None
     reading = Reading(exif, alpha)
-    source = open_source(name, Path(root), options, classes=classes, val=val, reading=reading, choose=choose)
+    source = open_source(
+        name, Path(root), options, classes=classes, val=val, select=select, reading=reading, choose=choose
+    )
     source = source.limited(limit)
     ready = prepare(source, image_size, device, folder, report, stream)
     spec = DataSpec(

@@ -43,6 +43,12 @@ class Dataset:
         """The number of test images."""
         return len(self._test)
 
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """The classes of which there is no test image."""
+        tested = set(self._test.labels.tolist())
+        return tuple(name for label, name in enumerate(self.spec.class_names) if label not in tested)
+
     def loader(
         self, protocol: Protocol, *, seed: int, views: tuple[str, ...] = (), rank: int = 0, world: int = 1
     ) -> Loader:

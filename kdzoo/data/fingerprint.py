@@ -33,6 +33,7 @@ def fingerprint(
     options: Mapping[str, Any] | None = None,
     classes: str | None = None,
     val: float = 0.0,
+    select: float = 0.0,
     cache: Path | None = None,
 ) -> str:
     """Hash the class names, labels and images of a data set; empty where its name and options say everything.
@@ -45,6 +46,7 @@ def fingerprint(
         options: keywords of the set's constructor.
         classes: the order of the classes, as ``open_dataset`` is given it.
         val: the share of training images that is held out, as ``open_dataset`` is given it.
+        select: the share of those left that is held out, in the same way.
         cache: folder that holds what is known of the files; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
 
     Raises:
@@ -55,7 +57,7 @@ def fingerprint(
         told = images.fingerprint(Path(root))
     if told is not None:
         return told
-    source = open_source(name, Path(root), options, classes=classes, val=val)
+    source = open_source(name, Path(root), options, classes=classes, val=val, select=select)
     return fingerprint_of(source, cache or cache_folder() / "data")
 
 

@@ -37,25 +37,28 @@ class Source:
         """(K,) the superclass of each class; empty where none are defined."""
         return superclasses_of(self.class_names)
 
-    def holding_out(self, val: float) -> "Source":
-        """Take this share of the training images, of each class alike, as the test images; 0 keeps the set's own."""
-        if not val:
+    def holding_out(self, share: float, key: str) -> "Source":
+        """Take a share of the training images, of each class alike, as the test images; 0 keeps the set's own.
+
+        Errors name the setting ``key``, which asks for it.
+        """
+        if not share:
             if not len(self.test):
                 raise UserError(
                     f"data '{self.name}' has images for training alone, neither 'val' nor 'test'; set data.val=0.1 to "
                     "hold out a tenth of them"
                 )
             return self
-        held = stratified(self.train.labels, max(1, round(len(self.train) * val)))
+        held = stratified(self.train.labels, max(1, round(len(self.train) * share)))
         kept = np.delete(np.arange(len(self.train)), held)
         if not len(kept):
-            raise UserError(f"data.val={val:g} of {len(self.train)} images leaves none to train on")
+            raise UserError(f"{key}={share:g} of {len(self.train)} images leaves none to train on")
         test = self.train.take(held)
         absent = [name for label, name in enumerate(self.class_names) if label not in test.labels]
         if absent:
             some = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
             warn_once(
-                f"data '{self.name}': data.val={val:g} holds out images of {len(self.class_names) - len(absent)} of "
+                f"data '{self.name}': {key}={share:g} holds out images of {len(self.class_names) - len(absent)} of "
                 f"{len(self.class_names)} classes, none of {some}; a larger share has some of each"
             )
         if isinstance(test, Files):
@@ -127,6 +130,7 @@ def open_source(
     *,
     classes: str | None = None,
     val: float = 0.0,
+    select: float = 0.0,
     reading: Reading = USUAL,
     choose: Callable[["Source"], "Source"] | None = None,
 ) -> Source:
@@ -138,6 +142,7 @@ def open_source(
         options: keywords of its constructor.
         classes: the order of the classes.
         val: the share of training images that is held out.
+        select: the share of those left that is held out instead.
         reading: how image files are read.
         choose: selects images before any are held out.
 
@@ -154,10 +159,11 @@ def open_source(
     class_names, train, test = checked(name, found, loaded, root, reading)
     key = ""
     if isinstance(train, Files):  # another set, or other options, may list other files of the same folder
-        what = f"{type(found).__module__} {settings} {classes} {val} {reading} {choose is None} {train.root}"
+        what = f"{type(found).__module__} {settings} {classes} {val} {select} {reading} {choose is None} {train.root}"
         key = f"{train.root.name[:40]}-{blake2b(os.fsencode(what), digest_size=6).hexdigest()}"
     source = Source(name, class_names, train, test, key)
-    return (source if choose is None else choose(source)).holding_out(val).ordered(classes)
+    source = source if choose is None else choose(source)
+    return source.holding_out(val, "data.val").holding_out(select, "data.select").ordered(classes)
 
 
 def _find(name: str) -> tuple[type[ImageSet], tuple[str, ...]]:

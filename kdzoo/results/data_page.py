@@ -19,7 +19,13 @@ def inspected(run: Run, report: Callable[[str], object] | None = None) -> Inspec
     reading = Reading(wanted.exif, wanted.alpha)
     root = Path(run.place.data.root)
     source = open_source(
-        wanted.name, root, wanted.options, classes=wanted.classes, val=wanted.val, reading=reading
+        wanted.name,
+        root,
+        wanted.options,
+        classes=wanted.classes,
+        val=wanted.val,
+        select=wanted.select,
+        reading=reading,
     ).limited(wanted.limit)
     return inspect(source, wanted.fingerprint, run.place.data.workers, report)
 
