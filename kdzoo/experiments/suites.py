@@ -4,25 +4,25 @@ A suite is a mapping::
 
     data: digits                  # or {name: cifar100, limit: 2000}, or a list of such
     protocol: quick               # or {name: crd, epochs: 30}
-    pairs:                        # teacher, student; a pair may have its own recipe
+    pairs:                        # teacher, student; a pair may have its own recipe and its own methods
       - [vit_s, resnet18]
-      - {teacher: swin_t, student: deit_t, protocol: ofa-vit}
+      - {teacher: swin_t, student: deit_t, protocol: ofa-vit, distillers: [none, kd]}
     distillers:                   # names, or names with keywords; or all, for every method that is installed
       - kd
       - {name: uhkd, spectrum: spatial}
     seeds: [0, 1, 2]
     teacher: {epochs: 30}         # settings of the teachers' own training, if any
+    name: mine                    # by default that of the file
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import path_of, read_text, shipped_folder
+from kdzoo.files import path_of, read_text, shipped_folder, slug
 from kdzoo.keywords import read_yaml
 from kdzoo.resolve import resolve
 from kdzoo.settings import Run
@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "distillers": None,
     "seeds": [0],
     "teacher": {},
+    "name": "",
 }
 KEYS = tuple(DEFAULTS)
 MOST_RUNS = 10_000  # of one suite
@@ -101,16 +102,32 @@ def load(
     for seed in content["seeds"]:
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise UserError(f"suite {name}: seed {seed}: expected a whole number from 0")
+    if content["name"]:
+        title = str(content["name"])
+        if slug(title) != title:
+            raise UserError(f"suite {name}: name={title}: expected letters, digits, dots, underscores and hyphens")
     content |= {"data": _list(content["data"]), "seeds": range(seeds) if seeds else content["seeds"]}
-    size = prod(len(content[key]) for key in ("data", *LISTS))
+    pairs = [_pair(title, pair, content) for pair in content["pairs"]]
+    size = len(content["data"]) * sum(len(pair.distillers) for pair in pairs) * len(content["seeds"])
     if size > MOST_RUNS:
         raise UserError(f"suite {name} has {size:,} runs; expected at most {MOST_RUNS:,}: lower --seeds, or part it")
-    runs = _runs(title, content, overrides, report)
+    runs = _runs(title, content, pairs, overrides, report)
     return Suite(title, tuple(runs), name, seeds, tuple(overrides))
 
 
+class _Pair(NamedTuple):
+    teacher: str | None
+    student: str
+    protocol: Any
+    distillers: Sequence[Any]
+
+
 def _runs(
-    title: str, content: Mapping[str, Any], overrides: Sequence[str], report: Callable[[str], object]
+    title: str,
+    content: Mapping[str, Any],
+    pairs: Sequence[_Pair],
+    overrides: Sequence[str],
+    report: Callable[[str], object],
 ) -> list[Run]:
     from kdzoo import models  # which imports torch and timm
 
@@ -122,15 +139,14 @@ def _runs(
     seen: set[str] = set()
     for data in content["data"]:
         fingerprint = None  # computed once for all runs on these data
-        for pair in content["pairs"]:
-            teacher, student, protocol = _pair(title, pair, content["protocol"])
+        for teacher, student, protocol, distillers in pairs:
             for network in (teacher, student):
                 if network is not None:
                     models.check_name(network)
             report(f"reading suite {title}: {teacher} -> {student}")
             first = content["seeds"][0]
             resolved = []
-            for distiller in content["distillers"]:
+            for distiller in distillers:
                 run = resolve(
                     {
                         "data": _named(title, "data", data),
@@ -146,7 +162,7 @@ def _runs(
                 fingerprint = run.settings.data.fingerprint
                 resolved.append(run)
             for seed in content["seeds"]:
-                for distiller, run in zip(content["distillers"], resolved, strict=True):
+                for distiller, run in zip(distillers, resolved, strict=True):
                     if run.settings.seed == first:  # else an override gives every run one seed
                         run = run._replace(settings=replace(run.settings, seed=seed))
                     if run.settings.identity() in seen:
@@ -159,15 +175,15 @@ def _runs(
     return runs
 
 
-def _pair(title: str, pair: Any, protocol: Any) -> tuple[str | None, str, Any]:
-    if isinstance(pair, Mapping) and {"teacher", "student"} <= pair.keys() <= {"teacher", "student", "protocol"}:
-        found = pair["teacher"], pair["student"], pair.get("protocol", protocol)
-    elif isinstance(pair, list) and len(pair) == 2:
-        found = pair[0], pair[1], protocol
-    else:
-        found = None, None, protocol
-    if not isinstance(found[1], str) or not isinstance(found[0], str | None):
+def _pair(title: str, pair: Any, content: Mapping[str, Any]) -> _Pair:
+    own = {key: content[key] for key in ("protocol", "distillers")}
+    named = dict(zip(("teacher", "student"), pair, strict=False)) if isinstance(pair, list) and len(pair) == 2 else pair
+    is_pair = isinstance(named, Mapping) and {"teacher", "student"} <= named.keys() <= {"teacher", "student", *own}
+    found = _Pair(**{**own, **named}) if is_pair else _Pair(None, "", None, ())
+    if not found.student or not isinstance(found.student, str) or not isinstance(found.teacher, str | None):
         raise UserError(f"suite {title}: {pair} is no pair; expected [teacher, student]")
+    if not isinstance(found.distillers, list) or not found.distillers:
+        raise UserError(f"suite {title}: {pair} has no list of distillers; expected one, such as [none, kd]")
     return found
 
 
