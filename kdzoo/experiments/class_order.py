@@ -32,7 +32,7 @@ def check_order(teacher: str, class_names: Sequence[str], confusion: NDArray[np.
         return
     first = int(np.flatnonzero(rows != columns)[0])
     # Its output ``columns[k]`` answers for class k, so its own k-th class is the one whose images it answers k for.
-    theirs = [class_names[k] for k in np.argsort(columns)]
+    theirs = [class_names[k] for k in np.argsort(columns).tolist()]
     known = next((order for order in ORDERS if list(in_order(class_names, order)) == theirs), None)
     if known:
         todo = f"its order is the {known} one: set data.classes={known}"
