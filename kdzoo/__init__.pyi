@@ -23,6 +23,8 @@ from .image_set import ImageSet as ImageSet
 from .outputs import NetworkView as NetworkView
 from .outputs import Output as Output
 from .outputs import Show as Show
+from .results.recommendation import Recommendation as Recommendation
+from .results.recommendation import recommend as recommend
 from .results.table import table as table
 from .store.result import Result as Result
 

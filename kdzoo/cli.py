@@ -6,6 +6,7 @@ import click
 
 from kdzoo import __version__
 from kdzoo.commands.answers import check, inspect_data, list_names, show
+from kdzoo.commands.recommend import recommend
 from kdzoo.commands.report import plot, report
 from kdzoo.commands.runs import evaluate, spectrum, table
 from kdzoo.commands.students import export, predict
@@ -25,7 +26,10 @@ def cli() -> None:
     """
 
 
-COMMANDS = (run, bench, evaluate, predict, export, table, report, plot, spectrum, inspect_data, list_names, show, check)
+COMMANDS = (
+    *(run, bench, recommend, evaluate, predict, export, table, report),
+    *(plot, spectrum, inspect_data, list_names, show, check),
+)
 for command in COMMANDS:
     cli.add_command(command)
 

@@ -17,17 +17,21 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 
 
 @click.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML file with settings by section, such as the recommended.yaml of 'kdzoo recommend'; what follows on the "
+    "command line goes before it (default: none).",
+)
 @flag(
     "--distiller",
     "distiller.name",
-    required=True,
     help="Distillation method: a name of 'kdzoo list distillers', or the path of a Python file that holds one; none "
     "trains the student on labels alone.",
 )
 @flag(
     "--student",
     "student.name",
-    required=True,
     help="Network to train: a name of 'kdzoo list models', any name of timm, torchvision:NAME, or your own "
     "package.module:factory.",
 )
@@ -96,7 +100,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 )
 @DEBUG
 @OVERRIDES
-def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
+def run(config: Path | None, resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     """Distil one student from one teacher.
 
     The run's folder then holds the student and its accuracy on the test images, after the last epoch and the best.
@@ -123,15 +127,55 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
     with Progress() as progress, progress.doing("loading torch") as rename:
         from kdzoo.engine.ranks import is_first
         from kdzoo.experiments.run import execute
-        from kdzoo.resolve import resolve
+        from kdzoo.resolve import merged, resolve
         from kdzoo.results.last_screen import next_steps, result_table
 
         rename("reading settings and data")
-        made = resolve(values, overrides)
+        made = resolve(values if config is None else merged(read_settings(config), (), values), overrides)
     result = execute(made, fresh=not resume)
     if is_first():
         show_rich(result_table(result))
         click.echo(next_steps(result))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read settings by section from a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    from kdzoo.errors import UserError
+    from kdzoo.files import read_text
+    from kdzoo.keywords import read_yaml
+
+    if not file.is_file():
+        raise UserError(f"no file {file}; expected a YAML file with settings, such as recommended.yaml")
+    return read_yaml(read_text(file), str(file))
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say where a bench trains."""
+    for option in (
+        click.option(
+            "--gpus-per-group",
+            type=click.FloatRange(min=0),
+            help="GPUs for each group on Ray, such as 0.5 (default: 1 where the cluster has GPUs, else 0).",
+        ),
+        click.option(
+            "--jobs",
+            type=click.IntRange(min=1),
+            help="Number of groups trained at the same time, one process each (default: one for each GPU).",
+        ),
+        click.option(
+            "--on",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            help="Train on this machine, or on a Ray cluster: the one at RAY_ADDRESS, else this machine's, else a new "
+            "one.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
@@ -144,22 +188,7 @@ def run(resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
 @click.option(
     "--dry-run", is_flag=True, help="List the groups of runs and estimate their time and memory, without training."
 )
-@click.option(
-    "--on",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    help="Train on this machine, or on a Ray cluster: the one at RAY_ADDRESS, else this machine's, else a new one.",
-)
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    help="Number of groups trained at the same time, one process each (default: one for each GPU).",
-)
-@click.option(
-    "--gpus-per-group",
-    type=click.FloatRange(min=0),
-    help="GPUs for each group on Ray, such as 0.5 (default: 1 where the cluster has GPUs, else 0).",
-)
+@spread
 @click.option("--worker", is_flag=True, hidden=True, help="Be one of several: end with the process that started this.")
 @DEBUG
 @OVERRIDES
@@ -221,6 +250,12 @@ def bench(
         owners = engine.by_reason({path: RunLock(path).who() for path in report.elsewhere})
         click.echo(
             f"not finished: {len(report.elsewhere)} runs that other processes are at work on ({owners})", err=True
+        )
+    if report.on_the_way:
+        click.echo(
+            f"stopped as engine.stop_after asks: {len(report.on_the_way)} runs; without it the same command continues "
+            "them",
+            err=True,
         )
     report.check()
     if report.elsewhere:

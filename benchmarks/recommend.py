@@ -1,0 +1,240 @@
+"""Measures whether ``kdzoo recommend`` finds what training everything would, and what that costs.
+
+    python benchmarks/recommend.py train digits --out runs/measured [--repeats 10] [--part grid repeats schedules]
+    python benchmarks/recommend.py tables digits --out runs/measured
+
+``grid`` trains every candidate at full length on all training images with five seeds: what is true, as far as five
+seeds tell. ``repeats`` asks the question so many times, with other seeds each time. ``schedules`` trains every
+candidate to its end on the search's part of the images, by several schedules of the learning rate and with and without
+an average of the weights, to see from which epoch on, and by which, ranks tell those of the grid. All of it can be
+stopped and started again. The tables: a row for each repeat (its choice, how far the grid sees it from the best, its
+cost), a row for each claim of a difference, and a row for each schedule and epoch with its rank correlation.
+
+Settings: digits (resnet14 -> resnet8), and of CIFAR-100 as a folder of pictures (--data) cifar (resnet20 -> resnet8)
+and transformer (resnet8x4 -> vit_pico).
+"""
+
+import json
+import resource
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+from measuring import arguments_of, file_of, publish, this_machine
+from scipy import stats
+
+from kdzoo.engine import lane as lanes
+from kdzoo.engine.optim import learning_rate
+from kdzoo.experiments import halving
+from kdzoo.experiments.recommend import REFERENCES, Question, Trainer, search
+from kdzoo.experiments.workers import Local
+from kdzoo.recipe import Protocol
+from kdzoo.results import statistics
+from kdzoo.results.recommendation import Recommendation
+from kdzoo.store.folder import RunFolder
+from kdzoo.store.search import Search
+
+METHODS = ("at", "dist", "dkd", "figkd", "fitnet", "lfcc", "nkd", "pkt", "rkd", "sp", "spectralkd", "ttm", "uhkd")
+GRID_SEEDS = tuple(range(1000, 1005))
+SCHEDULE_SEEDS = (2000, 2001)
+SCHEDULES = {
+    "recipe": (),
+    "recipe, no average": ("protocol.ema=0",),
+    "recipe, averaged": ("protocol.ema=0.97",),
+    "constant": ("protocol.schedule=constant", "protocol.ema=0"),
+    "constant, averaged": ("protocol.schedule=constant", "protocol.ema=0.97"),
+    "constant with short decays": ("protocol.schedule=constant", "protocol.ema=0"),
+}
+DECAY = 0.3  # of the epochs between two rungs, in which the rate of short decays falls to nothing
+WITHIN = 0.5  # points of top-1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair with its data and recipe."""
+
+    teacher: str
+    student: str
+    protocol: Mapping[str, Any]
+    settings: int = 2
+
+    def question(self, data: str, seed: int) -> Question:
+        """The question that is asked with this seed."""
+        own = ("teacher.allow_weak=true",)
+        return Question(
+            self.teacher, (self.student,), METHODS, self.settings, "", {"name": data}, self.protocol, None, seed, own
+        )
+
+
+CASES = {
+    "digits": Case("resnet14", "resnet8", {"name": "quick", "epochs": 5}),
+    "cifar": Case("resnet20", "resnet8", {"name": "crd", "epochs": 8}),
+    "transformer": Case("resnet8x4", "vit_pico", {"name": "ofa-vit", "epochs": 8}),
+}
+
+
+def train(case: Case, data: str, out: Path, repeats: int, parts: list[str]) -> None:
+    """Train what the tables are made of."""
+    made = read_or_ask(case, data, out)
+    if "grid" in parts:
+        bench_of(case, data, made, out / "grid", GRID_SEEDS, final=True)
+    if "repeats" in parts:
+        for number in range(1, repeats):
+            asked(case, data, out, number)
+    if "schedules" in parts:
+        for name, overrides in SCHEDULES.items():
+            decays = partial(with_decays, made.rungs) if "decays" in name else learning_rate
+            with patch.object(lanes, "learning_rate", decays):
+                bench_of(
+                    case, data, made, out / name.replace(", ", "-").replace(" ", "-"), SCHEDULE_SEEDS, False, overrides
+                )
+
+
+def read_or_ask(case: Case, data: str, out: Path) -> Search:
+    """The first repeat, whose candidates are those of all others."""
+    asked(case, data, out, 0)
+    return Search.read(out / "repeat-0")
+
+
+def asked(case: Case, data: str, out: Path, number: int) -> None:
+    """Ask the question once, and note the most memory after each stage."""
+    folder, peaks = out / f"repeat-{number}", dict[str, int]()
+
+    def noting(self: Trainer, made: Search, stage: str, *given: Any) -> Iterator[Any]:
+        found = list(before(self, made, stage, *given))
+        peaks[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return iter(found)
+
+    before = Trainer.train
+    with patch.object(Trainer, "train", noting):
+        search(case.question(data, 10 * number), folder)
+    if not (folder / "peaks.json").is_file():
+        (folder / "peaks.json").write_text(json.dumps(peaks))
+
+
+def bench_of(
+    case: Case, data: str, made: Search, out: Path, seeds: tuple[int, ...], final: bool, overrides: tuple[str, ...] = ()
+) -> dict[tuple[str, int], RunFolder]:
+    """Train every candidate with these seeds; return the runs' folders by title and seed."""
+    everyone = {case.student: list(range(len(made.candidates)))}
+    found: dict[tuple[str, int], RunFolder] = {}
+    for seed in seeds:  # a group at a time
+        question = case.question(data, seed)
+        question = replace(question, overrides=(*question.overrides, *overrides))
+        trainer = Trainer(question, out, Local(), quiet=False)
+        stage, own = ("final", [f"output.measure_every={made.epochs}"]) if final else ("whole", [])
+        for number, run in trainer.train(replace(made, seeds=[seed]), stage, everyone, own):
+            found[made.candidates[number].title, seed] = RunFolder.of(run)
+    return found
+
+
+def with_decays(rungs: list[int], protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:
+    """A rate that is constant but for short decays that end at the rungs and at the end."""
+    epoch = step / steps_per_epoch
+    ends = [0.0, *map(float, rungs), float(protocol.epochs)]
+    begin, end = next((one, two) for one, two in pairwise(ends) if epoch < two)
+    falling = (end - epoch) / (DECAY * (end - begin))
+    return learning_rate(protocol, base, step, steps_per_epoch) * min(1.0, falling)
+
+
+def tables(case: Case, data: str, out: Path, title: str, results: Path) -> None:
+    """Write what was found."""
+    made = Search.read(out / "repeat-0")
+    grid = {
+        key: folder.finished().top1
+        for key, folder in bench_of(case, data, made, out / "grid", GRID_SEEDS, True).items()
+    }
+    means = {one.title: sum(grid[one.title, seed] for seed in GRID_SEEDS) / len(GRID_SEEDS) for one in made.candidates}
+    best = max(means.values())
+    rows, claims = [], []
+    for folder in sorted(out.glob("repeat-*"), key=lambda path: int(path.name.split("-")[1])):
+        found = Recommendation.read(folder)
+        [answer] = found.answers
+        chosen = answer.best.candidate.title
+        peaks = json.loads((folder / "peaks.json").read_text())
+        stages = [peaks[name] for name in peaks]
+        spent = sum(halving.epochs_of([len(found.search.candidates)], len(REFERENCES), found.search.epochs))
+        whole = len(found.search.candidates) * found.search.epochs
+        rows.append(
+            {
+                "repeat": folder.name,
+                "choice": chosen,
+                "points below the grid's best": best - means[chosen],
+                "is within": best - means[chosen] <= WITHIN,
+                "share of a grid of 3 seeds": spent / (3 * whole),
+                "share of a grid of 5 seeds": spent / (5 * whole),
+                "memory after the first rung": stages[0],
+                "memory in the end": stages[-1],
+            }
+        )
+        for one in answer.finalists[1:]:
+            if not one.reason and one.is_apart:
+                seen = statistics.paired(
+                    *([grid[name, seed] for seed in GRID_SEEDS] for name in (chosen, one.candidate.title))
+                )
+                claims.append(
+                    {
+                        "repeat": folder.name,
+                        "better": chosen,
+                        "worse": one.candidate.title,
+                        "p": one.p,
+                        "difference in the grid": seen.mean,
+                        "p in the grid": seen.p,
+                        "the grid shows it": seen.p < statistics.ALPHA and seen.mean > 0,
+                    }
+                )
+    correlations = [
+        {"schedule": name, "epoch": epoch, "seed": seed, "rank correlation": found, "is rung": epoch in made.rungs}
+        for name, overrides in SCHEDULES.items()
+        if (out / name.replace(", ", "-").replace(" ", "-")).is_dir()
+        for (epoch, seed), found in correlated(case, data, made, out, name, overrides, means).items()
+    ]
+    machine = this_machine()
+    for name, part in (("repeats", rows), ("claims", claims), ("schedules", correlations)):
+        if part:
+            publish(pd.DataFrame(part), file_of(results, f"recommend-{title}-{name}", machine))
+
+
+def correlated(
+    case: Case, data: str, made: Search, out: Path, name: str, overrides: tuple[str, ...], means: Mapping[str, float]
+) -> dict[tuple[int, int], float]:
+    """Spearman's correlation of each epoch's ranks with those of the grid's means, by epoch and seed."""
+    folder = out / name.replace(", ", "-").replace(" ", "-")
+    runs = bench_of(case, data, made, folder, SCHEDULE_SEEDS, False, overrides)
+    histories = {key: [record["top1"] for record in run.read_history()] for key, run in runs.items()}
+    titles = [
+        one.title for one in made.candidates if all(len(histories[one.title, s]) == made.epochs for s in SCHEDULE_SEEDS)
+    ]
+    return {
+        (epoch + 1, seed): float(
+            stats.spearmanr([histories[t, seed][epoch] for t in titles], [means[t] for t in titles]).statistic
+        )
+        for seed in SCHEDULE_SEEDS
+        for epoch in range(made.epochs)
+    }
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("what", choices=["train", "tables"])
+    parser.add_argument("case", choices=[*CASES])
+    parser.add_argument("--data", default="digits", help="a data set, such as folder:pictures")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--part", nargs="+", default=["grid", "repeats", "schedules"])
+    given = parser.parse_args()
+    case, out = CASES[given.case], given.out / given.case
+    if given.what == "train":
+        train(case, given.data, out, given.repeats, given.part)
+    else:
+        title = f"{case.teacher}-{case.student}-{given.case}-{case.protocol['epochs']}epochs"
+        tables(case, given.data, out, title, given.results)
+
+
+if __name__ == "__main__":
+    main()

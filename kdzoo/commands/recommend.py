@@ -1,0 +1,122 @@
+"""The command that answers which method to take: recommend."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdzoo.commands.options import DEBUG, OVERRIDES, show_rich
+from kdzoo.commands.training import spread
+
+COMMAS = "NAME[,NAME]..."
+
+
+@click.command()
+@click.option("--teacher", required=True, help="Network to learn from, named as in 'kdzoo run'.")
+@click.option(
+    "--teacher-weights",
+    help="Checkpoint with the teacher's weights, a file or folder (default: train the teacher on the same data).",
+)
+@click.option(
+    "--student",
+    "--students",
+    "students",
+    required=True,
+    help="Network to train; several, with commas between them, are each given an answer.",
+    metavar=COMMAS,
+)
+@click.option("--data", default="digits", help="Data set, named as in 'kdzoo run' (default: digits).")
+@click.option("--data-root", help="Folder of downloaded data sets (default: data).")
+@click.option("--protocol", default="quick", help="Training recipe, named as in 'kdzoo run' (default: quick).")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help="Epochs of a training at full length (default: the recipe's)."
+)
+@click.option(
+    "--methods", default="", help="Methods to try, besides none, kd and logitmse (default: all).", metavar=COMMAS
+)
+@click.option(
+    "--settings",
+    type=click.IntRange(1, 9),
+    default=3,
+    help="Number of settings of its main weight that are tried of each method; 1 is the usual one (default: 3).",
+)
+@click.option(
+    "--budget",
+    default="",
+    help="Time for everything, such as 4h or 90min, or the number of epochs of all trainings together, such as "
+    "600epochs: trainings are as long as that allows (default: --epochs for each finalist).",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Seed of the search; finalists take those after it."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the search (default: runs/recommend-...).")
+@click.option("--dry-run", is_flag=True, help="Say which methods fit and what the budget buys, without training.")
+@spread
+@DEBUG
+@OVERRIDES
+def recommend(
+    teacher: str,
+    teacher_weights: str | None,
+    students: str,
+    data: str,
+    data_root: str | None,
+    protocol: str,
+    epochs: int | None,
+    methods: str,
+    settings: int,
+    budget: str,
+    seed: int,
+    out: Path | None,
+    dry_run: bool,
+    on: str,
+    jobs: int | None,
+    gpus_per_group: float | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Find the best method for your teacher, student and data, and say how sure that is.
+
+    All methods that fit start side by side. The worse half stops early, again and again, ranked on a part of the
+    training images that is held out. The last few are trained anew with three other seeds, and measured on the test
+    images: only these numbers count.
+
+    \b
+      kdzoo recommend --teacher resnet14 --student resnet8 --budget 20min
+      kdzoo recommend --teacher swin_t --teacher-weights mine.pth --student mobilenetv2 --data folder:pictures --dry-run
+
+    The same command continues a search that was stopped, and several processes may share one. Settings may follow as
+    KEY=VALUE, as in 'kdzoo run'; they apply to every training.
+    """
+    from kdzoo.engine.progress import Progress
+
+    with Progress() as progress, progress.doing("loading torch"):
+        from kdzoo.experiments import workers
+        from kdzoo.experiments.recommend import Question, search, tried
+        from kdzoo.results.recommendation import Recommendation
+        from kdzoo.results.recommendation_screen import plan, screen, table
+
+        executor = workers.find(on, jobs, gpus_per_group)
+    given: dict[str, Any] = {"root": data_root} if data_root else {}
+    question = Question(
+        teacher,
+        split(students),
+        split(methods),
+        settings,
+        budget,
+        {"name": data, **given},
+        {"name": protocol, **({"epochs": epochs} if epochs else {})},
+        teacher_weights,
+        seed,
+        overrides,
+    )
+    if dry_run:
+        click.echo(plan(tried(question)))
+        return
+    found = Recommendation.read(search(question, out, executor))
+    files = found.write()
+    show_rich(table(found))
+    click.echo(screen(found, files))
+
+
+def split(names: str) -> tuple[str, ...]:
+    """Split names at commas."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())

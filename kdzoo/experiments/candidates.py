@@ -1,0 +1,93 @@
+"""What a search tries: each method as it comes, and a few settings of its main weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kdzoo import registry
+from kdzoo.distiller import Distiller
+from kdzoo.errors import UserError
+from kdzoo.resolve import distiller_settings, preset
+from kdzoo.store.search import Candidate
+
+ALWAYS = ("none", "kd", "logitmse")  # what every method has to beat
+FACTOR = 3.0  # from the usual value of a weight to the ends of the range that is tried
+
+
+def candidates(
+    teacher: str, students: Sequence[str], methods: Sequence[str], settings: int, data: str, protocol: str
+) -> list[Candidate]:
+    """List what a search tries for each student.
+
+    Args:
+        teacher: its name.
+        students: their names.
+        methods: names or files of methods; empty for all that are installed. Those of ``ALWAYS`` are added.
+        settings: of each method, its usual one included.
+        data: the data set's name, which decides the presets together with the other names.
+        protocol: the recipe's name.
+
+    Raises:
+        UserError: an unknown method.
+    """
+    names = dict.fromkeys([*ALWAYS, *(methods or registry.names())])
+    found = []
+    for student in students:
+        for name in names:
+            usual = preset(name, data, protocol, teacher, student)
+            found += [Candidate(student, name, keywords) for keywords in variants(name, usual, settings)]
+    return found
+
+
+def variants(name: str, usual: dict[str, Any], settings: int) -> list[dict[str, Any]]:
+    """Choose the settings of a method that are tried: its usual one, given as empty, and others of its range.
+
+    The range is what the method's ``search`` declares; else that of its main weight, from a third to three times its
+    usual value. The values lie at equal ratios, and the usual one stands for its nearest.
+
+    Args:
+        name: of the method, or its file.
+        usual: the preset's keywords; those that it does not name have their defaults.
+        settings: how many are wanted.
+    """
+    if settings == 1:
+        return [{}]
+    keywords = distiller_settings({"name": name, **usual}).keywords
+    method = registry.load(name)
+    [(keyword, ends)] = (method.search or main_weight(method(**keywords), keywords) or {"": (0.0, 0.0)}).items()
+    if not keyword:
+        return [{}]
+    default, (low, high) = float(keywords[keyword]), ends
+    if not 0 < low < high:
+        raise UserError(f"method {name}: search = {method.search}: expected a keyword with two numbers, 0 < low < high")
+    values = np.geomspace(low, high, settings)
+    nearest = int(np.abs(np.log(values / default)).argmin()) if default > 0 else 0
+    kind = type(keywords[keyword])
+    tried = dict.fromkeys(
+        kind(f"{value:.3g}" if kind is float else round(value)) for value in np.delete(values, nearest)
+    )
+    tried.pop(keywords[keyword], None)
+    return [{}, *({keyword: value} for value in tried if is_allowed(name, {**keywords, keyword: value}))]
+
+
+def is_allowed(name: str, keywords: dict[str, Any]) -> bool:
+    """Tell whether a method takes these keywords."""
+    try:
+        distiller_settings({"name": name, **keywords})
+    except UserError:
+        return False
+    return True
+
+
+def main_weight(method: Distiller, keywords: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Find the weight of a method's own term, with the range that is tried.
+
+    It is the heaviest besides ``ce``, and besides ``kd`` where there are others. Empty where there is no such keyword.
+    """
+    weights = {name: weight for name, weight in method.weights.items() if name in keywords and weight and name != "ce"}
+    own = {name: weight for name, weight in weights.items() if name != "kd"} or weights
+    if not own:
+        return {}
+    heaviest = max(own, key=lambda name: own[name])
+    return {heaviest: (own[heaviest] / FACTOR, own[heaviest] * FACTOR)}

@@ -1,0 +1,139 @@
+"""Plan a search by successive halving: how many candidates are trained for how long, and what that costs."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kdzoo.errors import UserError
+from kdzoo.experiments.estimate import GroupCost
+from kdzoo.quantities import duration
+
+FINALISTS = 3  # of each student, beside the references
+SEEDS = 3  # of each finalist
+SHARE = 0.2  # of the training images: the part that candidates are ranked on
+UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def counts(candidates: int, finalists: int = FINALISTS) -> list[int]:
+    """Count the candidates of each rung, from all of them down to the finalists.
+
+    >>> counts(40)
+    [40, 20, 10, 5, 3]
+    """
+    found = [candidates]
+    while found[-1] > finalists:
+        found.append(max(finalists, math.ceil(found[-1] / 2)))
+    return found
+
+
+def left(candidates: int, rung: int) -> int:
+    """Return how many candidates a rung begins with, counted from 0; after the last, how many are finalists."""
+    found = counts(candidates)
+    return found[min(rung, len(found) - 1)]
+
+
+def rungs(candidates: int, epochs: int) -> list[int]:
+    """Choose the epochs after which the worse half stops: half of ``epochs`` for the last, and half again before it.
+
+    >>> rungs(40, 32)
+    [2, 4, 8, 16]
+    >>> rungs(40, 5)
+    [1, 2, 3, 4]
+    """
+    cuts, found = len(counts(candidates)) - 1, list[int]()
+    for i in range(cuts):
+        found.append(max(round(epochs / 2 ** (cuts - i)), found[-1] + 1 if found else 1))
+    return found
+
+
+def fewest_epochs(candidates: int) -> int:
+    """Return the shortest training at full length that leaves room for all rungs."""
+    return max(1, len(counts(candidates)) - 1)
+
+
+def epochs_of(candidates: Sequence[int], references: int, epochs: int) -> tuple[int, int]:
+    """Count the epochs of all students together, in the search and of the finalists.
+
+    Args:
+        candidates: of each student.
+        references: methods that are trained anew beside a student's finalists, at most.
+        epochs: of a training at full length.
+    """
+    search = final = 0
+    for number in candidates:
+        ends = rungs(max(candidates), epochs)
+        lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        search += sum(length * left(number, rung) for rung, length in enumerate(lengths))
+        final += SEEDS * epochs * (min(number, FINALISTS) + references)
+    return search, final
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What an epoch of one student costs, and what is paid once."""
+
+    once: float = 0.0  # seconds: of the teacher's own trainings
+    search: float = 0.0  # of an epoch on the part of the training images that the search trains on
+    final: float = 0.0  # of one on all of them
+
+    @classmethod
+    def of(cls, cost: GroupCost, teaching: float) -> "Prices":
+        """Take the mean over the candidates that were measured; what they share is paid by each of a final's few."""
+        lanes = list(cost.lanes.values())
+        step = sum(lane.step for lane in lanes) / len(lanes)
+        test = sum(lane.test for lane in lanes) / len(lanes)
+        packs = max(1, len(cost.packs(range(len(lanes)))))
+        alone = cost.steps * (step + cost.shared / FINALISTS)
+        return cls(2 * teaching, cost.steps * (step + packs * cost.shared / len(lanes)) + test, alone / (1 - SHARE))
+
+    def seconds(self, search: float, final: float) -> float:
+        """Estimate the seconds of so many epochs."""
+        return self.once + self.search * search + self.final * final
+
+
+def longest(budget: str, candidates: Sequence[int], references: int, most: int, prices: Callable[[], Prices]) -> int:
+    """Choose the epochs of a training at full length that a budget pays, at most ``most``.
+
+    Args:
+        budget: as ``4h``, ``90min`` or ``600epochs``; empty: no limit.
+        candidates: of each student.
+        references: as of ``epochs_of``.
+        most: the recipe's epochs.
+        prices: of an epoch; asked only where the budget is a time.
+
+    Raises:
+        UserError: the budget is none, or cannot pay the shortest search.
+    """
+    fewest = fewest_epochs(max(candidates))
+    if most < fewest:
+        raise UserError(
+            f"{most} epochs are too few to halve {max(candidates)} candidates {fewest} times; set --epochs {fewest} or "
+            "more, name fewer --methods, or lower --settings"
+        )
+    if not budget:
+        return most
+    amount, unit = parsed(budget)
+    price = (lambda search, final: float(search + final)) if unit == "epochs" else prices().seconds
+    for epochs in range(most, fewest - 1, -1):
+        least = price(*epochs_of(candidates, references, epochs))
+        if least <= amount:
+            return epochs
+    need = f"{least:.0f} epochs" if unit == "epochs" else duration(least)
+    raise UserError(
+        f"a budget of {budget} cannot pay the shortest search: {sum(candidates)} candidates take about {need}; raise "
+        "--budget, name fewer --methods, or lower --settings"
+    )
+
+
+def parsed(budget: str) -> tuple[float, str]:
+    """Read a budget: seconds and ``time``, or epochs and ``epochs``.
+
+    >>> parsed("1.5h"), parsed("600epochs")
+    ((5400.0, 'time'), (600.0, 'epochs'))
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(epochs?|[a-z]+)", budget.strip())
+    unit = match[2] if match else ""
+    if match is None or not (unit in UNITS or unit.startswith("epoch")) or not float(match[1]):
+        raise UserError(f"--budget {budget}: expected a time, such as 4h or 90min, or epochs, such as 600epochs")
+    return (float(match[1]), "epochs") if unit not in UNITS else (float(match[1]) * UNITS[unit], "time")

@@ -1,0 +1,341 @@
+"""Search for the best method of a pair by successive halving, then train finalists anew.
+
+Every rung is a bench whose runs stop at the rung's epoch; the better half continues from there in the next. What is
+left is trained anew on all training images with other seeds, and measured on the test images once. Which candidates
+continue is a function of what lies on disk: a search that was stopped continues, and processes that share one agree.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from kdzoo.engine.device import use
+from kdzoo.engine.progress import Progress
+from kdzoo.errors import UserError
+from kdzoo.experiments import halving, suites
+from kdzoo.experiments.bench import bench, placed
+from kdzoo.experiments.candidates import ALWAYS, candidates
+from kdzoo.experiments.estimate import measure
+from kdzoo.experiments.halving import SEEDS, SHARE, Prices
+from kdzoo.experiments.run import open_data
+from kdzoo.experiments.suites import Suite
+from kdzoo.experiments.workers import Executor, Local
+from kdzoo.files import make_folder, read_text, slug, write_text
+from kdzoo.resolve import read_protocol
+from kdzoo.settings import Run
+from kdzoo.store.folder import RunFolder
+from kdzoo.store.lock import RunLock
+from kdzoo.store.search import FILE, Candidate, Course, Search, Trained, ranked
+
+REFERENCES = ("none", "kd")  # are always trained anew, so that the answer says what a method gains
+OWN = (
+    "data.select",
+    "engine.stop_after",
+    "output.measure_every",
+    "protocol.epochs",
+    "seed",
+    "distiller.",
+    "student.name",
+)
+MOST_SEEDS = 2**62
+
+
+@dataclass(frozen=True)
+class Question:
+    """A teacher and one or several students, for which a method is sought.
+
+    Args:
+        teacher: its name.
+        students: their names; the question is answered for each.
+        methods: names or files of methods; empty for all. ``none``, ``kd`` and ``logitmse`` are always in.
+        settings: how many settings of its main weight are tried of each method.
+        budget: a time, such as ``4h``, or a number of epochs of all trainings together, such as ``600epochs``; empty:
+            the recipe's own epochs for each finalist.
+        data: settings of the data, ``name`` among them.
+        protocol: the recipe's settings, ``name`` among them.
+        weights: the teacher's, a file or folder; None: it is trained.
+        seed: of the search; those after it are the finalists'.
+        overrides: further settings of every run as ``key=value``.
+
+    Raises:
+        UserError: a value that makes no sense, or a setting that the search itself decides.
+    """
+
+    teacher: str
+    students: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    settings: int = 3
+    budget: str = ""
+    data: Mapping[str, Any] = field(default_factory=lambda: {"name": "digits"})
+    protocol: Mapping[str, Any] = field(default_factory=lambda: {"name": "quick"})
+    weights: str | None = None
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.students or not all(self.students):
+            raise UserError("no student is named; pass --students NAME, or several with commas between them")
+        if len(set(self.students)) < len(self.students):
+            raise UserError(f"--students {','.join(self.students)}: expected each name once")
+        if not 1 <= self.settings <= 9:
+            raise UserError(f"--settings {self.settings}: expected a number from 1 to 9")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise UserError(f"--seed {self.seed}: expected a number from 0 to {MOST_SEEDS}")
+        if self.budget:
+            halving.parsed(self.budget)
+        for override in self.overrides:
+            key, _, value = override.partition("=")
+            if key.startswith(OWN):
+                raise UserError(f"{key} is decided by the search itself; leave it out")
+            if key == "output.ship" and value == "best":
+                raise UserError("output.ship=best chooses an epoch on the test images, which a search never does")
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of a training at full length."""
+        return int(self.protocol.get("epochs") or read_protocol(str(self.protocol["name"])).epochs)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the search, where none is given."""
+        names = self.teacher, *self.students, str(self.data["name"])
+        return Path("runs") / "-".join(["recommend", *map(slug, names)])[:200]
+
+    def suite(self, name: str, chosen: Mapping[str, Sequence[Candidate]], epochs: int, seeds: Sequence[int]) -> str:
+        """Write the suite of these candidates, by student, as its file holds it."""
+        content = {
+            "name": name,
+            "data": dict(self.data),
+            "protocol": {**self.protocol, "epochs": epochs},
+            "pairs": [
+                {"teacher": self.teacher, "student": student, "distillers": [one.entry for one in some]}
+                for student, some in chosen.items()
+            ],
+            "distillers": list(ALWAYS),  # of pairs that name none
+            "seeds": list(seeds),
+            "teacher": {"weights": self.weights} if self.weights else {},
+        }
+        return yaml.safe_dump(content, sort_keys=False)
+
+
+def search(
+    question: Question, out: str | Path | None = None, executor: Executor | None = None, quiet: bool = False
+) -> Path:
+    """Search, and train the finalists anew; what is on disk already is not done again.
+
+    Args:
+        question: what is sought.
+        out: the folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).
+        executor: where to train; None for this machine.
+        quiet: whether to show nothing.
+
+    Returns:
+        The folder, which holds a ``Search`` and the finalists' runs.
+
+    Raises:
+        UserError: a name or a setting that the user can fix; a budget that is too small; no method that fits; a folder
+            that holds the answer to another question.
+    """
+    out = question.folder if out is None else Path(out)
+    trainer = Trainer(question, out, executor or Local(), quiet)
+    with Progress(quiet) as progress:
+        made = planned(trainer, progress)
+        progress.say(outline(made))
+    made.courses = [Course() for _ in made.candidates]
+    chosen = {student: made.of(student) for student in made.students}
+    for rung, epoch in enumerate(made.rungs):
+        for number, run in trainer.train(made, f"rung-{rung + 1}", chosen, [f"engine.stop_after={epoch}"]):
+            follow(made.courses[number], run, epoch)
+        for student, some in chosen.items():
+            best = ranked(made, some, epoch)[: halving.left(len(made.of(student)), rung + 1)]
+            if not best:
+                reasons = dict.fromkeys(made.courses[number].reason for number in some)
+                raise UserError(f"no method is left for {student}: {'; '.join(reasons)}")
+            for number in set(some) - set(best):
+                made.courses[number].stopped = epoch
+            chosen[student] = best
+        made.write(out)
+    for student, some in chosen.items():
+        chosen[student] = [*some, *(number for number in references(made, student) if number not in some)]
+    made.finals = [
+        Trained(number, run.settings.seed, RunFolder.of(run).path.name)
+        for number, run in trainer.train(made, "final", chosen, [f"output.measure_every={made.epochs}"])
+    ]
+    made.write(out)
+    return out
+
+
+def references(made: Search, student: str) -> list[int]:
+    """Find the methods that every answer is compared with, among a student's candidates."""
+    usual = [number for number in made.of(student) if not made.candidates[number].keywords]
+    return [
+        number for number in usual if made.candidates[number].method in REFERENCES and not made.courses[number].reason
+    ]
+
+
+def follow(course: Course, run: Run, epoch: int) -> None:
+    """Read how far a candidate came, up to an epoch."""
+    folder = RunFolder.of(run)
+    history = folder.read_history()[:epoch]
+    course.curve = [(record["epoch"], record["top1"], record["top5"]) for record in history]
+    if folder.failure.is_file():
+        course.reason = read_text(folder.failure).strip()
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains candidates as benches of suites, whose files lie in the folder of the search."""
+
+    question: Question
+    out: Path
+    executor: Executor
+    quiet: bool
+
+    def suite(
+        self,
+        stage: str,
+        chosen: Mapping[str, Sequence[Candidate]],
+        epochs: int,
+        seeds: Sequence[int],
+        overrides: Sequence[str],
+        progress: Progress,
+    ) -> Suite:
+        """Write the suite of a stage, and place its runs: by student, seed and candidate."""
+        make_folder(self.out / "suites")
+        file, name = self.out / "suites" / f"{stage}.yaml", "final" if stage == "final" else "search"
+        write_text(file, self.question.suite(name, chosen, epochs, seeds))
+        with progress.doing("reading settings and data") as rename:
+            own = [] if stage == "final" else [f"data.select={SHARE}"]
+            suite = suites.load(str(file), 0, [*self.question.overrides, *own, *overrides], rename)
+            return replace(suite, runs=tuple(placed(suite, self.out / name, self.executor, progress)))
+
+    def train(
+        self, made: Search, stage: str, chosen: Mapping[str, Sequence[int]], overrides: Sequence[str]
+    ) -> Iterator[tuple[int, Run]]:
+        """Train the chosen candidates, by student; yield the number and the run of each, which finished or failed."""
+        seeds = made.seeds if stage == "final" else [self.question.seed]
+        some = {student: [made.candidates[number] for number in numbers] for student, numbers in chosen.items()}
+        with Progress(self.quiet) as progress:
+            suite = self.suite(stage, some, made.epochs, seeds, overrides, progress)
+        report = bench(suite, self.out / suite.name, quiet=self.quiet, executor=self.executor, wait=True)
+        if report.stopped or report.elsewhere:
+            report.check()
+            raise UserError(
+                f"other processes are still at work on {len(report.elsewhere)} runs; the same command continues"
+            )
+        numbers = [number for group in chosen.values() for _ in seeds for number in group]
+        yield from zip(numbers, suite.runs, strict=True)
+
+
+def tried(question: Question, quiet: bool = False) -> Search:
+    """Plan a search without training anything or leaving anything behind.
+
+    Raises:
+        UserError: as by ``search``.
+    """
+    with TemporaryDirectory() as folder, Progress(quiet) as progress:
+        return planned(Trainer(question, Path(folder), Local(), quiet), progress)
+
+
+def planned(trainer: Trainer, progress: Progress) -> Search:
+    """Read the plan of the search, or make it where there is none yet.
+
+    Raises:
+        UserError: as by ``search``.
+    """
+    lock = RunLock(trainer.out)
+    lock.acquire(wait=True)
+    try:
+        asked = json.loads(json.dumps({**asdict(trainer.question), "runs": content(trainer, progress)}))
+        if not (trainer.out / FILE).is_file():
+            made = made_plan(trainer, asked, progress)
+            made.write(trainer.out)
+            return made
+        made = Search.read(trainer.out)
+        if changed := [key for key, value in asked.items() if made.asked.get(key) != value]:
+            raise UserError(
+                f"{trainer.out} holds the answer to another question ({', '.join(changed)} changed); choose "
+                "another --out"
+            )
+        return made
+    finally:
+        lock.release()
+
+
+def content(trainer: Trainer, progress: Progress) -> str:
+    """Hash what decides the runs, beside their methods: networks, recipe, data, files."""
+    question = trainer.question
+    alone = {student: [Candidate(student, "none"), Candidate(student, "kd")] for student in question.students}
+    runs = trainer.suite("alone", alone, question.epochs, [question.seed], [], progress).runs
+    return hashlib.sha256(" ".join(run.settings.identity() for run in runs).encode()).hexdigest()
+
+
+def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Search:
+    """Find the candidates that fit, by a few steps of each method, and how many epochs the budget pays."""
+    question = trainer.question
+    names = str(question.data["name"]), str(question.protocol["name"])
+    found = candidates(question.teacher, question.students, question.methods, question.settings, *names)
+    usual = [one for one in found if not one.keywords]
+    by_student = {student: [one for one in usual if one.student == student] for student in question.students}
+    runs = trainer.suite("alone", by_student, question.epochs, [question.seed], [], progress).runs
+    check_data(runs[0], progress)
+    with progress.doing(f"measuring a few steps of {len(runs)} methods"):
+        cost, _, teaching = measure(runs, progress)
+    left_out = [(one.student, one.method, str(cost.failed[i])) for i, one in enumerate(usual) if i in cost.failed]
+    steps = {
+        (one.student, one.method): cost.shared + cost.lanes[i].step for i, one in enumerate(usual) if i in cost.lanes
+    }
+    fitting = [one for one in found if (one.student, one.method) in steps]
+    counts = [sum(one.student == student for one in fitting) for student in question.students]
+    if not all(counts):
+        student = question.students[counts.index(0)]
+        raise UserError(f"no method fits {question.teacher} -> {student}: {left_out[0][2]}")
+    epochs = halving.longest(
+        question.budget, counts, len(REFERENCES), question.epochs, lambda: Prices.of(cost, teaching)
+    )
+    return Search(
+        asked=asked,
+        epochs=epochs,
+        rungs=halving.rungs(max(counts), epochs),
+        seeds=list(range(question.seed + 1, question.seed + 1 + SEEDS)),
+        share=SHARE,
+        candidates=fitting,
+        costs=[steps[one.student, one.method] for one in fitting],
+        left_out=left_out,
+    )
+
+
+def check_data(run: Run, progress: Progress) -> None:
+    """Check that methods can be ranked on the part of the training images that is held out.
+
+    Raises:
+        UserError: there is one class, or some class has no image there.
+    """
+    dataset = open_data(run, use(run.place), progress)
+    spec = dataset.spec
+    if spec.num_classes < 2:
+        raise UserError(f"data {spec.name} have one class ({spec.class_names[0]}): there is nothing to tell apart")
+    if missing := dataset.untested:
+        some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        raise UserError(
+            f"data {spec.name}: the {SHARE:.0%} of the training images that methods are ranked on have none of "
+            f"{len(missing)} classes ({some}); add images of these"
+        )
+
+
+def outline(made: Search) -> str:
+    """Say in a line what the search does."""
+    counts = [len(made.of(student)) for student in made.students]
+    search, final = halving.epochs_of(counts, len(REFERENCES), made.epochs)
+    whole = SEEDS * made.epochs * sum(counts)
+    return (
+        f"{sum(counts)} candidates ({len(made.left_out)} methods do not fit); the worse half stops after epochs "
+        f"{', '.join(map(str, made.rungs))}; finalists are trained anew for {made.epochs} epochs with {SEEDS} seeds: "
+        f"{search + final:,} epochs in all, where training every candidate so would take {whole:,}"
+    )

@@ -1,0 +1,289 @@
+"""Answer which method to take, from the finalists that a search left: what is best, and what cannot be told apart."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdzoo.errors import UserError
+from kdzoo.experiments.recommend import Question, search
+from kdzoo.experiments.workers import Executor
+from kdzoo.files import read_text, slug, write_text
+from kdzoo.resolve import merged
+from kdzoo.results import statistics
+from kdzoo.store.result import Result
+from kdzoo.store.search import Candidate, Search
+
+FILE = "recommended.yaml"
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate that was trained anew, and how it compares with the best one of its student.
+
+    Accuracies are top-1 in percent on the test images, a value for each seed.
+    """
+
+    number: int  # of its candidate
+    candidate: Candidate
+    top1: tuple[float, ...]
+    results: tuple[Result, ...]
+    cost: float  # seconds of a training step, what it shares included
+    behind: statistics.Difference  # the best one's top-1 minus its own, over seeds
+    p: float  # of that difference, corrected for the number of finalists
+    reason: str = ""  # why it failed
+
+    @property
+    def mean(self) -> float:
+        """The mean of its top-1; NaN where it failed."""
+        return statistics.mean(self.top1).mean
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the best one is better than it beyond chance."""
+        return self.p < statistics.ALPHA
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a search found for one student."""
+
+    student: str
+    finalists: list[Finalist]  # the best first; those that failed last
+    teacher_top1: float
+
+    @property
+    def best(self) -> Finalist:
+        """The finalist with the highest mean."""
+        return self.finalists[0]
+
+    @property
+    def ties(self) -> list[Finalist]:
+        """Those that cannot be told apart from the best one."""
+        return [one for one in self.finalists[1:] if not one.reason and not one.is_apart]
+
+    def reference(self, method: str) -> Finalist | None:
+        """The finalist that is this method as it comes, if it did not fail."""
+        found = (one for one in self.finalists if one.candidate.title == method and not one.reason)
+        return next(found, None)
+
+    def sentences(self) -> list[str]:
+        """Say what to take and how sure that is, in two sentences, and a third where the teacher is no better."""
+        best, seeds = self.best, len(self.best.top1)
+        gains = []
+        for method, name in (("kd", "kd"), ("none", "the student trained without a teacher")):
+            other = self.reference(method)
+            if other is not None and other is not best:
+                gain, low, high = (
+                    f"{value:+.2f}" for value in (other.behind.mean, other.behind.low, other.behind.high)
+                )
+                gains.append(f"{gain} points against {name} (95 % interval {low} to {high})")
+        said = "" if best.candidate.method == "none" else " with"
+        title = "without a teacher" if best.candidate.method == "none" else best.candidate.title
+        first = f"Train {self.student}{said} {title}: {best.mean:.2f} % on the test images, mean of {seeds} seeds"
+        first += f"; {', '.join(gains)}." if gains else "."
+        return [first, self._ties(), *self._weak_teacher()]
+
+    def _ties(self) -> str:
+        best, ties = self.best, self.ties
+        if not ties:
+            others = len([one for one in self.finalists if not one.reason]) - 1
+            return f"It is better than each of the other {others} finalists beyond chance (p < {statistics.ALPHA})."
+        names = " and ".join(
+            [", ".join([best.candidate.title, *(one.candidate.title for one in ties[:-1])]), ties[-1].candidate.title]
+        )
+        cheapest = min(ties, key=lambda one: one.cost)
+        less = 1 - cheapest.cost / best.cost
+        also = (
+            f"; {cheapest.candidate.title} costs {less:.0%} less to train than {best.candidate.title}"
+            if less >= 0.005
+            else ""
+        )
+        return f"{names} cannot be told apart{also}."
+
+    def _weak_teacher(self) -> list[str]:
+        alone = self.reference("none")
+        if alone is None or self.teacher_top1 >= alone.mean:
+            return []
+        return [
+            f"The teacher reaches {self.teacher_top1:.2f} % and the student without it {alone.mean:.2f} %: look for a "
+            "better teacher first."
+        ]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer of a search.
+
+    Example:
+        >>> found = kdzoo.recommend("resnet14", ["resnet8"], methods=["dkd"], settings=1, overrides=quick, quiet=True)
+        >>> found.answers[0].best.candidate.method in ("none", "kd", "logitmse", "dkd")
+        True
+    """
+
+    folder: Path
+    search: Search
+    answers: list[Answer]  # one for each student
+
+    @classmethod
+    def read(cls, folder: Path) -> "Recommendation":
+        """Read what a search left in its folder.
+
+        Raises:
+            UserError: there is no search, it is not finished, or every finalist of a student failed.
+        """
+        found = Search.read(folder)
+        if not found.finals:
+            raise UserError(f"the search in {folder} is not finished; run its command again, and it continues")
+        return cls(folder, found, [_answer(folder, found, student) for student in found.students])
+
+    def sentences(self) -> list[str]:
+        """Answer in a few sentences."""
+        return [sentence for answer in self.answers for sentence in answer.sentences()]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """List the finalists with their numbers, unrounded: those of each student the best first."""
+        return [
+            {
+                "student": answer.student,
+                "method": one.candidate.title,
+                "top1": one.mean,
+                "std": statistics.mean(one.top1).std,
+                "behind": one.behind.mean,
+                "low": one.behind.low,
+                "high": one.behind.high,
+                "p": one.p,
+                "verdict": _verdict(answer, one),
+                "cost": one.cost / answer.best.cost,
+                "parameters": one.results[0].parameters if one.results else None,
+                "latency_1": one.results[0].latency_1 if one.results else None,
+            }
+            for answer in self.answers
+            for one in answer.finalists
+        ]
+
+    def write(self) -> list[Path]:
+        """Write the settings of each student's best method as a file that ``kdzoo run --config`` takes."""
+        files = []
+        for answer in self.answers:
+            name = FILE if len(self.answers) == 1 else f"recommended-{slug(answer.student)}.yaml"
+            content = yaml.safe_dump(_settings(self.search, answer.best.candidate), sort_keys=False)
+            write_text(self.folder / name, f"# {answer.sentences()[0]}\n{content}")
+            files.append(self.folder / name)
+        return files
+
+
+def recommend(
+    teacher: str,
+    students: str | Sequence[str],
+    *,
+    methods: Sequence[str] = (),
+    settings: int = 3,
+    budget: str = "",
+    data: str = "digits",
+    protocol: str = "quick",
+    weights: str | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    executor: Executor | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Recommendation:
+    """Find the best method for a teacher and a student, by a search and by finalists that are trained anew.
+
+    Args:
+        teacher: its name.
+        students: a name, or several: the question is answered for each.
+        methods: names or files of methods; empty for all that are installed. ``none``, ``kd`` and ``logitmse`` are
+            always in.
+        settings: how many settings of its main weight are tried of each method.
+        budget: a time, such as ``4h``, or a number of epochs of all trainings together, such as ``600epochs``; empty:
+            the recipe's own epochs for each finalist.
+        data: a data set of ``kdzoo list data``, or the path of a Python file that holds one.
+        protocol: a recipe's name, or the path of a YAML file.
+        weights: the teacher's, a file or folder; None: it is trained.
+        seed: of the search; those after it are the finalists'.
+        out: the folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).
+        executor: where to train; None for this machine.
+        overrides: further settings of every run as ``key=value``.
+        quiet: whether to show nothing.
+
+    Raises:
+        UserError: a name or a setting that the user can fix; a budget that is too small; no method that fits.
+
+    Example:
+        >>> found = kdzoo.recommend("resnet14", "resnet8", methods=["dkd"], settings=1, overrides=quick, quiet=True)
+        >>> len(found.answers), found.answers[0].student
+        (1, 'resnet8')
+    """
+    names = (students,) if isinstance(students, str) else tuple(students)
+    question = Question(
+        teacher, names, tuple(methods), settings, budget, {"name": data}, {"name": protocol}, weights, seed,
+        tuple(overrides),
+    )  # fmt: skip
+    found = Recommendation.read(search(question, out, executor, quiet))
+    found.write()
+    return found
+
+
+def _answer(folder: Path, found: Search, student: str) -> Answer:
+    """Compare a student's finalists with the best one, over the seeds that both have."""
+    seeds: dict[int, dict[int, Result]] = {}
+    reasons: dict[int, str] = {}
+    for trained in found.finals:
+        if found.candidates[trained.candidate].student == student:
+            run = found.run(folder, trained)
+            result = run.read_result()
+            results = seeds.setdefault(trained.candidate, {})
+            if result is not None:
+                results[trained.seed] = result
+            else:
+                reasons[trained.candidate] = read_text(run.failure).strip() if run.failure.is_file() else "not finished"
+    whole = {number: results for number, results in seeds.items() if number not in reasons}
+    if not whole:
+        raise UserError(f"every finalist of {student} failed: {'; '.join(dict.fromkeys(reasons.values()))}")
+    top1 = {number: [results[seed].top1 for seed in sorted(results)] for number, results in whole.items()}
+    order = sorted(whole, key=lambda number: (statistics.mean(top1[number]).mean, -found.costs[number]), reverse=True)
+    behind = {number: statistics.paired(top1[order[0]], top1[number]) for number in order[1:]}
+    corrected = dict(zip(behind, statistics.holm([each.p for each in behind.values()]), strict=True))
+    blank = statistics.Difference(0, *[math.nan] * 4)
+    finalists = [
+        Finalist(
+            number,
+            found.candidates[number],
+            tuple(top1.get(number, ())),
+            tuple(result for _, result in sorted(seeds[number].items())) if number in whole else (),
+            found.costs[number],
+            behind.get(number, blank),
+            corrected.get(number, math.nan),
+            reasons.get(number, ""),
+        )
+        for number in [*order, *reasons]
+    ]
+    teacher = max((each.teacher_top1 or 0.0 for one in finalists for each in one.results), default=0.0)
+    return Answer(student, finalists, teacher)
+
+
+def _verdict(answer: Answer, one: Finalist) -> str:
+    if one.reason:
+        return f"failed: {one.reason}"
+    if one is answer.best:
+        return "best"
+    return "worse" if one.is_apart else "cannot be told apart"
+
+
+def _settings(found: Search, best: Candidate) -> dict[str, Any]:
+    """Write the settings of a run at full length."""
+    asked = found.asked
+    teacher = {"name": asked["teacher"]} | ({"weights": asked["weights"]} if asked["weights"] else {})
+    settings = {
+        "distiller": best.entry,
+        "teacher": teacher,
+        "student": {"name": best.student},
+        "data": asked["data"],
+        "protocol": asked["protocol"],
+    }
+    return merged(settings, asked["overrides"])

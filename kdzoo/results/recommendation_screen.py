@@ -1,0 +1,100 @@
+"""What 'kdzoo recommend' prints: its plan, and at the end the finalists, the answer and the command to run next."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from kdzoo.experiments import halving
+from kdzoo.experiments.recommend import REFERENCES, outline
+from kdzoo.results.last_screen import shortened
+from kdzoo.results.recommendation import Recommendation
+from kdzoo.results.table import visible
+from kdzoo.store.search import Search
+
+
+def plan(made: Search) -> str:
+    """List the candidates, the methods that do not fit, and what each rung trains."""
+    lines = [outline(made), ""]
+    for student in made.students:
+        methods: dict[str, int] = {}
+        for number in made.of(student):
+            name = made.candidates[number].method
+            methods[name] = methods.get(name, 0) + 1
+        named = ", ".join(f"{name} ({count} settings)" if count > 1 else name for name, count in methods.items())
+        lines += [f"{made.asked['teacher']} -> {student}: {named}", ""]
+    counts = [len(made.of(student)) for student in made.students]
+    begins = [0, *made.rungs]
+    for rung, (begin, end) in enumerate(zip(begins, made.rungs, strict=False)):
+        left = sum(halving.left(count, rung) for count in counts)
+        lines.append(f"epochs {begin + 1} to {end}: {left} candidates")
+    finalists = sum(halving.left(count, len(made.rungs)) for count in counts)
+    lines.append(
+        f"then {finalists} finalists, with {' and '.join(REFERENCES)} beside them, for {made.epochs} epochs with seeds "
+        f"{', '.join(map(str, made.seeds))}"
+    )
+    if made.left_out:
+        lines += ["", "These do not fit:"]
+        lines += [f"  {student}, {method}: {reason}" for student, method, reason in made.left_out]
+    return visible_lines(lines)
+
+
+def visible_lines(lines: Sequence[str]) -> str:
+    """Join lines, in which no character commands a terminal."""
+    return "\n".join(map(visible, lines))
+
+
+def table(found: Recommendation) -> Table:
+    """Tabulate the finalists of each student, the best first."""
+    drawn = Table(title="Finalists: top-1 on the test images", title_justify="left")
+    several = len(found.answers) > 1
+    for name in ("student", "parameters", "latency") if several else ():
+        drawn.add_column(name, justify="left" if name == "student" else "right")
+    for name in ("method", "top-1", "best minus it", "95 % interval", "verdict", "cost"):
+        drawn.add_column(name, justify="left" if name in ("method", "verdict") else "right")
+    for row in found.rows():
+        cells = [visible(row["student"]), _count(row["parameters"]), _latency(row["latency_1"])] if several else []
+        known = not math.isnan(row["behind"])
+        cells += [
+            visible(row["method"]),
+            "" if math.isnan(row["top1"]) else f"{row['top1']:.2f} ± {row['std']:.2f}",
+            f"{row['behind']:+.2f}" if known else "",
+            f"{row['low']:+.2f} to {row['high']:+.2f}" if known else "",
+            visible(row["verdict"]),
+            f"{row['cost']:.2f}",
+        ]
+        drawn.add_row(*cells)
+    return drawn
+
+
+def screen(found: Recommendation, files: Sequence[Path]) -> str:
+    """Answer in sentences, and name the commands to run next, each on a line that can be copied whole."""
+    lines = [*found.sentences(), ""]
+    if len(found.answers) > 1:
+        lines[1:1] = [front(found)]
+    lines += ["Cost is the time of a training step, that of the best one being 1. Train at full length:"]
+    lines += [f"  {shlex.join(['kdzoo', 'run', '--config', str(shortened(file))])}" for file in files]
+    page = shlex.join(["kdzoo", "report", str(shortened(found.folder))])
+    return visible_lines([*lines, "How the search went, as a page:", f"  {page}"])
+
+
+def front(found: Recommendation) -> str:
+    """Name the students of which no other is both faster and more accurate."""
+    best = [(answer.student, answer.best) for answer in found.answers]
+    speed = {name: one.results[0].latency_1 or math.inf for name, one in best}
+    kept = [
+        f"{name} ({one.mean:.2f} %, {speed[name]:.3g} ms)"
+        for name, one in best
+        if not any(other.mean >= one.mean and speed[rival] < speed[name] for rival, other in best if rival != name)
+    ]
+    return f"No other student is both faster and at least as accurate as: {', '.join(kept)}."
+
+
+def _count(parameters: int | None) -> str:
+    return "" if parameters is None else f"{parameters:,}"
+
+
+def _latency(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds:.3g} ms"

@@ -1,0 +1,141 @@
+"""What a search for the best method did, as its folder keeps it: the plan, and how far each candidate came."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdzoo.errors import UserError
+from kdzoo.files import read_json, write_text
+from kdzoo.store.folder import RunFolder
+
+FORMAT = 1
+FILE = "search.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One student, and one method with its keywords."""
+
+    student: str
+    method: str
+    keywords: dict[str, Any] = field(default_factory=dict)  # what differs from the preset or the defaults
+
+    @property
+    def title(self) -> str:
+        """The method with its keywords, as tables name it."""
+        changed = ", ".join(f"{key}={value}" for key, value in self.keywords.items())
+        return f"{self.method} ({changed})" if changed else self.method
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The candidate's line in a suite's list of methods."""
+        return {"name": self.method, **self.keywords}
+
+
+@dataclass
+class Course:
+    """How far a candidate came: each epoch with its top-1 and top-5, in percent, on the part that was held out."""
+
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    stopped: int | None = None  # the rung's epoch after which it did not continue; None: it did to the end
+    reason: str = ""  # why it failed; empty: it did not
+
+    def at(self, epoch: int) -> tuple[float, float]:
+        """Return top-1 and top-5 after an epoch."""
+        return next((top1, top5) for found, top1, top5 in self.curve if found == epoch)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finalist's run on the test images."""
+
+    candidate: int  # its number
+    seed: int
+    folder: str  # the name of the run's folder, in ``final``
+
+
+@dataclass
+class Search:
+    """The plan of a search, decided before it begins, and what became of it."""
+
+    asked: dict[str, Any]  # what must be the same when it is continued
+    epochs: int  # of a training at full length
+    rungs: list[int]  # epochs after which the worse half stops
+    seeds: list[int]  # of the finalists
+    share: float  # of the training images, which candidates are ranked on
+    candidates: list[Candidate]
+    costs: list[float]  # seconds of a step of each candidate, what it shares included, as measured before
+    left_out: list[tuple[str, str, str]]  # student, method, and why it does not fit
+    courses: list[Course] = field(default_factory=list)  # of the candidates, in their order
+    finals: list[Trained] = field(default_factory=list)
+
+    @property
+    def students(self) -> list[str]:
+        """The students, each once."""
+        return list(dict.fromkeys(one.student for one in self.candidates))
+
+    def of(self, student: str) -> list[int]:
+        """Return the numbers of a student's candidates."""
+        return [number for number, one in enumerate(self.candidates) if one.student == student]
+
+    def run(self, out: Path, trained: Trained) -> RunFolder:
+        """Find the folder of a finalist's run, in the folder of the search."""
+        return RunFolder(out / "final" / Path(trained.folder).name)
+
+    def write(self, out: Path) -> None:
+        """Write it into the folder of the search."""
+        write_text(out / FILE, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, out: Path) -> "Search":
+        """Read what ``write`` wrote.
+
+        Raises:
+            UserError: there is no search in ``out``, or its file is damaged or of another version.
+        """
+        file = out / FILE
+        if not file.is_file():
+            raise UserError(f"{out} holds no search; expected a folder that kdzoo recommend wrote")
+        values = read_json(file)
+        if values.pop("format", None) != FORMAT:
+            raise UserError(f"{file} was written by another version of kdzoo; choose another --out")
+        try:
+            found = cls(**values)
+            found.candidates = [Candidate(**_texts(one, "student", "method")) for one in values["candidates"]]
+            found.courses = [
+                Course(
+                    [(int(e), float(top1), float(top5)) for e, top1, top5 in one["curve"]],
+                    one["stopped"],
+                    str(one["reason"]),
+                )
+                for one in values["courses"]
+            ]
+            found.finals = [
+                Trained(int(one["candidate"]), int(one["seed"]), str(one["folder"])) for one in values["finals"]
+            ]
+            found.left_out = [
+                (str(student), str(method), str(reason)) for student, method, reason in values["left_out"]
+            ]
+            found.costs = [float(cost) for cost in values["costs"]]
+            found.rungs = [int(epoch) for epoch in values["rungs"]]
+            if not all(0 <= one.candidate < len(found.candidates) for one in found.finals):
+                raise ValueError("a finalist is no candidate")
+            if len(found.costs) != len(found.candidates) or len(found.courses) not in (0, len(found.candidates)):
+                raise ValueError("its lists differ in length")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} is damaged ({error}); choose another --out") from error
+        return found
+
+
+def _texts(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    if not all(isinstance(values[name], str) for name in names) or not isinstance(values["keywords"], dict):
+        raise ValueError("a candidate has no name")
+    return values
+
+
+def ranked(search: Search, chosen: Sequence[int], epoch: int) -> list[int]:
+    """Order candidates by top-1, then top-5, after an epoch, the best first; those that failed are left out."""
+    sound = [number for number in chosen if not search.courses[number].reason]
+    return sorted(sound, key=lambda number: search.courses[number].at(epoch), reverse=True)
