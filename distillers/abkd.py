@@ -50,7 +50,7 @@ class ABKD(Distiller):
 
     paper = "arXiv:2505.04560"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(
         self, *, ce: float = 1.0, abkd: float = 64.0, alpha: float = 0.8, beta: float = 0.3, temperature: float = 4.0

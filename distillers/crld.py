@@ -46,7 +46,7 @@ class CRLD(Distiller):
 
     paper = "arXiv:2412.16493"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False, views=("weak", "strong"))
+    needs = Needs(features=False, embedding=False, views=("weak", "strong"))
 
     def __init__(
         self,

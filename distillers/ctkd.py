@@ -44,7 +44,7 @@ class CTKD(Distiller):
 
     paper = "arXiv:2211.16231"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
     logit_terms = ("ce",)  # kd has a temperature to train
 
     def __init__(

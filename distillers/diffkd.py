@@ -160,7 +160,7 @@ class DiffKD(Distiller):
         self.channels = None if channels is None else at_least(1, channels=channels)
         self.steps = between(1, TIMES // 2, steps=steps)
         if not feature:
-            self.needs = Needs(features=False)
+            self.needs = Needs(features=False, embedding=False)
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         if self.weights["feature"]:

@@ -29,7 +29,7 @@ class DIST(Distiller):
 
     paper = "arXiv:2205.10536"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class DKD(Distiller):
     paper = "arXiv:2203.08679"
     fidelity = Fidelity.EXACT
     fewest_classes = 3
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(
         self,

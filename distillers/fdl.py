@@ -55,7 +55,7 @@ class FDL(Distiller):
 
     paper = "arXiv:2402.18192"
     fidelity = Fidelity.ADAPTED
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     basis: Tensor  # (2 F, K): real parts of the transform, then imaginary ones
     amplitude_directions: Tensor  # (N, 1, P)

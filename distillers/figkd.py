@@ -97,7 +97,7 @@ class FiGKD(Distiller):
 
     paper = "arXiv:2505.11897"
     fidelity = Fidelity.RECONSTRUCTED
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     basis: Tensor  # (N, K): the band's rows of the transform
     order: Tensor  # (K,) int64: which class stands where

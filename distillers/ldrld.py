@@ -55,7 +55,7 @@ class LDRLD(Distiller):
 
     paper = "arXiv:2507.15911"
     fidelity = Fidelity.RECONSTRUCTED
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     pairs: Tensor  # (2, P) int64 ranks from 0
     pair_weights: Tensor  # (P,)

@@ -24,7 +24,7 @@ class LogitMSE(Distiller):
 
     paper = "arXiv:1312.6184"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(self, *, ce: float = 1.0, mse: float = 1.0):
         super().__init__(ce=ce, mse=mse)

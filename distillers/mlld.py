@@ -101,7 +101,7 @@ class MLLD(Distiller):
 
     paper = "doi:10.1109/CVPR52729.2023.02325"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False, views=("weak", "strong"))
+    needs = Needs(features=False, embedding=False, views=("weak", "strong"))
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class NKD(Distiller):
     paper = "arXiv:2303.13005"
     fidelity = Fidelity.EXACT
     fewest_classes = 3
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(self, *, ce: float = 1.0, nkd: float = 1.0, gamma: float = 1.5, temperature: float = 1.0):
         super().__init__(ce=ce, nkd=nkd)

@@ -52,7 +52,7 @@ class RLD(Distiller):
     paper = "arXiv:2408.07703"
     fidelity = Fidelity.EXACT
     fewest_classes = 3
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class SKD(Distiller):
 
     paper = "github.com/HyunJunSik/StreamLined"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(
         self,

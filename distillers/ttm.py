@@ -37,7 +37,7 @@ class TTM(Distiller):
 
     paper = "arXiv:2402.11148"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(features=False, embedding=False)
 
     def __init__(self, *, ce: float = 1.0, ttm: float = 45.0, gamma: float = 0.1, weighted: bool = False):
         super().__init__(ce=ce, ttm=ttm)

@@ -177,7 +177,7 @@ class Wasserstein(Distiller):
         self.ratio, self.grid = not_negative(ratio=ratio), at_least(1, grid=grid)
         self.stage, self.decay = stage, share(decay=decay)
         if not feature and not (logit and cost == "maps"):
-            self.needs = Needs(features=False)
+            self.needs = Needs(features=False, embedding=False)
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         if self.weights["logit"]:

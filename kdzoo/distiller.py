@@ -101,6 +101,7 @@ class Needs:
 
     teacher: bool = True  # False: trains without a teacher
     features: bool = True  # False: reads logits and embedding only, so networks run their plain forward
+    embedding: bool = True  # False: reads no embedding of the teacher, so that with no other need its logits suffice
     labels: bool = False  # reads the labels of the training set, and from batch.index which rows of it a batch holds
     views: tuple[str, ...] = ()  # further views in batch.views: "weak", "strong", "rotations"
     teacher_grad: bool = False  # the graph is kept through the frozen teacher
@@ -111,6 +112,20 @@ class Needs:
     def show(self, role: str) -> Show:
         """Return the outputs needed from the network in this role, "student" or "teacher"."""
         return Show(self.features, role in self.preactivations, self.final)
+
+    @property
+    def logits_suffice(self) -> bool:
+        """Whether the method reads nothing of the teacher but its logits for the batch's images."""
+        more = (
+            self.features,
+            self.embedding,
+            self.views,
+            self.teacher_grad,
+            self.preactivations,
+            self.final,
+            self.stages,
+        )
+        return not any(more)
 
 
 class Distiller(nn.Module):
@@ -164,7 +179,8 @@ class Distiller(nn.Module):
         self.is_active = any(weight for name, weight in weights.items() if name not in self.logit_terms)
         self.is_assembled = False
         if not self.is_active:
-            self.needs = replace(self.needs, features=False, labels=False, preactivations=(), final=False, stages=())
+            fewer = replace(self.needs, features=False, preactivations=(), final=False, stages=())
+            self.needs = replace(fewer, embedding=False, labels=False)
 
     def assemble(self, student: Output, teacher: Output, data: DataSpec) -> Self:
         """Build the method's modules for a pair of networks, if a term needs them, and return the method.

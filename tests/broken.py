@@ -78,6 +78,16 @@ FAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "forward": lambda self, s, t, batch: self.loss(s(batch.views["weak"]), t(batch.images), batch)
         },
     },
+    "check_embedding": {
+        "reads the teacher's embedding and says that it does not": {
+            "needs": Needs(embedding=False),
+            "changed": lambda self, term, s, t, batch: term + 0.1 * t.embedding.square().mean(),
+        },
+        "counts what is positive in the teacher's embedding and says that it does not read it": {
+            "needs": Needs(embedding=False),
+            "changed": lambda self, term, s, t, batch: term * (1 + (t.embedding > 0).float().mean()),
+        },
+    },
     "check_terms": {
         "returns a value for each image": {"changed": lambda self, term, s, t, batch: term.expand(len(batch.images))},
         "returns a term in float64": {"changed": lambda self, term, s, t, batch: term.double()},

@@ -82,6 +82,23 @@ def check_needs(distiller: type[Distiller]) -> None:
 
 
 @promise
+def check_embedding(distiller: type[Distiller]) -> None:
+    """The method reads no embedding of the teacher where its needs say so: its logits may come from disk alone."""
+    if distiller().needs.embedding:
+        return
+    teacher, blank = (copy.deepcopy(toys.taught()) for _ in range(2))
+    blank.register_forward_hook(lambda _module, _images, output: _without_embedding(output))
+    usual, without = (toys.distillation(distiller, teacher=each) for each in (teacher, blank))
+    terms = toys.seeded(without, 1)
+    expect_equal(terms, toys.seeded(usual, 1), "without the teacher's embedding", "leave embedding=False out of needs")
+    expect_finite(without, toys.batch_of(), "a teacher without an embedding, as needs.embedding=False promises")
+
+
+def _without_embedding(output: Output) -> Output:
+    return output._replace(embedding=torch.full_like(output.embedding, torch.nan))
+
+
+@promise
 def check_terms(distiller: type[Distiller]) -> None:
     """The loss is a dict of float32 scalars, each named after the keyword that is its weight."""
     terms, keywords = toys.distillation(distiller)(toys.batch_of()), _keywords(distiller)
