@@ -230,9 +230,14 @@ class DataPlace:
 
 @dataclass(frozen=True)
 class TeacherPlace:
-    """What is asked of a teacher before anything is distilled."""
+    """What is asked of a teacher before anything is distilled, and what of its work is kept for later runs."""
 
     allow_weak: bool = setting(False, "Distil even from a teacher whose accuracy is close to guessing")
+    keep: Literal["nothing", "logits"] = setting(
+        "nothing",
+        "Outputs of the teacher to keep on disk: nothing, or logits (float16), which later runs of logit methods with "
+        "the same teacher, data, recipe and seed read instead of running the teacher",
+    )
 
 
 @dataclass(frozen=True)

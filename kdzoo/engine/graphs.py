@@ -31,7 +31,7 @@ class Plain:
     def __init__(self, teacher: TeacherPasses | None):
         self.teacher = teacher
 
-    def begin(self, batch: Batch) -> Batch:
+    def begin(self, batch: Batch, step: int) -> Batch:
         """Begin a step of all lanes, and return the batch that they take."""
         if self.teacher is not None:
             self.teacher.forget()
@@ -87,17 +87,17 @@ class Graphed(Plain):
         self.batch: Batch | None = None
         self.begun = 0
 
-    def begin(self, batch: Batch) -> Batch:
+    def begin(self, batch: Batch, step: int) -> Batch:
         self.begun += 1
         if self.plainly:
-            return super().begin(batch)
+            return super().begin(batch, step)
         if self.batch is None:
             self.batch = tree_map_only(Tensor, Tensor.clone, batch)
         else:
             for still, new in zip(leaves(self.batch), leaves(batch), strict=True):
                 still.copy_(new, non_blocking=True)
         if self.begun <= WARM_UP:
-            return super().begin(self.batch)
+            return super().begin(self.batch, step)
         if self.teacher is not None:
             self.run_teacher(self.teacher)
         return self.batch

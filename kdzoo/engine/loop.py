@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kdzoo.data import Dataset, Loader
-from kdzoo.engine import graphs
+from kdzoo.engine import graphs, kept_logits
 from kdzoo.engine.compiling import Compiling
 from kdzoo.engine.faults import Shared, check_finite
 from kdzoo.engine.lane import Lane
@@ -41,19 +41,20 @@ def train(
     per_epoch, shared = loader.steps_per_epoch, Shared(teacher, len(lanes))
     stop = lanes[0].run.last_epoch * per_epoch
     start = begin(lanes, teacher, loader, shared, progress, termination)
-    steps, clock = graphs.steps(lanes[0], teacher, progress.say), Clock()
-    compiling = Compiling(lanes, teacher, stop, progress)
+    kept = kept_logits.steps(lanes, teacher, dataset, loader, start, progress.say)
+    steps, clock = kept or graphs.steps(lanes[0], teacher, progress.say), Clock()
+    compiling = Compiling(lanes, teacher if kept is None or kept.missing else None, stop, progress)
 
     for step, batch in enumerate(loader.batches(start, stop), start):
         if compiling.decide(step, step - start, clock.since("start"), batch):
-            steps = graphs.steps(lanes[0], teacher, progress.say)  # those of plain networks are of no more use
-        batch = steps.begin(batch)
+            steps = kept or graphs.steps(lanes[0], teacher, progress.say)  # graphs of plain networks are of no more use
+        batch = steps.begin(batch, step)
         shared.watch(batch)
         for lane in alive(lanes):
             with lane.failing_alone():
                 steps.step(lane, batch, step)
             if shared.was_written_by(lane):
-                batch = steps.begin(next(loader.batches(step)))  # drawn again, for the lanes after it
+                batch = steps.begin(next(loader.batches(step)), step)  # drawn again, for the lanes after it
                 shared.watch(batch)
         steps.end()
         progress.step(step + 1)

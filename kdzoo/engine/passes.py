@@ -56,13 +56,26 @@ class TeacherPasses:
         """Return ``network(images, show)``, remembered until ``forget``; a pass that keeps a graph is not shared."""
         if torch.is_grad_enabled():
             return self.fast(images, show)
-        key = images.data_ptr(), images.shape, images.stride(), images.dtype  # the same slice, whoever cut it
-        if key not in self.made:
+        if (output := self.output_of(images)) is None:
             output = self.calls(images, self.show)
-            tensors = leaves(output)
-            self.made[key] = Pass(images, output, tensors, writes(tensors))
-        return self.made[key].output.only(show)
+            self.remember(images, output)
+        return output.only(show)
+
+    def output_of(self, images: Tensor) -> Output | None:
+        """Return the output of the shared pass of these images; None where there was none."""
+        made = self.made.get(_slice(images))
+        return None if made is None else made.output
+
+    def remember(self, images: Tensor, output: Output) -> None:
+        """Take an output for that of the shared pass of these images until ``forget``."""
+        tensors = leaves(output)
+        self.made[_slice(images)] = Pass(images, output, tensors, writes(tensors))
 
     def forget(self) -> None:
         """Forget all passes; call this between steps."""
         self.made.clear()
+
+
+def _slice(images: Tensor) -> tuple[Any, ...]:
+    """Name the memory of images, which is one for the same slice, no matter who cut it."""
+    return images.data_ptr(), images.shape, images.stride(), images.dtype

@@ -85,6 +85,16 @@ def test_a_switch_says_whether_networks_are_compiled_and_a_short_run_is_left_alo
     assert said == []
 
 
+def test_a_teacher_whose_logits_come_from_disk_is_not_compiled(tmp_path, dataset, teacher, code, monkeypatch):
+    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "cache"))
+    keeping = "teacher.keep=logits", "engine.compile=on"
+    trained(tmp_path / "a", dataset, teacher, *keeping)
+    assert code.made == ["resnet14", "resnet8"]
+    code.made.clear()
+    trained(tmp_path / "b", dataset, teacher, *keeping, names=("dist",))
+    assert code.made == ["resnet8"]
+
+
 def test_left_to_itself_it_compiles_where_the_rest_of_the_run_is_worth_it(
     tmp_path, dataset, teacher, code, monkeypatch
 ):
