@@ -192,7 +192,7 @@ class Group:
     def step(self, lanes: Sequence[Lane] | None = None, graph: bool = True) -> None:
         """One step of these lanes, of all by default; ``graph`` as the training loop does it, else kernel by kernel."""
         steps = self.steps if graph else self.plain
-        batch = steps.begin(self.batch())
+        batch = steps.begin(self.batch(), self.done)
         for lane in self.lanes if lanes is None else lanes:
             steps.step(lane, batch, self.done)
         steps.end()
