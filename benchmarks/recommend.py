@@ -73,8 +73,8 @@ class Case:
 
 CASES = {
     "digits": Case("resnet14", "resnet8", {"name": "quick", "epochs": 5}),
-    "cifar": Case("resnet20", "resnet8", {"name": "crd", "epochs": 8}),
-    "transformer": Case("resnet8x4", "vit_pico", {"name": "ofa-vit", "epochs": 8}),
+    "cifar": Case("resnet20", "resnet8", {"name": "crd", "epochs": 6}, settings=1),
+    "transformer": Case("resnet8x4", "vit_pico", {"name": "ofa-vit", "epochs": 6}, settings=1),
 }
 
 

@@ -173,7 +173,7 @@ def steps(
         say(f"teacher.keep=logits keeps no logits in this run: {error}")
         return None
     per_epoch = loader.steps_per_epoch
-    epochs = range(-(-start // per_epoch), loader.total_steps // per_epoch)
+    epochs = range(-(-start // per_epoch), run.last_epoch)
     shape = per_epoch, loader.batch_size, dataset.spec.num_classes
     kept = KeptLogits(teacher, folder, epochs, shape, say)
     kept.announce()

@@ -55,20 +55,25 @@ def variants(name: str, usual: dict[str, Any], settings: int) -> list[dict[str, 
         return [{}]
     keywords = distiller_settings({"name": name, **usual}).keywords
     method = registry.load(name)
-    [(keyword, ends)] = (method.search or main_weight(method(**keywords), keywords) or {"": (0.0, 0.0)}).items()
-    if not keyword:
+    found = method.search or main_weight(method(**keywords), keywords)
+    if not found:
         return [{}]
-    default, (low, high) = float(keywords[keyword]), ends
-    if not 0 < low < high:
-        raise UserError(f"method {name}: search = {method.search}: expected a keyword with two numbers, 0 < low < high")
+    try:
+        [(keyword, (low, high))] = found.items()
+        default = keywords[keyword]
+        if not 0 < low < high:
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"method {name}: search = {found}: expected one keyword with two numbers, 0 < low < high"
+        ) from None
     values = np.geomspace(low, high, settings)
     nearest = int(np.abs(np.log(values / default)).argmin()) if default > 0 else 0
-    kind = type(keywords[keyword])
-    tried = dict.fromkeys(
-        kind(f"{value:.3g}" if kind is float else round(value)) for value in np.delete(values, nearest)
+    others = (
+        round(value) if isinstance(default, int) else float(f"{value:.3g}") for value in np.delete(values, nearest)
     )
-    tried.pop(keywords[keyword], None)
-    return [{}, *({keyword: value} for value in tried if is_allowed(name, {**keywords, keyword: value}))]
+    tried = [{keyword: value} for value in dict.fromkeys(others) if value != default]
+    return [{}, *(own for own in tried if is_allowed(name, {**keywords, **own}))]
 
 
 def is_allowed(name: str, keywords: dict[str, Any]) -> bool:

@@ -1,0 +1,402 @@
+"""A search ranks candidates on a part of the training images, trains finalists anew, and can be continued."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import kdzoo
+from kdzoo.cli import main
+from kdzoo.errors import UserError
+from kdzoo.experiments import recommend, work
+from kdzoo.experiments.recommend import Question, Trainer, search, tried
+from kdzoo.experiments.workers import Local
+from kdzoo.results.recommendation import Recommendation
+from kdzoo.store.folder import RunFolder, find_runs
+from kdzoo.store.search import FILE, Search, ranked
+
+PLAIN = ("engine.device=cpu", "engine.precision=float32", "data.limit=160", "protocol.batch_size=32")
+PLAIN += ("teacher.epochs=1", "teacher.allow_weak=true", "engine.lanes=99")
+METHODS = ("dkd", "dist", "sp", "at")
+QUESTION = Question("resnet14", ("resnet8",), METHODS, 1, "", protocol={"name": "quick", "epochs": 4}, overrides=PLAIN)
+
+FAILING = """
+from kdzoo import Distiller, Fidelity, Needs
+from kdzoo.errors import UserError
+from kdzoo.losses import cross_entropy
+
+
+class Failing(Distiller):
+    paper, fidelity = "none", Fidelity.EXACT
+    needs = Needs(features=False)
+
+    def __init__(self, *, ce: float = 1.0, mine: float = 1.0, when: str = "later"):
+        super().__init__(ce=ce, mine=mine)
+        self.when = when
+
+    def build(self, student, teacher, data):
+        if self.when == "built":
+            raise UserError("this pair is not for it")
+
+    def loss(self, student, teacher, batch):
+        zero = 0 * student.logits.sum()
+        late = (batch.progress >= 0.25).float()
+        return self.weigh(
+            ce=lambda: cross_entropy(student.logits, batch.targets),
+            mine=lambda: zero + torch_nan(late),
+        )
+
+
+def torch_nan(late):
+    return late * float("nan") if late else late
+"""
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """The sizes of the groups that the search of ``found`` trained, in their order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, groups):
+    """The folder of a search."""
+    train = work.train_lanes
+
+    def counting(runs, *given):
+        groups.append(len(runs))
+        return train(runs, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "train_lanes", counting)
+        return search(QUESTION, tmp_path_factory.mktemp("search") / "out", quiet=True)
+
+
+def histories(out):
+    return {path.parent.name: path.read_text() for path in sorted(out.glob("search/*/metrics.jsonl"))}
+
+
+def accuracies(out):
+    """What each run of the search found, without its speed."""
+    return {
+        name: [(record["epoch"], record["top1"], record["loss"]) for record in map(json.loads, text.splitlines())]
+        for name, text in histories(out).items()
+    }
+
+
+def weights(out):
+    return {file.parent.name: load_file(file) for file in out.glob("final/*/student.safetensors")}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n][k], other[n][k]) for n in one for k in one[n])
+
+
+def test_the_worse_half_stops_at_each_rung_and_the_best_are_finalists(found):
+    made = Search.read(found)
+    assert [one.title for one in made.candidates] == ["none", "kd", "logitmse", *METHODS]
+    assert (made.rungs, made.seeds) == ([1, 2], [1, 2, 3])
+    stopped = [course.stopped for course in made.courses]
+    assert sorted(stopped, key=str) == [1, 1, 1, 2, None, None, None]
+    assert [len(course.curve) for course in made.courses] == [epoch or 2 for epoch in stopped]
+    for epoch in made.rungs:
+        there = [n for n in range(7) if (stopped[n] or 9) >= epoch]
+        order = ranked(made, there, epoch)
+        left = [n for n in there if stopped[n] != epoch]
+        assert set(order[: len(left)]) == set(left)
+        worst = min(made.courses[n].at(epoch) for n in left)
+        assert all(made.courses[n].at(epoch) <= worst for n in set(there) - set(left))
+
+
+def test_candidates_are_ranked_on_images_that_nobody_is_measured_on_in_the_end(found):
+    for path in found.glob("search/*/config.yaml"):
+        data = yaml.safe_load(path.read_text())["data"]
+        assert (data["select"], data["val"]) == (recommend.SHARE, 0.0)
+    for folder in find_runs([found / "final"]):
+        assert folder.read_config()["data"]["select"] == 0
+        measured = [record["epoch"] for record in folder.read_history() if record["top1"] is not None]
+        assert measured == [4]  # once
+    assert not list(found.glob("search/*/result.json"))
+
+
+def test_finalists_and_references_are_trained_anew_on_three_other_seeds(found):
+    made = Search.read(found)
+    finalists = {n for n, course in enumerate(made.courses) if course.stopped is None} | {0, 1}
+    assert {(one.candidate, one.seed) for one in made.finals} == {(n, seed) for n in finalists for seed in (1, 2, 3)}
+    for one in made.finals:
+        settings = made.run(found, one).run().settings
+        assert (settings.distiller.name, settings.seed) == (made.candidates[one.candidate].method, one.seed)
+
+
+def test_the_same_question_again_trains_nothing(found, monkeypatch):
+    before = (found / FILE).read_text(), histories(found)
+    monkeypatch.setattr(work, "train_lanes", lambda *given: pytest.fail("it trained"))
+    assert search(QUESTION, found, quiet=True) == found
+    assert ((found / FILE).read_text(), histories(found)) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 5}, "(seed, runs changed)"),
+        ({"settings": 2}, "(settings changed)"),
+        ({"methods": ("dkd",)}, "(methods changed)"),
+        ({"overrides": (*PLAIN, "protocol.lr=0.02")}, "(overrides, runs changed)"),
+        ({"students": ("resnet14",)}, "(students, runs changed)"),
+    ],
+)
+def test_another_question_in_the_same_folder_is_one_line(found, changed, said):
+    with pytest.raises(UserError, match="holds the answer to another question") as caught:
+        search(replace(QUESTION, **changed), found, quiet=True)
+    assert said in str(caught.value)
+
+
+def test_a_search_that_is_stopped_anywhere_ends_as_one_that_never_was(found, tmp_path, monkeypatch):
+    train, calls = work.train_lanes, []
+
+    def stopping(*given):
+        calls.append(given)
+        if len(calls) in (2, 4, 6):
+            raise KeyboardInterrupt
+        return train(*given)
+
+    monkeypatch.setattr(work, "train_lanes", stopping)
+    interrupted = 0
+    while True:
+        try:
+            search(QUESTION, tmp_path, quiet=True)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == 3
+    assert accuracies(tmp_path) == accuracies(found)
+    assert same(weights(tmp_path), weights(found))
+    one, other = Search.read(tmp_path), Search.read(found)
+    assert (one.courses, one.finals) == (other.courses, other.finals)
+
+
+def test_groups_shrink_from_rung_to_rung(found, groups):
+    finalists = len(Search.read(found).finals) // 3
+    assert groups == [7, 4, *[finalists] * 3]
+
+
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
+def test_several_processes_share_a_search_and_find_the_same(found, tmp_path):
+    question = replace(QUESTION, overrides=(*PLAIN, "engine.lanes=3"))
+    search(question, tmp_path, Local(jobs=2), quiet=True)
+    assert same(weights(tmp_path), weights(found))
+    assert Search.read(tmp_path).courses == Search.read(found).courses
+
+
+@pytest.fixture
+def failing(tmp_path):
+    file = tmp_path / "failing.py"
+    file.write_text(FAILING)
+    return file
+
+
+def test_a_method_that_fails_drops_out_with_its_reason_and_stops_no_other(failing, tmp_path, monkeypatch):
+    train, finalists = Trainer.train, []
+
+    def no_finals(self, made, stage, chosen, overrides):
+        if stage != "final":
+            return train(self, made, stage, chosen, overrides)
+        finalists.extend(made.candidates[number].method for number in chosen["resnet8"])
+        return iter(())
+
+    monkeypatch.setattr(Trainer, "train", no_finals)
+    question = replace(QUESTION, methods=("dkd", str(failing)))
+    made = Search.read(search(question, tmp_path / "out", quiet=True))
+    reasons = {one.method: course.reason for one, course in zip(made.candidates, made.courses, strict=True)}
+    assert "'mine' is not finite" in reasons.pop(str(failing))
+    assert set(reasons.values()) == {""}
+    assert len(finalists) >= 3
+    assert str(failing) not in finalists
+
+
+def test_a_method_that_does_not_fit_is_left_out_with_its_reason(failing, tmp_path):
+    failing.write_text(FAILING.replace('"later"', '"built"'))
+    made = tried(replace(QUESTION, methods=("dkd", str(failing)), settings=3), quiet=True)
+    assert made.left_out == [("resnet8", str(failing), "this pair is not for it")]
+    assert {one.method for one in made.candidates} == {"none", "kd", "logitmse", "dkd"}
+
+
+def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = tried(QUESTION, quiet=True)
+    assert (len(made.candidates), made.rungs) == (7, [1, 2])
+    assert len(made.costs) == 7
+    assert min(made.costs) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_students_are_each_given_an_answer(tmp_path):
+    students = ("resnet8", "resnet14")
+    found = kdzoo.recommend(
+        "resnet14", students, methods=["dkd"], settings=1, out=tmp_path, quiet=True, overrides=PLAIN, budget="40epochs"
+    )
+    assert found.search.epochs == 1
+    assert [answer.student for answer in found.answers] == list(students)
+    assert {one.candidate.student for one in found.answers[1].finalists} == {"resnet14"}
+    assert sorted(file.name for file in tmp_path.glob("*.yaml")) == [
+        "recommended-resnet14.yaml",
+        "recommended-resnet8.yaml",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"students": ()}, "no student is named"),
+        ({"students": ("resnet8", "resnet8")}, "expected each name once"),
+        ({"settings": 0}, "expected a number from 1 to 9"),
+        ({"seed": -1}, "expected a number from 0"),
+        ({"budget": "soon"}, "expected a time, such as 4h"),
+        ({"overrides": ("data.select=0.5",)}, "data.select is decided by the search itself"),
+        ({"overrides": ("engine.stop_after=2",)}, "engine.stop_after is decided by the search itself"),
+        ({"overrides": ("distiller.temperature=2",)}, "distiller.temperature is decided by the search itself"),
+        ({"overrides": ("seed=2",)}, "seed is decided by the search itself"),
+        ({"overrides": ("output.ship=best",)}, "chooses an epoch on the test images"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_one_line(changed, said):
+    with pytest.raises(UserError, match=said):
+        replace(QUESTION, **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"budget": "3epochs"}, "a budget of 3epochs cannot pay the shortest search"),
+        ({"budget": "1s"}, "a budget of 1s cannot pay the shortest search"),
+        ({"protocol": {"name": "quick", "epochs": 1}}, "1 epochs are too few to halve 7 candidates 2 times"),
+        ({"teacher": "resnett14"}, "unknown model 'resnett14'; did you mean resnet14"),
+        ({"methods": ("dkdd",)}, "unknown distiller 'dkdd'; did you mean dkd"),
+        ({"overrides": (*PLAIN, "protocol.lrr=1")}, "did you mean protocol.lr"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_one_line_and_leaves_no_plan(changed, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        search(replace(QUESTION, **changed), tmp_path, quiet=True)
+    assert not (tmp_path / FILE).exists()
+
+
+DATA = """
+import numpy as np
+from kdzoo import ImageSet
+
+
+class Mine(ImageSet):
+    def load(self, root):
+        pixels = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 3), dtype=np.uint8)
+        labels = LABELS
+        return CLASSES, (pixels, labels), (pixels[:20], labels[:20])
+"""
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "said"),
+    [
+        ("('cat',)", "np.zeros(60, dtype=np.int64)", "have one class"),
+        ("('cat', 'dog')", "(np.arange(60) == 0).astype(np.int64)", "none of 1 classes (dog)"),
+    ],
+)
+def test_data_that_methods_cannot_be_ranked_on_are_one_line(classes, labels, said, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(DATA.replace("CLASSES", classes).replace("LABELS", labels))
+    question = replace(QUESTION, data={"name": str(file)}, overrides=tuple(key for key in PLAIN if "limit" not in key))
+    with pytest.raises(UserError) as caught:
+        search(question, tmp_path / "out", quiet=True)
+    assert said in str(caught.value)
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr("sys.argv", ["kdzoo", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+ASKED = ["--teacher", "resnet14", "--students", "resnet8", "--methods", ",".join(METHODS), "--settings", "1",
+         "--epochs", "4", *PLAIN]  # fmt: skip
+
+
+def test_the_command_answers_and_kdzoo_run_takes_the_answer(found, tmp_path, monkeypatch, capsys):
+    code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--out", found)
+    assert code == 0
+    said = Recommendation.read(found).sentences()
+    assert " ".join(said) in " ".join(out.split())
+    assert f"kdzoo run --config {found / 'recommended.yaml'}" in out
+    config = found / "recommended.yaml"
+    code, out, err = command(
+        monkeypatch, capsys, "run", "--config", config, "--out", tmp_path, "--seed", 7, "--epochs", 1
+    )
+    assert (code, err[-300:] if code else "") == (0, "")
+    [folder] = find_runs([tmp_path])
+    settings = RunFolder(folder.path).run().settings
+    best = Recommendation.read(found).answers[0].best.candidate
+    assert (settings.distiller.name, settings.seed, settings.data.limit) == (best.method, 7, 160)
+
+
+def test_the_dry_run_says_what_it_would_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--dry-run")
+    assert code == 0
+    assert "7 candidates (0 methods do not fit)" in out
+    assert "epochs 1 to 1: 7 candidates" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--config", "missing.yaml"], "no file missing.yaml"),
+        (["run", "--student", "resnet8"], "no distiller is named"),
+        (["run", "--distiller", "none"], "no student is named"),
+        (["recommend", "--teacher", "resnet14", "--students", ","], "no student is named"),
+        (["recommend", *ASKED, "--budget", "never"], "--budget never: expected a time"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(monkeypatch, capsys, *words)
+    assert code == 2
+    assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: plan.pop("candidates"),
+        lambda plan: plan["candidates"][0].pop("method"),
+        lambda plan: plan.update(costs=[1]),
+        lambda plan: plan.update(courses=[3]),
+        lambda plan: plan.update(finals=[{"candidate": 99, "seed": 1, "folder": "x"}]),
+        lambda plan: plan.update(left_out=[[1]]),
+        lambda plan: plan.update(more=1),
+    ],
+)
+def test_a_damaged_plan_is_one_line(damage, found, tmp_path):
+    plan = json.loads((found / FILE).read_text())
+    damage(plan)
+    (tmp_path / FILE).write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="is damaged"):
+        Search.read(tmp_path)
+
+
+def test_a_plan_of_another_version_and_none_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no search"):
+        Search.read(tmp_path)
+    (tmp_path / FILE).write_text('{"format": 99}')
+    with pytest.raises(UserError, match="another version"):
+        Search.read(tmp_path)
+
+
+def test_a_plan_names_no_folder_outside_of_its_own(found):
+    made = Search.read(found)
+    outside = replace(made.finals[0], folder="../../elsewhere")
+    assert made.run(found, outside).path == found / "final" / "elsewhere"
