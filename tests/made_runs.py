@@ -13,6 +13,7 @@ from kdzoo.results import table
 from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.store.predictions import Predictions, mistakes
 from kdzoo.store.result import Result
+from kdzoo.store.search import Candidate, Course, Search, Trained
 
 
 def write(root: Path, top1: float, seed: int, *overrides: str, distiller: str = "kd", **found: Any) -> RunFolder:
@@ -140,3 +141,64 @@ def varied(root: Path) -> pd.DataFrame:
     write(root, 60.0, 0, "protocol.epochs=1")
     write(root, 50.0, 0, distiller="none")
     return table.rows(find_runs([root]))
+
+
+def search(
+    out: Path,
+    finalists: Sequence[tuple[Candidate, Sequence[float] | str, float]],
+    stopped: Sequence[tuple[Candidate, str]] = (),
+    **found: Any,
+) -> Search:
+    """A search as it lies on disk, with two rungs, and with the runs of its finalists.
+
+    Args:
+        out: its folder.
+        finalists: candidates that came to the end, each with its top-1 by seed or why its first run failed, and the
+            seconds of its step.
+        stopped: candidates that stopped after the first epoch, each with why it failed, if it did.
+        found: other fields of the search, or of the runs' results.
+    """
+    fields = {name: found.pop(name) for name in ("asked", "left_out", "rungs") if name in found}
+    finals = []
+    for number, (one, scores, _) in enumerate(finalists):
+        keywords = [f"distiller.{key}={value}" for key, value in one.keywords.items()]
+        for seed, top1 in enumerate([0.0] * 3 if isinstance(scores, str) else scores, start=1):
+            given = [f"student.name={one.student}", *keywords]
+            values = {"student": one.student, **found}
+            folder = write(out / "final", top1, seed, *given, distiller=one.method, **values)
+            fill(folder, ("cat", "dog"), top1, seed=seed)
+            finals.append(Trained(number, seed, folder.path.name))
+            if isinstance(scores, str) and seed == 1:
+                folder.result.unlink()
+                folder.failure.write_text(f"{scores}\n", encoding="utf-8")
+    ends = [Course([(1, 10.0, 50.0), (2, 30.0 - i, 70.0)]) for i in range(len(finalists))]
+    begun = [Course([] if why else [(1, 9.0 - i, 40.0)], 1, why) for i, (_, why) in enumerate(stopped)]
+    candidates = [*(one for one, *_ in finalists), *(one for one, _ in stopped)]
+    values = {
+        "asked": {
+            "teacher": "vit_s",
+            "students": list(dict.fromkeys(one.student for one in candidates)),
+            "data": {"name": "digits"},
+            "protocol": {"name": "quick", "epochs": 4},
+            "weights": None,
+            "overrides": [],
+        },
+        "epochs": 4,
+        "rungs": [1, 2],
+        "seeds": [1, 2, 3],
+        "share": 0.2,
+        "candidates": candidates,
+        "costs": [*(cost for *_, cost in finalists), *([0.01] * len(stopped))],
+        "left_out": [],
+        "courses": [*ends, *begun],
+        "finals": finals,
+    }
+    made = Search(**{**values, **fields})
+    out.mkdir(exist_ok=True)
+    made.write(out)
+    return made
+
+
+def candidate(method: str, student: str = "resnet_8", **keywords: Any) -> Candidate:
+    """A candidate of a search."""
+    return Candidate(student, method, keywords)

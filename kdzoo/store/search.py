@@ -1,6 +1,7 @@
 """What a search for the best method did, as its folder keeps it: the plan, and how far each candidate came."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from kdzoo.store.folder import RunFolder
 
 FORMAT = 1
 FILE = "search.json"
+MOST_EPOCHS = 10**6
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,8 @@ class Search:
             ]
             found.costs = [float(cost) for cost in values["costs"]]
             found.rungs = [int(epoch) for epoch in values["rungs"]]
-            if not all(0 <= one.candidate < len(found.candidates) for one in found.finals):
-                raise ValueError("a finalist is no candidate")
-            if len(found.costs) != len(found.candidates) or len(found.courses) not in (0, len(found.candidates)):
-                raise ValueError("its lists differ in length")
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            _check(found)
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{file} is damaged ({error}); choose another --out") from error
         return found
 
@@ -133,6 +132,34 @@ def _texts(values: dict[str, Any], *names: str) -> dict[str, Any]:
     if not all(isinstance(values[name], str) for name in names) or not isinstance(values["keywords"], dict):
         raise ValueError("a candidate has no name")
     return values
+
+
+def _check(found: Search) -> None:
+    """Check what ``read`` has not: that numbers can be drawn, and that candidates can be ranked."""
+    number, courses = len(found.candidates), found.courses
+    if not number or len(found.costs) != number or len(courses) not in (0, number):
+        raise ValueError("its lists differ in length")
+    if not isinstance(found.asked.get("teacher"), str):
+        raise ValueError("it names no teacher")
+    if not all(isinstance(epoch, int) and 1 <= epoch <= MOST_EPOCHS for epoch in [found.epochs, *found.rungs]):
+        raise ValueError("an epoch is none")
+    if not all(0 < cost < math.inf for cost in found.costs):
+        raise ValueError("a cost is no time")
+    last = max((course.stopped or 0 for course in courses), default=0)
+    for course in courses:
+        if [epoch for epoch, *_ in course.curve] != list(range(1, len(course.curve) + 1)):
+            raise ValueError("a curve lacks an epoch")
+        if not all(0 <= share <= 100 for _, *shares in course.curve for share in shares):
+            raise ValueError("an accuracy is no percentage")
+        if not course.reason and len(course.curve) < (last if course.stopped is None else course.stopped):
+            raise ValueError("a curve is too short")
+    seeds: dict[int, set[int]] = {}
+    for one in found.finals:
+        seeds.setdefault(one.candidate, set()).add(one.seed)
+    if not all(0 <= candidate < number for candidate in seeds):
+        raise ValueError("a finalist is no candidate")
+    if len(set(map(frozenset, seeds.values()))) > 1:
+        raise ValueError("finalists differ in their seeds")
 
 
 def ranked(search: Search, chosen: Sequence[int], epoch: int) -> list[int]:
