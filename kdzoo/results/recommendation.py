@@ -14,6 +14,7 @@ from kdzoo.experiments.workers import Executor
 from kdzoo.files import read_text, slug, write_text
 from kdzoo.resolve import merged
 from kdzoo.results import statistics
+from kdzoo.results.table import visible
 from kdzoo.store.result import Result
 from kdzoo.store.search import Candidate, Search
 
@@ -53,7 +54,7 @@ class Answer:
 
     student: str
     finalists: list[Finalist]  # the best first; those that failed last
-    teacher_top1: float
+    teacher_top1: float  # in percent; NaN: not measured
 
     @property
     def best(self) -> Finalist:
@@ -91,14 +92,17 @@ class Answer:
         best, ties = self.best, self.ties
         if not ties:
             others = len([one for one in self.finalists if not one.reason]) - 1
-            return f"It is better than each of the other {others} finalists beyond chance (p < {statistics.ALPHA})."
+            if not others:
+                return "No other finalist has a result to compare it with."
+            whom = "the other finalist" if others == 1 else f"each of the other {others} finalists"
+            return f"It is better than {whom} beyond chance (p < {statistics.ALPHA})."
         names = " and ".join(
             [", ".join([best.candidate.title, *(one.candidate.title for one in ties[:-1])]), ties[-1].candidate.title]
         )
         cheapest = min(ties, key=lambda one: one.cost)
         less = 1 - cheapest.cost / best.cost
         also = (
-            f"; {cheapest.candidate.title} costs {less:.0%} less to train than {best.candidate.title}"
+            f"; {cheapest.candidate.title} costs {100 * less:.0f} % less to train than {best.candidate.title}"
             if less >= 0.005
             else ""
         )
@@ -106,7 +110,7 @@ class Answer:
 
     def _weak_teacher(self) -> list[str]:
         alone = self.reference("none")
-        if alone is None or self.teacher_top1 >= alone.mean:
+        if alone is None or not self.teacher_top1 < alone.mean:
             return []
         return [
             f"The teacher reaches {self.teacher_top1:.2f} % and the student without it {alone.mean:.2f} %: look for a "
@@ -171,7 +175,7 @@ class Recommendation:
         for answer in self.answers:
             name = FILE if len(self.answers) == 1 else f"recommended-{slug(answer.student)}.yaml"
             content = yaml.safe_dump(_settings(self.search, answer.best.candidate), sort_keys=False)
-            write_text(self.folder / name, f"# {answer.sentences()[0]}\n{content}")
+            write_text(self.folder / name, f"# {visible(answer.sentences()[0])}\n{content}")
             files.append(self.folder / name)
         return files
 
@@ -263,8 +267,8 @@ def _answer(folder: Path, found: Search, student: str) -> Answer:
         )
         for number in [*order, *reasons]
     ]
-    teacher = max((each.teacher_top1 or 0.0 for one in finalists for each in one.results), default=0.0)
-    return Answer(student, finalists, teacher)
+    teachers = [each.teacher_top1 for one in finalists for each in one.results if each.teacher_top1 is not None]
+    return Answer(student, finalists, max(teachers, default=math.nan))
 
 
 def _verdict(answer: Answer, one: Finalist) -> str:

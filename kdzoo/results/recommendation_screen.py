@@ -71,25 +71,33 @@ def table(found: Recommendation) -> Table:
 
 def screen(found: Recommendation, files: Sequence[Path]) -> str:
     """Answer in sentences, and name the commands to run next, each on a line that can be copied whole."""
-    lines = [*found.sentences(), ""]
-    if len(found.answers) > 1:
-        lines[1:1] = [front(found)]
-    lines += ["Cost is the time of a training step, that of the best one being 1. Train at full length:"]
+    lines = [
+        *sentences(found),
+        "",
+        "Cost is the time of a training step, that of the best one being 1. Train at full length:",
+    ]
     lines += [f"  {shlex.join(['kdzoo', 'run', '--config', str(shortened(file))])}" for file in files]
     page = shlex.join(["kdzoo", "report", str(shortened(found.folder))])
     return visible_lines([*lines, "How the search went, as a page:", f"  {page}"])
 
 
-def front(found: Recommendation) -> str:
-    """Name the students of which no other is both faster and more accurate."""
+def sentences(found: Recommendation) -> list[str]:
+    """Answer in sentences, the last of which compares students where there are several."""
+    return [*found.sentences(), *front(found)]
+
+
+def front(found: Recommendation) -> list[str]:
+    """Name the students of which no other is both faster and more accurate; none where there is nothing to compare."""
     best = [(answer.student, answer.best) for answer in found.answers]
-    speed = {name: one.results[0].latency_1 or math.inf for name, one in best}
+    speed = {name: one.results[0].latency_1 for name, one in best if one.results[0].latency_1 is not None}
+    if len(best) == 1 or len(speed) < len(best):
+        return []
     kept = [
         f"{name} ({one.mean:.2f} %, {speed[name]:.3g} ms)"
         for name, one in best
         if not any(other.mean >= one.mean and speed[rival] < speed[name] for rival, other in best if rival != name)
     ]
-    return f"No other student is both faster and at least as accurate as: {', '.join(kept)}."
+    return [f"No other student is both faster and at least as accurate as: {', '.join(kept)}."]
 
 
 def _count(parameters: int | None) -> str:
