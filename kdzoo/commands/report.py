@@ -27,7 +27,7 @@ def report(folders: tuple[Path, ...], out: Path | None, baseline: str | None, se
     """Write one HTML page that shows what finished runs found.
 
     RUNS are folders of runs, or folders that hold some. The page needs no network: open it from disk, print it, or send
-    it. With --serve it is made anew each time it is loaded, so that it shows a bench at work.
+    it. With --serve it is made anew each time it is loaded, so that it shows a bench or a search at work.
 
     \b
       kdzoo report runs/digits

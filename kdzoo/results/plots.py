@@ -53,6 +53,8 @@ def draw(paths: Sequence[Path], file: Path, kind: str, cost: str = "latency_1", 
         raise UserError(f"--out {file}: expected a file that ends with .png, .pdf or .svg")
     gathered = gather(paths, baseline)
     runs, baseline = gathered.runs, gathered.baseline
+    if runs.empty:
+        raise UserError(f"no finished run in {', '.join(map(str, paths))}: the search there is not finished")
     if kind == "ranks":
         ranks.draw(runs, file)
         return

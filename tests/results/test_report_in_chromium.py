@@ -8,7 +8,7 @@ import pytest
 from kdzoo.naming import Names
 from kdzoo.results.report.page import page
 
-from ..made_runs import fill, many, write
+from ..made_runs import candidate, fill, many, search, write
 
 pytest.importorskip("plotly")
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -199,6 +199,21 @@ def test_another_run_may_be_looked_into(opened):
     assert "kdzoo run --distiller" in first
     opened.find_element("xpath", "//select[@id='run']/option[2]").click()
     assert pane.text != first
+
+
+def test_a_search_at_work_is_shown_though_no_run_is_finished(browser, tmp_path):
+    complaints(browser)  # of pages before
+    search(tmp_path, [(candidate("kd"), (), 0.02)], [(candidate(f"mine {EVIL}"), ""), (candidate("at"), "")])
+    (tmp_path / "report.html").write_text(page([tmp_path]), encoding="utf-8")
+    browser.get((tmp_path / "report.html").as_uri())
+    wait_for(browser, "document.documentElement.dataset.ready === 'true'")
+    plot = figure(browser, "search")
+    assert not browser.find_element("id", "one-run").is_displayed()
+    plot.send_keys("\ue014")  # right
+    assert "stopped after epoch 1, place 2 of 3" in hover(browser)
+    assert "onerror" in hover(browser)
+    assert browser.execute_script("return window.harmed") is None
+    assert complaints(browser) == []
 
 
 def background(browser):

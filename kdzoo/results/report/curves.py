@@ -7,10 +7,9 @@ import pandas as pd
 
 from kdzoo.naming import ALONE
 from kdzoo.results.report.gather import Kept
-from kdzoo.results.report.style import GRAY, Figure, escaped, figure, options, short
+from kdzoo.results.report.style import GRAY, Figure, epochs, escaped, figure, options, short
 
 ACCURACY = "top-1 on the test images (%)"
-FEW = 15  # epochs that an axis counts one by one
 POINTS = 100  # of a curve, at most
 
 
@@ -56,8 +55,7 @@ def curves(kept: Sequence[tuple[int, Kept]], looks: Mapping[str, dict[str, Any]]
     late = [y for trace in traces for y in _late(trace) if trace["meta"]["what"] == ACCURACY]
     if late:
         titles[ACCURACY]["yaxis"]["range"] = [min(late) - 0.5, max(late) + 0.5]
-    epochs = max(x for trace in traces for x in trace["x"])
-    layout = {"xaxis": {"title": "epoch", **({"dtick": 1} if epochs <= FEW else {})}, "height": 440}
+    layout = {"xaxis": epochs(max(x for trace in traces for x in trace["x"])), "height": 440}
     return figure(traces, layout, {"pair": "Pair", "what": "Show"}, {"what": titles})
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from kdzoo.errors import UserError
 from kdzoo.files import read_text
 from kdzoo.results import table
+from kdzoo.results.report import search
 from kdzoo.results.report.command import command
 from kdzoo.results.report.spectra import read_spectrum
 from kdzoo.store import predictions
@@ -50,32 +51,39 @@ class Kept:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The finished runs of a report, as rows and one by one, and what was left out."""
+    """The finished runs of a report, as rows and one by one, the searches, and what was left out."""
 
-    runs: pd.DataFrame
+    runs: pd.DataFrame  # without a row where there are searches alone
     kept: list[Kept]
+    searches: list[search.Found]
     notes: list[str]
     baseline: str  # the method that the others are compared with
 
 
 def gather(paths: Sequence[Path], baseline: str | None = None) -> Gathered:
-    """Read the finished runs in or below ``paths``.
+    """Read the finished runs and the searches in or below ``paths``.
+
+    What a search trained on a part of the training images is left out: these runs are of another kind.
 
     Raises:
-        UserError: there is no such folder, no finished run, or no run of the baseline.
+        UserError: there is no such folder, no finished run and no search, or no run of the baseline.
     """
-    folders = list({folder.path.resolve(): folder for folder in find_runs(list(paths))}.values())
-    runs = table.rows(folders)
-    waiting = unfinished(paths)
-    if runs.empty:
+    found = {folder.path.resolve(): folder for folder in find_runs(list(paths))}
+    folders = search.find_searches(paths)
+    searches, damaged = _searches(folders)
+    tried = [(folder / search.TRIALS).resolve() for folder in folders]
+    runs = table.rows(folder for path, folder in found.items() if path.parent not in tried)
+    waiting = [*damaged, *unfinished(paths, tried)]
+    if runs.empty and not searches:
         also = f" ({waiting[0]})" if waiting else ""
         raise UserError(f"no finished run in {', '.join(map(str, paths))}{also}")
+    methods = set() if runs.empty else set(runs["method"])
     if baseline is None:
-        baseline = next((name for name in (table.BASELINE, "none") if name in set(runs["method"])), table.BASELINE)
-    else:
+        baseline = next((name for name in (table.BASELINE, "none") if name in methods), table.BASELINE)
+    elif methods:
         table.check_baseline(runs, baseline)
     kept = [_kept(RunFolder(row["folder"]), row) for row in records(runs)]
-    return Gathered(runs, kept, [*runs.attrs["left_out"], *waiting], baseline)
+    return Gathered(runs, kept, searches, [*runs.attrs.get("left_out", []), *waiting], baseline)
 
 
 def of_section(rows: pd.DataFrame, key: tuple[str, ...]) -> pd.DataFrame:
@@ -94,14 +102,31 @@ def best_first(rows: pd.DataFrame) -> list[str]:
     return [str(name) for name in means.sort_values(ascending=False).index]
 
 
-def unfinished(paths: Sequence[Path]) -> list[str]:
-    """Say in a line which runs in or below ``paths`` have begun and have no result; nothing where there are none."""
+def unfinished(paths: Sequence[Path], apart: Sequence[Path]) -> list[str]:
+    """Say in a line which runs in or below ``paths`` have begun and have no result; nothing where there are none.
+
+    Args:
+        paths: folders.
+        apart: folders whose runs never have one.
+    """
     begun = {file.parent.resolve() for path in paths for file in path.rglob("config.yaml")}
-    names = sorted(folder.name for folder in begun if not (folder / "result.json").is_file())
+    waiting = (folder for folder in begun if not (folder / "result.json").is_file() and folder.parent not in apart)
+    names = sorted(folder.name for folder in waiting)
     if not names:
         return []
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return [f"left out, since not finished: {', '.join(names[:NAMED])}{more}"]
+
+
+def _searches(folders: Sequence[Path]) -> tuple[list[search.Found], list[str]]:
+    """Read searches, and say in a line each which of them are damaged."""
+    found, damaged = [], []
+    for folder in folders:
+        try:
+            found.append(search.read(folder))
+        except UserError as error:
+            damaged.append(f"left out: {table.visible(str(error))}")
+    return found, damaged
 
 
 def _kept(folder: RunFolder, row: dict[str, Any]) -> Kept:

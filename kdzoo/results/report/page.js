@@ -203,7 +203,9 @@ function copied(title, text, said) {
   return make("div", {}, make("h3", {}, title), make("p", { class: "quiet" }, `${said} `, button), pre);
 }
 function show(index) {
-  const run = data.runs[index], names = data.classes[run.classes], parts = [];
+  const run = data.runs[index], parts = [];
+  if (!run) return;
+  const names = data.classes[run.classes];
   if (run.notes.length) parts.push(make("ul", { class: "wide notes" }, ...run.notes.map((note) => make("li", {}, note))));
   if (run.accuracy) parts.push(byClass(run, names));
   const side = make("div", {});

@@ -17,7 +17,7 @@ from kdzoo.errors import UserError
 from kdzoo.files import make_folder, write_text
 from kdzoo.results import layout, published, statistics
 from kdzoo.results.render import Cell
-from kdzoo.results.report import figures
+from kdzoo.results.report import figures, search
 from kdzoo.results.report.answer import answer
 from kdzoo.results.report.curves import curves
 from kdzoo.results.report.gather import Gathered, best_first, gather, of_section, records
@@ -73,10 +73,11 @@ FIGURES = {
 
 
 def write(paths: Sequence[Path], out: Path, baseline: str | None = None) -> None:
-    """Write the report of the finished runs in or below ``paths`` completely or not at all.
+    """Write the report of the finished runs and searches in or below ``paths`` completely or not at all.
 
     Raises:
-        UserError: there is no finished run, no run of the baseline, a library is missing, or no permission to write.
+        UserError: there is no finished run and no search, no run of the baseline, a library is missing, or no
+            permission to write.
     """
     text = page(paths, baseline)
     make_folder(out.parent)
@@ -93,7 +94,8 @@ def page(paths: Sequence[Path], baseline: str | None = None) -> str:
     gathered = gather(paths, baseline)
     baseline = gathered.baseline
     drawn: dict[str, Figure] = {}
-    sections = _sections(gathered, drawn)
+    searches = _searches(gathered, drawn)
+    sections = _sections(gathered, drawn) if gathered.kept else []
     panes = Panes(gathered.kept, baseline).all()
     css, js = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (js, code))
@@ -105,6 +107,7 @@ def page(paths: Sequence[Path], baseline: str | None = None) -> str:
         css=css,
         js=js,
         plotly=packed,
+        searches=searches,
         sections=sections,
         pairs=sorted({one.pair for one in gathered.kept}),
         runs=[pane["title"] for pane in panes["runs"]],
@@ -140,6 +143,18 @@ def _plotly() -> tuple[str, str]:
 
 def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+def _searches(gathered: Gathered, drawn: dict[str, Figure]) -> list[dict[str, Any]]:
+    """Make a section for each search; their figures go into ``drawn`` by their names."""
+    found = []
+    for i, one in enumerate(gathered.searches):
+        drawing = search.rungs(one)
+        drawn |= {} if drawing is None else {f"search-{i}": drawing}
+        title = "How far each candidate came"
+        shown = [] if drawing is None else [{"id": f"search-{i}", "title": title, "help": search.HELP}]
+        found.append({**search.section(one), "figures": shown})
+    return found
 
 
 def _sections(gathered: Gathered, drawn: dict[str, Figure]) -> list[dict[str, Any]]:
@@ -205,7 +220,9 @@ def _column(title: str, is_number: bool) -> dict[str, Any]:
 
 
 def _first(gathered: Gathered) -> int:
-    """The run that is shown first: the best one of the first section."""
+    """The run that is shown first: the best one of the first section; 0 where there is none."""
+    if not gathered.kept:
+        return 0
     rows = [(place, one) for place, one in enumerate(gathered.kept) if one.section == gathered.kept[0].section]
     measure = shipped(pd.DataFrame([one.row for _, one in rows]))
     return max(rows, key=lambda row: row[1].row[measure])[0]
@@ -238,6 +255,8 @@ def _lacking(made: dict[str, Any], complete: pd.DataFrame) -> list[str]:
 
 
 def _counts(runs: pd.DataFrame) -> str:
+    if runs.empty:
+        return "no finished run yet"
     counts = {
         "run": len(runs),
         "method": runs["method"].nunique(),

@@ -14,6 +14,7 @@ VERDICTS = {
     "not told apart": (GRAY, "circle-open"),
 }
 LONGEST = 30  # characters of a name beside an axis
+FEW = 15  # epochs that an axis counts one by one
 Figure = dict[str, Any]
 
 
@@ -41,6 +42,11 @@ def styles(methods: Sequence[str], baseline: str) -> dict[str, dict[str, Any]]:
             found[method] = {"color": GRAY, "symbol": "circle-open", "dash": "solid", "named": False}
     found[baseline] = {"color": GRAY, "symbol": "x", "dash": "dash", "named": True}
     return found
+
+
+def epochs(last: int) -> dict[str, Any]:
+    """Lay out an axis of epochs."""
+    return {"title": "epoch", **({"dtick": 1} if last <= FEW else {})}
 
 
 def figure(
