@@ -62,10 +62,11 @@ class Case:
     student: str
     protocol: Mapping[str, Any]
     settings: int = 2
+    teacher_epochs: int | None = None  # None: the recipe's
 
     def question(self, data: str, seed: int) -> Question:
         """The question that is asked with this seed."""
-        own = ("teacher.allow_weak=true",)
+        own = ("teacher.allow_weak=true", *([f"teacher.epochs={self.teacher_epochs}"] if self.teacher_epochs else []))
         return Question(
             self.teacher, (self.student,), METHODS, self.settings, "", {"name": data}, self.protocol, None, seed, own
         )
@@ -73,8 +74,8 @@ class Case:
 
 CASES = {
     "digits": Case("resnet14", "resnet8", {"name": "quick", "epochs": 5}),
-    "cifar": Case("resnet20", "resnet8", {"name": "crd", "epochs": 6}, settings=1),
-    "transformer": Case("resnet8x4", "vit_pico", {"name": "ofa-vit", "epochs": 6}, settings=1),
+    "cifar": Case("resnet20", "resnet8", {"name": "crd", "epochs": 6}, settings=1, teacher_epochs=20),
+    "transformer": Case("resnet8x4", "vit_pico", {"name": "ofa-vit", "epochs": 6}, settings=1, teacher_epochs=20),
 }
 
 

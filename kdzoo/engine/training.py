@@ -194,5 +194,5 @@ def train_one(run: Run, dataset: Dataset, teacher: Teacher | None, progress: Pro
     [outcome] = train_lanes([run], dataset, teacher, progress, ranks)
     if isinstance(outcome, UserError):
         raise outcome
-    assert outcome is not None, "a run of its own is trained to its end"
+    assert outcome is not None, "a single run is trained to its end"
     return outcome

@@ -48,8 +48,8 @@ def rungs(candidates: int, epochs: int) -> list[int]:
 
 
 def fewest_epochs(candidates: int) -> int:
-    """Return the shortest training at full length that leaves room for all rungs."""
-    return max(1, len(counts(candidates)) - 1)
+    """Return the shortest training at full length whose rungs all lie before its end."""
+    return len(counts(candidates))
 
 
 def epochs_of(candidates: Sequence[int], references: int, epochs: int) -> tuple[int, int]:
@@ -108,8 +108,8 @@ def longest(budget: str, candidates: Sequence[int], references: int, most: int, 
     fewest = fewest_epochs(max(candidates))
     if most < fewest:
         raise UserError(
-            f"{most} epochs are too few to halve {max(candidates)} candidates {fewest} times; set --epochs {fewest} or "
-            "more, name fewer --methods, or lower --settings"
+            f"epochs: {most}, too few to halve {max(candidates)} candidates until {FINALISTS} are left; set --epochs "
+            f"{fewest} or more, name fewer --methods, or lower --settings"
         )
     if not budget:
         return most

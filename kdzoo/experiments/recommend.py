@@ -160,7 +160,8 @@ def search(
             for number in set(some) - set(best):
                 made.courses[number].stopped = epoch
             chosen[student] = best
-        made.write(out)
+        if not made.finals:  # else all of this stands there already
+            made.write(out)
     for student, some in chosen.items():
         chosen[student] = [*some, *(number for number in references(made, student) if number not in some)]
     made.finals = [
@@ -334,8 +335,9 @@ def outline(made: Search) -> str:
     counts = [len(made.of(student)) for student in made.students]
     search, final = halving.epochs_of(counts, len(REFERENCES), made.epochs)
     whole = SEEDS * made.epochs * sum(counts)
+    unfit = f" ({len(made.left_out)} more do not fit)" if made.left_out else ""
+    halved = f"; the worse half stops after epochs {', '.join(map(str, made.rungs))}" if made.rungs else ""
     return (
-        f"{sum(counts)} candidates ({len(made.left_out)} methods do not fit); the worse half stops after epochs "
-        f"{', '.join(map(str, made.rungs))}; finalists are trained anew for {made.epochs} epochs with {SEEDS} seeds: "
-        f"{search + final:,} epochs in all, where training every candidate so would take {whole:,}"
+        f"{sum(counts)} candidates{unfit}{halved}; finalists are trained anew for {made.epochs} epochs with {SEEDS} "
+        f"seeds: {search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds)"
     )

@@ -18,7 +18,7 @@ from kdzoo.results.table import visible
 from kdzoo.store.result import Result
 from kdzoo.store.search import Candidate, Search
 
-FILE = "recommended.yaml"
+NOTABLE = 0.03  # of the cost of a step: what a few timed steps tell apart
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Answer:
                 gain, low, high = (
                     f"{value:+.2f}" for value in (other.behind.mean, other.behind.low, other.behind.high)
                 )
-                gains.append(f"{gain} points against {name} (95 % interval {low} to {high})")
+                gains.append(f"{gain} points against {name} (95 % interval {low} to {high}, corrected p {other.p:.2g})")
         said = "" if best.candidate.method == "none" else " with"
         title = "without a teacher" if best.candidate.method == "none" else best.candidate.title
         first = f"Train {self.student}{said} {title}: {best.mean:.2f} % on the test images, mean of {seeds} seeds"
@@ -103,7 +103,7 @@ class Answer:
         less = 1 - cheapest.cost / best.cost
         also = (
             f"; {cheapest.candidate.title} costs {100 * less:.0f} % less to train than {best.candidate.title}"
-            if less >= 0.005
+            if less >= NOTABLE
             else ""
         )
         return f"{names} cannot be told apart{also}."
@@ -173,7 +173,8 @@ class Recommendation:
         """Write the settings of each student's best method as a file that ``kdzoo run --config`` takes."""
         files = []
         for answer in self.answers:
-            name = FILE if len(self.answers) == 1 else f"recommended-{slug(answer.student)}.yaml"
+            own = f"-{len(files) + 1}-{slug(answer.student)}" if len(self.answers) > 1 else ""
+            name = f"recommended{own}.yaml"
             content = yaml.safe_dump(_settings(self.search, answer.best.candidate), sort_keys=False)
             write_text(self.folder / name, f"# {visible(answer.sentences()[0])}\n{content}")
             files.append(self.folder / name)

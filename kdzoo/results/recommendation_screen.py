@@ -50,12 +50,12 @@ def table(found: Recommendation) -> Table:
     """Tabulate the finalists of each student, the best first."""
     drawn = Table(title="Finalists: top-1 on the test images", title_justify="left")
     several = len(found.answers) > 1
-    for name in ("student", "parameters", "latency") if several else ():
+    for name in ("student", "latency") if several else ():
         drawn.add_column(name, justify="left" if name == "student" else "right")
     for name in ("method", "top-1", "best minus it", "95 % interval", "verdict", "cost"):
         drawn.add_column(name, justify="left" if name in ("method", "verdict") else "right")
     for row in found.rows():
-        cells = [visible(row["student"]), _count(row["parameters"]), _latency(row["latency_1"])] if several else []
+        cells = [visible(row["student"]), _latency(row["latency_1"])] if several else []
         known = not math.isnan(row["behind"])
         cells += [
             visible(row["method"]),
@@ -98,10 +98,6 @@ def front(found: Recommendation) -> list[str]:
         if not any(other.mean >= one.mean and speed[rival] < speed[name] for rival, other in best if rival != name)
     ]
     return [f"No other student is both faster and at least as accurate as: {', '.join(kept)}."]
-
-
-def _count(parameters: int | None) -> str:
-    return "" if parameters is None else f"{parameters:,}"
 
 
 def _latency(milliseconds: float | None) -> str:

@@ -102,7 +102,9 @@ class Search:
             raise UserError(f"{out} holds no search; expected a folder that kdzoo recommend wrote")
         values = read_json(file)
         if values.pop("format", None) != FORMAT:
-            raise UserError(f"{file} was written by another version of kdzoo; choose another --out")
+            raise UserError(
+                f"{file} was written by another version of kdzoo; move the folder away, or choose another --out"
+            )
         try:
             found = cls(**values)
             found.candidates = [Candidate(**_texts(one, "student", "method")) for one in values["candidates"]]
@@ -124,7 +126,7 @@ class Search:
             found.rungs = [int(epoch) for epoch in values["rungs"]]
             _check(found)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"{file} is damaged ({error}); choose another --out") from error
+            raise UserError(f"{file} is damaged ({error}); move the folder away, or choose another --out") from error
         return found
 
 

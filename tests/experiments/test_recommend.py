@@ -236,14 +236,14 @@ def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_several_students_are_each_given_an_answer(tmp_path):
     students = ("resnet8", "resnet14")
     found = kdzoo.recommend(
-        "resnet14", students, methods=["dkd"], settings=1, out=tmp_path, quiet=True, overrides=PLAIN, budget="40epochs"
+        "resnet14", students, methods=["dkd"], settings=1, out=tmp_path, quiet=True, overrides=PLAIN, budget="70epochs"
     )
-    assert found.search.epochs == 1
+    assert found.search.epochs == 2
     assert [answer.student for answer in found.answers] == list(students)
     assert {one.candidate.student for one in found.answers[1].finalists} == {"resnet14"}
     assert sorted(file.name for file in tmp_path.glob("*.yaml")) == [
-        "recommended-resnet14.yaml",
-        "recommended-resnet8.yaml",
+        "recommended-1-resnet8.yaml",
+        "recommended-2-resnet14.yaml",
     ]
 
 
@@ -272,7 +272,7 @@ def test_a_question_that_makes_no_sense_is_one_line(changed, said):
     [
         ({"budget": "3epochs"}, "a budget of 3epochs cannot pay the shortest search"),
         ({"budget": "1s"}, "a budget of 1s cannot pay the shortest search"),
-        ({"protocol": {"name": "quick", "epochs": 1}}, "1 epochs are too few to halve 7 candidates 2 times"),
+        ({"protocol": {"name": "quick", "epochs": 2}}, "epochs: 2, too few to halve 7 candidates until 3 are left"),
         ({"teacher": "resnett14"}, "unknown model 'resnett14'; did you mean resnet14"),
         ({"methods": ("dkdd",)}, "unknown distiller 'dkdd'; did you mean dkd"),
         ({"overrides": (*PLAIN, "protocol.lrr=1")}, "did you mean protocol.lr"),
@@ -346,7 +346,7 @@ def test_the_dry_run_says_what_it_would_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--dry-run")
     assert code == 0
-    assert "7 candidates (0 methods do not fit)" in out
+    assert "7 candidates; the worse half stops after epochs 1, 2" in out
     assert "epochs 1 to 1: 7 candidates" in out
     assert not (tmp_path / "runs").exists()
 

@@ -35,16 +35,27 @@ def interval(ours, others):
     return differences.mean(), differences.mean() - half, differences.mean() + half
 
 
-def gain(ours, others, name):
+def corrected_of(raw):
+    """Holm's correction of p-values by name: the least is multiplied by their number, the next by one less."""
+    corrected, least = {}, 0.0
+    for rank, name in enumerate(sorted(raw, key=raw.get)):
+        least = corrected[name] = max(least, min(1.0, raw[name] * (len(raw) - rank)))
+    return corrected
+
+
+def gain(ours, others, name, rivals):
+    """What the answer says against one of its rivals, given all of them."""
     points, low, high = interval(ours, others)
-    return f"{points:+.2f} points against {name} (95 % interval {low:+.2f} to {high:+.2f})"
+    p = corrected_of({rival: stats.ttest_rel(ours, rival).pvalue for rival in rivals})[others]
+    return f"{points:+.2f} points against {name} (95 % interval {low:+.2f} to {high:+.2f}, corrected p {p:.2g})"
 
 
 def test_a_clear_winner_is_named_with_what_it_gains(tmp_path):
     found = read(tmp_path, ("none", NONE, 0.01), ("dkd", DKD, 0.03), ("kd", KD, 0.02))
     assert found.sentences() == [
         "Train resnet_8 with dkd: 80.53 % on the test images, mean of 3 seeds; "
-        f"{gain(DKD, KD, 'kd')}, {gain(DKD, NONE, 'the student trained without a teacher')}.",
+        f"{gain(DKD, KD, 'kd', [NONE, KD])}, "
+        f"{gain(DKD, NONE, 'the student trained without a teacher', [NONE, KD])}.",
         "It is better than each of the other 2 finalists beyond chance (p < 0.05).",
     ]
     assert [row["verdict"] for row in found.rows()] == ["best", "worse", "worse"]
@@ -69,7 +80,7 @@ def test_where_no_method_helps_the_answer_is_to_train_without_a_teacher(tmp_path
     found = read(tmp_path, ("none", DKD, 0.01), ("kd", KD, 0.02))
     first, second = found.sentences()
     assert first == (
-        f"Train resnet_8 without a teacher: 80.53 % on the test images, mean of 3 seeds; {gain(DKD, KD, 'kd')}."
+        f"Train resnet_8 without a teacher: 80.53 % on the test images, mean of 3 seeds; {gain(DKD, KD, 'kd', [KD])}."
     )
     assert second == "It is better than the other finalist beyond chance (p < 0.05)."
 
@@ -130,9 +141,7 @@ def test_numbers_are_those_of_a_paired_t_test_and_holms_procedure(tmp_path, seed
     assert [row["method"] for row in rows] == order
     best = scores[order[0]]
     raw = {name: stats.ttest_rel(best, scores[name]).pvalue for name in order[1:]}
-    corrected, least = {}, 0.0
-    for rank, name in enumerate(sorted(raw, key=raw.get)):
-        least = corrected[name] = max(least, min(1.0, raw[name] * (3 - rank)))
+    corrected = corrected_of(raw)
     assert (rows[0]["top1"], rows[0]["std"]) == pytest.approx((np.mean(best), np.std(best, ddof=1)))
     for row in rows[1:]:
         name = row["method"]
@@ -173,7 +182,7 @@ def test_each_student_has_an_answer_and_a_file(tmp_path):
         "Train resnet_14 with kd",
     ]
     files = found.write()
-    assert [file.name for file in files] == ["recommended-resnet_8.yaml", "recommended-resnet_14.yaml"]
+    assert [file.name for file in files] == ["recommended-1-resnet_8.yaml", "recommended-2-resnet_14.yaml"]
     said = screen(found, files)
     assert all(f"kdzoo run --config {file}" in said for file in files)
 
