@@ -158,14 +158,13 @@ def search(
         stopped: candidates that stopped after the first epoch, each with why it failed, if it did.
         found: other fields of the search, or of the runs' results.
     """
-    fields = {name: found.pop(name) for name in ("asked", "left_out", "rungs") if name in found}
+    fields: dict[str, Any] = {name: found.pop(name) for name in ("asked", "left_out", "rungs") if name in found}
     finals = []
     for number, (one, scores, _) in enumerate(finalists):
         keywords = [f"distiller.{key}={value}" for key, value in one.keywords.items()]
         for seed, top1 in enumerate([0.0] * 3 if isinstance(scores, str) else scores, start=1):
             given = [f"student.name={one.student}", *keywords]
-            values = {"student": one.student, **found}
-            folder = write(out / "final", top1, seed, *given, distiller=one.method, **values)
+            folder = write(out / "final", top1, seed, *given, distiller=one.method, **{"student": one.student, **found})
             fill(folder, ("cat", "dog"), top1, seed=seed)
             finals.append(Trained(number, seed, folder.path.name))
             if isinstance(scores, str) and seed == 1:
@@ -174,7 +173,7 @@ def search(
     ends = [Course([(1, 10.0, 50.0), (2, 30.0 - i, 70.0)]) for i in range(len(finalists))]
     begun = [Course([] if why else [(1, 9.0 - i, 40.0)], 1, why) for i, (_, why) in enumerate(stopped)]
     candidates = [*(one for one, *_ in finalists), *(one for one, _ in stopped)]
-    values = {
+    values: dict[str, Any] = {
         "asked": {
             "teacher": "vit_s",
             "students": list(dict.fromkeys(one.student for one in candidates)),

@@ -171,7 +171,7 @@ class Recommendation:
 
     def write(self) -> list[Path]:
         """Write the settings of each student's best method as a file that ``kdzoo run --config`` takes."""
-        files = []
+        files: list[Path] = []
         for answer in self.answers:
             own = f"-{len(files) + 1}-{slug(answer.student)}" if len(self.answers) > 1 else ""
             name = f"recommended{own}.yaml"
