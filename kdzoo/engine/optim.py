@@ -183,6 +183,16 @@ class Optimizer:
         elif decayed:
             capturable = device.type == "cuda"
             self.optimizers.append(torch.optim.AdamW(decayed, lr=rate, fused=fused, capturable=capturable))
+        self._begin_momentum()
+
+    def _begin_momentum(self) -> None:
+        """Give SGD's momentum its 0 before the first gradient: fused steps fail where some parameters lack theirs."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.SGD):
+                for group in optimizer.param_groups:
+                    for p in group["params"] if group["momentum"] else ():
+                        if optimizer.state[p].get("momentum_buffer") is None:
+                            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @property
     def host_bound(self) -> str | None:
@@ -223,3 +233,4 @@ class Optimizer:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"] = self._rate  # not the copy that torch has made of it
+        self._begin_momentum()

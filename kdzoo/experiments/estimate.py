@@ -159,9 +159,12 @@ def cost_of(runs: Sequence[Run], dataset: Dataset, teacher: models.Network | Non
     lanes: dict[int, LaneCost] = {}
     failed: dict[int, UserError] = {}
     for i, lane, batch in stepped(runs, dataset, teacher, failed):
-        weight = memory.weigh(lane, batch)
-        step = seconds(partial(lane.step, batch, 2), device)
-        lanes[i] = LaneCost(step, test_seconds(lane.deployed(), dataset, first), weight)
+        with lane.failing_alone():
+            weight = memory.weigh(lane, batch)
+            step = seconds(partial(lane.step, batch, 2), device)
+            lanes[i] = LaneCost(step, test_seconds(lane.deployed(), dataset, first), weight)
+        if lane.failure is not None:
+            failed[i] = lane.failure
     loader = dataset.loader(first.protocol, seed=first.seed)
     batches = cycle_of(loader)
     batch = next(batches)
@@ -193,7 +196,11 @@ def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progre
     weights: dict[int, Cost] = {}
     full = set(range(len(runs)))  # where memory does not even hold what is measured, each is tried alone
     with suppress(OutOfMemory), progress.doing(f"measuring the memory of {len(runs)} runs"):
-        weights = {i: memory.weigh(lane, batch) for i, lane, batch in lanes}
+        for i, lane, batch in lanes:
+            with lane.failing_alone():
+                weights[i] = memory.weigh(lane, batch)
+            if lane.failure is not None:
+                failed[i] = lane.failure
         full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
     costs = [weights.get(i, TOO_MUCH if i in full else NOTHING) for i in range(len(runs))]
     found = memory.packed(costs, room)

@@ -58,8 +58,8 @@ def test_a_training_says_what_it_is_and_each_of_its_slow_steps_has_a_line(
         def __getattr__(self, name):
             return getattr(self.loader, name)
 
-        def batches(self, start):
-            for batch in self.loader.batches(start):
+        def batches(self, *steps):
+            for batch in self.loader.batches(*steps):
                 now[0] += 20
                 progress.tick()
                 yield batch

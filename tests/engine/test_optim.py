@@ -250,3 +250,35 @@ def test_only_muon_takes_its_rate_from_the_host():
     assert Optimizer(Block(), Protocol(optimizer="sgd")).host_bound is None
     assert Optimizer(Block(), Protocol(optimizer="adamw")).host_bound is None
     assert "Muon" in (Optimizer(Block(), Protocol(optimizer="muon")).host_bound or "")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_a_parameter_may_get_its_first_gradient_late_also_after_a_restore(name):
+    protocol = Protocol(optimizer=name, lr=0.1, schedule="constant", weight_decay=0.0)
+
+    def trained(restore: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        early, late = nn.Linear(3, 2), nn.Linear(3, 2)
+        both = nn.ModuleList([early, late])
+        optimizer = Optimizer(both, protocol)
+        for step in range(4):
+            if restore and step == 2:
+                state, optimizer = deepcopy(optimizer.state_dict()), Optimizer(both, protocol)
+                optimizer.load_state_dict(state)
+            used = [early, late] if step >= 2 else [early]
+            sum(module(torch.ones(1, 3)).square().sum() for module in used).backward()
+            optimizer.set_rate(0.1)
+            optimizer.step()
+        return [p.detach().clone() for p in both.parameters()]
+
+    whole, restored = trained(False), trained(True)
+    assert all(torch.equal(one, other) for one, other in zip(whole, restored, strict=True))
+    # The late one's two steps are those that it would take alone.
+    torch.manual_seed(0)
+    _, late = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = Optimizer(late, protocol)
+    for _ in range(2):
+        late(torch.ones(1, 3)).square().sum().backward()
+        optimizer.set_rate(0.1)
+        optimizer.step()
+    torch.testing.assert_close(whole[2:], [p.detach() for p in late.parameters()], rtol=1e-6, atol=1e-7)
