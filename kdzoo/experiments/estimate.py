@@ -134,8 +134,12 @@ def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -
     return found
 
 
-def measure(group: Sequence[Run], progress: Progress) -> tuple[GroupCost, Run | None, float]:
+def measure(
+    group: Sequence[Run], progress: Progress, report: Callable[[str], object] = lambda text: None
+) -> tuple[GroupCost, Run | None, float]:
     """Measure what a group takes; find its teacher's training, if that is still to be done, and its seconds.
+
+    ``report`` is told which run is measured.
 
     Raises:
         UserError: the data or the teacher cannot be opened.
@@ -143,26 +147,37 @@ def measure(group: Sequence[Run], progress: Progress) -> tuple[GroupCost, Run | 
     first = group[0]
     dataset = open_data(first, use(first.place), progress)
     if first.settings.teacher.name is None:
-        return cost_of(group, dataset, None), None, 0.0
+        return cost_of(group, dataset, None, report), None, 0.0
     lacking = teachers.lacking(first, dataset)
     teaching = 0.0 if lacking is None else cost_of([lacking], dataset, None).seconds([0])
     network = teachers.untrained(first, dataset).eval().requires_grad_(False)
     network.to(dataset.device).to(memory_format=torch.channels_last)
-    return cost_of(group, dataset, network), lacking, teaching
+    return cost_of(group, dataset, network, report), lacking, teaching
 
 
-def cost_of(runs: Sequence[Run], dataset: Dataset, teacher: models.Network | None) -> GroupCost:
-    """Measure what these runs take beside this teacher."""
+def cost_of(
+    runs: Sequence[Run],
+    dataset: Dataset,
+    teacher: models.Network | None,
+    report: Callable[[str], object] = lambda text: None,
+) -> GroupCost:
+    """Measure what these runs take beside this teacher; ``report`` is told which of them is measured."""
     (first, place), device = runs[0], dataset.device
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     room = memory.ROOM * memory.free(device, place.engine.memory)
     lanes: dict[int, LaneCost] = {}
     failed: dict[int, UserError] = {}
+    tests: dict[str, float] = {}  # by what goes through them: most methods deploy the student as it is
     for i, lane, batch in stepped(runs, dataset, teacher, failed):
         with lane.failing_alone():
             weight = memory.weigh(lane, batch)
             step = seconds(partial(lane.step, batch, 2), device)
-            lanes[i] = LaneCost(step, test_seconds(lane.deployed(), dataset, first), weight)
+            deployed = lane.deployed()
+            architecture = f"{runs[i].settings.student} {deployed}"
+            if architecture not in tests:
+                tests[architecture] = test_seconds(deployed, dataset, first)
+            lanes[i] = LaneCost(step, tests[architecture], weight)
+            report(f"measured {len(lanes)} of {len(runs)} methods, the last {runs[i].settings.distiller.name}")
         if lane.failure is not None:
             failed[i] = lane.failure
     loader = dataset.loader(first.protocol, seed=first.seed)

@@ -286,8 +286,8 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     by_student = {student: [one for one in usual if one.student == student] for student in question.students}
     runs = trainer.suite("alone", by_student, question.epochs, [question.seed], [], progress).runs
     check_data(runs[0], progress)
-    with progress.doing(f"measuring a few steps of {len(runs)} methods"):
-        cost, _, teaching = measure(runs, progress)
+    with progress.doing(f"measuring a few steps of {len(runs)} methods") as rename:
+        cost, _, teaching = measure(runs, progress, rename)
     left_out = [(one.student, one.method, str(cost.failed[i])) for i, one in enumerate(usual) if i in cost.failed]
     steps = {
         (one.student, one.method): cost.shared + cost.lanes[i].step for i, one in enumerate(usual) if i in cost.lanes
