@@ -185,7 +185,7 @@ def follow(course: Course, run: Run, epoch: int) -> None:
     folder = RunFolder.of(run)
     history = folder.read_history()[:epoch]
     course.curve = [(record["epoch"], record["top1"], record["top5"]) for record in history]
-    if folder.failure.is_file():
+    if folder.failure.is_file() and not folder.has_reached(epoch):  # else it failed later, and was ranked here
         course.reason = read_text(folder.failure).strip()
 
 

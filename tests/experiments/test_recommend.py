@@ -217,6 +217,19 @@ def test_a_method_that_fails_drops_out_with_its_reason_and_stops_no_other(failin
     assert str(failing) not in finalists
 
 
+def test_a_failure_in_a_later_rung_does_not_change_who_came_through_an_earlier_one(failing, tmp_path, monkeypatch):
+    failing.write_text(FAILING.replace("0.25", "0.3"))  # in the first step of the second rung
+    question = replace(QUESTION, methods=(*METHODS, str(failing)))
+    made = Search.read(search(question, tmp_path / "out", quiet=True))
+    late = [one.method for one in made.candidates].index(str(failing))
+    assert (len(made.courses[late].curve), made.courses[late].stopped) == (1, 2)
+    assert "is not finite" in made.courses[late].reason
+    before = (tmp_path / "out" / FILE).read_text()
+    monkeypatch.setattr(work, "train_lanes", lambda *given: pytest.fail("it trained"))
+    search(question, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / FILE).read_text() == before
+
+
 def test_a_method_that_does_not_fit_is_left_out_with_its_reason(failing, tmp_path):
     failing.write_text(FAILING.replace('"later"', '"built"'))
     made = tried(replace(QUESTION, methods=("dkd", str(failing)), settings=3), quiet=True)
