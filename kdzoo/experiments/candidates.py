@@ -1,5 +1,6 @@
 """What a search tries: each method as it comes, and a few settings of its main weight."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,17 +56,18 @@ def variants(name: str, usual: dict[str, Any], settings: int) -> list[dict[str, 
         return [{}]
     keywords = distiller_settings({"name": name, **usual}).keywords
     method = registry.load(name)
-    found = method.search or main_weight(method(**keywords), keywords)
+    found = method.search or main_weight(method, keywords)
     if not found:
         return [{}]
     try:
         [(keyword, (low, high))] = found.items()
         default = keywords[keyword]
-        if not 0 < low < high:
+        if not (0 < low < high < math.inf and isinstance(default, int | float)):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"method {name}: search = {found}: expected one keyword with two numbers, 0 < low < high"
+            f"method {name}: search = {found}: expected one keyword with two numbers, 0 < low < high, whose default is "
+            "a number"
         ) from None
     values = np.geomspace(low, high, settings)
     nearest = int(np.abs(np.log(values / default)).argmin()) if default > 0 else 0
@@ -85,12 +87,17 @@ def is_allowed(name: str, keywords: dict[str, Any]) -> bool:
     return True
 
 
-def main_weight(method: Distiller, keywords: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def main_weight(method: type[Distiller], keywords: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Find the weight of a method's own term, with the range that is tried.
 
-    It is the heaviest besides ``ce``, and besides ``kd`` where there are others. Empty where there is no such keyword.
+    It is the heaviest besides ``ce``, and besides ``kd`` where there are others. Empty where there is no such keyword,
+    or where the method's constructor fails, which is told when it is built.
     """
-    weights = {name: weight for name, weight in method.weights.items() if name in keywords and weight and name != "ce"}
+    try:
+        given = method(**keywords).weights
+    except (Exception, SystemExit):
+        return {}
+    weights = {name: weight for name, weight in given.items() if name in keywords and weight and name != "ce"}
     own = {name: weight for name, weight in weights.items() if name != "kd"} or weights
     if not own:
         return {}

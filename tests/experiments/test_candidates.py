@@ -16,7 +16,8 @@ class Mine(Distiller):
     paper, fidelity = "none", Fidelity.EXACT
     SEARCH
 
-    def __init__(self, *, ce: float = 1.0, mine: float = 2.0, share: float = 0.5, size: int = 5):
+    def __init__(self, *, ce: float = 1.0, mine: float = 2.0, share: float = 0.5, size: int = 5,
+                 which: list[str] | None = None):
         super().__init__(ce=ce, mine=mine)
         self.share, self.size = between(0.1, 0.8, share=share), size
 """
@@ -95,3 +96,16 @@ def test_a_range_that_is_none_is_one_line(method, line):
 def test_a_range_of_anything_but_one_keyword_is_one_line(method, line):
     with pytest.raises(UserError, match="expected one keyword with two numbers, 0 < low < high"):
         variants(method(line), {}, 3)
+
+
+@pytest.mark.parametrize("line", ['search = {"mine": (1, float("inf"))}', 'search = {"which": (1, 2)}'])
+def test_a_range_without_an_end_or_of_what_is_no_number_is_one_line(method, line):
+    with pytest.raises(UserError, match="expected one keyword with two numbers, 0 < low < high"):
+        variants(method(line), {}, 3)
+
+
+def test_a_method_whose_constructor_fails_is_tried_as_it_comes_so_that_building_it_says_why(method, tmp_path):
+    name = method()
+    file = tmp_path / "mine.py"
+    file.write_text(file.read_text() + '        raise ValueError("no method yet")\n')
+    assert variants(name, {}, 3) == [{}]
