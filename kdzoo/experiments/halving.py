@@ -65,7 +65,7 @@ def epochs_of(candidates: Sequence[int], references: int, epochs: int) -> tuple[
         ends = rungs(max(candidates), epochs)
         lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
         search += sum(length * left(number, rung) for rung, length in enumerate(lengths))
-        final += SEEDS * epochs * (min(number, FINALISTS) + references)
+        final += SEEDS * epochs * min(number, FINALISTS + references)
     return search, final
 
 
@@ -132,8 +132,8 @@ def parsed(budget: str) -> tuple[float, str]:
     >>> parsed("1.5h"), parsed("600epochs")
     ((5400.0, 'time'), (600.0, 'epochs'))
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(epochs?|[a-z]+)", budget.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", budget.strip())
     unit = match[2] if match else ""
-    if match is None or not (unit in UNITS or unit.startswith("epoch")) or not float(match[1]):
+    if match is None or unit not in (*UNITS, "epoch", "epochs") or not float(match[1]):
         raise UserError(f"--budget {budget}: expected a time, such as 4h or 90min, or epochs, such as 600epochs")
     return (float(match[1]), "epochs") if unit not in UNITS else (float(match[1]) * UNITS[unit], "time")

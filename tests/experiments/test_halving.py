@@ -40,8 +40,14 @@ def test_epochs_are_counted_rung_by_rung():
     # 7 candidates, 8 epochs: all for 2, 4 for 2 more; then 3 and 2 references with 3 seeds for 8.
     assert halving.rungs(7, 8) == [2, 4]
     assert halving.epochs_of([7], 2, 8) == (7 * 2 + 4 * 2, 3 * 8 * 5)
-    # A second student with 3 candidates is down to its finalists from the first rung on, and trains all the same.
-    assert halving.epochs_of([7, 3], 2, 8) == (7 * 2 + 4 * 2 + 3 * 4, 2 * 3 * 8 * 5)
+    # A second student with 3 candidates is down to its finalists from the first rung on, and trains all the same; its
+    # references are among these.
+    assert halving.epochs_of([7, 3], 2, 8) == (7 * 2 + 4 * 2 + 3 * 4, 3 * 8 * (5 + 3))
+
+
+@pytest.mark.parametrize("candidates", [1, 3, 4, 5, 6])
+def test_no_more_finalists_are_counted_than_there_are_candidates(candidates):
+    assert halving.epochs_of([candidates], 2, 8)[1] == 3 * 8 * min(candidates, 5)
 
 
 def test_a_search_costs_less_than_a_third_of_training_everything_with_as_many_seeds():
@@ -59,7 +65,9 @@ def test_a_budget_is_a_time_or_a_number_of_epochs(budget, expected):
     assert halving.parsed(budget) == expected
 
 
-@pytest.mark.parametrize("budget", ["4", "h", "-4h", "4 weeks", "0h", "0epochs", "1e3h", "4h30", "nanh", "4epoch s"])
+@pytest.mark.parametrize(
+    "budget", ["4", "h", "-4h", "4 weeks", "0h", "0epochs", "1e3h", "4h30", "nanh", "4epoch s", "4epochsx"]
+)
 def test_any_other_budget_is_one_line(budget):
     with pytest.raises(UserError, match="expected a time, such as 4h or 90min, or epochs, such as 600epochs"):
         halving.parsed(budget)
