@@ -27,7 +27,8 @@ from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.workers import Executor, Local
 from kdzoo.files import make_folder, read_text, slug, write_text
-from kdzoo.resolve import read_protocol
+from kdzoo.keywords import flat
+from kdzoo.resolve import merged, read_protocol
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
@@ -38,11 +39,16 @@ OWN = (
     "data.select",
     "engine.stop_after",
     "output.measure_every",
-    "protocol.epochs",
     "seed",
-    "distiller.",
-    "student.name",
+    "distiller",
 )
+OPTIONS = {
+    "data.name": "--data",
+    "protocol.name": "--protocol",
+    "protocol.epochs": "--epochs",
+    "student.name": "--students",
+    "teacher.name": "--teacher",
+}  # settings that the question itself holds
 MOST_SEEDS = 2**62
 
 
@@ -89,8 +95,9 @@ class Question:
             raise UserError(f"--seed {self.seed}: expected a number from 0 to {MOST_SEEDS}")
         if self.budget:
             halving.parsed(self.budget)
-        for override in self.overrides:
-            key, _, value = override.partition("=")
+        for key, value in flat(merged({}, self.overrides)).items():
+            if key in OPTIONS or f"{key}.name" in OPTIONS:
+                raise UserError(f"{key}={value}: give it as {OPTIONS.get(key) or OPTIONS[f'{key}.name']} instead")
             if key.startswith(OWN):
                 raise UserError(f"{key} is decided by the search itself; leave it out")
             if key == "output.ship" and value == "best":

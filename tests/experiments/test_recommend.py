@@ -272,6 +272,11 @@ def test_several_students_are_each_given_an_answer(tmp_path):
         ({"overrides": ("engine.stop_after=2",)}, "engine.stop_after is decided by the search itself"),
         ({"overrides": ("distiller.temperature=2",)}, "distiller.temperature is decided by the search itself"),
         ({"overrides": ("seed=2",)}, "seed is decided by the search itself"),
+        ({"overrides": ("data={select: 0.5}",)}, "data.select is decided by the search itself"),
+        ({"overrides": ("distiller=dkd",)}, "distiller is decided by the search itself"),
+        ({"overrides": ("teacher.name=resnet8",)}, "teacher.name=resnet8: give it as --teacher instead"),
+        ({"overrides": ("data=cifar100",)}, "data=cifar100: give it as --data instead"),
+        ({"overrides": ("protocol.epochs=9",)}, "protocol.epochs=9: give it as --epochs instead"),
         ({"overrides": ("output.ship=best",)}, "chooses an epoch on the test images"),
     ],
 )
