@@ -150,7 +150,13 @@ def read_settings(file: Path) -> dict[str, Any]:
 
     if not file.is_file():
         raise UserError(f"no file {file}; expected a YAML file with settings, such as recommended.yaml")
-    return read_yaml(read_text(file), str(file))
+    settings = read_yaml(read_text(file), str(file))
+    for section, value in settings.items():
+        if section != "seed" and not isinstance(value, dict):
+            raise UserError(
+                f"{file}: {section}: {value}: expected settings by section, such as distiller: {{name: kd}}"
+            )
+    return settings
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -386,6 +386,14 @@ def test_mistakes_on_the_command_line_are_one_line(words, said, tmp_path, monkey
     assert said in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("text", ["distiller: kd", "distiller.name: kd", "pairs: [[resnet14, resnet8]]", "kd"])
+def test_a_file_that_holds_no_settings_by_section_is_one_line(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(text)
+    words = ["run", "--config", tmp_path / "mine.yaml", "--student", "resnet8", "distiller.kd=1"]
+    code, _, err = command(monkeypatch, capsys, *words)
+    assert (code, "expected settings by section" in err.splitlines()[-1]) == (2, True)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
