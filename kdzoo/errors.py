@@ -103,7 +103,7 @@ def _text(error: BaseException) -> str:
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Make the error for an unknown ``name``, with the nearest of the ``known`` names."""
-    names = sorted(known)
+    names = sorted(set(known))
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     guess = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names[:30])}"
     return UserError(f"unknown {kind} '{name}'{guess}{' ' + hint if hint else ''}")

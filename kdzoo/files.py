@@ -120,7 +120,7 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     Raises:
         StorageError: that is not possible.
     """
-    with storing(folder.parent):
+    with storing(folder if folder.exists() else folder.parent):
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kdzoo.errors import StorageError, UserError
-from kdzoo.files import DAY, appearing, cache_folder, path_of, write_text
+from kdzoo.errors import StorageError, UserError, unknown
+from kdzoo.files import DAY, appearing, cache_folder, make_folder, path_of, write_text
 
 
 def test_the_cache_is_made_for_its_owner_alone(tmp_path, monkeypatch):
@@ -101,3 +101,14 @@ def test_a_folder_whose_writing_is_stopped_leaves_nothing_and_keeps_what_was_the
     with appearing(tmp_path / "out") as folder:
         (folder / "whole").touch()
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+def test_a_file_where_a_folder_belongs_is_named(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(StorageError, match=rf"{tmp_path / 'mine'} cannot be written"):
+        make_folder(tmp_path / "mine")
+    make_folder(tmp_path)
+
+
+def test_an_error_lists_each_known_name_once():
+    assert str(unknown("key", "xyz", ["data", "data", "seed"])) == "unknown key 'xyz'; known: data, seed"
