@@ -57,6 +57,7 @@ class GroupCost:
     failed: dict[int, UserError]  # runs that cannot be trained
     base: int  # bytes of process, data and teacher
     room: float  # bytes that the lanes may take
+    teacher: float = 0.0  # seconds of the teacher's pass, which are part of ``shared``
 
     def packs(self, chosen: Sequence[int]) -> list[list[LaneCost]]:
         """Pack those of the chosen runs that can be trained, as many side by side as memory holds."""
@@ -183,12 +184,12 @@ def cost_of(
     loader = dataset.loader(first.protocol, seed=first.seed)
     batches = cycle_of(loader)
     batch = next(batches)
-    shared, once = seconds(partial(next, batches), device), 0.0
+    drawing, looking, once = seconds(partial(next, batches), device), 0.0, 0.0
     if teacher is not None:
-        shared += seconds(partial(look, teacher, batch.images, first.engine.precision), device)
+        looking = seconds(partial(look, teacher, batch.images, first.engine.precision), device)
         once = test_seconds(teacher, dataset, first)
     return GroupCost(
-        shared=shared,
+        shared=drawing + looking,
         once=once,
         steps=loader.steps_per_epoch,
         epochs=first.protocol.epochs,
@@ -197,6 +198,7 @@ def cost_of(
         failed=failed,
         base=base,
         room=math.inf if place.engine.lanes else room,
+        teacher=looking,
     )
 
 

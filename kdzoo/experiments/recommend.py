@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from kdzoo import registry
 from kdzoo.engine.device import use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
@@ -296,8 +297,11 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     with progress.doing(f"measuring a few steps of {len(runs)} methods") as rename:
         cost, _, teaching = measure(runs, progress, rename)
     left_out = [(one.student, one.method, str(cost.failed[i])) for i, one in enumerate(usual) if i in cost.failed]
+    unasked = {one.method for one in usual if not registry.load(one.method).needs.teacher}
     steps = {
-        (one.student, one.method): cost.shared + cost.lanes[i].step for i, one in enumerate(usual) if i in cost.lanes
+        (one.student, one.method): cost.shared - cost.teacher * (one.method in unasked) + cost.lanes[i].step
+        for i, one in enumerate(usual)
+        if i in cost.lanes
     }
     fitting = [one for one in found if (one.student, one.method) in steps]
     counts = [sum(one.student == student for one in fitting) for student in question.students]

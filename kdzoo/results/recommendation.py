@@ -32,7 +32,7 @@ class Finalist:
     candidate: Candidate
     top1: tuple[float, ...]
     results: tuple[Result, ...]
-    cost: float  # seconds of a training step, what it shares included
+    cost: float  # seconds of a training step, trained alone
     behind: statistics.Difference  # the best one's top-1 minus its own, over seeds
     p: float  # of that difference, corrected for the number of finalists
     reason: str = ""  # why it failed

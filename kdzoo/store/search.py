@@ -68,7 +68,7 @@ class Search:
     seeds: list[int]  # of the finalists
     share: float  # of the training images, which candidates are ranked on
     candidates: list[Candidate]
-    costs: list[float]  # seconds of a step of each candidate, what it shares included, as measured before
+    costs: list[float]  # seconds of a step of each candidate trained alone, as measured before
     left_out: list[tuple[str, str, str]]  # student, method, and why it does not fit
     courses: list[Course] = field(default_factory=list)  # of the candidates, in their order
     finals: list[Trained] = field(default_factory=list)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 import kdzoo
 from kdzoo.cli import main
+from kdzoo.engine.memory import Cost
 from kdzoo.errors import UserError
 from kdzoo.experiments import recommend, work
+from kdzoo.experiments.estimate import GroupCost, LaneCost
 from kdzoo.experiments.recommend import Question, Trainer, search, tried
 from kdzoo.experiments.workers import Local
 from kdzoo.results.recommendation import Recommendation
@@ -244,6 +246,13 @@ def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):
     assert len(made.costs) == 7
     assert min(made.costs) > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cost_of_a_method_without_a_teacher_holds_no_pass_of_it(monkeypatch):
+    lane = LaneCost(step=2.0, test=1.0, memory=Cost(1, 1))
+    cost = GroupCost(5.0, 0.0, 5, 4, 4, dict.fromkeys(range(7), lane), {}, 0, 1.0, teacher=4.0)
+    monkeypatch.setattr(recommend, "measure", lambda *given: (cost, None, 0.0))
+    assert tried(QUESTION, quiet=True).costs == [3.0, *[7.0] * 6]
 
 
 def test_several_students_are_each_given_an_answer(tmp_path):
