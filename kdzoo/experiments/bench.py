@@ -98,7 +98,7 @@ def bench(
     executor = executor or Local()
     with Progress(quiet) as progress:
         runs = placed(suite, out, executor, progress)
-        own(out, suite)
+        own(out, suite.name)
         if other := next(filter(None, (RunFolder.of(run).of_other_data(run) for run in runs)), None):
             progress.say(f"data differ from those of {other.path}: runs on them are other runs")
         sound, damaged = [], dict[Path, str]()
@@ -133,7 +133,7 @@ def placed(suite: Suite, out: Path, executor: Executor, progress: Progress) -> l
     return executor.resolve_auto([run.within(output={"root": str(out)}) for run in suite.runs], progress)
 
 
-def own(out: Path, suite: Suite) -> None:
+def own(out: Path, suite: str) -> None:
     """Mark the folder as this suite's, so that no table mixes two.
 
     Raises:
@@ -144,12 +144,12 @@ def own(out: Path, suite: Suite) -> None:
         try:
             other = read_json(mark)["name"]
         except (UserError, KeyError) as error:
-            raise UserError(f"{mark} is damaged; if {out} holds the suite '{suite.name}', remove that file") from error
-        if other != suite.name:
-            raise UserError(f"{out} holds the suite '{other}', not '{suite.name}'; choose another --out")
+            raise UserError(f"{mark} is damaged; if {out} holds the suite '{suite}', remove that file") from error
+        if other != suite:
+            raise UserError(f"{out} holds the suite '{other}', not '{suite}'; choose another --out")
     else:
         make_folder(out)
-        write_text(mark, json.dumps({"name": suite.name}) + "\n")
+        write_text(mark, json.dumps({"name": suite}) + "\n")
 
 
 def check_folder(run: Run) -> None:

@@ -20,7 +20,7 @@ from kdzoo.engine.device import use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import halving, suites
-from kdzoo.experiments.bench import bench, placed
+from kdzoo.experiments.bench import bench, own, placed
 from kdzoo.experiments.candidates import ALWAYS, candidates
 from kdzoo.experiments.estimate import measure
 from kdzoo.experiments.halving import SEEDS, SHARE, Prices
@@ -50,6 +50,7 @@ OPTIONS = {
     "student.name": "--students",
     "teacher.name": "--teacher",
 }  # settings that the question itself holds
+MARK = "recommend"  # stands for a suite's name in the folder of a search
 MOST_SEEDS = 2**62
 
 
@@ -261,6 +262,7 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
     lock = RunLock(trainer.out)
     lock.acquire(wait=True)
     try:
+        own(trainer.out, MARK)
         asked = json.loads(json.dumps({**asdict(trainer.question), "runs": content(trainer, progress)}))
         if not (trainer.out / FILE).is_file():
             made = made_plan(trainer, asked, progress)

@@ -156,6 +156,17 @@ def test_another_question_in_the_same_folder_is_one_line(found, changed, said):
     assert said in str(caught.value)
 
 
+def test_a_folder_holds_a_search_or_a_suite_and_not_both(found, tmp_path):
+    suite = tmp_path / "mine.yaml"
+    suite.write_text("{pairs: [[resnet14, resnet8]], distillers: [none]}")
+    with pytest.raises(UserError, match=r"holds the suite 'recommend', not 'mine'; choose another --out"):
+        kdzoo.bench(suite, found, overrides=PLAIN, quiet=True)
+    (tmp_path / "suite.json").write_text('{"name": "mine"}')
+    with pytest.raises(UserError, match=r"holds the suite 'mine', not 'recommend'; choose another --out"):
+        search(QUESTION, tmp_path, quiet=True)
+    assert not (tmp_path / "suites").exists()
+
+
 def test_a_search_that_is_stopped_anywhere_ends_as_one_that_never_was(found, tmp_path, monkeypatch):
     train, calls = work.train_lanes, []
 
