@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kdzoo import registry
+from kdzoo import own_code, registry
 from kdzoo.engine.device import use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
@@ -27,7 +27,7 @@ from kdzoo.experiments.halving import SEEDS, SHARE, Prices
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.workers import Executor, Local
-from kdzoo.files import make_folder, read_text, slug, write_text
+from kdzoo.files import digest, make_folder, read_text, slug, write_text
 from kdzoo.keywords import flat
 from kdzoo.resolve import merged, read_protocol
 from kdzoo.settings import Run
@@ -263,7 +263,11 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
     lock.acquire(wait=True)
     try:
         own(trainer.out, MARK)
-        asked = json.loads(json.dumps({**asdict(trainer.question), "runs": content(trainer, progress)}))
+        asked = json.loads(
+            json.dumps(
+                {**asdict(trainer.question), "runs": content(trainer, progress), "files": files(trainer.question)}
+            )
+        )
         if not (trainer.out / FILE).is_file():
             made = made_plan(trainer, asked, progress)
             made.write(trainer.out)
@@ -285,6 +289,12 @@ def content(trainer: Trainer, progress: Progress) -> str:
     alone = {student: [Candidate(student, "none"), Candidate(student, "kd")] for student in question.students}
     runs = trainer.suite("alone", alone, question.epochs, [question.seed], [], progress).runs
     return hashlib.sha256(" ".join(run.settings.identity() for run in runs).encode()).hexdigest()
+
+
+def files(question: Question) -> dict[str, str]:
+    """Compute the SHA-256 of each file that the user's own methods consist of, since the plan follows from it."""
+    parts = (part for name in question.methods for part in own_code.named(name, "", ()).values())
+    return {name: digest(file) for part in parts for name, file in part.items()}
 
 
 def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Search:

@@ -250,6 +250,20 @@ def test_a_method_that_does_not_fit_is_left_out_with_its_reason(failing, tmp_pat
     assert {one.method for one in made.candidates} == {"none", "kd", "logitmse", "dkd"}
 
 
+def test_a_method_whose_file_changed_is_another_question_since_the_plan_was_made_with_the_old_one(
+    failing, tmp_path, monkeypatch
+):
+    failing.write_text(FAILING.replace('"later"', '"built"'))
+    monkeypatch.setattr(Trainer, "train", lambda *given: iter(()))
+    monkeypatch.setattr(recommend, "ranked", lambda made, some, epoch: some)
+    question, out = replace(QUESTION, methods=(str(failing),)), tmp_path / "out"
+    search(question, out, quiet=True)
+    search(question, out, quiet=True)
+    failing.write_text(FAILING)
+    with pytest.raises(UserError, match=r"another question \(files changed\)"):
+        search(question, out, quiet=True)
+
+
 def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = tried(QUESTION, quiet=True)
