@@ -68,7 +68,7 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
                 if is_given
                 else "train it longer (teacher.epochs=N), or give --teacher-weights"
             )
-            + "; --allow-weak-teacher distils all the same"
+            + "; teacher.allow_weak=true, or --allow-weak-teacher of kdzoo run, distils all the same"
         )
     return Teacher(network, top1, classes)
 

@@ -240,7 +240,10 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_good_checkpoin
 
 def test_a_teacher_near_chance_is_refused_unless_one_insists(tmp_path):
     more = ["teacher.epochs=1", "data.limit=64", "protocol.epochs=1", "protocol.lr=1e-9"]  # which learns nothing
-    with pytest.raises(UserError, match=r"near the chance of 10.00 %; train it longer .*--allow-weak-teacher"):
+    with pytest.raises(
+        UserError,
+        match=r"near the chance of 10.00 %; train it longer .*allow_weak=true, or --allow-weak-teacher of kdzoo run",
+    ):
         distil(tmp_path, *more)
     assert distil(tmp_path, *more, "teacher.allow_weak=true").teacher_top1 < near_chance(10, 360)
 
