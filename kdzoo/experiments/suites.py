@@ -92,8 +92,7 @@ def load(
             raise unknown("suite", name, known, hint="(a file's path ends with .yaml)")
         text, title = known[name].read_text(encoding="utf-8"), name
     content = {**DEFAULTS, **read_yaml(text, f"suite {name}")}
-    if content["distillers"] == "all":
-        content["distillers"] = registry.names()
+    content["distillers"] = _every(content["distillers"])
     for key, value in content.items():
         if key not in KEYS:
             raise unknown(f"key in suite {name}", key, KEYS)
@@ -182,6 +181,7 @@ def _pair(title: str, pair: Any, content: Mapping[str, Any]) -> _Pair:
     found = _Pair(**{**own, **named}) if is_pair else _Pair(None, "", None, ())
     if not found.student or not isinstance(found.student, str) or not isinstance(found.teacher, str | None):
         raise UserError(f"suite {title}: {pair} is no pair; expected [teacher, student]")
+    found = found._replace(distillers=_every(found.distillers))
     if not isinstance(found.distillers, list) or not found.distillers:
         raise UserError(f"suite {title}: {pair} has no list of distillers; expected one, such as [none, kd]")
     return found
@@ -193,6 +193,10 @@ def _named(title: str, kind: str, entry: Any) -> dict[str, Any]:
     if isinstance(entry, str):
         return {"name": entry}
     raise UserError(f"suite {title}: {entry} is no {kind}; expected a name, or {{name: ..., KEY: value}}")
+
+
+def _every(distillers: Any) -> Any:
+    return registry.names() if distillers == "all" else distillers
 
 
 def _list(entry: Any) -> list[Any]:

@@ -130,3 +130,9 @@ def test_a_seed_is_a_whole_number(two, seed):
     Path(two.file).write_text(Path(two.file).read_text().replace("distillers:", f"seeds: [0, {seed}], distillers:"))
     with pytest.raises(UserError, match=r"seed .*: expected a whole number"):
         suites.load(two.file)
+
+
+def test_a_pair_may_have_all_methods_as_a_suite_may(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("{pairs: [{teacher: resnet14, student: resnet8, distillers: all}], distillers: [none]}")
+    assert [run.settings.distiller.name for run in suites.load(str(file)).runs] == registry.names()
