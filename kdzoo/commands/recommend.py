@@ -38,7 +38,7 @@ COMMAS = "NAME[,NAME]..."
     "--settings",
     type=click.IntRange(1, 9),
     default=3,
-    help="Number of settings of its main weight that are tried of each method; 1 is the usual one (default: 3).",
+    help="Number of settings of its main weight to try for each method; 1 is the usual setting (default: 3).",
 )
 @click.option(
     "--budget",
@@ -50,6 +50,7 @@ COMMAS = "NAME[,NAME]..."
     "--seed", type=click.IntRange(min=0), default=0, help="Seed of the search; finalists take those after it."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the search (default: runs/recommend-...).")
+@click.option("--retry", is_flag=True, help="Train again what failed before.")
 @click.option("--dry-run", is_flag=True, help="Say which methods fit and what the budget buys, without training.")
 @spread
 @DEBUG
@@ -67,6 +68,7 @@ def recommend(
     budget: str,
     seed: int,
     out: Path | None,
+    retry: bool,
     dry_run: bool,
     on: str,
     jobs: int | None,
@@ -111,7 +113,7 @@ def recommend(
     if dry_run:
         click.echo(plan(tried(question)))
         return
-    found = Recommendation.read(search(question, out, executor))
+    found = Recommendation.read(search(question, out, executor, retry=retry))
     files = found.write()
     show_rich(table(found))
     click.echo(screen(found, files))

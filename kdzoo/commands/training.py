@@ -1,7 +1,8 @@
 """The commands that train: run and bench."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -131,15 +132,15 @@ def run(config: Path | None, resume: bool, overrides: tuple[str, ...], **flags: 
         from kdzoo.results.last_screen import next_steps, result_table
 
         rename("reading settings and data")
-        made = resolve(values if config is None else merged(read_settings(config), (), values), overrides)
+        made = resolve(values if config is None else merged(read_settings(config, values), (), values), overrides)
     result = execute(made, fresh=not resume)
     if is_first():
         show_rich(result_table(result))
         click.echo(next_steps(result))
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """Read settings by section from a YAML file.
+def read_settings(file: Path, given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Read settings by section from a YAML file; a section for which another name is ``given`` is left out.
 
     Raises:
         UserError: there is no such file, or it holds something else.
@@ -156,7 +157,9 @@ def read_settings(file: Path) -> dict[str, Any]:
             raise UserError(
                 f"{file}: {section}: {value}: expected settings by section, such as distiller: {{name: kd}}"
             )
-    return settings
+    names = {section: value["name"] for section, value in given.items() if isinstance(value, dict) and "name" in value}
+    other = [section for section, name in names.items() if settings.get(section, {}).get("name", name) != name]
+    return {section: value for section, value in settings.items() if section not in other}
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -54,6 +54,7 @@ class KeptLogits(Plain):
         say: Callable[[str], object],
     ):
         super().__init__(teacher)
+        teacher.kept = rounded
         self.folder, self.shape, self.say = folder, shape, say
         self.bytes = DIGEST + 2 * shape[0] * shape[1] * shape[2]  # of a file
         self.missing = [epoch for epoch in epochs if not self.is_there(epoch)]
@@ -142,6 +143,15 @@ class KeptLogits(Plain):
             )
         else:
             self.say(f"teacher.keep=logits: reading all epochs from {self.folder}")
+
+
+def rounded(output: Output) -> Output:
+    """Round logits to float16, so that a training is the same whether it computes them or reads them.
+
+    Those that are too large for float16, whose epoch is not written, stay as they are.
+    """
+    short = output.logits.to(torch.float16).float()
+    return output._replace(logits=torch.where(short.isfinite(), short, output.logits.float()))
 
 
 def steps(

@@ -50,6 +50,7 @@ class TeacherPasses:
     def __init__(self, network: Network, show: Show = LOGITS, fast: Network | None = None):
         self.network, self.show, self.fast = network, show, fast or network
         self.calls: Callable[[Tensor, Show], Output] = self.fast  # what makes the passes that are shared
+        self.kept: Callable[[Output], Output] = lambda output: output  # what is kept on disk of an output, if anything
         self.made: dict[tuple[Any, ...], Pass] = {}  # by the memory of the images
 
     def __call__(self, images: Tensor, show: Show) -> Output:
@@ -57,7 +58,7 @@ class TeacherPasses:
         if torch.is_grad_enabled():
             return self.fast(images, show)
         if (output := self.output_of(images)) is None:
-            output = self.calls(images, self.show)
+            output = self.kept(self.calls(images, self.show))
             self.remember(images, output)
         return output.only(show)
 

@@ -32,8 +32,20 @@ from kdzoo.settings import Run, Settings
 from kdzoo.store.folder import RunFolder
 
 CALLS, ENOUGH = 3, 1.0  # a time is the median of so many calls, or of fewer that took so many seconds
+TURNS = 7  # of runs whose times are compared
 TEST_BATCH = 256
 NOTHING, TOO_MUCH = Cost(0, 0), Cost(2**62, 0)  # of runs that cannot be trained: at all, or beside any other
+
+
+class Counted:
+    """Batches for a method's phase before training that count the epochs it asks for: each has one batch."""
+
+    def __init__(self, batch: Batch):
+        self.batch, self.epochs = batch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.epochs += 1
+        return iter([self.batch])
 
 
 class LaneCost(NamedTuple):
@@ -42,6 +54,7 @@ class LaneCost(NamedTuple):
     step: float  # seconds
     test: float  # seconds of one pass over the test set
     memory: Cost
+    phase: int = 0  # epochs of the method's phase before training
 
 
 @dataclass(frozen=True)
@@ -177,7 +190,9 @@ def cost_of(
             architecture = f"{runs[i].settings.student} {deployed}"
             if architecture not in tests:
                 tests[architecture] = test_seconds(deployed, dataset, first)
-            lanes[i] = LaneCost(step, tests[architecture], weight)
+            phase = Counted(batch)
+            lane.distillation.prepare(phase)
+            lanes[i] = LaneCost(step, tests[architecture], weight, phase.epochs)
             report(f"measured {len(lanes)} of {len(runs)} methods, the last {runs[i].settings.distiller.name}")
         if lane.failure is not None:
             failed[i] = lane.failure
@@ -200,6 +215,36 @@ def cost_of(
         room=math.inf if place.engine.lanes else room,
         teacher=looking,
     )
+
+
+def by_turns(runs: Sequence[Run], progress: Progress) -> dict[int, float]:
+    """Time a step of each run as if it were trained alone, with its batch and the teacher's pass where it asks for one.
+
+    The runs share a teacher and data, and take turns, so that other work on the machine meets all of them; of several
+    times the least counts.
+
+    Returns:
+        Seconds by the run's number, without those that cannot be trained.
+    """
+    first = runs[0]
+    dataset, teacher = open_data(first, use(first.place), progress), None
+    if first.settings.teacher.name is not None:
+        teacher = teachers.untrained(first, dataset).eval().requires_grad_(False)
+        teacher.to(dataset.device).to(memory_format=torch.channels_last)
+    works: dict[str, Callable[[], object]] = {}
+    asking: dict[int, bool] = {}
+    images = None
+    for i, lane, batch in stepped(runs, dataset, teacher, {}):
+        works[f"step {i}"], images = partial(lane.step, batch, 2), batch.images
+        asking[i] = teacher is not None and lane.distillation.distiller.needs.teacher
+    works["batch"] = partial(next, cycle_of(dataset.loader(first.settings.protocol, seed=first.settings.seed)))
+    if teacher is not None and images is not None:
+        works["teacher"] = partial(look, teacher, images, first.settings.engine.precision)
+    least = dict.fromkeys(works, math.inf)
+    for _ in range(TURNS):
+        for name, work in works.items():
+            least[name] = min(least[name], once(work, dataset.device))
+    return {i: least[f"step {i}"] + least["batch"] + (least["teacher"] if asks else 0) for i, asks in asking.items()}
 
 
 def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> list[list[Run]]:
@@ -283,11 +328,16 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Time a call by the median of a few; the first call is to be made before."""
     times: list[float] = []
     while len(times) < CALLS and sum(times) < ENOUGH:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        begun = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - begun)
+        times.append(once(work, device))
     return median(times)
+
+
+def once(work: Callable[[], object], device: torch.device) -> float:
+    """Time one call."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    begun = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - begun

@@ -73,7 +73,7 @@ def epochs_of(candidates: Sequence[int], references: int, epochs: int) -> tuple[
 class Prices:
     """What an epoch of one student costs, and what is paid once."""
 
-    once: float = 0.0  # seconds: of the teacher's own trainings
+    once: float = 0.0  # seconds: of the teacher's own trainings, and of phases before the training of students
     search: float = 0.0  # of an epoch on the part of the training images that the search trains on
     final: float = 0.0  # of one on all of them
 
@@ -85,7 +85,10 @@ class Prices:
         test = sum(lane.test for lane in lanes) / len(lanes)
         packs = max(1, len(cost.packs(range(len(lanes)))))
         alone = cost.steps * (step + cost.shared / FINALISTS)
-        return cls(2 * teaching, cost.steps * (step + packs * cost.shared / len(lanes)) + test, alone / (1 - SHARE))
+        phases = sum(lane.phase * cost.steps * (lane.step + cost.shared) for lane in lanes)
+        return cls(
+            2 * teaching + phases, cost.steps * (step + packs * cost.shared / len(lanes)) + test, alone / (1 - SHARE)
+        )
 
     def seconds(self, search: float, final: float) -> float:
         """Estimate the seconds of so many epochs."""

@@ -22,7 +22,7 @@ from kdzoo.errors import UserError
 from kdzoo.experiments import halving, suites
 from kdzoo.experiments.bench import bench, own, placed
 from kdzoo.experiments.candidates import ALWAYS, candidates
-from kdzoo.experiments.estimate import measure
+from kdzoo.experiments.estimate import by_turns, measure
 from kdzoo.experiments.halving import SEEDS, SHARE, Prices
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
@@ -120,7 +120,7 @@ class Question:
         """Write the suite of these candidates, by student, as its file holds it."""
         content = {
             "name": name,
-            "data": dict(self.data),
+            "data": {**self.data, "select": 0.0 if name == "final" else SHARE},
             "protocol": {**self.protocol, "epochs": epochs},
             "pairs": [
                 {"teacher": self.teacher, "student": student, "distillers": [one.entry for one in some]}
@@ -134,7 +134,11 @@ class Question:
 
 
 def search(
-    question: Question, out: str | Path | None = None, executor: Executor | None = None, quiet: bool = False
+    question: Question,
+    out: str | Path | None = None,
+    executor: Executor | None = None,
+    quiet: bool = False,
+    retry: bool = False,
 ) -> Path:
     """Search, and train the finalists anew; what is on disk already is not done again.
 
@@ -143,6 +147,7 @@ def search(
         out: the folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).
         executor: where to train; None for this machine.
         quiet: whether to show nothing.
+        retry: whether to try again what failed before.
 
     Returns:
         The folder, which holds a ``Search`` and the finalists' runs.
@@ -152,7 +157,7 @@ def search(
             that holds the answer to another question.
     """
     out = question.folder if out is None else Path(out)
-    trainer = Trainer(question, out, executor or Local(), quiet)
+    trainer = Trainer(question, out, executor or Local(), quiet, retry)
     with Progress(quiet) as progress:
         made = planned(trainer, progress)
         progress.say(outline(made))
@@ -165,7 +170,7 @@ def search(
             best = ranked(made, some, epoch)[: halving.left(len(made.of(student)), rung + 1)]
             if not best:
                 reasons = dict.fromkeys(made.courses[number].reason for number in some)
-                raise UserError(f"no method is left for {student}: {'; '.join(reasons)}")
+                raise UserError(f"no method is left for {student}: {'; '.join(reasons)}; --retry tries them again")
             for number in set(some) - set(best):
                 made.courses[number].stopped = epoch
             chosen[student] = best
@@ -173,12 +178,23 @@ def search(
             made.write(out)
     for student, some in chosen.items():
         chosen[student] = [*some, *(number for number in references(made, student) if number not in some)]
-    made.finals = [
-        Trained(number, run.settings.seed, RunFolder.of(run).path.name)
-        for number, run in trainer.train(made, "final", chosen, [f"output.measure_every={made.epochs}"])
-    ]
+    trained = list(trainer.train(made, "final", chosen, [f"output.measure_every={made.epochs}"]))
+    if not made.finals:
+        for student in made.students:
+            own = {number: run for number, run in trained if made.candidates[number].student == student}
+            compare_costs(made, own, quiet)
+    made.finals = [Trained(number, run.settings.seed, RunFolder.of(run).path.name) for number, run in trained]
     made.write(out)
     return out
+
+
+def compare_costs(made: Search, runs: Mapping[int, Run], quiet: bool) -> None:
+    """Time the steps of a student's finalists by turns, in place of what was measured before the search."""
+    if not runs:
+        return
+    with Progress(quiet) as progress, progress.doing(f"comparing the cost of {len(runs)} finalists"):
+        for i, seconds in by_turns(list(runs.values()), progress).items():
+            made.costs[list(runs)[i]] = seconds
 
 
 def references(made: Search, student: str) -> list[int]:
@@ -206,6 +222,7 @@ class Trainer:
     out: Path
     executor: Executor
     quiet: bool
+    retry: bool = False
 
     def suite(
         self,
@@ -221,8 +238,7 @@ class Trainer:
         file, name = self.out / "suites" / f"{stage}.yaml", "final" if stage == "final" else "search"
         write_text(file, self.question.suite(name, chosen, epochs, seeds))
         with progress.doing("reading settings and data") as rename:
-            own = [] if stage == "final" else [f"data.select={SHARE}"]
-            suite = suites.load(str(file), 0, [*self.question.overrides, *own, *overrides], rename)
+            suite = suites.load(str(file), 0, [*self.question.overrides, *overrides], rename)
             return replace(suite, runs=tuple(placed(suite, self.out / name, self.executor, progress)))
 
     def train(
@@ -233,7 +249,7 @@ class Trainer:
         some = {student: [made.candidates[number] for number in numbers] for student, numbers in chosen.items()}
         with Progress(self.quiet) as progress:
             suite = self.suite(stage, some, made.epochs, seeds, overrides, progress)
-        report = bench(suite, self.out / suite.name, quiet=self.quiet, executor=self.executor, wait=True)
+        report = bench(suite, self.out / suite.name, self.retry, self.quiet, self.executor, wait=True)
         if report.stopped or report.elsewhere:
             report.check()
             raise UserError(
@@ -315,6 +331,11 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
         for i, one in enumerate(usual)
         if i in cost.lanes
     }
+    for i, one in enumerate(usual):
+        if i in cost.lanes and cost.lanes[i].phase > question.epochs:
+            phase = f"its phase before training takes {cost.lanes[i].phase} epochs, and a training {question.epochs}"
+            left_out.append((one.student, one.method, f"{phase}; shorten the one or lengthen the other"))
+            del steps[one.student, one.method]
     fitting = [one for one in found if (one.student, one.method) in steps]
     counts = [sum(one.student == student for one in fitting) for student in question.students]
     if not all(counts):
@@ -348,8 +369,8 @@ def check_data(run: Run, progress: Progress) -> None:
     if missing := dataset.untested:
         some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise UserError(
-            f"data {spec.name}: the {SHARE:.0%} of the training images that methods are ranked on have none of "
-            f"{len(missing)} classes ({some}); add images of these"
+            f"data {spec.name}: {100 * SHARE:.0f} % of the training images are held out to rank methods on, and have "
+            f"none of {some}; add images of {'this class' if len(missing) == 1 else 'these classes'}"
         )
 
 
@@ -359,7 +380,8 @@ def outline(made: Search) -> str:
     search, final = halving.epochs_of(counts, len(REFERENCES), made.epochs)
     whole = SEEDS * made.epochs * sum(counts)
     unfit = f" ({len(made.left_out)} more do not fit)" if made.left_out else ""
-    halved = f"; the worse half stops after epochs {', '.join(map(str, made.rungs))}" if made.rungs else ""
+    after = f"epoch{'s' * (len(made.rungs) > 1)} {', '.join(map(str, made.rungs))}"
+    halved = f"; the worse half stops after {after}" if made.rungs else ""
     return (
         f"{sum(counts)} candidates{unfit}{halved}; finalists are trained anew for {made.epochs} epochs with {SEEDS} "
         f"seeds: {search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds)"

@@ -18,7 +18,7 @@ from kdzoo.results.table import visible
 from kdzoo.store.result import Result
 from kdzoo.store.search import Candidate, Search
 
-NOTABLE = 0.03  # of the cost of a step: what a few timed steps tell apart
+NOTABLE = 0.03  # of the cost of a step: what steps that are timed by turns tell apart
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Answer:
         return next(found, None)
 
     def sentences(self) -> list[str]:
-        """Say what to take and how sure that is, in two sentences, and a third where the teacher is no better."""
+        """Say what to take and how sure that is, in two sentences; more follow where a method failed, for example."""
         best, seeds = self.best, len(self.best.top1)
         gains = []
         for method, name in (("kd", "kd"), ("none", "the student trained without a teacher")):
@@ -86,7 +86,10 @@ class Answer:
         title = "without a teacher" if best.candidate.method == "none" else best.candidate.title
         first = f"Train {self.student}{said} {title}: {best.mean:.2f} % on the test images, mean of {seeds} seeds"
         first += f"; {', '.join(gains)}." if gains else "."
-        return [first, self._ties(), *self._weak_teacher()]
+        return [first, self._ties(), *self._failed(), *self._weak_teacher()]
+
+    def _failed(self) -> list[str]:
+        return [f"{one.candidate.title} failed: {one.reason}." for one in self.finalists if one.reason]
 
     def _ties(self) -> str:
         best, ties = self.best, self.ties

@@ -81,11 +81,15 @@ def test_nothing_is_kept_unless_it_is_asked_for(train, cache, passes):
     assert len(passes) == 2 * 2 * STEPS
 
 
-def test_a_run_that_keeps_logits_ends_with_the_same_bits_as_one_that_does_not(train, cache):
+def test_a_run_that_keeps_logits_ends_with_the_bits_of_one_that_reads_them_and_near_one_without(train, cache, passes):
     [plain], _ = train("a", "kd")
     [keeping], _ = train("b", "kd", also=[KEEP])
-    assert same(student(keeping), student(plain))
     assert len(kept(cache)) == 2
+    passes.clear()
+    [reading], _ = train("c", "kd", also=[KEEP])
+    assert passes == []
+    assert same(student(reading), student(keeping))
+    assert 0 < distance(student(keeping), student(plain)) < 0.01
 
 
 @pytest.mark.parametrize("methods", [["dist"], ["kd", "none", "logitmse"]])
@@ -168,12 +172,11 @@ def stopped(train, monkeypatch, at, name, *methods):
 
 
 def test_an_epoch_that_was_resumed_in_its_midst_is_not_kept(train, cache, passes, monkeypatch):
-    [whole], _ = train("a", "kd")
-    passes.clear()
     [outcome], said = stopped(train, monkeypatch, STEPS + 2, "b", "kd")
     assert f"resumed at step {STEPS + 2}" in said
     assert len(passes) == 2 * STEPS
     assert [file.name for file in kept(cache)] == ["epoch-000000.float16"]
+    [whole], _ = train("a", "kd", also=[KEEP])
     assert same(student(outcome), student(whole))
 
 
@@ -307,12 +310,13 @@ def full(path, write):
 
 
 def test_a_full_disk_ends_the_keeping_and_not_the_training(train, cache, monkeypatch):
-    [plain], _ = train("a", "kd")
-    monkeypatch.setattr("kdzoo.engine.kept_logits.write_atomically", full)
-    [outcome], said = train("b", "kd", also=[KEEP])
+    with monkeypatch.context() as patch:
+        patch.setattr("kdzoo.engine.kept_logits.write_atomically", full)
+        [outcome], said = train("b", "kd", also=[KEEP])
     assert said.count("no more of the teacher's logits are kept in this run: the disk of") == 1
-    assert same(student(outcome), student(plain))
     assert kept(cache) == []
+    [whole], _ = train("a", "kd", also=[KEEP])
+    assert same(student(outcome), student(whole))
 
 
 def test_logits_that_float16_cannot_hold_are_not_kept(train, cache, teacher):

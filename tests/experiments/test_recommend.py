@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 import kdzoo
 from kdzoo.cli import main
+from kdzoo.commands.training import read_settings
 from kdzoo.engine.memory import Cost
+from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import recommend, work
-from kdzoo.experiments.estimate import GroupCost, LaneCost
+from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns
 from kdzoo.experiments.recommend import Question, Trainer, search, tried
 from kdzoo.experiments.workers import Local
 from kdzoo.results.recommendation import Recommendation
@@ -353,7 +355,7 @@ class Mine(ImageSet):
     ("classes", "labels", "said"),
     [
         ("('cat',)", "np.zeros(60, dtype=np.int64)", "have one class"),
-        ("('cat', 'dog')", "(np.arange(60) == 0).astype(np.int64)", "none of 1 classes (dog)"),
+        ("('cat', 'dog')", "(np.arange(60) == 0).astype(np.int64)", "none of dog; add images of this class"),
     ],
 )
 def test_data_that_methods_cannot_be_ranked_on_are_one_line(classes, labels, said, tmp_path):
@@ -460,3 +462,47 @@ def test_a_plan_names_no_folder_outside_of_its_own(found):
     made = Search.read(found)
     outside = replace(made.finals[0], folder="../../elsewhere")
     assert made.run(found, outside).path == found / "final" / "elsewhere"
+
+
+def test_a_method_with_a_longer_phase_before_training_than_training_itself_is_left_out():
+    made = tried(replace(QUESTION, methods=("sskd", "ofd")), quiet=True)
+    assert made.left_out == [
+        (
+            "resnet8",
+            "sskd",
+            "its phase before training takes 60 epochs, and a training 4; shorten the one or lengthen the other",
+        )
+    ]
+    assert "ofd" in {one.method for one in made.candidates}
+
+
+def test_costs_of_finalists_are_those_of_steps_by_turns(found):
+    made = Search.read(found)
+    finalists = {one.candidate for one in made.finals}
+    runs = {n: made.run(found, one).run() for one in made.finals if (n := one.candidate) in finalists}
+    least = by_turns([run.within(output={"root": str(found / "final")}) for run in runs.values()], Progress(quiet=True))
+    assert len(least) == len(finalists)
+    assert all(0 < seconds < 10 for seconds in least.values())
+
+
+def test_what_failed_is_tried_again_where_that_is_asked_for(failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(recommend, "REFERENCES", ())
+    question = replace(QUESTION, methods=(str(failing),))
+    question = replace(question, overrides=(*PLAIN, "data.limit=64"))
+    train = work.train_lanes
+    full = UserError("out of luck")
+    monkeypatch.setattr(work, "train_lanes", lambda runs, *given: [full for _ in runs])
+    with pytest.raises(UserError, match="no method is left for resnet8: out of luck; --retry tries them again"):
+        search(question, tmp_path / "out", quiet=True)
+    monkeypatch.setattr(work, "train_lanes", train)
+    with pytest.raises(UserError, match="no method is left"):
+        search(question, tmp_path / "out", quiet=True)
+    made = Search.read(search(question, tmp_path / "out", quiet=True, retry=True))
+    assert made.finals
+
+
+def test_a_file_of_settings_gives_way_to_another_name_on_the_command_line(tmp_path):
+    file = tmp_path / "recommended.yaml"
+    file.write_text("distiller: {name: dkd, alpha: 2.0}\nstudent: {name: resnet8}\n")
+    assert read_settings(file, {"distiller": {"name": "none"}}) == {"student": {"name": "resnet8"}}
+    assert read_settings(file, {"distiller": {"name": "dkd"}, "seed": 3}) == read_settings(file)

@@ -117,6 +117,7 @@ def test_a_finalist_without_any_other_is_compared_with_none(tmp_path):
     assert found.sentences() == [
         "Train resnet_8 with kd: 72.57 % on the test images, mean of 3 seeds.",
         "No other finalist has a result to compare it with.",
+        "none failed: out of memory.",
     ]
 
 
