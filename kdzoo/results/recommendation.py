@@ -126,7 +126,10 @@ class Recommendation:
     """The answer of a search.
 
     Example:
-        >>> found = kdzoo.recommend("resnet14", ["resnet8"], methods=["dkd"], settings=1, overrides=quick, quiet=True)
+        >>> small = ["data.limit=128", "teacher.epochs=1", "teacher.allow_weak=true"]
+        >>> found = kdzoo.recommend(
+        ...     "resnet14", "resnet8", methods=["dkd"], settings=1, epochs=2, overrides=small, quiet=True
+        ... )
         >>> found.answers[0].best.candidate.method in ("none", "kd", "logitmse", "dkd")
         True
     """
@@ -191,6 +194,7 @@ def recommend(
     methods: Sequence[str] = (),
     settings: int = 3,
     budget: str = "",
+    epochs: int | None = None,
     data: str = "digits",
     protocol: str = "quick",
     weights: str | None = None,
@@ -210,6 +214,7 @@ def recommend(
         settings: how many settings of its main weight are tried of each method.
         budget: a time, such as ``4h``, or a number of epochs of all trainings together, such as ``600epochs``; empty:
             the recipe's own epochs for each finalist.
+        epochs: of a training at full length; None: the recipe's.
         data: a data set of ``kdzoo list data``, or the path of a Python file that holds one.
         protocol: a recipe's name, or the path of a YAML file.
         weights: the teacher's, a file or folder; None: it is trained.
@@ -223,13 +228,17 @@ def recommend(
         UserError: a name or a setting that the user can fix; a budget that is too small; no method that fits.
 
     Example:
-        >>> found = kdzoo.recommend("resnet14", "resnet8", methods=["dkd"], settings=1, overrides=quick, quiet=True)
-        >>> len(found.answers), found.answers[0].student
-        (1, 'resnet8')
+        >>> small = ["data.limit=128", "teacher.epochs=1", "teacher.allow_weak=true"]
+        >>> found = kdzoo.recommend(
+        ...     "resnet14", "resnet8", methods=["dkd"], settings=1, epochs=2, overrides=small, quiet=True
+        ... )
+        >>> [answer.student for answer in found.answers]
+        ['resnet8']
     """
     names = (students,) if isinstance(students, str) else tuple(students)
+    recipe = {"name": protocol} | ({} if epochs is None else {"epochs": epochs})
     question = Question(
-        teacher, names, tuple(methods), settings, budget, {"name": data}, {"name": protocol}, weights, seed,
+        teacher, names, tuple(methods), settings, budget, {"name": data}, recipe, weights, seed,
         tuple(overrides),
     )  # fmt: skip
     found = Recommendation.read(search(question, out, executor, quiet))
