@@ -31,7 +31,8 @@ from scipy import stats
 from kdzoo.engine import lane as lanes
 from kdzoo.engine.optim import learning_rate
 from kdzoo.experiments import halving
-from kdzoo.experiments.recommend import REFERENCES, Question, Trainer, search
+from kdzoo.experiments.question import Question
+from kdzoo.experiments.recommend import REFERENCES, Trainer, search
 from kdzoo.experiments.workers import Local
 from kdzoo.recipe import Protocol
 from kdzoo.results import statistics

@@ -168,9 +168,8 @@ class Distiller(nn.Module):
     fidelity: ClassVar[Fidelity]
     needs: Needs = Needs()
     logit_terms: ClassVar[tuple[str, ...]] = ("ce", "kd")  # terms that read logits alone and need no modules
-    search: ClassVar[
-        dict[str, tuple[float, float]]
-    ] = {}  # the keyword worth trying, and its range; empty: see main_weight
+    # The keyword that kdzoo recommend varies, and its range; empty: the main weight, from a third to three times.
+    search: ClassVar[dict[str, tuple[float, float]]] = {}
     fewest_classes: int = 2  # with fewer, what the method compares is the same for every network
 
     def __init__(self, **weights: float):

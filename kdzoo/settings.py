@@ -120,8 +120,8 @@ class DataSettings:
     )
     select: float = setting(
         0.0,
-        "Share of the training images, without those of data.val, that is held out to choose methods by, and measured "
-        "on instead",
+        "Share of the training images left by data.val that is held out to choose between methods, and measured on "
+        "instead of the test images",
         fraction,
     )
     exif: bool = setting(True, "Turn photographs upright, as their camera noted")
@@ -210,7 +210,7 @@ class EnginePlace:
     memory: float = setting(1.0, "Share of the device's memory that runs side by side may take", between, 0.001, 1)
     stop_after: int = setting(
         0,
-        "Epoch after which the runs of a suite stop, to be continued by the same command (0: train to the end)",
+        "Epoch after which the runs of a suite stop; the same command without it continues them (0: train to the end)",
         between,
         0,
         10**6,

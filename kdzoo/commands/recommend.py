@@ -22,7 +22,7 @@ COMMAS = "NAME[,NAME]..."
     "--students",
     "students",
     required=True,
-    help="Network to train; several, with commas between them, are each given an answer.",
+    help="Network to train; for several names, separated by commas, there is an answer for each.",
     metavar=COMMAS,
 )
 @click.option("--data", default="digits", help="Data set, named as in 'kdzoo run' (default: digits).")
@@ -47,11 +47,18 @@ COMMAS = "NAME[,NAME]..."
     "600epochs: trainings are as long as that allows (default: --epochs for each finalist).",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Seed of the search; finalists take those after it."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Seed of the search; the finalists take the three seeds after it (default: 0).",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the search (default: runs/recommend-...).")
-@click.option("--retry", is_flag=True, help="Train again what failed before.")
-@click.option("--dry-run", is_flag=True, help="Say which methods fit and what the budget buys, without training.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).",
+)
+@click.option("--retry", is_flag=True, help="Train runs again that failed before.")
+@click.option("--dry-run", is_flag=True, help="List the methods that fit and what the budget buys, without training.")
 @spread
 @DEBUG
 @OVERRIDES
@@ -92,7 +99,8 @@ def recommend(
 
     with Progress() as progress, progress.doing("loading torch"):
         from kdzoo.experiments import workers
-        from kdzoo.experiments.recommend import Question, search, tried
+        from kdzoo.experiments.question import Question
+        from kdzoo.experiments.recommend import search, tried
         from kdzoo.results.recommendation import Recommendation
         from kdzoo.results.recommendation_screen import plan, screen, table
 

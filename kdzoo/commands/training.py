@@ -21,8 +21,8 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="YAML file with settings by section, such as the recommended.yaml of 'kdzoo recommend'; what follows on the "
-    "command line goes before it (default: none).",
+    help="YAML file with settings by section, such as the recommended.yaml of 'kdzoo recommend'; settings on the "
+    "command line take precedence (default: none).",
 )
 @flag(
     "--distiller",

@@ -201,7 +201,8 @@ def cost_of(
     batch = next(batches)
     drawing, looking, once = seconds(partial(next, batches), device), 0.0, 0.0
     if teacher is not None:
-        looking = seconds(partial(look, teacher, batch.images, first.engine.precision), device)
+        fast = shared_passes(teacher, runs[0]).fast
+        looking = seconds(partial(look, fast, batch.images, first.engine.precision), device)
         once = test_seconds(teacher, dataset, first)
     return GroupCost(
         shared=drawing + looking,
@@ -231,20 +232,29 @@ def by_turns(runs: Sequence[Run], progress: Progress) -> dict[int, float]:
     if first.settings.teacher.name is not None:
         teacher = teachers.untrained(first, dataset).eval().requires_grad_(False)
         teacher.to(dataset.device).to(memory_format=torch.channels_last)
-    works: dict[str, Callable[[], object]] = {}
-    asking: dict[int, bool] = {}
-    images = None
-    for i, lane, batch in stepped(runs, dataset, teacher, {}):
-        works[f"step {i}"], images = partial(lane.step, batch, 2), batch.images
-        asking[i] = teacher is not None and lane.distillation.distiller.needs.teacher
-    works["batch"] = partial(next, cycle_of(dataset.loader(first.settings.protocol, seed=first.settings.seed)))
-    if teacher is not None and images is not None:
-        works["teacher"] = partial(look, teacher, images, first.settings.engine.precision)
-    least = dict.fromkeys(works, math.inf)
+    lanes = {i: (lane, batch) for i, lane, batch in stepped(runs, dataset, teacher, {})}
+    if not lanes:
+        return {}
+    _, batch = next(iter(lanes.values()))
+    works: dict[str, Callable[[], object]] = {
+        "batch": partial(next, cycle_of(dataset.loader(first.settings.protocol, seed=first.settings.seed)))
+    }
+    if teacher is not None:
+        fast = shared_passes(teacher, first).fast
+        works["teacher"] = partial(look, fast, batch.images, first.settings.engine.precision)
+    least = dict.fromkeys([*works, *lanes], math.inf)
     for _ in range(TURNS):
         for name, work in works.items():
             least[name] = min(least[name], once(work, dataset.device))
-    return {i: least[f"step {i}"] + least["batch"] + (least["teacher"] if asks else 0) for i, asks in asking.items()}
+        for i, (lane, batch) in lanes.items():
+            with lane.failing_alone():
+                least[i] = min(least[i], once(partial(lane.step, batch, 2), dataset.device))
+    found = {}
+    for i, (lane, _) in lanes.items():
+        if lane.failure is None:
+            asks = teacher is not None and lane.distillation.distiller.needs.teacher
+            found[i] = least[i] + least["batch"] + (least["teacher"] if asks else 0.0)
+    return found
 
 
 def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> list[list[Run]]:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kdzoo.engine import memory
 from kdzoo.errors import UserError
-from kdzoo.experiments.estimate import GroupCost
+from kdzoo.experiments.estimate import GroupCost, LaneCost
 from kdzoo.quantities import duration
 
 FINALISTS = 3  # of each student, beside the references
@@ -78,12 +79,11 @@ class Prices:
     final: float = 0.0  # of one on all of them
 
     @classmethod
-    def of(cls, cost: GroupCost, teaching: float) -> "Prices":
-        """Take the mean over the candidates that were measured; what they share is paid by each of a final's few."""
-        lanes = list(cost.lanes.values())
+    def of(cls, cost: GroupCost, lanes: Sequence[LaneCost], teaching: float) -> "Prices":
+        """Take the mean over the candidates' lanes; what they share is paid by each of a final's few."""
         step = sum(lane.step for lane in lanes) / len(lanes)
         test = sum(lane.test for lane in lanes) / len(lanes)
-        packs = max(1, len(cost.packs(range(len(lanes)))))
+        packs = len(memory.packed([lane.memory for lane in lanes], cost.room))
         alone = cost.steps * (step + cost.shared / FINALISTS)
         phases = sum(lane.phase * cost.steps * (lane.step + cost.shared) for lane in lanes)
         return cls(

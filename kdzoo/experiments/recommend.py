@@ -8,12 +8,11 @@ continue is a function of what lies on disk: a search that was stopped continues
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import yaml
 
 from kdzoo import own_code, registry
 from kdzoo.engine.device import use
@@ -21,116 +20,21 @@ from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import halving, suites
 from kdzoo.experiments.bench import bench, own, placed
-from kdzoo.experiments.candidates import ALWAYS, candidates
+from kdzoo.experiments.candidates import candidates
 from kdzoo.experiments.estimate import by_turns, measure
 from kdzoo.experiments.halving import SEEDS, SHARE, Prices
+from kdzoo.experiments.question import Question
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.workers import Executor, Local
-from kdzoo.files import digest, make_folder, read_text, slug, write_text
-from kdzoo.keywords import flat
-from kdzoo.resolve import merged, read_protocol
+from kdzoo.files import digest, make_folder, read_text, write_text
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 from kdzoo.store.search import FILE, Candidate, Course, Search, Trained, ranked
 
 REFERENCES = ("none", "kd")  # are always trained anew, so that the answer says what a method gains
-OWN = (
-    "data.select",
-    "engine.stop_after",
-    "output.measure_every",
-    "seed",
-    "distiller",
-)
-OPTIONS = {
-    "data.name": "--data",
-    "protocol.name": "--protocol",
-    "protocol.epochs": "--epochs",
-    "student.name": "--students",
-    "teacher.name": "--teacher",
-}  # settings that the question itself holds
 MARK = "recommend"  # stands for a suite's name in the folder of a search
-MOST_SEEDS = 2**62
-
-
-@dataclass(frozen=True)
-class Question:
-    """A teacher and one or several students, for which a method is sought.
-
-    Args:
-        teacher: its name.
-        students: their names; the question is answered for each.
-        methods: names or files of methods; empty for all. ``none``, ``kd`` and ``logitmse`` are always in.
-        settings: how many settings of its main weight are tried of each method.
-        budget: a time, such as ``4h``, or a number of epochs of all trainings together, such as ``600epochs``; empty:
-            the recipe's own epochs for each finalist.
-        data: settings of the data, ``name`` among them.
-        protocol: the recipe's settings, ``name`` among them.
-        weights: the teacher's, a file or folder; None: it is trained.
-        seed: of the search; those after it are the finalists'.
-        overrides: further settings of every run as ``key=value``.
-
-    Raises:
-        UserError: a value that makes no sense, or a setting that the search itself decides.
-    """
-
-    teacher: str
-    students: tuple[str, ...]
-    methods: tuple[str, ...] = ()
-    settings: int = 3
-    budget: str = ""
-    data: Mapping[str, Any] = field(default_factory=lambda: {"name": "digits"})
-    protocol: Mapping[str, Any] = field(default_factory=lambda: {"name": "quick"})
-    weights: str | None = None
-    seed: int = 0
-    overrides: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.students or not all(self.students):
-            raise UserError("no student is named; pass --students NAME, or several with commas between them")
-        if len(set(self.students)) < len(self.students):
-            raise UserError(f"--students {','.join(self.students)}: expected each name once")
-        if not 1 <= self.settings <= 9:
-            raise UserError(f"--settings {self.settings}: expected a number from 1 to 9")
-        if not 0 <= self.seed < MOST_SEEDS:
-            raise UserError(f"--seed {self.seed}: expected a number from 0 to {MOST_SEEDS}")
-        if self.budget:
-            halving.parsed(self.budget)
-        for key, value in flat(merged({}, self.overrides)).items():
-            if key in OPTIONS or f"{key}.name" in OPTIONS:
-                raise UserError(f"{key}={value}: give it as {OPTIONS.get(key) or OPTIONS[f'{key}.name']} instead")
-            if key.startswith(OWN):
-                raise UserError(f"{key} is decided by the search itself; leave it out")
-            if key == "output.ship" and value == "best":
-                raise UserError("output.ship=best chooses an epoch on the test images, which a search never does")
-
-    @property
-    def epochs(self) -> int:
-        """The epochs of a training at full length."""
-        return int(self.protocol.get("epochs") or read_protocol(str(self.protocol["name"])).epochs)
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the search, where none is given."""
-        names = self.teacher, *self.students, str(self.data["name"])
-        return Path("runs") / "-".join(["recommend", *map(slug, names)])[:200]
-
-    def suite(self, name: str, chosen: Mapping[str, Sequence[Candidate]], epochs: int, seeds: Sequence[int]) -> str:
-        """Write the suite of these candidates, by student, as its file holds it."""
-        content = {
-            "name": name,
-            "data": {**self.data, "select": 0.0 if name == "final" else SHARE},
-            "protocol": {**self.protocol, "epochs": epochs},
-            "pairs": [
-                {"teacher": self.teacher, "student": student, "distillers": [one.entry for one in some]}
-                for student, some in chosen.items()
-            ],
-            "distillers": list(ALWAYS),  # of pairs that name none
-            "seeds": list(seeds),
-            "teacher": {"weights": self.weights} if self.weights else {},
-        }
-        return yaml.safe_dump(content, sort_keys=False)
 
 
 def search(
@@ -181,18 +85,22 @@ def search(
     trained = list(trainer.train(made, "final", chosen, [f"output.measure_every={made.epochs}"]))
     if not made.finals:
         for student in made.students:
-            own = {number: run for number, run in trained if made.candidates[number].student == student}
-            compare_costs(made, own, quiet)
+            theirs = {number: run for number, run in trained if made.candidates[number].student == student}
+            compare_costs(made, theirs, quiet)
     made.finals = [Trained(number, run.settings.seed, RunFolder.of(run).path.name) for number, run in trained]
     made.write(out)
     return out
 
 
 def compare_costs(made: Search, runs: Mapping[int, Run], quiet: bool) -> None:
-    """Time the steps of a student's finalists by turns, in place of what was measured before the search."""
+    """Time the steps of a student's finalists by turns, in place of what was measured before the search.
+
+    Where this machine has not what they were trained on, such as their device, that stands.
+    """
     if not runs:
         return
-    with Progress(quiet) as progress, progress.doing(f"comparing the cost of {len(runs)} finalists"):
+    doing = f"comparing the cost of {len(runs)} finalists"
+    with suppress(UserError), Progress(quiet) as progress, progress.doing(doing):
         for i, seconds in by_turns(list(runs.values()), progress).items():
             made.costs[list(runs)[i]] = seconds
 
@@ -320,7 +228,8 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     found = candidates(question.teacher, question.students, question.methods, question.settings, *names)
     usual = [one for one in found if not one.keywords]
     by_student = {student: [one for one in usual if one.student == student] for student in question.students}
-    runs = trainer.suite("alone", by_student, question.epochs, [question.seed], [], progress).runs
+    here = replace(trainer, executor=Local())  # methods are measured on this machine, as by a dry run
+    runs = here.suite("alone", by_student, question.epochs, [question.seed], [], progress).runs
     check_data(runs[0], progress)
     with progress.doing(f"measuring a few steps of {len(runs)} methods") as rename:
         cost, _, teaching = measure(runs, progress, rename)
@@ -333,16 +242,19 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     }
     for i, one in enumerate(usual):
         if i in cost.lanes and cost.lanes[i].phase > question.epochs:
-            phase = f"its phase before training takes {cost.lanes[i].phase} epochs, and a training {question.epochs}"
-            left_out.append((one.student, one.method, f"{phase}; shorten the one or lengthen the other"))
+            phase = cost.lanes[i].phase
+            reason = f"its phase before training takes {phase} epochs, and a training {question.epochs}"
+            left_out.append((one.student, one.method, f"{reason}; it is tried with --epochs {phase} or more"))
             del steps[one.student, one.method]
     fitting = [one for one in found if (one.student, one.method) in steps]
     counts = [sum(one.student == student for one in fitting) for student in question.students]
     if not all(counts):
         student = question.students[counts.index(0)]
         raise UserError(f"no method fits {question.teacher} -> {student}: {left_out[0][2]}")
+    places = {(one.student, one.method): i for i, one in enumerate(usual)}
+    lanes = [cost.lanes[places[one.student, one.method]] for one in fitting]
     epochs = halving.longest(
-        question.budget, counts, len(REFERENCES), question.epochs, lambda: Prices.of(cost, teaching)
+        question.budget, counts, len(REFERENCES), question.epochs, lambda: Prices.of(cost, lanes, teaching)
     )
     return Search(
         asked=asked,

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from kdzoo.errors import UserError
-from kdzoo.experiments.recommend import Question, search
+from kdzoo.experiments.question import Question
+from kdzoo.experiments.recommend import search
 from kdzoo.experiments.workers import Executor
 from kdzoo.files import read_text, slug, write_text
 from kdzoo.resolve import merged

@@ -197,10 +197,11 @@ class RunFolder:
 
     def has_reached(self, epoch: int) -> bool:
         """Tell whether an unfinished run was trained for so many epochs, and can be continued from there."""
-        history = self.read_history()
-        return (
-            len(history) >= epoch and max(checkpoint.steps(self.checkpoints), default=0) >= history[epoch - 1]["step"]
-        )
+        try:
+            step = int(self.read_history()[epoch - 1]["step"])
+        except (UserError, LookupError, TypeError, ValueError):  # resuming writes a lost or damaged history again
+            return False
+        return max(checkpoint.steps(self.checkpoints), default=0) >= step
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history, one line an epoch."""

@@ -1,9 +1,14 @@
 """Successive halving: how many candidates are trained for how long, and which budget pays that."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
+from kdzoo.engine.memory import Cost
 from kdzoo.errors import UserError
 from kdzoo.experiments import halving
+from kdzoo.experiments.estimate import GroupCost, LaneCost
 from kdzoo.experiments.halving import Prices
 
 
@@ -106,3 +111,16 @@ def test_a_budget_that_cannot_pay_the_shortest_search_says_what_would():
 def test_a_recipe_that_is_too_short_for_the_rungs_is_one_line():
     with pytest.raises(UserError, match="epochs: 4, too few to halve 40 candidates until 3 are left; set --epochs 5"):
         halving.longest("", [40], 2, 4, unasked)
+
+
+def test_prices_count_phases_of_the_candidates_that_take_part_and_what_is_shared_once_for_each_pack():
+    def lane(phase):
+        return LaneCost(step=2.0, test=10.0, memory=Cost(1, 1), phase=phase)
+
+    cost = GroupCost(4.0, 0.0, 5, 4, 4, {0: lane(0), 1: lane(60)}, {}, 0, math.inf)
+    alone, again = Prices.of(cost, [lane(0)] * 4, 100.0), Prices.of(cost, [lane(3), *[lane(0)] * 3], 100.0)
+    assert alone.once == 200.0
+    assert again.once == 200.0 + 3 * 5 * (2.0 + 4.0)
+    assert alone.search == again.search == pytest.approx(5 * (2.0 + 4.0 / 4) + 10.0)
+    tight = Prices.of(replace(cost, room=3.0), [lane(0)] * 4, 100.0)  # two lanes side by side, so two packs
+    assert tight.search == pytest.approx(5 * (2.0 + 2 * 4.0 / 4) + 10.0)

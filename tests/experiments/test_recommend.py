@@ -16,7 +16,8 @@ from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import recommend, work
 from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns
-from kdzoo.experiments.recommend import Question, Trainer, search, tried
+from kdzoo.experiments.question import Question
+from kdzoo.experiments.recommend import Trainer, search, tried
 from kdzoo.experiments.workers import Local
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.store.folder import RunFolder, find_runs
@@ -169,6 +170,7 @@ def test_a_folder_holds_a_search_or_a_suite_and_not_both(found, tmp_path):
     assert not (tmp_path / "suites").exists()
 
 
+@pytest.mark.slow(reason="trains a whole search")
 def test_a_search_that_is_stopped_anywhere_ends_as_one_that_never_was(found, tmp_path, monkeypatch):
     train, calls = work.train_lanes, []
 
@@ -232,6 +234,7 @@ def test_a_method_that_fails_drops_out_with_its_reason_and_stops_no_other(failin
     assert str(failing) not in finalists
 
 
+@pytest.mark.slow(reason="trains a whole search")
 def test_a_failure_in_a_later_rung_does_not_change_who_came_through_an_earlier_one(failing, tmp_path, monkeypatch):
     failing.write_text(FAILING.replace("0.25", "0.3"))  # in the first step of the second rung
     question = replace(QUESTION, methods=(*METHODS, str(failing)))
@@ -282,6 +285,7 @@ def test_the_cost_of_a_method_without_a_teacher_holds_no_pass_of_it(monkeypatch)
     assert tried(QUESTION, quiet=True).costs == [3.0, *[7.0] * 6]
 
 
+@pytest.mark.slow(reason="trains a whole search")
 def test_several_students_are_each_given_an_answer(tmp_path):
     students = ("resnet8", "resnet14")
     found = kdzoo.recommend(
@@ -470,7 +474,7 @@ def test_a_method_with_a_longer_phase_before_training_than_training_itself_is_le
         (
             "resnet8",
             "sskd",
-            "its phase before training takes 60 epochs, and a training 4; shorten the one or lengthen the other",
+            "its phase before training takes 60 epochs, and a training 4; it is tried with --epochs 60 or more",
         )
     ]
     assert "ofd" in {one.method for one in made.candidates}
@@ -485,6 +489,7 @@ def test_costs_of_finalists_are_those_of_steps_by_turns(found):
     assert all(0 < seconds < 10 for seconds in least.values())
 
 
+@pytest.mark.slow(reason="trains a whole search")
 def test_what_failed_is_tried_again_where_that_is_asked_for(failing, tmp_path, monkeypatch):
     monkeypatch.setattr(recommend, "REFERENCES", ())
     question = replace(QUESTION, methods=(str(failing),))

@@ -65,6 +65,16 @@ def test_a_run_whose_checkpoint_is_gone_is_trained_to_its_stop_again(load, tmp_p
     assert all(any((path / "checkpoints").iterdir()) for path in report.on_the_way)
 
 
+@pytest.mark.parametrize("text", ["", "no line of JSON\n", '{"epoch": 1}\n', "3\n"])
+def test_a_run_whose_history_is_damaged_has_it_written_again(load, tmp_path, text):
+    stopped = load("engine.stop_after=1")
+    paths = bench(stopped, tmp_path / "out", quiet=True).on_the_way
+    whole = {path: (path / "metrics.jsonl").read_text() for path in paths}
+    (paths[1] / "metrics.jsonl").write_text(text)
+    assert len(bench(stopped, tmp_path / "out", quiet=True).on_the_way) == 3
+    assert {path: (path / "metrics.jsonl").read_text() for path in paths} == whole
+
+
 def test_a_stop_behind_the_end_is_the_end(load, tmp_path):
     assert len(bench(load("engine.stop_after=9"), tmp_path / "out", quiet=True).finished) == 3
 
