@@ -3,8 +3,8 @@
     python benchmarks/recommend.py train digits --out runs/measured [--repeats 10] [--part grid repeats schedules]
     python benchmarks/recommend.py tables digits --out runs/measured
 
-``grid`` trains every candidate at full length on all training images with five seeds: what is true, as far as five
-seeds tell. ``repeats`` asks the question so many times, with other seeds each time. ``schedules`` trains every
+``grid`` trains every candidate at full length on all training images with five seeds or more: what is true, as far as
+they tell. ``repeats`` asks the question so many times, with other seeds each time. ``schedules`` trains every
 candidate to its end on the search's part of the images, by several schedules of the learning rate and with and without
 an average of the weights, to see from which epoch on, and by which, ranks tell those of the grid. All of it can be
 stopped and started again. The tables: a row for each repeat (its choice, how far the grid sees it from the best, its
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +32,7 @@ from scipy import stats
 from kdzoo.engine import lane as lanes
 from kdzoo.engine.optim import learning_rate
 from kdzoo.experiments import halving
+from kdzoo.experiments.halving import SEEDS
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import REFERENCES, Trainer, search
 from kdzoo.experiments.workers import Local
@@ -41,7 +43,7 @@ from kdzoo.store.folder import RunFolder
 from kdzoo.store.search import Search
 
 METHODS = ("at", "dist", "dkd", "figkd", "fitnet", "lfcc", "nkd", "pkt", "rkd", "sp", "spectralkd", "ttm", "uhkd")
-GRID_SEEDS = tuple(range(1000, 1005))
+GRID_SEED, USUAL_SEEDS = 1000, 5  # of a grid: its first, and how many one would take
 SCHEDULE_SEEDS = (2000, 2001)
 SCHEDULES = {
     "recipe": (),
@@ -63,18 +65,24 @@ class Case:
     student: str
     protocol: Mapping[str, Any]
     settings: int = 2
+    grid_seeds: int = USUAL_SEEDS
     teacher_epochs: int | None = None  # None: the recipe's
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the grid."""
+        return tuple(range(GRID_SEED, GRID_SEED + self.grid_seeds))
 
     def question(self, data: str, seed: int) -> Question:
         """The question that is asked with this seed."""
         own = ("teacher.allow_weak=true", *([f"teacher.epochs={self.teacher_epochs}"] if self.teacher_epochs else []))
         return Question(
-            self.teacher, (self.student,), METHODS, self.settings, "", {"name": data}, self.protocol, None, seed, own
+            (self.teacher,), (self.student,), METHODS, self.settings, "", {"name": data}, self.protocol, (), seed, own
         )
 
 
 CASES = {
-    "digits": Case("resnet14", "resnet8", {"name": "quick", "epochs": 5}),
+    "digits": Case("resnet14", "resnet8", {"name": "quick", "epochs": 5}, grid_seeds=20),
     "cifar": Case("resnet20", "resnet8", {"name": "crd", "epochs": 6}, settings=1, teacher_epochs=20),
     "transformer": Case("resnet8x4", "vit_pico", {"name": "ofa-vit", "epochs": 6}, settings=1, teacher_epochs=20),
 }
@@ -84,7 +92,7 @@ def train(case: Case, data: str, out: Path, repeats: int, parts: list[str]) -> N
     """Train what the tables are made of."""
     made = read_or_ask(case, data, out)
     if "grid" in parts:
-        bench_of(case, data, made, out / "grid", GRID_SEEDS, final=True)
+        bench_of(case, data, made, out / "grid", case.seeds, final=True)
     if "repeats" in parts:
         for number in range(1, repeats):
             asked(case, data, out, number)
@@ -149,10 +157,13 @@ def tables(case: Case, data: str, out: Path, title: str, results: Path) -> None:
     made = Search.read(out / "repeat-0")
     grid = {
         key: folder.finished().top1
-        for key, folder in bench_of(case, data, made, out / "grid", GRID_SEEDS, True).items()
+        for key, folder in bench_of(case, data, made, out / "grid", case.seeds, True).items()
     }
-    means = {one.title: sum(grid[one.title, seed] for seed in GRID_SEEDS) / len(GRID_SEEDS) for one in made.candidates}
-    best = max(means.values())
+    sizes = sorted({USUAL_SEEDS, case.grid_seeds})
+    means = {
+        n: {one.title: fmean(grid[one.title, seed] for seed in case.seeds[:n]) for one in made.candidates}
+        for n in sizes
+    }
     rows, claims = [], []
     for folder in sorted(out.glob("repeat-*"), key=lambda path: int(path.name.split("-")[1])):
         found = Recommendation.read(folder)
@@ -161,40 +172,43 @@ def tables(case: Case, data: str, out: Path, title: str, results: Path) -> None:
         peaks = json.loads((folder / "peaks.json").read_text())
         stages = [peaks[name] for name in peaks]
         spent = sum(halving.epochs_of([len(found.search.candidates)], len(REFERENCES), found.search.epochs))
-        whole = len(found.search.candidates) * found.search.epochs
+        behind = {n: max(known.values()) - known[chosen] for n, known in means.items()}
         rows.append(
             {
                 "repeat": folder.name,
                 "choice": chosen,
-                "points below the grid's best": best - means[chosen],
-                "is within": best - means[chosen] <= WITHIN,
-                "share of a grid of 3 seeds": spent / (3 * whole),
-                "share of a grid of 5 seeds": spent / (5 * whole),
+                **{f"points below the best of a grid of {n} seeds": points for n, points in behind.items()},
+                **{f"is within {WITHIN} points, {n} seeds": points <= WITHIN for n, points in behind.items()},
+                "epochs": spent,
+                **{
+                    f"share of a grid of {n} seeds": spent / (n * len(found.search.candidates) * found.search.epochs)
+                    for n in (SEEDS, USUAL_SEEDS)
+                },
                 "memory after the first rung": stages[0],
                 "memory in the end": stages[-1],
             }
         )
         for one in answer.finalists[1:]:
             if not one.reason and one.is_apart:
-                seen = statistics.paired(
-                    *([grid[name, seed] for seed in GRID_SEEDS] for name in (chosen, one.candidate.title))
-                )
-                claims.append(
-                    {
-                        "repeat": folder.name,
-                        "better": chosen,
-                        "worse": one.candidate.title,
-                        "p": one.p,
-                        "difference in the grid": seen.mean,
-                        "p in the grid": seen.p,
-                        "the grid shows it": seen.p < statistics.ALPHA and seen.mean > 0,
-                    }
-                )
+                claim: dict[str, Any] = {
+                    "repeat": folder.name,
+                    "better": chosen,
+                    "worse": one.candidate.title,
+                    "difference": one.behind.mean,
+                    "p": one.p,
+                }
+                for n in sizes:
+                    values = ([grid[name, seed] for seed in case.seeds[:n]] for name in (chosen, one.candidate.title))
+                    seen = statistics.paired(*values)
+                    claim[f"difference over {n} seeds"] = seen.mean
+                    claim[f"p over {n} seeds"] = seen.p
+                    claim[f"{n} seeds show it"] = seen.p < statistics.ALPHA and seen.mean > 0
+                claims.append(claim)
     correlations = [
         {"schedule": name, "epoch": epoch, "seed": seed, "rank correlation": found, "is rung": epoch in made.rungs}
         for name, overrides in SCHEDULES.items()
         if (out / name.replace(", ", "-").replace(" ", "-")).is_dir()
-        for (epoch, seed), found in correlated(case, data, made, out, name, overrides, means).items()
+        for (epoch, seed), found in correlated(case, data, made, out, name, overrides, means[case.grid_seeds]).items()
     ]
     machine = this_machine()
     for name, part in (("repeats", rows), ("claims", claims), ("schedules", correlations)):

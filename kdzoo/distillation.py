@@ -1,6 +1,6 @@
 """Teacher, student and distiller as one module, for kdzoo's engine and for any other training loop."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -132,14 +132,15 @@ class Distillation(nn.Module):
         device = batch.images.device.type
         student, teacher = self._views_on(device)
         with autocast(device, FLOAT32):
-            return self.distiller(student, teacher, batch)
+            return self.distiller(student, _shown(teacher, batch), batch)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Run the method's phase before training, if it has one. Each iteration over ``batches`` is an epoch."""
         device = next((p.device.type for p in self.student.parameters()), "cpu")
         student, teacher = self._views_on(device)
         with autocast(device, FLOAT32):
-            self.distiller.prepare(student, teacher, batches)
+            self.distiller.prepare(student, teacher, _Shown(batches, teacher))
+        teacher.other = None
 
     def pass_student_through(self, passes: Callable[[Tensor, Show], Output]) -> Callable[[Tensor, Show], Output]:
         """Let ``passes`` make the student's passes, such as compiled code of it, and return what made them before."""
@@ -200,6 +201,23 @@ def distill(
     kind = registry.load(method)
     distiller = kind(**keyword_settings(kind, keywords, prefix=""))
     return Distillation(student, teacher, distiller, num_classes=num_classes, image_size=image_size, labels=labels)
+
+
+def _shown(teacher: NetworkView, batch: Batch) -> NetworkView:
+    """The teacher's view of a batch, which may be other images than the student's."""
+    return teacher if batch.teacher_images is None else teacher.seeing(batch.teacher_images, batch.images)
+
+
+class _Shown:
+    """Batches of a phase before training, of which the teacher sees what each says."""
+
+    def __init__(self, batches: Iterable[Batch], teacher: NetworkView):
+        self.batches, self.teacher = batches, teacher
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            self.teacher.other = None if batch.teacher_images is None else (batch.images, batch.teacher_images)
+            yield batch
 
 
 def _network(role: str, module: nn.Module, num_classes: int | None, image_size: int | None) -> nn.Module:

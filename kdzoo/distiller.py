@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     progress: Tensor  # () float in [0, 1): the share of training that is done
     views: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default, never written to)  further views by name
     partner: Tensor | None = None  # (B,) int64: the row whose image was mixed into this one; None without mixing
+    teacher_images: Tensor | None = None  # (B, 3, H, W), what the teacher sees in place of images; None: the same
 
     @classmethod
     def of(

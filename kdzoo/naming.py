@@ -33,13 +33,14 @@ class Names:
 def names_of(settings: Settings) -> Names:
     """Name the parts of a run."""
     plain = settings.plain()
-    usual = preset(*(plain[part]["name"] for part in ("distiller", "data", "protocol", "teacher", "student")))
+    parts = {part: plain[part]["name"] for part in ("distiller", "data", "protocol", "teacher", "student")}
+    usual = preset(**{**parts, "teacher": settings.teacher.title})
     keywords = plain["distiller"]
     return Names(
         method=_named(keywords, lambda name: {"name": name, **distiller_settings({"name": name, **usual}).keywords}),
         protocol=_protocol(plain["protocol"]),
         data=_data(plain["data"]),
-        teacher=_teacher(plain["teacher"], plain["protocol"]["name"]) if settings.teacher.name else ALONE,
+        teacher=_teachers(settings.teacher, settings.protocol.name) if settings.teacher.name else ALONE,
         student=_named(plain["student"], lambda _: asdict(StudentSettings())),
         preset=bool(usual) and all(keywords.get(key) == value for key, value in usual.items()),
         versions=dict(_versions(settings)),
@@ -73,9 +74,16 @@ def _changes(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: s
             yield f"{prefix}{key}={value}"
 
 
+def _teachers(settings: TeacherSettings, protocol: str) -> str:
+    """Name the teacher, or all of them, and how several answer where that is not the usual way."""
+    together = {key: getattr(settings, key) for key in ("combine", "features")}
+    names = " + ".join(_teacher(asdict(part), protocol) for part in settings.parts)
+    return _named({"name": names, **together}, lambda _: asdict(TeacherSettings()))
+
+
 def _teacher(settings: Mapping[str, Any], protocol: str) -> str:
-    """Name the teacher with what sets it apart: its recipe where it is not the student's, its weights' file."""
-    named = dict(settings)
+    """Name a teacher with what sets it apart: its recipe where it is not the student's, its weights' file."""
+    named = json.loads(json.dumps(settings))
     if named.get("protocol") == protocol:
         named["protocol"] = None
     if named.get("weights"):

@@ -83,4 +83,9 @@ class Protocol:
     )
     label_smoothing: float = setting(0.0, "Share of the label's probability that is spread over all classes", fraction)
     ema: float = setting(0.0, "Decay of a moving average of the student's weights, which is kept (0: none)", fraction)
+    teacher_view: Literal["same", "plain", "weak", "strong"] = setting(
+        "same",
+        "Picture that the teacher sees: same as the student; plain: its crop and mirror image without the other "
+        "changes; weak: another crop and mirror image; strong: a third, with RandAugment",
+    )
     augmentation: Augmentation = field(default_factory=Augmentation)

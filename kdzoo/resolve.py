@@ -1,7 +1,8 @@
 """Make runs of what users give: YAML of ``configs/``, flags and ``key=value``, checked before any work begins."""
 
 import csv
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib.resources.abc import Traversable
@@ -17,7 +18,19 @@ from kdzoo.errors import UserError, unknown
 from kdzoo.files import digest, path_of, read_text, shipped_folder
 from kdzoo.keywords import explained, keyword_settings, read_yaml, refuse_markers, typed
 from kdzoo.recipe import Protocol
-from kdzoo.settings import DECISIVE, DataSettings, DistillerSettings, Place, Run, Settings, apart
+from kdzoo.settings import (
+    DECISIVE,
+    TURNS,
+    DataSettings,
+    DistillerSettings,
+    FurtherTeacher,
+    NetworkSettings,
+    Place,
+    Run,
+    Settings,
+    TeacherSettings,
+    apart,
+)
 
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerprint: str | None = None) -> Run:
@@ -47,7 +60,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
     run = _with_data(given)
     settings = replace(run.settings, protocol=_protocol(recipe))
     _check_ship(Run(settings, run.place))
-    names = settings.data.name, settings.protocol.name, settings.teacher.name, settings.student.name
+    names = settings.data.name, settings.protocol.name, settings.teacher.title, settings.student.name
     usual = preset(str(keywords["name"]), *names)
     settings = replace(settings, distiller=distiller_settings({**usual, **keywords}))
     if not settings.student.name:
@@ -157,16 +170,61 @@ def _typed(given: Mapping[str, Any]) -> Run:
     what, where = apart(given)
     place: Place = typed(Place, where, "", also=Settings)
     settings: Settings = typed(Settings, what, "", also=Place)
-    teacher = settings.teacher
-    if teacher.finetune and not (teacher.weights or teacher.pretrained):
-        raise UserError("teacher.finetune=true: expected weights to start from; give --teacher-weights FILE too")
-    for role, network in (("teacher", teacher), ("student", settings.student)):
+    settings = replace(settings, teacher=_teachers(settings.teacher))
+    for teacher in settings.teacher.parts:
+        if teacher.finetune and not (teacher.weights or teacher.pretrained):
+            raise UserError("teacher.finetune=true: expected weights to start from; give --teacher-weights FILE too")
+    for role, network in _networks(settings):
         if network.weights and network.pretrained:
             raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
         for key in ("name", "data", "pretrained", "fetch", "num_classes", "image_size", "mean", "std", "taps"):
             if key in network.options:
                 raise UserError(f"{role}.options.{key} is no keyword to set: expected those of the network's own")
     return Run(settings, place)
+
+
+def several(names: Sequence[str], weights: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the settings of one teacher or of several, by their names and the files of their weights.
+
+    Raises:
+        UserError: there are weights of some of them only.
+    """
+    if weights and len(weights) != max(len(names), 1):
+        raise UserError(
+            f"--teacher names {len(names)} networks, and --teacher-weights {len(weights)}; give weights for each, in "
+            "the order of the teachers, or for none"
+        )
+    if not names:
+        return {"weights": weights[0]} if weights else {}
+    files = weights or [""] * len(names)
+    first, *others = (
+        {"name": name} | ({"weights": file} if file else {}) for name, file in zip(names, files, strict=True)
+    )
+    return first | ({"others": others} if others else {})
+
+
+def _teachers(teacher: TeacherSettings) -> TeacherSettings:
+    """Check what further teachers are given, and complete it."""
+    others = []
+    for other in teacher.others:
+        made: FurtherTeacher = typed(FurtherTeacher, other, "teacher.others.")
+        if not made.name:
+            raise UserError(f"teacher.others={[other]}: expected a name in each, such as {{name: resnet56}}")
+        others.append(json.loads(json.dumps(asdict(made))))
+    if others and not teacher.name:
+        raise UserError("teacher.others names further teachers, and teacher.name none; pass --teacher NAME")
+    teacher = replace(teacher, others=tuple(others))
+    names = [one.name for one in teacher.parts]
+    if teacher.features not in ("", TURNS, *names):
+        raise unknown("teacher.features", teacher.features, [TURNS, *filter(None, names)])
+    return teacher
+
+
+def _networks(settings: Settings) -> Iterator[tuple[str, NetworkSettings]]:
+    """List the teachers and the student, with what each is."""
+    for teacher in settings.teacher.parts:
+        yield "teacher", teacher
+    yield "student", settings.student
 
 
 def files_of(settings: Settings) -> dict[str, str]:
@@ -189,10 +247,10 @@ def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
         "method": _code(settings.distiller.name),
         "data": _code("", settings.data.name) | _weights(settings.data.classes or ""),
     }
-    for role, network in (("teacher", settings.teacher), ("student", settings.student)):
+    for role, network in _networks(settings):
         name = network.name or ""
         folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else ""
-        found[role] = _code(networks=(name,)) | _weights(folder) | _weights(network.weights or "")
+        found.setdefault(role, {}).update(_code(networks=(name,)) | _weights(folder) | _weights(network.weights or ""))
     return found
 
 

@@ -24,6 +24,9 @@ from kdzoo.recipe import Protocol
 LOGGERS = ("tensorboard", "mlflow", "wandb")
 
 
+TURNS = "turns"  # as teacher.features: each of several teachers shows its features in one step after the other
+
+
 @dataclass(frozen=True)
 class DistillerSettings:
     """The method, and its keywords: all of them, in the order of its constructor."""
@@ -97,10 +100,48 @@ class TeacherSettings(NetworkSettings):
     epochs: int | None = setting(None, "Epochs of the teacher's training (null: its recipe's)", between, 1, 10**6)
     lr: float | None = setting(None, "Learning rate of the teacher's training (null: its recipe's)", positive)
     seed: int = setting(0, "Seed of the teacher's training; students of all seeds share it", between, 0, 2**63 - 1)
+    others: tuple[dict[str, Any], ...] = setting(
+        (), "Further teachers, such as [{name: resnet56}]; what one leaves out of its training is as of the first"
+    )
+    combine: Literal["probabilities", "logits", "learned"] = setting(
+        "probabilities",
+        "Answer of several teachers: the mean of their probabilities, of their logits, or of their probabilities with "
+        "weights learned on the training images",
+    )
+    features: str = setting(
+        "",
+        "Teacher of several that shows its features and its embedding: its name (empty: the first), or turns: each "
+        "in one step after the other, with modules of the method for each",
+    )
+
+    @property
+    def title(self) -> str | None:
+        """The teacher's name, or the names of all; None where there is none."""
+        return self.name and "+".join([self.name, *(other["name"] for other in self.others)])
+
+    @property
+    def parts(self) -> list["TeacherSettings"]:
+        """Each of the teachers as if it were the only one."""
+        alone = replace(self, others=(), combine="probabilities", features="")
+        common = {key: getattr(self, key) for key in ("protocol", "epochs", "lr", "seed")}
+        given = [{key: value for key, value in other.items() if value is not None} for other in self.others]
+        return [alone, *(TeacherSettings(**{**common, **other}) for other in given)]
 
     def untrained(self) -> StudentSettings:
         """Return the same network as one that learns: what is trained to be the teacher."""
         return StudentSettings(**{key.name: getattr(self, key.name) for key in fields(NetworkSettings)})
+
+
+@dataclass(frozen=True)
+class FurtherTeacher(NetworkSettings):
+    """One more teacher beside the first; what is None of its training is as of the first."""
+
+    name: str = setting("", "Network that the student learns from too, named as the first")
+    finetune: bool = setting(False, "As teacher.finetune")
+    protocol: str | None = setting(None, "As teacher.protocol")
+    epochs: int | None = setting(None, "As teacher.epochs", between, 1, 10**6)
+    lr: float | None = setting(None, "As teacher.lr", positive)
+    seed: int | None = setting(None, "As teacher.seed", between, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)

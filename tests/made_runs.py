@@ -176,10 +176,11 @@ def search(
     values: dict[str, Any] = {
         "asked": {
             "teacher": "vit_s",
+            "teachers": ["vit_s"],
             "students": list(dict.fromkeys(one.student for one in candidates)),
             "data": {"name": "digits"},
             "protocol": {"name": "quick", "epochs": 4},
-            "weights": None,
+            "weights": [],
             "overrides": [],
         },
         "epochs": 4,

@@ -13,6 +13,20 @@ TRUST_CODE = click.option(
     help="Run the Python files that the run names, though they are not yours (default: refuse, and name them).",
 )
 
+TEACHERS = click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    help="Network to learn from, named as the student; several times for several that answer together (not needed by "
+    "--distiller none).",
+)
+TEACHER_WEIGHTS = click.option(
+    "--teacher-weights",
+    multiple=True,
+    help="Checkpoint with the teacher's weights, a file or folder; with several teachers once for each, in their order "
+    "(default: train the teacher on the same data, and keep it in the cache for later runs).",
+)
+
 Command = Callable[..., None]
 
 

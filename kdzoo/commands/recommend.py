@@ -5,18 +5,15 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, OVERRIDES, show_rich
+from kdzoo.commands.options import DEBUG, OVERRIDES, TEACHER_WEIGHTS, TEACHERS, show_rich
 from kdzoo.commands.training import spread
 
 COMMAS = "NAME[,NAME]..."
 
 
 @click.command()
-@click.option("--teacher", required=True, help="Network to learn from, named as in 'kdzoo run'.")
-@click.option(
-    "--teacher-weights",
-    help="Checkpoint with the teacher's weights, a file or folder (default: train the teacher on the same data).",
-)
+@TEACHERS
+@TEACHER_WEIGHTS
 @click.option(
     "--student",
     "--students",
@@ -63,8 +60,8 @@ COMMAS = "NAME[,NAME]..."
 @DEBUG
 @OVERRIDES
 def recommend(
-    teacher: str,
-    teacher_weights: str | None,
+    teachers: tuple[str, ...],
+    teacher_weights: tuple[str, ...],
     students: str,
     data: str,
     data_root: str | None,
@@ -107,7 +104,7 @@ def recommend(
         executor = workers.find(on, jobs, gpus_per_group)
     given: dict[str, Any] = {"root": data_root} if data_root else {}
     question = Question(
-        teacher,
+        teachers,
         split(students),
         split(methods),
         settings,

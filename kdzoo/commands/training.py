@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, OVERRIDES, show_rich
+from kdzoo.commands.options import DEBUG, OVERRIDES, TEACHER_WEIGHTS, TEACHERS, show_rich
 
 UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
 
@@ -36,9 +36,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
     help="Network to train: a name of 'kdzoo list models', any name of timm, torchvision:NAME, or your own "
     "package.module:factory.",
 )
-@flag(
-    "--teacher", "teacher.name", help="Network to learn from, named in the same way (not needed by --distiller none)."
-)
+@TEACHERS
 @flag(
     "--data",
     "data.name",
@@ -79,13 +77,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 )
 @flag("--devices", "engine.devices", type=int, help="Number of devices for one run, one process each (default: 1).")
 @flag("--out", "output.root", help="Folder that holds the runs (default: runs).")
-@flag(
-    "--teacher-weights",
-    "teacher.weights",
-    help="Checkpoint with the teacher's weights, a file or folder (default: train the teacher on the same data, "
-    "and keep "
-    "it in the cache for later runs).",
-)
+@TEACHER_WEIGHTS
 @flag(
     "--allow-weak-teacher",
     "teacher.allow_weak",
@@ -101,8 +93,15 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 )
 @DEBUG
 @OVERRIDES
-def run(config: Path | None, resume: bool, overrides: tuple[str, ...], **flags: Any) -> None:
-    """Distil one student from one teacher.
+def run(
+    config: Path | None,
+    resume: bool,
+    overrides: tuple[str, ...],
+    teachers: tuple[str, ...],
+    teacher_weights: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Distil one student from one teacher, or from several together.
 
     The run's folder then holds the student and its accuracy on the test images, after the last epoch and the best.
     Without --data and --protocol it is a first look: digits of 8 x 8 pixels, and a recipe of few epochs. The teacher is
@@ -128,10 +127,12 @@ def run(config: Path | None, resume: bool, overrides: tuple[str, ...], **flags: 
     with Progress() as progress, progress.doing("loading torch") as rename:
         from kdzoo.engine.ranks import is_first
         from kdzoo.experiments.run import execute
-        from kdzoo.resolve import merged, resolve
+        from kdzoo.resolve import merged, resolve, several
         from kdzoo.results.last_screen import next_steps, result_table
 
         rename("reading settings and data")
+        if teachers or teacher_weights:
+            values.setdefault("teacher", {}).update(several(teachers, teacher_weights))
         made = resolve(values if config is None else merged(read_settings(config, values), (), values), overrides)
     result = execute(made, fresh=not resume)
     if is_first():

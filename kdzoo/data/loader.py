@@ -1,6 +1,6 @@
 """Make training batches as a pure function of seed and step: runs resume to the bit, comparisons are paired."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdzoo.data import augment
 from kdzoo.data.pictures import Pictures
-from kdzoo.data.stream import Streamed, left_for_the_device, side_needed, stream, worker_transform
+from kdzoo.data.stream import DRAWN_AS, PLAIN, Streamed, left_for_the_device, side_needed, stream, worker_transform
 from kdzoo.data.targets import Targets
 from kdzoo.distiller import Batch, DataSpec
 from kdzoo.errors import UserError, unknown
@@ -43,11 +43,11 @@ class Plan:
         return left_for_the_device(self.recipe) if self.streamed else self.recipe
 
 
-def plans(augmentation: Augmentation, views: tuple[str, ...], kept: bool) -> dict[str, Plan]:
+def plans(augmentation: Augmentation, views: Sequence[str], kept: bool) -> dict[str, Plan]:
     """Plan the images, and those views that are further draws of them; ``kept`` pixels lie on the device."""
     plain = Augmentation(crop=augmentation.crop, flip=augmentation.flip, resized_crop=augmentation.resized_crop)
     strong = replace(plain, rand_augment=augmentation.rand_augment or "rand-m9")
-    recipes = {"images": augmentation, "weak": plain, "strong": strong}
+    recipes = {"images": augmentation, "weak": plain, "strong": strong, PLAIN: replace(augmentation, jitter=0.0)}
     return {
         name: Plan(recipes[name], streamed=not kept or bool(recipes[name].rand_augment))  # RandAugment is Pillow's work
         for name in ("images", *views)
@@ -118,9 +118,13 @@ class Loader:
         self._targets = Targets(protocol, spec.num_classes)
         self._generator = torch.Generator(device)
         self._here = share(self.batch_size, rank, world).to(device) if world > 1 else None
-        self._plans = plans(augmentation, views, kept=pixels is not None)
+        self._teachers = "" if protocol.teacher_view == "same" else protocol.teacher_view
+        self._plans = plans(augmentation, [*views, self._teachers], kept=pixels is not None)
         recipes = {name: plan.recipe for name, plan in self._plans.items() if plan.streamed}
-        transforms = {name: worker_transform(recipe, spec.image_size, spec.mean) for name, recipe in recipes.items()}
+        transforms = {
+            name: worker_transform(recipe, spec.image_size, spec.mean, whole=name != PLAIN)
+            for name, recipe in recipes.items()
+        }
         side = max((side_needed(recipe, spec.image_size) for recipe in recipes.values()), default=spec.image_size)
         self._streamed = Streamed(pictures, transforms, side, seed) if transforms else None
 
@@ -158,12 +162,14 @@ class Loader:
             name: self._draw(name, plan.on_device, step, streamed[name] if plan.streamed else self._kept(rows))
             for name, plan in self._plans.items()
         }
-        images = drawn["images"]
+        images, seen = drawn["images"], drawn.get(self._teachers)
         if self._augmentation.erasing:
             draws = self._seeded(step, "erasing")
             images = augment.erase(images, draws, self._augmentation.erasing, self._spec.mean, self._spec.std)
         labels = self._spec.labels[rows]
         images, targets = self._targets(images, labels, seed_of(self._seed, step, "mix"))
+        if seen is not None and self.mixes:  # as the student's are
+            seen, _ = self._targets(seen.clone(), labels, seed_of(self._seed, step, "mix"))
         if "rotations" in self._views:
             drawn["rotations"] = augment.rotations(images)
         return Batch(
@@ -174,10 +180,11 @@ class Loader:
             torch.full((), step / self.total_steps, device=self._device),  # filled there: no copy to wait for
             {view: drawn[view] for view in self._views},
             torch.arange(len(rows) - 1, -1, -1, device=self._device) if self.mixes else None,
+            seen,
         )
 
     def _seeded(self, step: int, name: str) -> augment.Draws:
-        generator = self._generator.manual_seed(seed_of(self._seed, step, name))
+        generator = self._generator.manual_seed(seed_of(self._seed, step, DRAWN_AS.get(name, name)))
         return augment.Draws(generator, self.batch_size, self._here)
 
     def _kept(self, rows: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ from kdzoo.own_code import script_hidden
 from kdzoo.randomness import globally_seeded
 from kdzoo.recipe import Augmentation
 
+PLAIN = "plain"  # the view that is cropped and mirrored as the images are, and not changed otherwise
 AHEAD = 4  # batches that each worker prepares in advance, so that one slow image delays nothing
+
+DRAWN_AS = {PLAIN: "images"}  # the draws of a view that are those of another
 
 # What torch says where a worker cannot hand over a batch, by an error or by its death.
 OUT_OF_SHARED_MEMORY = ("shared memory", "No space left on device", "Bus error")
@@ -29,10 +32,11 @@ OUT_OF_SHARED_MEMORY = ("shared memory", "No space left on device", "Bus error")
 Transform = Callable[[Image.Image], Image.Image]  # any size -> a square
 
 
-def worker_transform(augmentation: Augmentation, size: int, mean: tuple[float, ...]) -> Transform:
+def worker_transform(augmentation: Augmentation, size: int, mean: tuple[float, ...], whole: bool = True) -> Transform:
     """Make the part of a recipe that workers do: crop and resize, and with RandAugment all up to it.
 
-    As everywhere in timm, colour jitter is left out where RandAugment is on.
+    As everywhere in timm, colour jitter is left out where RandAugment is on. Without ``whole``, RandAugment itself is
+    left out at the end, so that draws before it stay the same.
     """
     if not augmentation.rand_augment:
         augmentation = Augmentation(resized_crop=augmentation.resized_crop)
@@ -60,7 +64,7 @@ def worker_transform(augmentation: Augmentation, size: int, mean: tuple[float, .
             for operation in transform.ops:
                 if operation.aug_fn is posterize:
                     operation.aug_fn = _posterize
-    return transforms.Compose([primary, secondary])
+    return transforms.Compose([primary, secondary] if whole else [primary])
 
 
 def left_for_the_device(augmentation: Augmentation) -> Augmentation:
@@ -88,7 +92,8 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 class Streamed(TorchDataset[Any]):
     """Decode an image by (epoch, row) and pass it once through each transform: a dict of (S, S, 3) uint8.
 
-    A draw is seeded by epoch, row and transform's name: neither workers nor further transforms change it.
+    A draw is seeded by epoch, row and transform's name: neither workers nor further transforms change it. ``plain`` is
+    drawn as ``images`` are.
 
     Args:
         pictures: the images.
@@ -108,7 +113,7 @@ class Streamed(TorchDataset[Any]):
             return error
         drawn = {}
         for name, transform in self.transforms.items():
-            with globally_seeded(self.seed, epoch, row, name):
+            with globally_seeded(self.seed, epoch, row, DRAWN_AS.get(name, name)):
                 drawn[name] = torch.from_numpy(np.array(transform(picture)))
         return drawn
 

@@ -120,7 +120,9 @@ class Compiling:
             return False
         images = micro_batches(batch, self.parts)[0].images
         begin_anew()
-        found = [] if self.teacher is None else [self.try_teacher(self.teacher, images)]
+        found = []
+        if self.teacher is not None and not self.teacher.takes_turns:  # code is compiled for what one teacher shows
+            found.append(self.try_teacher(self.teacher, images))
         kinds: dict[str, list[Lane]] = {}
         for lane in self.lanes:
             if lane.failure is None:

@@ -34,7 +34,7 @@ class Plain:
     def begin(self, batch: Batch, step: int) -> Batch:
         """Begin a step of all lanes, and return the batch that they take."""
         if self.teacher is not None:
-            self.teacher.forget()
+            self.teacher.begin(step)
         return batch
 
     def step(self, lane: Lane, batch: Batch, step: int) -> None:
@@ -247,6 +247,9 @@ def steps(lane: Lane, teacher: TeacherPasses | None, say: Callable[[str], None])
     settings, place = lane.run
     alone = not (distributed.is_available() and distributed.is_initialized())
     if lane.device.type == "cuda" and place.engine.graph and alone:
+        if teacher is not None and teacher.takes_turns:
+            say("steps run kernel by kernel: a CUDA graph is of one step, and the teachers take turns")
+            return Plain(teacher)
         return Graphed(teacher, lane.device, settings.engine.precision, say, cuda_graph)
     return Plain(teacher)
 

@@ -70,7 +70,7 @@ class KeptLogits(Plain):
     def begin(self, batch: Batch, step: int) -> Batch:
         batch = super().begin(batch, step)
         epoch, self.position = divmod(step, self.shape[0])
-        self.images = batch.images
+        self.images = batch.images if batch.teacher_images is None else batch.teacher_images
         if epoch != self.epoch:
             self.epoch, self.read, self.count = epoch, self.opened(epoch), 0
         if self.read is not None:
@@ -203,12 +203,17 @@ def identity(run: Run, teacher: Network, dataset: Dataset, loader: Loader) -> st
     parts = files_by_part(settings)
     decisive = {
         "format": FORMAT,
-        "teacher": [plain["teacher"]["name"], plain["teacher"]["options"], teacher.image_size, weights.hexdigest()],
+        "teacher": [
+            {key: plain["teacher"][key] for key in ("name", "options", "others", "combine")},
+            teacher.image_size,
+            weights.hexdigest(),
+        ],
         "files": {name: settings.files.get(name) for part in ("teacher", "data") for name in parts[part]},
         "data": plain["data"],
         "image_size": dataset.spec.image_size,
         "batch_size": loader.batch_size,
         "augmentation": asdict(settings.protocol.augmentation),
+        "view": settings.protocol.teacher_view,
         "seed": settings.seed,
         "precision": settings.engine.precision,
         "drawn": [dataset.device.type, dataset.fits],  # a GPU has other generators, and workers draw in other ways

@@ -130,7 +130,7 @@ def alive(lanes: Sequence[Lane]) -> Iterator[Lane]:
 def describe(lanes: Sequence[Lane]) -> str:
     """Say what is trained, for people."""
     first = lanes[0].run.settings
-    student, teacher, method = first.student.name, first.teacher.name, first.distiller.name
+    student, teacher, method = first.student.name, first.teacher.title, first.distiller.name
     if len(lanes) > 1:
         what = f"training {len(lanes)} runs side by side"
     elif method == "none":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdzoo.models import Network
+from kdzoo.models import Ensemble, Network
 from kdzoo.outputs import LOGITS, Output, Show
 from kdzoo.tensors import leaves
 
@@ -19,6 +19,7 @@ class Teacher:
     network: Network
     top1: float  # in percent, on the test set
     classes: Tensor | None = None  # (N,) what it takes the test images for
+    each: tuple[float, ...] = ()  # of several networks that answer together: what each reaches alone
 
 
 def writes(tensors: Iterable[Tensor]) -> int:
@@ -71,6 +72,17 @@ class TeacherPasses:
         """Take an output for that of the shared pass of these images until ``forget``."""
         tensors = leaves(output)
         self.made[_slice(images)] = Pass(images, output, tensors, writes(tensors))
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether there are several teachers, of which each shows its features in one step after the other."""
+        return isinstance(self.network, Ensemble) and self.network.turns
+
+    def begin(self, step: int) -> None:
+        """Forget all passes, and let the teacher show in this step whose turn it is, where there are several."""
+        self.forget()
+        if isinstance(self.network, Ensemble):
+            self.network.take_turn(step)
 
     def forget(self) -> None:
         """Forget all passes; call this between steps."""

@@ -22,6 +22,7 @@ from kdzoo.engine.passes import Teacher, TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.engine.termination import Termination
+from kdzoo.engine.turns import Turns
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS
 from kdzoo.process_state import unchanged
@@ -64,10 +65,13 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
         if precision.dtype is None:
             models.learn_by_winograd(student)
     torch.manual_seed(seed_of(settings.seed, "distiller"))
-    distiller = registry.load(settings.distiller.name)(**settings.distiller.keywords)
+    make = partial(registry.load(settings.distiller.name), **settings.distiller.keywords)
+    distiller = make()
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller.name}' needs a teacher; pass --teacher NAME")
     network = None if teacher is None else teacher.network
+    if isinstance(network, models.Ensemble) and network.turns and distiller.is_active and distiller.needs.teacher:
+        distiller = Turns(make, network)
     distillation = Distillation(student, network, distiller, data=spec, precision=precision, passes=teacher)
     if teacher is not None and distiller.needs.teacher:
         teacher.show |= distiller.needs.show("teacher")

@@ -111,14 +111,14 @@ def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -
     Groups that differ by their seed only are measured once. Phases before training, and the teacher's passes
     over further views, are not counted.
     """
-    known: dict[str, tuple[GroupCost, Run | None, float] | UserError] = {}
+    known: dict[str, tuple[GroupCost, dict[str, float]] | UserError] = {}
     paid: set[str] = set()
     found = []
     for group in groups:
         key = json.dumps([{**run.plain(), "seed": 0} for run in group], sort_keys=True)
         if key not in known:
             first = group[0].settings
-            progress.say(f"measuring {first.teacher.name} on {first.data.name}: {len(group)} runs")
+            progress.say(f"measuring {first.teacher.title} on {first.data.name}: {len(group)} runs")
             try:
                 with progress.doing(f"timing a few steps of {len(group)} runs"):
                     known[key] = measure(group, progress)
@@ -130,28 +130,28 @@ def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -
         if isinstance(measured, UserError):
             found.append(Estimate(finished, missing=str(measured)))
             continue
-        cost, lacking, teaching = measured
+        cost, teaching = measured
         everything = range(len(group))
-        teacher = lacking.settings.identity() if lacking is not None and left else ""
+        unpaid = {teacher: seconds for teacher, seconds in teaching.items() if left and teacher not in paid}
         found.append(
             Estimate(
                 finished,
                 cost.seconds(everything),
                 cost.seconds(left),
-                0.0 if teacher in paid or not teacher else teaching,
+                sum(unpaid.values()),
                 cost.bytes(everything),
                 max(1, len(cost.packs(everything))),
                 cost.failed,
             )
         )
-        paid.add(teacher)
+        paid |= unpaid.keys()
     return found
 
 
 def measure(
     group: Sequence[Run], progress: Progress, report: Callable[[str], object] = lambda text: None
-) -> tuple[GroupCost, Run | None, float]:
-    """Measure what a group takes; find its teacher's training, if that is still to be done, and its seconds.
+) -> tuple[GroupCost, dict[str, float]]:
+    """Measure what a group takes, and the seconds of each training of a teacher that is still to be done.
 
     ``report`` is told which run is measured.
 
@@ -161,12 +161,12 @@ def measure(
     first = group[0]
     dataset = open_data(first, use(first.place), progress)
     if first.settings.teacher.name is None:
-        return cost_of(group, dataset, None, report), None, 0.0
+        return cost_of(group, dataset, None, report), {}
     lacking = teachers.lacking(first, dataset)
-    teaching = 0.0 if lacking is None else cost_of([lacking], dataset, None).seconds([0])
+    teaching = {one.settings.identity(): cost_of([one], dataset, None).seconds([0]) for one in lacking}
     network = teachers.untrained(first, dataset).eval().requires_grad_(False)
     network.to(dataset.device).to(memory_format=torch.channels_last)
-    return cost_of(group, dataset, network, report), lacking, teaching
+    return cost_of(group, dataset, network, report), teaching
 
 
 def cost_of(

@@ -13,7 +13,7 @@ from kdzoo.experiments.candidates import ALWAYS
 from kdzoo.experiments.halving import SHARE
 from kdzoo.files import slug
 from kdzoo.keywords import flat
-from kdzoo.resolve import merged, read_protocol
+from kdzoo.resolve import merged, read_protocol, several
 from kdzoo.store.search import Candidate
 
 OWN = ("data.select", "engine.stop_after", "output.measure_every", "seed", "distiller")  # decided by the search
@@ -32,7 +32,7 @@ class Question:
     """A teacher and one or several students, for which a method is sought.
 
     Args:
-        teacher: its name.
+        teachers: the name of the teacher, or of several that answer together.
         students: their names; the question is answered for each.
         methods: names or files of methods; empty for all. ``none``, ``kd`` and ``logitmse`` are always in.
         settings: how many settings of its main weight are tried of each method.
@@ -40,7 +40,7 @@ class Question:
             the recipe's own epochs for each finalist.
         data: settings of the data, ``name`` among them.
         protocol: the recipe's settings, ``name`` among them.
-        weights: the teacher's, a file or folder; None: it is trained.
+        weights: the teacher's, a file or folder, or one for each of several; empty: they are trained.
         seed: of the search; those after it are the finalists'.
         overrides: further settings of every run as ``key=value``.
 
@@ -48,18 +48,20 @@ class Question:
         UserError: a value that makes no sense, or a setting that the search itself decides.
     """
 
-    teacher: str
+    teachers: tuple[str, ...]
     students: tuple[str, ...]
     methods: tuple[str, ...] = ()
     settings: int = 3
     budget: str = ""
     data: Mapping[str, Any] = field(default_factory=lambda: {"name": "digits"})
     protocol: Mapping[str, Any] = field(default_factory=lambda: {"name": "quick"})
-    weights: str | None = None
+    weights: tuple[str, ...] = ()
     seed: int = 0
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.teachers or not all(self.teachers):
+            raise UserError("no teacher is named; pass --teacher NAME")
         if not self.students or not all(self.students):
             raise UserError("no student is named; pass --students NAME, or several with commas between them")
         if len(set(self.students)) < len(self.students):
@@ -79,6 +81,11 @@ class Question:
                 raise UserError("output.ship=best chooses an epoch on the test images, which a search never does")
 
     @property
+    def teacher(self) -> str:
+        """The teacher's name, or the names of all."""
+        return "+".join(self.teachers)
+
+    @property
     def epochs(self) -> int:
         """The epochs of a training at full length."""
         return int(self.protocol.get("epochs") or read_protocol(str(self.protocol["name"])).epochs)
@@ -91,16 +98,17 @@ class Question:
 
     def suite(self, name: str, chosen: Mapping[str, Sequence[Candidate]], epochs: int, seeds: Sequence[int]) -> str:
         """Write the suite of these candidates, by student, as its file holds it."""
+        teacher = several(self.teachers, self.weights)
         content = {
             "name": name,
             "data": {**self.data, "select": 0.0 if name == "final" else SHARE},
             "protocol": {**self.protocol, "epochs": epochs},
             "pairs": [
-                {"teacher": self.teacher, "student": student, "distillers": [one.entry for one in some]}
+                {"teacher": teacher["name"], "student": student, "distillers": [one.entry for one in some]}
                 for student, some in chosen.items()
             ],
             "distillers": list(ALWAYS),  # of pairs that name none
             "seeds": list(seeds),
-            "teacher": {"weights": self.weights} if self.weights else {},
+            "teacher": {key: value for key, value in teacher.items() if key != "name"},
         }
         return yaml.safe_dump(content, sort_keys=False)

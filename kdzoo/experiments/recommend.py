@@ -183,13 +183,18 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
     Raises:
         UserError: as by ``search``.
     """
-    lock = RunLock(trainer.out)
+    lock, question = RunLock(trainer.out), trainer.question
     lock.acquire(wait=True)
     try:
         own(trainer.out, MARK)
         asked = json.loads(
             json.dumps(
-                {**asdict(trainer.question), "runs": content(trainer, progress), "files": files(trainer.question)}
+                {
+                    **asdict(question),
+                    "teacher": question.teacher,
+                    "runs": content(trainer, progress),
+                    "files": files(question),
+                }
             )
         )
         if not (trainer.out / FILE).is_file():
@@ -232,7 +237,7 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     runs = here.suite("alone", by_student, question.epochs, [question.seed], [], progress).runs
     check_data(runs[0], progress)
     with progress.doing(f"measuring a few steps of {len(runs)} methods") as rename:
-        cost, _, teaching = measure(runs, progress, rename)
+        cost, teaching = measure(runs, progress, rename)
     left_out = [(one.student, one.method, str(cost.failed[i])) for i, one in enumerate(usual) if i in cost.failed]
     unasked = {one.method for one in usual if not registry.load(one.method).needs.teacher}
     steps = {
@@ -254,7 +259,11 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     places = {(one.student, one.method): i for i, one in enumerate(usual)}
     lanes = [cost.lanes[places[one.student, one.method]] for one in fitting]
     epochs = halving.longest(
-        question.budget, counts, len(REFERENCES), question.epochs, lambda: Prices.of(cost, lanes, teaching)
+        question.budget,
+        counts,
+        len(REFERENCES),
+        question.epochs,
+        lambda: Prices.of(cost, lanes, sum(teaching.values())),
     )
     return Search(
         asked=asked,

@@ -23,7 +23,7 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.students import shipped
 from kdzoo.files import path_of, read_text
 from kdzoo.precision import PRECISIONS
-from kdzoo.resolve import changed_files, fingerprint_of, resolve, stored
+from kdzoo.resolve import changed_files, fingerprint_of, resolve, several, stored
 from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint
 from kdzoo.store.folder import RunFolder
@@ -88,7 +88,7 @@ def _absolute(name: str) -> str:
 def run(
     distiller: str,
     student: str,
-    teacher: str | None = None,
+    teacher: str | Sequence[str] | None = None,
     *,
     data: str = "digits",
     protocol: str = "quick",
@@ -105,7 +105,7 @@ def run(
     Args:
         distiller: a method's name, or the path of a file that holds one.
         student: a network's name: timm's, a short name, ``torchvision:NAME`` or ``package.module:factory``.
-        teacher: the same; None for a method that needs none.
+        teacher: the same, or several that answer together; None for a method that needs none.
         data: a data set of ``kdzoo list data``, or the path of a Python file that holds one.
         protocol: a recipe's name, or the path of a YAML file.
         seed: decides initial weights, order and augmentation of the batches.
@@ -126,7 +126,7 @@ def run(
     values: dict[str, Any] = {
         "distiller": {"name": distiller},
         "student": {"name": student},
-        "teacher": {"name": teacher},
+        "teacher": several([teacher] if isinstance(teacher, str) else teacher or []),
         "data": {"name": data},
         "protocol": {"name": protocol},
         "output": {"root": str(out)},
@@ -174,7 +174,7 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
                 ranks.once(folder.open, run)
                 dataset = open_data(run, device, progress)
                 has_teacher = run.settings.teacher.name is not None
-                if has_teacher and teachers.lacking(run, dataset) is not None:
+                if has_teacher and teachers.lacking(run, dataset):
                     # A method that does not fit the pair says so before hours are spent on its teacher.
                     with progress.doing(f"checking that {run.settings.distiller.name} fits the pair"):
                         build(run, dataset, TeacherPasses(teachers.untrained(run, dataset)), fetch=False)

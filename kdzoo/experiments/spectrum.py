@@ -258,7 +258,7 @@ def of_runs(paths: Sequence[Path], batches: int = 0, here: Here = HERE) -> pd.Da
         with home.home():
             dataset = open_data(first, use(first.place), progress)
             teacher = teachers.obtain(first, dataset, progress, made=stored(home.read_config()).settings)
-        networks: dict[str, nn.Module] = {f"teacher {shared.teacher.name}": teacher.network}
+        networks: dict[str, nn.Module] = {f"teacher {shared.teacher.title}": teacher.network}
         for name, (folder, run) in zip(_names(runs), runs, strict=True):
             with folder.home():
                 compare_data(run, folder, dataset, progress)

@@ -7,6 +7,7 @@ A suite is a mapping::
     pairs:                        # teacher, student; a pair may have its own recipe and its own methods
       - [vit_s, resnet18]
       - {teacher: swin_t, student: deit_t, protocol: ofa-vit, distillers: [none, kd]}
+      - [[resnet56, vit_s], resnet18]  # two teachers that answer together
     distillers:                   # names, or names with keywords; or all, for every method that is installed
       - kd
       - {name: uhkd, spectrum: spatial}
@@ -24,7 +25,7 @@ from kdzoo import registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import path_of, read_text, shipped_folder, slug
 from kdzoo.keywords import read_yaml
-from kdzoo.resolve import resolve
+from kdzoo.resolve import resolve, several
 from kdzoo.settings import Run
 
 LISTS = {"pairs": "[[vit_s, resnet18]]", "distillers": "[none, kd]", "seeds": "[0, 1, 2]"}
@@ -115,7 +116,7 @@ def load(
 
 
 class _Pair(NamedTuple):
-    teacher: str | None
+    teachers: Sequence[str]
     student: str
     protocol: Any
     distillers: Sequence[Any]
@@ -138,10 +139,10 @@ def _runs(
     seen: set[str] = set()
     for data in content["data"]:
         fingerprint = None  # computed once for all runs on these data
-        for teacher, student, protocol, distillers in pairs:
-            for network in (teacher, student):
-                if network is not None:
-                    models.check_name(network)
+        for teachers, student, protocol, distillers in pairs:
+            teacher = "+".join(teachers) or None
+            for network in (*teachers, student):
+                models.check_name(network)
             report(f"reading suite {title}: {teacher} -> {student}")
             first = content["seeds"][0]
             resolved = []
@@ -150,7 +151,7 @@ def _runs(
                     {
                         "data": _named(title, "data", data),
                         "protocol": _named(title, "protocol", protocol),
-                        "teacher": {**content["teacher"], "name": teacher},
+                        "teacher": {**content["teacher"], **several(teachers)},
                         "student": {"name": student},
                         "distiller": _named(title, "distiller", distiller),
                         "seed": first,
@@ -178,9 +179,11 @@ def _pair(title: str, pair: Any, content: Mapping[str, Any]) -> _Pair:
     own = {key: content[key] for key in ("protocol", "distillers")}
     named = dict(zip(("teacher", "student"), pair, strict=False)) if isinstance(pair, list) and len(pair) == 2 else pair
     is_pair = isinstance(named, Mapping) and {"teacher", "student"} <= named.keys() <= {"teacher", "student", *own}
-    found = _Pair(**{**own, **named}) if is_pair else _Pair(None, "", None, ())
-    if not found.student or not isinstance(found.student, str) or not isinstance(found.teacher, str | None):
+    teacher, student = (named["teacher"], named["student"]) if is_pair else ("", "")
+    teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
+    if not student or not all(isinstance(name, str) and name for name in (student, *teachers)):
         raise UserError(f"suite {title}: {pair} is no pair; expected [teacher, student]")
+    found = _Pair(teachers, student, *({**own, **named}[key] for key in own))
     found = found._replace(distillers=_every(found.distillers))
     if not isinstance(found.distillers, list) or not found.distillers:
         raise UserError(f"suite {title}: {pair} has no list of distillers; expected one, such as [none, kd]")

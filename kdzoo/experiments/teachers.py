@@ -1,10 +1,13 @@
 """Where teachers come from: a file, the teachers trained before, timm's weights, or training now."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import cycle
 from math import sqrt
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kdzoo import models
 from kdzoo.data import Dataset
@@ -15,15 +18,18 @@ from kdzoo.engine.training import network_of, train_one
 from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder
+from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.resolve import resolve
-from kdzoo.settings import OutputPlace, Run, Settings
+from kdzoo.settings import TURNS, OutputPlace, Run, Settings, TeacherSettings
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
+LEARNED_ON = 2048  # training images by which several teachers are weighed, spread over the classes
+
 
 def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None = None) -> Teacher:
-    """Get the teacher of a run, on its device and measured.
+    """Get the teacher of a run, on its device and measured; several are measured alone first, and then together.
 
     Args:
         run: the run that is trained, or looked at again.
@@ -35,12 +41,68 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
     Raises:
         UserError: its weights are missing or do not fit, or it is hardly better than chance.
     """
-    settings, wanted, spec = run.settings, run.settings.teacher, dataset.spec
+    kept = [None] if made is None else [replace(made, teacher=part) for part in made.teacher.parts]
+    each = [_obtained(part, dataset, progress, then) for part, then in zip(alone(run), cycle(kept), strict=False)]
+    return each[0] if len(each) == 1 else _together(run, each, dataset, progress)
+
+
+def alone(run: Run) -> list[Run]:
+    """Make a run with each of its teachers as the only one."""
+    return [run._replace(settings=replace(run.settings, teacher=part)) for part in run.settings.teacher.parts]
+
+
+def shown(wanted: TeacherSettings) -> int:
+    """Find the place of the teacher that shows its features, or that shows them first."""
+    names = [part.name for part in wanted.parts]
+    return names.index(wanted.features) if wanted.features in names else 0
+
+
+def _together(run: Run, each: Sequence[Teacher], dataset: Dataset, progress: Progress) -> Teacher:
+    """Make one teacher of several, and measure it."""
+    wanted, networks, shares = run.settings.teacher, [teacher.network for teacher in each], None
+    precision = run.settings.engine.precision
+    if wanted.combine == "learned":
+        with progress.doing(f"learning how much each of {wanted.title} counts"):
+            batches = dataset.sample("train", LEARNED_ON, 256)
+            seen = [
+                (torch.stack([_logits(one, images, precision) for one in networks]), labels)
+                for images, labels in batches
+            ]
+            shares = models.learned_shares(
+                torch.cat([s for s, _ in seen], dim=1), torch.cat([labels for _, labels in seen])
+            )
+    network = models.Ensemble(networks, wanted.combine, shown(wanted), shares, wanted.features == TURNS).to(
+        dataset.device
+    )
+    if shares is not None:
+        counts = ", ".join(f"{one.name} {share:.2f}" for one, share in zip(networks, shares.tolist(), strict=True))
+        progress.say(f"learned weights of the teachers: {counts}")
+    top1, answers = _measured(run, network, dataset, progress)
+    progress.say(f"{len(each)} teachers together: top-1 {top1:.2f} % on {dataset.spec.name}")
+    return Teacher(network, top1, answers.classes, tuple(teacher.top1 for teacher in each))
+
+
+def _logits(network: models.Network, images: Tensor, precision: str) -> Tensor:
+    with torch.inference_mode(), autocast(images.device.type, PRECISIONS[precision]):
+        return network(images).logits
+
+
+def _measured(run: Run, network: models.Network, dataset: Dataset, progress: Progress) -> tuple[float, Answers]:
+    """Measure a teacher's top-1 in percent, and what it takes the test images for, on the CPU."""
+    with progress.doing(f"measuring teacher {network.name} on {dataset.spec.name}"):
+        answers: list[Answers] = []
+        precision, test_crop = run.settings.engine.precision, run.settings.protocol.test_crop
+        top1, _ = evaluate(network, dataset, precision, test_crop, answers=answers)
+        return top1, joined(answers)
+
+
+def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | None) -> Teacher:
+    wanted, spec = run.settings.teacher, dataset.spec
     assert wanted.name is not None
     if is_published(run, dataset):
         with progress.doing(f"loading the pretrained weights of {wanted.name}"):
             network = untrained(run, dataset, fetch=True)
-    elif wanted.weights and not wanted.finetune:
+    elif wanted.weights and _is_given(wanted):
         network = given(run, dataset, wanted.weights)
     else:
         folder = (made and _kept(run, made, dataset)) or trained(run, dataset, progress)
@@ -48,24 +110,19 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
         network.origin = str(folder.path)
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    with progress.doing(f"measuring teacher {wanted.name} on {spec.name}"):
-        answers: list[Answers] = []
-        precision, test_crop = settings.engine.precision, settings.protocol.test_crop
-        top1, _ = evaluate(network, dataset, precision, test_crop, answers=answers)
-        labels, classes, _ = joined(answers)
+    top1, (labels, classes, _) = _measured(run, network, dataset, progress)
     progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({network.origin})")
     confusion = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64)
     confusion.index_put_((labels, classes), torch.ones_like(labels), accumulate=True)
     check_order(wanted.name, spec.class_names, confusion.numpy())
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not run.place.teacher.allow_weak:
-        is_given = wanted.weights and not wanted.finetune
         raise UserError(
             f"teacher {wanted.name} reaches {top1:.2f} % on {spec.name}, near the chance of "
             f"{100 / spec.num_classes:.2f} %; "
             + (
                 f"it reads {network.reads}: set teacher.image_size, teacher.mean and teacher.std to what it was "
                 "trained with, data.classes to its order of classes, or teacher.finetune=true to train it on"
-                if is_given
+                if _is_given(wanted)
                 else "train it longer (teacher.epochs=N), or give --teacher-weights"
             )
             + "; teacher.allow_weak=true, or --allow-weak-teacher of kdzoo run, distils all the same"
@@ -78,7 +135,7 @@ def _kept(run: Run, made: Settings, dataset: Dataset) -> RunFolder | None:
     now, then = run.settings.data, made.data
     same = now.fingerprint == then.fingerprint if now.fingerprint else now == then
     as_made = run._replace(settings=made)
-    return RunFolder.of(recipe(as_made, dataset)) if same and lacking(as_made, dataset) is None else None
+    return RunFolder.of(recipe(as_made, dataset)) if same and not lacking(as_made, dataset) else None
 
 
 def near_chance(num_classes: int, tests: int) -> float:
@@ -141,13 +198,16 @@ def trained(run: Run, dataset: Dataset, progress: Progress) -> RunFolder:
     return folder
 
 
-def lacking(run: Run, dataset: Dataset) -> Run | None:
-    """Return the training that a run's teacher still needs; None where its weights are there, or timm's."""
-    wanted = run.settings.teacher
-    if (wanted.weights and not wanted.finetune) or is_published(run, dataset):
-        return None
-    own = recipe(run, dataset)
-    return None if RunFolder.of(own).read_result() is not None else own
+def lacking(run: Run, dataset: Dataset) -> list[Run]:
+    """List the trainings that a run's teachers still need: of those whose weights are not there, nor timm's."""
+    trained = (one for one in alone(run) if not _is_given(one.settings.teacher) and not is_published(one, dataset))
+    own = {made.settings.identity(): made for made in (recipe(one, dataset) for one in trained)}
+    return [made for made in own.values() if RunFolder.of(made).read_result() is None]
+
+
+def _is_given(wanted: TeacherSettings) -> bool:
+    """Tell whether a teacher's weights are those of a file as they are."""
+    return bool(wanted.weights) and not wanted.finetune
 
 
 def is_published(run: Run, dataset: Dataset) -> bool:
@@ -159,10 +219,17 @@ def is_published(run: Run, dataset: Dataset) -> bool:
 
 
 def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network:
-    """Make the teacher's network as it is before any training, its pretrained weights only to ``fetch``."""
+    """Make the teacher's network, or all of them, as before any training, pretrained weights only to ``fetch``."""
+    networks = []
+    for wanted in run.settings.teacher.parts:
+        torch.manual_seed(seed_of(wanted.seed, "student"))
+        networks.append(network_of(wanted.untrained(), dataset.spec, fetch))
     wanted = run.settings.teacher
-    torch.manual_seed(seed_of(wanted.seed, "student"))
-    return network_of(wanted.untrained(), dataset.spec, fetch)
+    return (
+        networks[0]
+        if len(networks) == 1
+        else models.Ensemble(networks, wanted.combine, shown(wanted), None, wanted.features == TURNS)
+    )
 
 
 def given(run: Run, dataset: Dataset, file: str | Path) -> models.Network:

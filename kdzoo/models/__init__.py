@@ -5,6 +5,7 @@ from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transforme
 from kdzoo.models.adapt import unfuse_attention
 from kdzoo.models.by_name import check_name, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
+from kdzoo.models.ensemble import Ensemble, combined, learned_shares
 from kdzoo.models.fold import fold_norms
 from kdzoo.models.frozen_copy import frozen
 from kdzoo.models.given import load_given, written_facts
@@ -16,15 +17,18 @@ from kdzoo.models.weights import load_weights, save_weights
 from kdzoo.models.winograd import learn_by_winograd, use_winograd
 
 __all__ = [
+    "Ensemble",
     "Network",
     "Student",
     "cast_weights",
     "check_name",
+    "combined",
     "create",
     "describe",
     "fold_norms",
     "frozen",
     "learn_by_winograd",
+    "learned_shares",
     "load_given",
     "load_weights",
     "output_of",

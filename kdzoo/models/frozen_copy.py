@@ -1,8 +1,10 @@
 """Make the copy of a frozen network that computes its outputs faster."""
 
 from collections.abc import Callable
+from functools import partial
 
 from kdzoo.models.cast import cast_weights
+from kdzoo.models.ensemble import Ensemble
 from kdzoo.models.fold import fold_norms
 from kdzoo.models.network import Network
 from kdzoo.models.winograd import use_winograd
@@ -20,6 +22,8 @@ def frozen(network: Network, precision: Precision, say: Callable[[str], object] 
     Returns:
         The copy, whose outputs are those of ``network`` but for rounding; ``network`` itself where nothing is gained.
     """
+    if isinstance(network, Ensemble):
+        return network.over(partial(frozen, precision=precision, say=say))
     fast = fold_norms(network)
     if fast is None:
         say(f"batch norms of {network.name} stay as they are: folded into the layers before them, its outputs differ")

@@ -27,6 +27,8 @@ def result_table(result: "Result") -> Table:
     table.add_column(justify="right")
     if result.teacher_top1 is not None:
         table.add_row("teacher top-1", f"{result.teacher_top1:.2f} %")
+        for number, top1 in enumerate(result.teachers_top1, 1):
+            table.add_row(f"teacher {number} alone", f"{top1:.2f} %")
     table.add_row("student top-1, last epoch", f"{result.top1:.2f} %")
     table.add_row("student top-1, best epoch", f"{result.best_top1:.2f} % (epoch {result.best_epoch})")
     table.add_row("student top-5, last epoch", f"{result.top5:.2f} %")

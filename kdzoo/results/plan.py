@@ -14,7 +14,7 @@ def plan(name: str, groups: list[list["Run"]], estimates: list["Estimate"]) -> s
     lines = [f"{name}: {sum(map(len, groups))} runs in {len(groups)} groups that each share a teacher and its batches"]
     for group, found in zip(groups, estimates, strict=True):
         first = group[0].settings
-        title = f"{first.teacher.name} on {first.data.name}, {first.protocol.name}"
+        title = f"{first.teacher.title} on {first.data.name}, {first.protocol.name}"
         lines.append(f"- {title}, {first.protocol.epochs} epochs, seed {first.seed}: {_expected(found, len(group))}")
         for i, run in enumerate(run.settings for run in group):
             keywords = " ".join(f"{key}={value}" for key, value in run.distiller.keywords.items())

@@ -50,13 +50,14 @@ def find(
 
     Args:
         teacher: a name, which settings such as its weights may follow in brackets; ``-`` for a student trained
-            alone, whose number does not depend on the teacher it stands beside.
+            alone, whose number does not depend on the teacher it stands beside. Of several teachers, with plus signs
+            between their names, nothing is published.
         method: a method's name, or ``teacher`` for the teacher's own accuracy.
         epoch: ``last`` or ``best``.
         ship: the student that our runs keep, which no published number depends on.
     """
     alone = teacher == "-"
-    named = "" if alone else teacher.partition(" (")[0]
+    named = "" if alone else teacher if " + " in teacher else teacher.partition(" (")[0]
     numbers = _index(alone).get((data, protocol, named, student, method, epoch), [])
     return numbers[0] if len({number.top1 for number in numbers}) == 1 else None
 

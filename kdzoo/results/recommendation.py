@@ -13,7 +13,7 @@ from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import search
 from kdzoo.experiments.workers import Executor
 from kdzoo.files import read_text, slug, write_text
-from kdzoo.resolve import merged
+from kdzoo.resolve import merged, several
 from kdzoo.results import statistics
 from kdzoo.results.table import visible
 from kdzoo.store.result import Result
@@ -189,7 +189,7 @@ class Recommendation:
 
 
 def recommend(
-    teacher: str,
+    teacher: str | Sequence[str],
     students: str | Sequence[str],
     *,
     methods: Sequence[str] = (),
@@ -198,7 +198,7 @@ def recommend(
     epochs: int | None = None,
     data: str = "digits",
     protocol: str = "quick",
-    weights: str | None = None,
+    weights: str | Sequence[str] = (),
     seed: int = 0,
     out: str | Path | None = None,
     executor: Executor | None = None,
@@ -208,7 +208,7 @@ def recommend(
     """Find the best method for a teacher and a student, by a search and by finalists that are trained anew.
 
     Args:
-        teacher: its name.
+        teacher: its name, or the names of several that answer together.
         students: a name, or several: the question is answered for each.
         methods: names or files of methods; empty for all that are installed. ``none``, ``kd`` and ``logitmse`` are
             always in.
@@ -218,7 +218,7 @@ def recommend(
         epochs: of a training at full length; None: the recipe's.
         data: a data set of ``kdzoo list data``, or the path of a Python file that holds one.
         protocol: a recipe's name, or the path of a YAML file.
-        weights: the teacher's, a file or folder; None: it is trained.
+        weights: the teacher's, a file or folder, or one for each of several; empty: they are trained.
         seed: of the search; those after it are the finalists'.
         out: the folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).
         executor: where to train; None for this machine.
@@ -236,10 +236,12 @@ def recommend(
         >>> [answer.student for answer in found.answers]
         ['resnet8']
     """
-    names = (students,) if isinstance(students, str) else tuple(students)
+    teachers, names, files = (
+        (given,) if isinstance(given, str) else tuple(given) for given in (teacher, students, weights)
+    )
     recipe = {"name": protocol} | ({} if epochs is None else {"epochs": epochs})
     question = Question(
-        teacher, names, tuple(methods), settings, budget, {"name": data}, recipe, weights, seed,
+        teachers, names, tuple(methods), settings, budget, {"name": data}, recipe, files, seed,
         tuple(overrides),
     )  # fmt: skip
     found = Recommendation.read(search(question, out, executor, quiet))
@@ -296,10 +298,9 @@ def _verdict(answer: Answer, one: Finalist) -> str:
 def _settings(found: Search, best: Candidate) -> dict[str, Any]:
     """Write the settings of a run at full length."""
     asked = found.asked
-    teacher = {"name": asked["teacher"]} | ({"weights": asked["weights"]} if asked["weights"] else {})
     settings = {
         "distiller": best.entry,
-        "teacher": teacher,
+        "teacher": several(asked["teachers"], asked["weights"]),
         "student": {"name": best.student},
         "data": asked["data"],
         "protocol": asked["protocol"],

@@ -56,7 +56,7 @@ class RunFolder:
     def of(cls, run: Run) -> "RunFolder":
         """Name the folder of a run."""
         settings, place = run
-        names = (settings.data.name, settings.teacher.name, settings.student.name, settings.distiller.name)
+        names = (settings.data.name, settings.teacher.title, settings.student.name, settings.distiller.name)
         title = "-".join(slug(name.removesuffix(".py")) for name in names if name)[:LONGEST_TITLE]
         return cls(path_of(place.output.root) / f"{title}-s{settings.seed}-{settings.identity()}")
 

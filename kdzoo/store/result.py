@@ -1,5 +1,6 @@
 """What a finished run found, as its folder keeps it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -57,6 +58,7 @@ class Result:
     file_bytes: int | None = None  # of the student's file
     latency_1: float | None = None  # milliseconds of one image through the student that ships, in float32: the median
     latency_64: float | None = None  # milliseconds of 64 images in one batch
+    teachers_top1: tuple[float, ...] = ()  # of each of several teachers alone, in their order
 
     def plain(self) -> dict[str, Any]:
         """Return the values as JSON holds them; the folder is not among them."""
@@ -82,7 +84,9 @@ class Result:
         for name, highest in HIGHEST.items():
             if getattr(result, name) is not None:
                 between(0, highest, **{name: getattr(result, name)})
-        read = flat(result.plain())
+        for top1 in result.teachers_top1:
+            between(0, 100, teachers_top1=top1)
+        read = flat(json.loads(json.dumps(result.plain())))
         if read | flat(values) != read:
             raise UserError("a value is of another type")
         return result

@@ -11,7 +11,7 @@ from kdzoo.errors import UserError
 from kdzoo.files import read_json, write_text
 from kdzoo.store.folder import RunFolder
 
-FORMAT = 1
+FORMAT = 2
 FILE = "search.json"
 MOST_EPOCHS = 10**6
 

@@ -26,7 +26,9 @@ from kdzoo.store.search import FILE, Search, ranked
 PLAIN = ("engine.device=cpu", "engine.precision=float32", "data.limit=160", "protocol.batch_size=32")
 PLAIN += ("teacher.epochs=1", "teacher.allow_weak=true", "engine.lanes=99")
 METHODS = ("dkd", "dist", "sp", "at")
-QUESTION = Question("resnet14", ("resnet8",), METHODS, 1, "", protocol={"name": "quick", "epochs": 4}, overrides=PLAIN)
+QUESTION = Question(
+    ("resnet14",), ("resnet8",), METHODS, 1, "", protocol={"name": "quick", "epochs": 4}, overrides=PLAIN
+)
 
 FAILING = """
 from kdzoo import Distiller, Fidelity, Needs
@@ -281,7 +283,7 @@ def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_the_cost_of_a_method_without_a_teacher_holds_no_pass_of_it(monkeypatch):
     lane = LaneCost(step=2.0, test=1.0, memory=Cost(1, 1))
     cost = GroupCost(5.0, 0.0, 5, 4, 4, dict.fromkeys(range(7), lane), {}, 0, 1.0, teacher=4.0)
-    monkeypatch.setattr(recommend, "measure", lambda *given: (cost, None, 0.0))
+    monkeypatch.setattr(recommend, "measure", lambda *given: (cost, {}))
     assert tried(QUESTION, quiet=True).costs == [3.0, *[7.0] * 6]
 
 
@@ -304,6 +306,8 @@ def test_several_students_are_each_given_an_answer(tmp_path):
     ("changed", "said"),
     [
         ({"students": ()}, "no student is named"),
+        ({"teachers": ()}, "no teacher is named"),
+        ({"teachers": ("resnet14", "")}, "no teacher is named"),
         ({"students": ("resnet8", "resnet8")}, "expected each name once"),
         ({"settings": 0}, "expected a number from 1 to 9"),
         ({"seed": -1}, "expected a number from 0"),
@@ -331,7 +335,7 @@ def test_a_question_that_makes_no_sense_is_one_line(changed, said):
         ({"budget": "3epochs"}, "a budget of 3epochs cannot pay the shortest search"),
         ({"budget": "1s"}, "a budget of 1s cannot pay the shortest search"),
         ({"protocol": {"name": "quick", "epochs": 2}}, "epochs: 2, too few to halve 7 candidates until 3 are left"),
-        ({"teacher": "resnett14"}, "unknown model 'resnett14'; did you mean resnet14"),
+        ({"teachers": ("resnett14",)}, "unknown model 'resnett14'; did you mean resnet14"),
         ({"methods": ("dkdd",)}, "unknown distiller 'dkdd'; did you mean dkd"),
         ({"overrides": (*PLAIN, "protocol.lrr=1")}, "did you mean protocol.lr"),
     ],

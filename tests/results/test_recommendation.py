@@ -209,21 +209,22 @@ def test_without_a_latency_no_front_is_said(tmp_path):
 def test_the_recommended_file_makes_the_run_of_the_best_method(tmp_path, one):
     asked = {
         "teacher": "vit_s",
+        "teachers": ["vit_s"],
         "students": ["resnet_8"],
         "data": {"name": "digits"},
         "protocol": {"name": "quick", "epochs": 7},
-        "weights": "mine.pth",
+        "weights": [],
         "overrides": ["protocol.lr=0.01", "data.limit=100"],
     }
     (tmp_path / "mine.pth").touch()
-    asked["weights"] = str(tmp_path / "mine.pth")
+    asked["weights"] = [str(tmp_path / "mine.pth")]
     found = read(tmp_path / "out", (one, DKD, 0.02), ("none", NONE, 0.01), asked=asked)
     [file] = found.write()
     assert file.name == "recommended.yaml"
     assert file.read_text().startswith(f"# {found.sentences()[0]}\n")
     wanted = {
         "distiller": {"name": one.method, **one.keywords},
-        "teacher": {"name": "vit_s", "weights": asked["weights"]},
+        "teacher": {"name": "vit_s", "weights": asked["weights"][0]},
         "student": {"name": "resnet_8"},
         "data": {"name": "digits", "limit": 100},
         "protocol": {"name": "quick", "epochs": 7, "lr": 0.01},

@@ -47,7 +47,10 @@ def command(config: Mapping[str, Any]) -> str:
 
 
 def _words(config: Mapping[str, Any]) -> list[str]:
-    parts = (config[part]["name"] or "" for part in ("distiller", "data", "protocol", "teacher", "student"))
+    names = {part: config[part]["name"] or "" for part in ("distiller", "data", "protocol", "teacher", "student")}
+    if others := config["teacher"].get("others"):  # for which no keywords are published
+        names["teacher"] = "+".join([names["teacher"], *(other["name"] for other in others)])
+    parts = names.values()
     given, usual = flat(config), _usual(*map(str, parts), config["protocol"].get("epochs"))
     place = flat(asdict(Place()))
     words = ["kdzoo", "run"]
