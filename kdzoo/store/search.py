@@ -141,8 +141,11 @@ def _check(found: Search) -> None:
     number, courses = len(found.candidates), found.courses
     if not number or len(found.costs) != number or len(courses) not in (0, number):
         raise ValueError("its lists differ in length")
-    if not isinstance(found.asked.get("teacher"), str):
+    named, files = found.asked.get("teachers"), found.asked.get("weights")
+    if not isinstance(found.asked.get("teacher"), str) or not named or not all(isinstance(one, str) for one in named):
         raise ValueError("it names no teacher")
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError("it names no files of weights")
     if not all(isinstance(epoch, int) and 1 <= epoch <= MOST_EPOCHS for epoch in [found.epochs, *found.rungs]):
         raise ValueError("an epoch is none")
     if not all(0 < cost < math.inf for cost in found.costs):
