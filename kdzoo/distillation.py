@@ -1,6 +1,7 @@
 """Teacher, student and distiller as one module, for kdzoo's engine and for any other training loop."""
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -138,9 +139,9 @@ class Distillation(nn.Module):
         """Run the method's phase before training, if it has one. Each iteration over ``batches`` is an epoch."""
         device = next((p.device.type for p in self.student.parameters()), "cpu")
         student, teacher = self._views_on(device)
+        teacher = copy(teacher)  # without a teacher it is the student's own view
         with autocast(device, FLOAT32):
             self.distiller.prepare(student, teacher, _Shown(batches, teacher))
-        teacher.other = None
 
     def pass_student_through(self, passes: Callable[[Tensor, Show], Output]) -> Callable[[Tensor, Show], Output]:
         """Let ``passes`` make the student's passes, such as compiled code of it, and return what made them before."""
