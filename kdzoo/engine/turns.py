@@ -39,7 +39,7 @@ class Turns(Distiller):
     def assemble(self, student: Output, teacher: Output, data: DataSpec) -> "Turns":
         for method, shapes in zip(self.copies, self.shapes, strict=True):
             method.assemble(student, shapes, data)
-        self.is_assembled = True
+        self.needs, self.is_assembled = self.copies[0].needs, True  # which some methods know once they are built
         return self
 
     @property
