@@ -30,6 +30,7 @@ from kdzoo.settings import (
     Settings,
     TeacherSettings,
     apart,
+    are_mappings,
 )
 
 
@@ -167,14 +168,16 @@ def _typed(given: Mapping[str, Any]) -> Run:
     for section in ("student", *(one.name for one in fields(Place))):
         if not isinstance(given.get(section, {}), Mapping):
             raise UserError(f"{section}={given[section]}: expected {section}.KEY=value")
+    others = given.get("teacher", {}).get("others", ())
+    if not are_mappings(others):
+        raise UserError(f"teacher.others={others}: expected a list of teachers, such as [{{name: resnet56}}]")
     what, where = apart(given)
     place: Place = typed(Place, where, "", also=Settings)
     settings: Settings = typed(Settings, what, "", also=Place)
     settings = replace(settings, teacher=_teachers(settings.teacher))
-    for teacher in settings.teacher.parts:
-        if teacher.finetune and not (teacher.weights or teacher.pretrained):
-            raise UserError("teacher.finetune=true: expected weights to start from; give --teacher-weights FILE too")
     for role, network in _networks(settings):
+        if getattr(network, "finetune", False) and not (network.weights or network.pretrained):
+            raise UserError(f"{role}.finetune=true: expected weights to start from; give --teacher-weights FILE too")
         if network.weights and network.pretrained:
             raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
         for key in ("name", "data", "pretrained", "fetch", "num_classes", "image_size", "mean", "std", "taps"):
@@ -204,7 +207,7 @@ def several(names: Sequence[str], weights: Sequence[str] = ()) -> dict[str, Any]
 
 
 def _teachers(teacher: TeacherSettings) -> TeacherSettings:
-    """Check what further teachers are given, and complete it."""
+    """Check what further teachers are given, and complete it; without any, how they answer means nothing."""
     others = []
     for other in teacher.others:
         made: FurtherTeacher = typed(FurtherTeacher, other, "teacher.others.")
@@ -217,13 +220,15 @@ def _teachers(teacher: TeacherSettings) -> TeacherSettings:
     names = [one.name for one in teacher.parts]
     if teacher.features not in ("", TURNS, *names):
         raise unknown("teacher.features", teacher.features, [TURNS, *filter(None, names)])
-    return teacher
+    return teacher if others else teacher.parts[0]  # which answers alone
 
 
 def _networks(settings: Settings) -> Iterator[tuple[str, NetworkSettings]]:
-    """List the teachers and the student, with what each is."""
-    for teacher in settings.teacher.parts:
-        yield "teacher", teacher
+    """List the teachers and the student, by the section of the settings that each stands in."""
+    first, *others = settings.teacher.parts
+    yield "teacher", first
+    for teacher in others:
+        yield "teacher.others", teacher
     yield "student", settings.student
 
 
@@ -250,7 +255,7 @@ def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
     for role, network in _networks(settings):
         name = network.name or ""
         folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else ""
-        found.setdefault(role, {}).update(_code(networks=(name,)) | _weights(folder) | _weights(network.weights or ""))
+        found.setdefault(role.partition(".")[0], {}).update(_code(networks=(name,)) | _weights(folder) | _weights(network.weights or ""))
     return found
 
 

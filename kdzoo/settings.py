@@ -132,6 +132,11 @@ class TeacherSettings(NetworkSettings):
         return StudentSettings(**{key.name: getattr(self, key.name) for key in fields(NetworkSettings)})
 
 
+def are_mappings(others: object) -> bool:
+    """Tell whether a value of ``teacher.others`` is a list of mappings."""
+    return isinstance(others, list | tuple) and all(isinstance(other, Mapping) for other in others)
+
+
 @dataclass(frozen=True)
 class FurtherTeacher(NetworkSettings):
     """One more teacher beside the first; what is None of its training is as of the first."""

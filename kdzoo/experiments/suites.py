@@ -180,7 +180,7 @@ def _pair(title: str, pair: Any, content: Mapping[str, Any]) -> _Pair:
     named = dict(zip(("teacher", "student"), pair, strict=False)) if isinstance(pair, list) and len(pair) == 2 else pair
     is_pair = isinstance(named, Mapping) and {"teacher", "student"} <= named.keys() <= {"teacher", "student", *own}
     teacher, student = (named["teacher"], named["student"]) if is_pair else ("", "")
-    teachers = teacher if isinstance(teacher, list) else [] if teacher is None else [teacher]
+    teachers = (teacher or [""]) if isinstance(teacher, list) else [] if teacher is None else [teacher]
     if not student or not all(isinstance(name, str) and name for name in (student, *teachers)):
         raise UserError(f"suite {title}: {pair} is no pair; expected [teacher, student]")
     found = _Pair(teachers, student, *({**own, **named}[key] for key in own))

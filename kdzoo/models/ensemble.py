@@ -96,12 +96,17 @@ class Ensemble(Network):
         return self.one.classifier
 
     @property
-    def inseparable(self) -> str:
-        return self.one.inseparable
+    def showing(self) -> list[Network]:
+        """The networks that show features, embedding and classifier, at once or by turns."""
+        return self.each if self.turns else [self.one]
 
     @property
-    def stageless(self) -> str:  # type: ignore[override]  # of the network that is shown now
-        return self.one.stageless
+    def inseparable(self) -> str:
+        return next(filter(None, (network.inseparable for network in self.showing)), "")
+
+    @property
+    def stageless(self) -> str:  # type: ignore[override]  # of any that is shown
+        return next(filter(None, (network.stageless for network in self.showing)), "")
 
     @property
     def image_size(self) -> int:  # type: ignore[override]

@@ -25,7 +25,7 @@ from kdzoo.files import (
 )
 from kdzoo.keywords import flat, read_yaml
 from kdzoo.resolve import stored
-from kdzoo.settings import Place, Run, Settings, apart
+from kdzoo.settings import Place, Run, Settings, apart, are_mappings
 from kdzoo.store import checkpoint
 from kdzoo.store.environment import environment
 from kdzoo.store.result import Result
@@ -102,6 +102,8 @@ class RunFolder:
         for part in ("distiller", "student", "teacher", "data", "protocol"):
             if not isinstance(config.get(part), dict) or "name" not in config[part]:
                 raise UserError(f"{self.config} is damaged (it has no {part}.name); {MOVE_AWAY}")
+        if not are_mappings(config["teacher"].get("others", [])):
+            raise UserError(f"{self.config} is damaged (teacher.others is no list of teachers); {MOVE_AWAY}")
         return config
 
     def check(self, run: Run) -> None:

@@ -28,7 +28,7 @@ def check_code(plain: Mapping[str, Any], run: Path, working: Path, parts: Collec
     recorded = plain.get("files")
     known = recorded if isinstance(recorded, Mapping) else {}
     names = {part: str(plain[part]["name"] or "") if part in parts else "" for part in PARTS}
-    others = [str(other.get("name") or "") for other in plain["teacher"].get("others") or () if "teacher" in parts]
+    others = [str(other.get("name") or "") for other in plain["teacher"].get("others", ()) if "teacher" in parts]
     networks = [names["teacher"], *others, names["student"]]
     found = own_code.named(names["distiller"], names["data"], networks)
     strange = [

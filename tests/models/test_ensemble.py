@@ -152,6 +152,11 @@ def test_networks_take_turns_only_where_that_is_asked_for(networks):
         assert seen == expected
 
 
+def test_networks_that_take_turns_can_be_cut_into_stages_only_if_all_can(networks):
+    assert Ensemble(networks, turns=True).inseparable == networks[2].inseparable != ""
+    assert Ensemble(networks[:2], turns=True).inseparable == Ensemble(networks).inseparable == ""
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_the_copy_for_fast_passes_answers_the_same_and_takes_the_same_turns(networks, images, precision):
     together = Ensemble(networks, "learned", weights=UNEVEN, turns=True)

@@ -93,6 +93,8 @@ OVERRIDES = [
     ["protocol.name=crd", "protocol.epochs=12", "student.options={drop_path_rate: 0.1}", "student.pretrained=true"],
     ["protocol.milestones=[3, 4]", "protocol.augmentation.crop=2", "teacher.epochs=7", "teacher.mean=[0.1, 0.2, 0.3]"],
     ["data.name=bands", "data.options={low: 1}", "teacher.name=null", "engine.accumulate=2", "protocol.min_lr=1e-05"],
+    ["teacher.others=[{name: resnet20, epochs: 3, mean: [0.5]}]", "teacher.combine=learned", "teacher.features=turns"],
+    ["teacher.others=[{name: resnet20, weights: it's mine.pth}]", "protocol.teacher_view=plain"],
 ]
 
 
