@@ -208,6 +208,8 @@ def several(names: Sequence[str], weights: Sequence[str] = ()) -> dict[str, Any]
 
 def _teachers(teacher: TeacherSettings) -> TeacherSettings:
     """Check what further teachers are given, and complete it; without any, how they answer means nothing."""
+    if teacher.name == "":
+        raise UserError("teacher.name is empty: expected the name of a network, or null for none")
     others = []
     for other in teacher.others:
         made: FurtherTeacher = typed(FurtherTeacher, other, "teacher.others.")

@@ -125,7 +125,7 @@ def test_teachers_may_read_images_of_different_sizes(tmp_path, finished):
 def test_a_weak_teacher_among_several_is_refused_by_its_name(tmp_path):
     with pytest.raises(UserError, match="teacher resnet20 reaches"):
         distil(
-            tmp_path, "resnet14", "teacher.others=[{name: resnet20, lr: 1e-9}]", "teacher.epochs=6",
+            tmp_path, "resnet14", "teacher.others=[{name: resnet20, lr: 1e-9, epochs: 1}]", "teacher.epochs=6",
             "teacher.allow_weak=false",
         )  # fmt: skip
 
