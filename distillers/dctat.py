@@ -102,6 +102,8 @@ class DCTAT(Distiller):
         self.temperature = positive(temperature=temperature)
         self.transform = one_of(("fft", "dct"), transform=transform)
         self.guided, self.stages = guided, stages
+        if guided:
+            self.label_terms = ("ce", "dct")
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         self.grids = CommonGrids(student, teacher, self.stages)

@@ -41,7 +41,9 @@ class DKD(Distiller):
 
     paper = "arXiv:2203.08679"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "dkd")
     fewest_classes = 3
+    label_terms = ("ce", "dkd")
     needs = Needs(features=False, embedding=False)
 
     def __init__(

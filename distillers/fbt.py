@@ -76,6 +76,7 @@ class FBT(Distiller):
 
     paper = "arXiv:2410.12342"
     fidelity = Fidelity.RECONSTRUCTED
+    label_terms = ("ce", "fused", "transfer", "fuse", "hand")
 
     def __init__(
         self,

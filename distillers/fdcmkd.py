@@ -68,6 +68,7 @@ class FDCMKD(Distiller):
 
     paper = "arXiv:2511.19887"
     fidelity = Fidelity.ADAPTED
+    label_terms = ("ce", "shared", "own")
     needs = Needs(features=False)
 
     def __init__(

@@ -122,6 +122,8 @@ class FiGKD(Distiller):
         self.distance = one_of(DISTANCES, distance=distance)
         self.band = one_of(("detail", "content", "all"), band=band)
         self.class_order = one_of(ORDERS, class_order=class_order) if isinstance(class_order, str) else class_order
+        if class_order == "confusion":  # of true classes, counted before training
+            self.label_terms = ("ce", "detail")
         self.fewest_classes = 3 if standardize or distance == "cosine" or band == "content" else 2
         self.wavelet, self.level, self.padding, self.standardize = wavelet, level, padding, standardize
 

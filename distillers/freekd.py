@@ -97,6 +97,8 @@ class FreeKD(Distiller):
         self.temperature, self.stages = positive(temperature=temperature), stages
         self.levels, self.prompts = at_least(1, levels=levels), at_least(1, prompts=prompts)
         self.epochs = at_least(0, epochs=epochs)
+        if self.epochs:  # the masks are learned from labels before training
+            self.label_terms = ("ce", "detail")
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         self.stages = check_stages(self.stages, student, teacher)

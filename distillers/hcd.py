@@ -78,6 +78,7 @@ class HCD(Distiller):
 
     paper = "arXiv:2511.10942"
     fidelity = Fidelity.ADAPTED
+    label_terms = ("ce", "fused", "diversity")
 
     def __init__(
         self,

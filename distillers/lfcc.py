@@ -23,19 +23,18 @@ def contrast_loss(student: Tensor, teacher: Tensor, tau: float, mask: Tensor | N
     return info_nce(rows, columns, tau, mask)
 
 
-def exempt_pairs(labels: Tensor, partner: Tensor | None, same_class: bool) -> Tensor | None:
+def exempt_pairs(labels: Tensor | None, partner: Tensor | None, same_class: bool) -> Tensor | None:
     """Find the pairs that must not repel, (B, N) bool: rows that share a mixed-in image or, optionally, a class.
 
-    ``labels`` (B,) of this rank; ``partner`` (B,) the row that is mixed into each. N counts all ranks' rows.
+    ``labels`` (B,) of this rank, which only ``same_class`` reads; ``partner`` (B,) the row that is mixed into each. N
+    counts all ranks' rows.
     """
-    if partner is None and not same_class:
-        return None
-    everyone = gather(labels)
-    mask = (labels[:, None] == everyone) & same_class
+    same = labels[:, None] == gather(labels) if same_class and labels is not None else None
     if partner is None:
-        return mask
-    mixed = partner[:, None] == torch.arange(len(labels), device=labels.device)
-    return mask | F.pad(mixed | mixed.mT, (0, len(everyone) - len(labels)))
+        return same
+    mixed = partner[:, None] == torch.arange(len(partner), device=partner.device)
+    mixed = F.pad(mixed | mixed.mT, (0, len(gather(partner)) - len(partner)))
+    return mixed if same is None else same | mixed
 
 
 def filter_basis(grid: Sequence[int], common: Sequence[int], size: Sequence[int], kind: str) -> Tensor:
@@ -103,6 +102,8 @@ class LFCC(Distiller):
         self.temperature, self.tau = positive(temperature=temperature), positive(tau=tau)
         self.scales, self.filter = each(at_least, 1, scales=scales), one_of(FILTERS, filter=filter)
         self.stages, self.mask_same_class = stages, mask_same_class
+        if mask_same_class:
+            self.label_terms = ("ce", "contrast")
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         stages: list[int] = []

@@ -96,6 +96,8 @@ class MSDCRD(Distiller):
         super().__init__(ce=ce, sample=sample, feature=feature)
         self.tau, self.scales = positive(tau=tau), each(at_least, 1, scales=scales)
         self.stages, self.mask_same_class = stages, mask_same_class
+        if mask_same_class:
+            self.label_terms = ("ce", "sample")
 
     def build(self, student: Output, teacher: Output, data: DataSpec) -> None:
         self.stages = check_stages(self.stages, student, teacher)

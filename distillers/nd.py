@@ -49,6 +49,7 @@ class ND(Distiller):
 
     paper = "arXiv:2305.17007"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "nd")
     needs = Needs(features=False)
 
     directions: Tensor  # (K, D_t), of length 1; nan before the phase that finds them

@@ -35,6 +35,7 @@ class NKD(Distiller):
 
     paper = "arXiv:2303.13005"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "nkd")
     fewest_classes = 3
     needs = Needs(features=False, embedding=False)
 

@@ -45,6 +45,7 @@ class OFA(Distiller):
 
     paper = "arXiv:2310.19444"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "kd", "ofa")
 
     def __init__(
         self,

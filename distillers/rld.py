@@ -51,6 +51,7 @@ class RLD(Distiller):
 
     paper = "arXiv:2408.07703"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "rld")
     fewest_classes = 3
     needs = Needs(features=False, embedding=False)
 

@@ -70,6 +70,7 @@ class SSKD(Distiller):
 
     paper = "arXiv:2006.07114"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "turned")
     needs = Needs(features=False, views=("rotations",))
 
     def __init__(
@@ -119,12 +120,14 @@ class SSKD(Distiller):
         (z_s, turned_s), (z_t, turned_t) = (
             (o.logits[:, 0], o.logits[:, 1:].flatten(0, 1)) for o in (seen, reference)
         )  # (B, K) and (3 B, K)
-        classes = batch.targets.argmax(dim=1).repeat_interleave(3)
         return self.weigh(
             ce=lambda: cross_entropy(z_s, batch.targets),
             kd=lambda: softened_kl(z_s, z_t, self.temperature),
             turned=lambda: trusted_kl(
-                turned_s, turned_t, trusted(turned_t, classes, self.kept_turned), self.temperature
+                turned_s,
+                turned_t,
+                trusted(turned_t, batch.targets.argmax(dim=1).repeat_interleave(3), self.kept_turned),
+                self.temperature,
             ),
             similarity=lambda: self.compare(seen.embedding, reference.embedding),
         )

@@ -44,6 +44,7 @@ class TfKD(Distiller):
 
     paper = "arXiv:1909.11723"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "tfkd")
     needs = Needs(teacher=False, features=False)
 
     def __init__(self, *, ce: float = 0.9, tfkd: float = 0.1, certainty: float = 0.99, temperature: float = 20.0):

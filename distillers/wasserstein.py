@@ -145,6 +145,7 @@ class Wasserstein(Distiller):
 
     paper = "arXiv:2412.08139"
     fidelity = Fidelity.EXACT
+    label_terms = ("ce", "target", "logit")
     fewest_classes = 3
     logit_terms = ("ce", "target")
 
@@ -232,11 +233,11 @@ class Wasserstein(Distiller):
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         late = (batch.progress - self.decay).clamp(min=0) / max(1 - self.decay, 1e-9)
-        decay, target = (1 + (math.pi * late).cos()) / 2, true_class(batch.targets)
+        decay = (1 + (math.pi * late).cos()) / 2
         return self.weigh(
             ce=lambda: cross_entropy(student.logits, batch.targets),
-            target=lambda: soft_target_loss(student.logits, teacher.logits, target),
-            logit=lambda: decay * self.transport(student.logits, teacher.logits, target),
+            target=lambda: soft_target_loss(student.logits, teacher.logits, true_class(batch.targets)),
+            logit=lambda: decay * self.transport(student.logits, teacher.logits, true_class(batch.targets)),
             feature=lambda: decay * self.gap(student.features[self.stage], teacher.features[self.stage]),
         )
 

@@ -29,6 +29,7 @@ class Distillation(nn.Module):
         labels: (N,) int64, of the training set, for methods that read them; the batches then need their ``index``.
         image_size: side in pixels; needed where a network has to be wrapped.
         data: everything that is known of the data, instead of the three above.
+        labelled: whether batches have labels. Without them the terms that read labels are left out.
         precision: what the networks compute in; None for what holds where the module is called.
         passes: makes the teacher's passes instead of the teacher itself, where several modules share one.
 
@@ -61,6 +62,7 @@ class Distillation(nn.Module):
         labels: Tensor | None = None,
         image_size: int | None = None,
         data: DataSpec | None = None,
+        labelled: bool = True,
         precision: Precision | None = None,
         passes: Callable[[Tensor, Show], Output] | None = None,
     ):
@@ -73,8 +75,9 @@ class Distillation(nn.Module):
             student = _network("student", student, num_classes, image_size)
             teacher = None if teacher is None else _network("teacher", teacher, num_classes, image_size)
         self.student, self.teacher, self.distiller = student, teacher, distiller
+        self.left_out: list[str] = []  # terms of the method that read what there is not
         if not distiller.is_assembled:
-            self._assemble(num_classes, labels, image_size, data)
+            self._assemble(num_classes, labels, image_size, data, labelled)
         self.precision = precision
         needs = distiller.needs
         stages = "student" in needs.stages
@@ -86,17 +89,23 @@ class Distillation(nn.Module):
             self._views.append(view)
 
     def _assemble(
-        self, num_classes: int | None, labels: Tensor | None, image_size: int | None, data: DataSpec | None
+        self,
+        num_classes: int | None,
+        labels: Tensor | None,
+        image_size: int | None,
+        data: DataSpec | None,
+        labelled: bool,
     ) -> None:
         student = _shapes(self.student)
         teacher = student if self.teacher is None or not self.distiller.needs.teacher else _shapes(self.teacher)
-        classes = num_classes or student.logits.shape[1]
+        classes = student.logits.shape[1] if num_classes is None else num_classes
         for role, output in (("student", student), ("teacher", teacher)):
             if output.logits.shape[1] != classes:
                 raise UserError(
                     f"the {role} gives {output.logits.shape[1]} logits, expected {classes}, one for each class"
                     f"{f' of {data.name}' if data else ''}; give it that many classes"
                 )
+        self.left_out = self.distiller.leave_out(labels=not labelled, logits=not classes)
         for role, network in (("student", self.student), ("teacher", self.teacher)):
             why = getattr(network, "stageless", "")
             if why and self.distiller.needs.features:
@@ -168,6 +177,7 @@ def distill(
     num_classes: int,
     image_size: int,
     labels: Tensor | None = None,
+    labelled: bool = True,
     **keywords: Any,
 ) -> Distillation:
     """Make one module of student, teacher and a method, to train the student in any loop.
@@ -177,9 +187,11 @@ def distill(
             expects normalised images, pass ``kdzoo.models.wrap(student, mean=..., std=...)``.
         teacher: the same, trained before; None for a method that needs none.
         method: a method's name (``kdzoo list distillers`` shows all), or the path of a file that holds one.
-        num_classes: K.
+        num_classes: K; 0 for networks without a classifier, which return embeddings (B, D).
         image_size: side in pixels.
         labels: (N,) int64, of the training set, for methods that read them (crd). Each batch then needs its ``index``.
+        labelled: whether batches have labels. Without them (``Batch.of(images)``) the terms that read labels are left
+            out.
         keywords: the method's own, such as ``temperature=2.0``; ``kdzoo show METHOD`` explains them.
 
     Raises:
@@ -201,7 +213,8 @@ def distill(
 
     kind = registry.load(method)
     distiller = kind(**keyword_settings(kind, keywords, prefix=""))
-    return Distillation(student, teacher, distiller, num_classes=num_classes, image_size=image_size, labels=labels)
+    given = {"num_classes": num_classes, "image_size": image_size, "labels": labels, "labelled": labelled}
+    return Distillation(student, teacher, distiller, **given)  # type: ignore[arg-type]  # each of its own type
 
 
 def _shown(teacher: NetworkView, batch: Batch) -> NetworkView:

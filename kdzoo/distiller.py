@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     """
 
     images: Tensor  # (B, 3, H, W), float in [0, 1], augmented; every network normalises for itself
-    labels: Tensor  # (B,) int64, hard labels, kept under mixup and cutmix
-    targets: Tensor  # (B, K) float: what cross-entropy is taken against (smoothed, mixed)
+    labels: Tensor  # (B,) int64, hard labels, kept under mixup and cutmix; None where the data have no labels
+    targets: Tensor  # (B, K) float: what cross-entropy is taken against (smoothed, mixed); None as well
     index: Tensor  # type: ignore[assignment]  # (B,) int64, row of the training set; tuple.index is not missed
     progress: Tensor  # () float in [0, 1): the share of training that is done
     views: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default, never written to)  further views by name
@@ -47,29 +47,36 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(
-        cls, images: Tensor, labels: Tensor, num_classes: int, progress: float = 0.0, index: Tensor | None = None
+        cls,
+        images: Tensor,
+        labels: Tensor | None = None,
+        num_classes: int = 0,
+        progress: float = 0.0,
+        index: Tensor | None = None,
     ) -> "Batch":
         """Make a batch from the images and labels of any loader.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            labels: (B,) int64.
+            labels: (B,) int64; None where there are none.
             num_classes: K.
             progress: the share of training that is done, for methods that warm up.
             index: (B,) int64, the images' rows in the training set, for methods that remember them.
         """
         return cls(
             images,
-            labels,
-            F.one_hot(labels, num_classes).to(torch.float32),
-            torch.arange(len(labels), device=labels.device) if index is None else index,
+            labels,  # type: ignore[arg-type]  # absent where there are none
+            None if labels is None else F.one_hot(labels, num_classes).to(torch.float32),  # type: ignore[arg-type]
+            torch.arange(len(images), device=images.device) if index is None else index,
             torch.tensor(progress, device=images.device),
         )
 
     @property
     def view_targets(self) -> Tensor:
         """The targets of the views, which are never mixed: (B, K)."""
-        return self.targets if self.partner is None else F.one_hot(self.labels, self.targets.shape[1])
+        if self.targets is None or self.partner is None:
+            return self.targets
+        return F.one_hot(self.labels, self.targets.shape[1])
 
 
 class DataSpec(NamedTuple):
@@ -82,10 +89,10 @@ class DataSpec(NamedTuple):
     """
 
     name: str
-    num_classes: int
+    num_classes: int  # K, of the networks' logits; 0: networks without a classifier
     class_names: tuple[str, ...]
     image_size: int  # side in pixels
-    labels: Tensor  # (N,) int64, of the training set, on the device
+    labels: Tensor  # (N,) int64, of the training set, on the device; empty where it has none
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel of images in [0, 1]
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
     superclasses: tuple[int, ...] = ()  # (K,) coarse class of each class; empty where none are defined
@@ -103,6 +110,7 @@ class Needs:
     teacher: bool = True  # False: trains without a teacher
     features: bool = True  # False: reads logits and embedding only, so networks run their plain forward
     embedding: bool = True  # False: reads no embedding of the teacher, so that with no other need its logits suffice
+    logits: bool = True  # False: its own terms read no logits, so that networks without a classifier suffice
     labels: bool = False  # reads the labels of the training set, and from batch.index which rows of it a batch holds
     views: tuple[str, ...] = ()  # further views in batch.views: "weak", "strong", "rotations"
     teacher_grad: bool = False  # the graph is kept through the frozen teacher
@@ -138,7 +146,9 @@ class Distiller(nn.Module):
     outputs arrive in float32; and the teacher's carry no graph.
 
     A term named ``ce`` or ``kd`` reads logits alone. Where no other term has a weight, networks show logits and
-    embedding only, and ``build`` is not called; a method whose ``kd`` needs modules sets ``logit_terms``.
+    embedding only, and ``build`` is not called; a method whose ``kd`` needs modules sets ``logit_terms``. The term
+    ``ce`` reads the batch's labels or targets; a method of which other terms read them too sets ``label_terms``. On
+    data without labels these terms are left out, and beside networks without a classifier those of ``logit_terms``.
 
     On a GPU the engine captures a step and replays it, so what ``forward`` and ``loss`` do in Python is done once:
     state lies in buffers and is changed in place, and nothing is decided by the value of a tensor. A method that does
@@ -169,6 +179,7 @@ class Distiller(nn.Module):
     fidelity: ClassVar[Fidelity]
     needs: Needs = Needs()
     logit_terms: ClassVar[tuple[str, ...]] = ("ce", "kd")  # terms that read logits alone and need no modules
+    label_terms: tuple[str, ...] = ("ce",)  # terms that read labels or targets of the batch
     # The keyword that kdzoo recommend varies, and its range; empty: the main weight, from a third to three times.
     search: ClassVar[dict[str, tuple[float, float]]] = {}
     fewest_classes: int = 2  # with fewer, what the method compares is the same for every network
@@ -176,11 +187,45 @@ class Distiller(nn.Module):
     def __init__(self, **weights: float):
         super().__init__()
         self.weights = {name: not_negative(**{name: weight}) for name, weight in weights.items()}
-        self.is_active = any(weight for name, weight in weights.items() if name not in self.logit_terms)
         self.is_assembled = False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Find out by the weights whether a term needs modules or more than logits."""
+        self.is_active = any(weight for name, weight in self.weights.items() if name not in self.logit_terms)
         if not self.is_active:
             fewer = replace(self.needs, features=False, preactivations=(), final=False, stages=())
             self.needs = replace(fewer, embedding=False, labels=False)
+
+    def leave_out(self, *, labels: bool = False, logits: bool = False) -> list[str]:
+        """Leave out the terms that read what there is not, before the method is assembled.
+
+        Args:
+            labels: whether the data have none.
+            logits: whether the networks have none, as those without a classifier.
+
+        Returns:
+            The names of the terms that had a weight and are left out.
+
+        Raises:
+            UserError: without them nothing is left to learn, or the method does not say that it can do without.
+        """
+        if not labels and not logits:
+            return []
+        name = type(self).__name__
+        off = {*(self.label_terms if labels else ()), *(self.logit_terms if logits else ())}
+        left = [term for term, weight in self.weights.items() if weight and term not in off]
+        if labels and (self.needs.labels or not left):
+            raise UserError(f"{name} learns from labels, and the data have none; choose another method, such as kd")
+        if logits and (self.needs.logits or not left):
+            raise UserError(
+                f"{name} learns from logits, and the teacher has no classifier that gives any; choose another method, "
+                "such as fitnet or pkt"
+            )
+        dropped = [term for term, weight in self.weights.items() if weight and term in off]
+        self.weights |= dict.fromkeys(dropped, 0.0)
+        self._settle()
+        return dropped
 
     def assemble(self, student: Output, teacher: Output, data: DataSpec) -> Self:
         """Build the method's modules for a pair of networks, if a term needs them, and return the method.
@@ -193,7 +238,7 @@ class Distiller(nn.Module):
         Raises:
             UserError: the method does not fit these networks or these data.
         """
-        if data.num_classes < self.fewest_classes:
+        if 0 < data.num_classes < self.fewest_classes:
             raise UserError(
                 f"{type(self).__name__} teaches nothing with {data.num_classes} classes: what it compares is then the "
                 f"same for every network; expected at least {self.fewest_classes}, so choose another method, such as kd"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kdzoo.errors import UserError
 
 Images = NDArray[np.uint8] | Sequence[str | Path]
-Split = tuple[Images, NDArray[np.integer[Any]] | Sequence[int]]
+Split = tuple[Images, NDArray[np.integer[Any]] | Sequence[int] | None]
 Loaded = tuple[Sequence[str], Split, Split | None]
 
 
@@ -53,7 +53,8 @@ class ImageSet:
 
         Images are an array (N, S, S, 3) of uint8, or (N, S, S) for gray ones; or a list of image files of any size,
         relative to ``root`` or absolute. Labels are whole numbers (N,), the positions in the class names. None instead
-        of the test images says that there are none, so that ``data.val`` must hold out a share of the others.
+        of the test images says that there are none, so that ``data.val`` must hold out a share of the others. A set
+        without labels gives no class names, and None in place of all labels.
 
         Args:
             root: the folder of ``data.root``, where sets that are files may lie.

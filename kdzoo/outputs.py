@@ -44,7 +44,7 @@ class Output(NamedTuple):
         (torch.Size([8, 10]), 4, None)
     """
 
-    logits: Tensor  # (B, K)
+    logits: Tensor  # (B, K); K is 0 for networks without a classifier
     embedding: Tensor  # (B, D): what the classifier reads
     features: tuple[Tensor, ...] = ()  # four stages, shallow to deep, each (B, C, H, W)
     preactivations: tuple[Tensor, ...] = ()  # the features before their last ReLU; where they have none, themselves

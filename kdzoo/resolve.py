@@ -140,7 +140,13 @@ def fingerprint_of(data: DataSettings, root: str) -> str:
 
     try:
         return fingerprint(
-            data.name, root, options=data.options, classes=data.classes, val=data.val, select=data.select
+            data.name,
+            root,
+            options=data.options,
+            classes=data.classes,
+            val=data.val,
+            select=data.select,
+            test=data.test,
         )
     except UserError:
         return ""
@@ -180,7 +186,18 @@ def _typed(given: Mapping[str, Any]) -> Run:
             raise UserError(f"{role}.finetune=true: expected weights to start from; give --teacher-weights FILE too")
         if network.weights and network.pretrained:
             raise UserError(f"{role}.weights and {role}.pretrained=true are both set; keep one of them")
-        for key in ("name", "data", "pretrained", "fetch", "num_classes", "image_size", "mean", "std", "taps"):
+        for key in (
+            "name",
+            "data",
+            "pretrained",
+            "classifier",
+            "fetch",
+            "num_classes",
+            "image_size",
+            "mean",
+            "std",
+            "taps",
+        ):
             if key in network.options:
                 raise UserError(f"{role}.options.{key} is no keyword to set: expected those of the network's own")
     return Run(settings, place)

@@ -61,6 +61,9 @@ class NetworkSettings:
         per_channel,
         positive,
     )
+    classifier: bool = setting(
+        True, "Whether it ends in a classifier; false leaves that out, and a student learns from the embedding"
+    )
     taps: tuple[str, ...] | None = setting(
         None, "Names of four submodules, shallow to deep, whose outputs are its stages (null: found by themselves)"
     )
@@ -169,6 +172,9 @@ class DataSettings:
         "Share of the training images left by data.val that is held out to choose between methods, and measured on "
         "instead of the test images",
         fraction,
+    )
+    test: str | None = setting(
+        None, "Labelled data set, such as folder:PATH, whose test images are measured on instead of the set's own"
     )
     exif: bool = setting(True, "Turn photographs upright, as their camera noted")
     alpha: str = setting("white", "Colour that transparent pixels are laid on")

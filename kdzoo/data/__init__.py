@@ -38,6 +38,7 @@ def open_dataset(
     classes: str | None = None,
     val: float = 0.0,
     select: float = 0.0,
+    test: str | None = None,
     exif: bool = True,
     alpha: str = "white",
     skip_damaged: bool = False,
@@ -64,6 +65,7 @@ def open_dataset(
             images; 0: none.
         select: the share of those that are left that is held out in the same way, to choose methods by, and measured on
             instead; 0: none.
+        test: another data set, labelled, whose test images are measured on instead of the set's own.
         exif: whether images of files are turned and mirrored as their camera noted.
         alpha: the colour that transparent pixels of image files are laid on, such as ``white`` or ``#808080``.
         skip_damaged: whether to leave out image files that cannot be decoded, instead of stopping at the first.
@@ -77,7 +79,7 @@ def open_dataset(
     choose = partial(without_damaged, folder=folder, workers=workers, report=report) if skip_damaged else None
     reading = Reading(exif, alpha)
     source = open_source(
-        name, Path(root), options, classes=classes, val=val, select=select, reading=reading, choose=choose
+        name, Path(root), options, classes=classes, val=val, select=select, reading=reading, choose=choose, test=test
     )
     source = source.limited(limit)
     ready = prepare(source, image_size, device, folder, report, stream)
@@ -86,13 +88,21 @@ def open_dataset(
         num_classes=len(source.class_names),
         class_names=source.class_names,
         image_size=ready.image_size,
-        labels=torch.from_numpy(source.train.labels).to(device),
+        labels=torch.from_numpy(source.train.labels[: None if source.class_names else 0]).to(device),
         mean=ready.mean,
         std=ready.std,
         superclasses=source.superclasses,
     )
     # The labels' device has its number, which ``device`` may lack: cuda:0.
-    return Dataset(spec, ready.train, ready.test, device=spec.labels.device, fits=ready.fits, workers=workers)
+    return Dataset(
+        spec,
+        ready.train,
+        ready.test,
+        device=spec.labels.device,
+        fits=ready.fits,
+        workers=workers,
+        named=source.test_names,
+    )
 
 
 def outline(name: str) -> DataSpec:

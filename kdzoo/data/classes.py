@@ -31,17 +31,26 @@ def in_order(names: Sequence[str], order: str) -> tuple[str, ...]:
     """
     if order in ORDERS:
         return tuple(sorted(names, key=ORDERS[order]))
+    names_in_file = listed(order)
+    known = {normalize("NFC", name): name for name in names}
+    for given, others, said in ((known, names_in_file, "lacks"), (names_in_file, known, "lists")):
+        if extra := [name for name in given if name not in others]:
+            other = "" if said == "lacks" else ", which the data do not have"
+            raise UserError(f"data.classes={order} {said} {len(extra)} classes, such as '{extra[0]}'{other}")
+    return tuple(known[name] for name in names_in_file)
+
+
+def listed(order: str) -> tuple[str, ...]:
+    """Read the class names of a file, one a line.
+
+    Raises:
+        UserError: there is no such file, or it names a class twice.
+    """
     path = path_of(order)
     if not path.is_file():
         raise UserError(f"data.classes={order}: expected text, natural, or a file with one class name a line")
     lines = normalize("NFC", read_text(path).removeprefix("\ufeff")).splitlines()
-    listed = [line.strip() for line in lines if line.strip()]
-    known = {normalize("NFC", name): name for name in names}
-    for given, others, said in ((known, listed, "lacks"), (listed, known, "lists")):
-        if extra := [name for name in given if name not in others]:
-            other = "" if said == "lacks" else ", which the data do not have"
-            raise UserError(f"data.classes={order} {said} {len(extra)} classes, such as '{extra[0]}'{other}")
-    if len(listed) != len(known):
-        twice = next(name for name in listed if listed.count(name) > 1)
+    names = tuple(line.strip() for line in lines if line.strip())
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"data.classes={order} lists the class '{twice}' twice; remove one")
-    return tuple(known[name] for name in listed)
+    return names

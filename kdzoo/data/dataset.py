@@ -1,6 +1,7 @@
 """Give the batches of an open data set: a loader for training, and all test images in order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from kdzoo.data import augment
 from kdzoo.data.loader import Loader
 from kdzoo.data.pictures import Pictures, Pixels
-from kdzoo.data.sources import stratified
+from kdzoo.data.sources import places_of, stratified
 from kdzoo.data.stream import Streamed, stream, whole_transform
 from kdzoo.distiller import DataSpec
 from kdzoo.recipe import Protocol
@@ -28,15 +29,50 @@ class Dataset:
         fits: whether both are arrays of square images that are kept on the device, as ``train_pixels`` and
             ``test_pixels`` (N, S, S, 3) uint8; these are None where images are streamed.
         workers: processes that decode streamed images; 0: this process does.
+        named: the classes of the test images' labels; empty where these have none.
     """
 
     def __init__(
-        self, spec: DataSpec, train: Pictures, test: Pictures, *, device: torch.device, fits: bool, workers: int = 0
+        self,
+        spec: DataSpec,
+        train: Pictures,
+        test: Pictures,
+        *,
+        device: torch.device,
+        fits: bool,
+        workers: int = 0,
+        named: tuple[str, ...] = (),
     ):
-        self.spec, self.fits, self.workers = spec, fits, workers
+        self.spec, self.fits, self.workers, self.named = spec, fits, workers, named
         self._train, self._test, self.device = train, test, device
         self.train_pixels = self._on_device(train) if fits else None
         self.test_pixels = self._on_device(test) if fits else None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether training images have labels."""
+        return len(self.spec.labels) > 0
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether test images have labels; else their answers are the teacher's, see ``answered_by``."""
+        return bool(self.named)
+
+    def name_outputs(self, names: Sequence[str]) -> None:
+        """Say what the outputs of networks stand for, where training images have no labels that do.
+
+        Raises:
+            UserError: test images are of other classes.
+        """
+        self.spec = self.spec._replace(num_classes=len(names), class_names=tuple(names))
+        if self.named and names:
+            places = np.array(places_of(self.named, names), np.int64)
+            self._test = replace(self._test, labels=places[self._test.labels])
+            self.named = tuple(names)
+
+    def answered_by(self, answers: NDArray[np.int64]) -> None:
+        """Take what a teacher answers for each test image (N,) as what is right for it."""
+        self._test = replace(self._test, labels=answers)
 
     @property
     def test_size(self) -> int:
@@ -46,7 +82,7 @@ class Dataset:
     @property
     def untested(self) -> tuple[str, ...]:
         """The classes of which there is no test image."""
-        tested = set(self._test.labels.tolist())
+        tested = set(self._test.labels.tolist()) if self.is_judged else set(range(self.spec.num_classes))
         return tuple(name for label, name in enumerate(self.spec.class_names) if label not in tested)
 
     def loader(

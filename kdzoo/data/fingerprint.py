@@ -34,6 +34,7 @@ def fingerprint(
     classes: str | None = None,
     val: float = 0.0,
     select: float = 0.0,
+    test: str | None = None,
     cache: Path | None = None,
 ) -> str:
     """Hash the class names, labels and images of a data set; empty where its name and options say everything.
@@ -47,6 +48,7 @@ def fingerprint(
         classes: the order of the classes, as ``open_dataset`` is given it.
         val: the share of training images that is held out, as ``open_dataset`` is given it.
         select: the share of those left that is held out, in the same way.
+        test: another set, whose test images are measured on, as ``open_dataset`` is given it.
         cache: folder that holds what is known of the files; None: ``data`` in $KDZOO_CACHE, else in ~/.cache/kdzoo.
 
     Raises:
@@ -55,9 +57,9 @@ def fingerprint(
     images = image_set(name, options)
     with at_work(name, "fingerprint"):
         told = images.fingerprint(Path(root))
-    if told is not None:
+    if told is not None and test is None:
         return told
-    source = open_source(name, Path(root), options, classes=classes, val=val, select=select)
+    source = open_source(name, Path(root), options, classes=classes, val=val, select=select, test=test)
     return fingerprint_of(source, cache or cache_folder() / "data")
 
 
@@ -77,11 +79,12 @@ def _contents(splits: list[Pictures], cache: Path) -> list[bytes]:
     files = [split for split in splits if isinstance(split, Files)]
     if not files:
         return [_of_array(split) for split in splits if isinstance(split, Pixels)]
-    names, places = np.unique(np.concatenate([each.names for each in files]), return_inverse=True)
-    digests = file_digests(files[0].root, names, cache)
-    lines = [b"%b\0%b\n" % (_portable(name), digest) for name, digest in zip(names.tolist(), digests, strict=True)]
-    ends = np.cumsum([len(each) for each in files])
-    return [b"".join([lines[place] for place in part.tolist()]) for part in np.split(places, ends[:-1])]
+    lines: dict[tuple[Path, bytes], bytes] = {}
+    for root in dict.fromkeys(each.root for each in files):
+        names = np.unique(np.concatenate([each.names for each in files if each.root == root]))
+        for name, digest in zip(names.tolist(), file_digests(root, names, cache), strict=True):
+            lines[root, name] = b"%b\0%b\n" % (_portable(name), digest)
+    return [b"".join([lines[each.root, name] for name in each.names.tolist()]) for each in files]
 
 
 def _of_array(pixels: Pixels) -> bytes:

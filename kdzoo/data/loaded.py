@@ -36,7 +36,11 @@ def checked(
         class_names, trained, tested = loaded
         splits = {"train": trained} if tested is None else {"train": trained, "test": tested}
         images = {split: given for split, (given, _) in splits.items()}
-        labels = {split: np.asarray(given) for split, (_, given) in splits.items()}
+        unlabelled = [given is None for _, given in splits.values()]
+        labels = {
+            split: np.asarray(np.zeros(len(its), np.int64) if given is None else given)
+            for split, (its, given) in splits.items()
+        }
         sizes = {split: len(each) for split, each in images.items()}
     except (TypeError, ValueError) as error:
         expected = "(class names, (training images, labels), (test images, labels))"
@@ -48,8 +52,10 @@ def checked(
     count = len(class_names)
     if image_set.num_classes not in (None, count):
         raise _wrong(name, f"load gives {count} class names", f"{image_set.num_classes}, as num_classes says")
+    if any(unlabelled) and (count or not all(unlabelled)):
+        raise _wrong(name, "labels are None", "None for all images, and no class names, or labels for all")
     for split, each in labels.items():
-        labels[split] = _labels(name, split, each, sizes[split], count)
+        labels[split] = _labels(name, split, each, sizes[split], max(count, 1))
     found: Mapping[str, Pictures]
     if all(isinstance(each, list | tuple) for each in images.values()):
         found = _files(name, images, labels, root, reading)

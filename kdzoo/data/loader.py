@@ -97,7 +97,8 @@ class Loader:
         augmentation = protocol.augmentation
         if augmentation.resized_crop and augmentation.crop:
             raise UserError("augmentation.crop and augmentation.resized_crop are both set; keep one of them")
-        self.batch_size = min(protocol.batch_size, len(spec.labels))
+        self.images = len(pictures)
+        self.batch_size = min(protocol.batch_size, self.images)
         self.mixes = augmentation.mixup > 0 or augmentation.cutmix > 0
         if self.batch_size % world:
             raise UserError(
@@ -109,7 +110,7 @@ class Loader:
             raise UserError(
                 f"mixup and cutmix pair rows, and a device has {self.rows} of a batch; use an even number of them"
             )
-        self.steps_per_epoch = len(spec.labels) // self.batch_size
+        self.steps_per_epoch = self.images // self.batch_size
         self.total_steps = self.steps_per_epoch * protocol.epochs
         self._spec, self._seed, self._device, self._views = spec, seed, device, views
         self._augmentation = augmentation
@@ -150,7 +151,7 @@ class Loader:
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, "order"))
-                order, current = torch.randperm(len(self._spec.labels), generator=generator), epoch
+                order, current = torch.randperm(self.images, generator=generator), epoch
                 if device.type == "cuda":
                     order = order.pin_memory()  # else the copy would wait
                 order = order.to(device, non_blocking=True)
@@ -166,7 +167,7 @@ class Loader:
         if self._augmentation.erasing:
             draws = self._seeded(step, "erasing")
             images = augment.erase(images, draws, self._augmentation.erasing, self._spec.mean, self._spec.std)
-        labels = self._spec.labels[rows]
+        labels = self._spec.labels[rows] if len(self._spec.labels) else None
         images, targets = self._targets(images, labels, seed_of(self._seed, step, "mix"))
         if seen is not None and self.mixes:  # as the student's are
             seen, _ = self._targets(seen.clone(), labels, seed_of(self._seed, step, "mix"))
@@ -174,8 +175,8 @@ class Loader:
             drawn["rotations"] = augment.rotations(images)
         return Batch(
             images,
-            labels,
-            targets,
+            labels,  # type: ignore[arg-type]  # absent where the data have none
+            targets,  # type: ignore[arg-type]
             rows,
             torch.full((), step / self.total_steps, device=self._device),  # filled there: no copy to wait for
             {view: drawn[view] for view in self._views},

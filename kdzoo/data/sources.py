@@ -1,7 +1,7 @@
 """Find a data set by name and load its labels and images, before any image is decoded."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -27,10 +27,16 @@ class Source:
     """A data set that is loaded and not yet decoded."""
 
     name: str
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # empty where images have no labels: those of its pictures are then all 0
     train: Pictures
     test: Pictures  # empty where the set has none
     key: str  # the folder of its decoded images; empty where all are in memory
+    test_names: tuple[str, ...] = ()  # of the classes of test images; empty where these have no labels
+
+    @property
+    def labelled(self) -> bool:
+        """Whether training images have labels."""
+        return bool(self.class_names)
 
     @property
     def superclasses(self) -> tuple[int, ...]:
@@ -63,16 +69,39 @@ class Source:
             )
         if isinstance(test, Files):
             test = replace(test, split="test")
-        return replace(self, train=self.train.take(kept), test=test)
+        return replace(self, train=self.train.take(kept), test=test, test_names=self.class_names)
+
+    def tested_on(self, other: "Source") -> "Source":
+        """Take the test images of another set, or all of its images where it has none for the test.
+
+        Raises:
+            UserError: one of them holds arrays and the other files, or its classes are others.
+        """
+        test, name = (other.test if len(other.test) else other.train), f"data.test={other.name}"
+        if isinstance(test, Files) is not isinstance(self.train, Files):
+            raise UserError(f"{name}: one of the sets is of image files and the other is not; expected the same kind")
+        if not other.class_names:
+            raise UserError(f"{name} has no labels, which are what it is there for; expected a set such as folder:PATH")
+        if isinstance(test, Files):
+            test = replace(test, split="test")
+        found = replace(self, test=test, test_names=other.class_names)
+        return found.naming(self.class_names) if self.class_names else found
+
+    def naming(self, names: Sequence[str]) -> "Source":
+        """Number the test images' classes as these names are numbered."""
+        places = np.array(places_of(self.test_names, names), np.int64)
+        return replace(self, test=replace(self.test, labels=places[self.test.labels]), test_names=tuple(names))
 
     def ordered(self, classes: str | None) -> "Source":
         """Bring the classes into another order, see ``kdzoo.data.classes``; None keeps the set's own."""
         if classes is None:
             return self
+        if not self.labelled:
+            return self  # whose names the teacher's outputs have
         names = in_order(self.class_names, classes)
         places = np.array([names.index(name) for name in self.class_names])
         train, test = (replace(split, labels=places[split.labels]) for split in (self.train, self.test))
-        return replace(self, class_names=names, train=train, test=test)
+        return replace(self, class_names=names, train=train, test=test, test_names=names)
 
     def limited(self, limit: int | None) -> "Source":
         """Keep ``limit`` training images, spread over the classes as in the whole set."""
@@ -81,6 +110,23 @@ class Source:
         if limit < 1:
             raise UserError(f"limit is {limit}; expected at least one training image")
         return replace(self, train=self.train.take(stratified(self.train.labels, limit)))
+
+
+def places_of(known: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Find the place of each class among the outputs of a network, by name; by number where no name is shared.
+
+    Raises:
+        UserError: some names are there and others are not, or without common names the numbers of classes differ.
+    """
+    lacking = [name for name in known if name not in wanted]
+    if not lacking:
+        return [list(wanted).index(name) for name in known]
+    if len(lacking) == len(known) == len(wanted):
+        return list(range(len(known)))
+    raise UserError(
+        f"data.test has {len(lacking)} classes that are none of the {len(wanted)} of the outputs, such as "
+        f"'{lacking[0]}'; name the outputs in a file, one name a line: data.classes=FILE"
+    )
 
 
 def stratified(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
@@ -133,6 +179,8 @@ def open_source(
     select: float = 0.0,
     reading: Reading = USUAL,
     choose: Callable[["Source"], "Source"] | None = None,
+    test: str | None = None,
+    complete: bool = True,
 ) -> Source:
     """Load the data set of this name with these options, see ``image_set`` and ``open_dataset``.
 
@@ -145,6 +193,8 @@ def open_source(
         select: the share of those left that is held out instead.
         reading: how image files are read.
         choose: selects images before any are held out.
+        test: another set, whose test images are taken in place of its own.
+        complete: whether there must be test images.
 
     Raises:
         UserError: as by ``image_set``, a set that gives something else than class names, images and labels, an order
@@ -156,13 +206,19 @@ def open_source(
         found = kind(*argument, **settings)
     with at_work(name, "load"):
         loaded = found.load(root)
-    class_names, train, test = checked(name, found, loaded, root, reading)
+    class_names, train, tested = checked(name, found, loaded, root, reading)
     key = ""
     if isinstance(train, Files):  # another set, or other options, may list other files of the same folder
-        what = f"{type(found).__module__} {settings} {classes} {val} {select} {reading} {choose is None} {train.root}"
+        what = f"{type(found).__module__} {settings} {classes} {val} {select} {reading} {choose is None} {train.root}{test or str()}"
         key = f"{train.root.name[:40]}-{blake2b(os.fsencode(what), digest_size=6).hexdigest()}"
-    source = Source(name, class_names, train, test, key)
+    source = Source(name, class_names, train, tested, key, class_names)
     source = source if choose is None else choose(source)
+    if test is not None:
+        other = open_source(test, root, reading=reading, test=None, val=0.0, complete=False)
+        source = source.ordered(classes).tested_on(other)
+        return source.holding_out(select, "data.select") if select else source
+    if not complete:
+        return source
     return source.holding_out(val, "data.val").holding_out(select, "data.select").ordered(classes)
 
 

@@ -1,5 +1,6 @@
 """Make the targets of cross-entropy: labels smoothed, and mixed together with their images."""
 
+import torch
 from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
 
@@ -25,10 +26,15 @@ class Targets:
             else None
         )
 
-    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Mix images (B, 3, H, W) in place if the protocol mixes, and return them with their targets (B, K)."""
+    def __call__(self, images: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Mix images (B, 3, H, W) in place if the protocol mixes, and return them with their targets (B, K), if any."""
         if self.mixup is not None:
             with globally_seeded(seed):
-                return self.mixup(images, labels)
+                images, targets = self.mixup(
+                    images, images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
+                )
+            return images, None if labels is None else targets
+        if labels is None:
+            return images, None
         off = self.smoothing / self.num_classes
         return images, one_hot(labels, self.num_classes, on_value=1.0 - self.smoothing + off, off_value=off)

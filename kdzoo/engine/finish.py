@@ -15,7 +15,7 @@ from kdzoo.distillation import Distillation
 from kdzoo.engine import cost
 from kdzoo.engine.faults import check_finite
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.measure import Answers, evaluate, joined
+from kdzoo.engine.measure import Answers, Likeness, compare, evaluate, joined
 from kdzoo.engine.passes import Teacher
 from kdzoo.files import digest, write_text
 from kdzoo.naming import names_of
@@ -65,14 +65,34 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None, costs: dict[st
         ship=settings.output.ship,
         image_size=dataset.spec.image_size,
         file_bytes=lane.folder.student.stat().st_size if lane.ranks.first else None,
+        measured=measured(dataset, shipped),
+        **likeness(shipped, lane, dataset, teacher)._asdict(),
         **cost_of(shipped, lane, dataset, costs)._asdict(),
     )
     lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
-    lane.ranks.once(write_predictions, lane, shipped, dataset, teacher)
+    if dataset.spec.num_classes:  # else nothing is taken for a class
+        lane.ranks.once(write_predictions, lane, shipped, dataset, teacher)
     lane.loggers.finish(history, result)  # before the run counts as finished: a kill in between is made up for
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result
+
+
+def measured(dataset: Dataset, shipped: nn.Module) -> str:
+    """Name what the student's top-1 is a share of, see ``kdzoo.store.result.MEASURED``."""
+    has_classifier = getattr(shipped, "has_classifier", True)
+    if dataset.is_judged:
+        return "accuracy" if has_classifier else "knn"
+    return "agreement" if has_classifier else "neighbours"
+
+
+def likeness(shipped: nn.Module, lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Likeness:
+    """Measure what accuracy does not say of a student that learned without labels, or without a classifier."""
+    if dataset.is_labelled and measured(dataset, shipped) == "accuracy":
+        return Likeness()
+    settings = lane.run.settings
+    network = None if teacher is None else teacher.network
+    return compare(shipped, network, dataset, settings.engine.precision, settings.protocol.test_crop)
 
 
 def facts_of(shipped: nn.Module, distillation: Distillation) -> dict[str, Any]:

@@ -4,18 +4,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdzoo.data import Dataset
 from kdzoo.distiller import DataSpec
+from kdzoo.engine import neighbours
 from kdzoo.engine.memory import check_reserve
 from kdzoo.errors import UserError
+from kdzoo.outputs import Output
 from kdzoo.precision import PRECISIONS, autocast
 
 
 class Answers(NamedTuple):
     """What a network takes test images for, on their device."""
 
-    labels: Tensor  # (N,) int64, the true classes
+    labels: Tensor  # (N,) int64, the right answers
     classes: Tensor  # (N,) int64, those of the highest logits
     confidence: Tensor  # (N,) float32, their probabilities
 
@@ -28,9 +31,11 @@ def evaluate(
     batch_size: int | None = None,
     answers: list[Answers] | None = None,
 ) -> tuple[float, float]:
-    """Measure top-1 and top-5 accuracy on the test set, in percent; top-5 is top-K where there are fewer classes.
+    """Measure the share of test images whose first answer is right, and that of those with one right of five: percents.
 
-    The device is waited for once, at the end.
+    A network answers with classes, and right is the image's label or, where test images have none, the teacher's
+    answer; of fewer than five classes all count. A network without a classifier answers by the nearest embeddings: with
+    the classes of labelled images, or with the test images that lie nearest. The device is waited for once, at the end.
 
     Args:
         network: shows an ``Output`` of the images (B, 3, H, W).
@@ -46,24 +51,99 @@ def evaluate(
     best = min(5, dataset.spec.num_classes)
     hits = torch.zeros(2, device=dataset.device, dtype=torch.int64)
     count = 0
+    embedded: list[tuple[Tensor, Tensor]] = []
+
+    def note(labels: Tensor, classes: Tensor, confidence: Tensor) -> None:
+        nonlocal count
+        if answers is not None:
+            answers.append(Answers(labels, classes[:, 0], confidence))
+        found = classes == labels[:, None]
+        hits.add_(torch.stack([found[:, 0].sum(), found.sum()]))
+        count += len(labels)
+
     with torch.inference_mode():
         for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
-            with autocast(images.device.type, PRECISIONS[precision]):
-                logits = getattr(network(images), "logits", None)
-            expected = len(images), dataset.spec.num_classes
-            if not isinstance(logits, Tensor) or logits.shape != expected:
-                given = "no logits" if not isinstance(logits, Tensor) else f"logits of shape {tuple(logits.shape)}"
-                raise UserError(f"{type(network).__name__} shows {given}; expected an Output with logits {expected}")
-            classes = logits.topk(best).indices
-            if answers is not None:
-                confidence = logits.float().softmax(dim=1).gather(1, classes[:, :1])
-                answers.append(Answers(labels, classes[:, 0], confidence[:, 0]))
-            found = classes == labels[:, None]
-            hits += torch.stack([found[:, 0].sum(), found.sum()])
-            count += len(labels)
+            output = shown(network, images, precision, dataset.spec.num_classes)
+            if not output.logits.shape[1]:
+                embedded.append((output.embedding, labels))
+                continue
+            classes = output.logits.topk(best).indices
+            note(labels, classes, output.logits.float().softmax(dim=1).gather(1, classes[:, :1])[:, 0])
+        if embedded:
+            rows, labels = (torch.cat(parts) for parts in zip(*embedded, strict=True))
+            if dataset.is_judged:
+                known = reference(network, dataset, precision, test_crop) if dataset.is_labelled else (rows, labels)
+                kinds = len(dataset.named)
+                note(labels, *neighbours.vote(rows, *known, kinds, min(5, kinds), own=not dataset.is_labelled))
+            else:
+                note(labels, *neighbours.nearest(rows, 5))
     network.train(training)
     top1, top5 = (100 * hit / count for hit in hits.tolist())  # Apple's GPUs have no float64
     return top1, top5
+
+
+def shown(network: nn.Module, images: Tensor, precision: str, classes: int) -> Output:
+    """Show images to a network.
+
+    Raises:
+        UserError: it gives something else than an ``Output`` with a logit for each class, or with none at all.
+    """
+    with autocast(images.device.type, PRECISIONS[precision]):
+        output = network(images)
+    logits, expected = getattr(output, "logits", None), (len(images), classes)
+    if not isinstance(logits, Tensor) or logits.shape not in (expected, (len(images), 0)):
+        given = "no logits" if not isinstance(logits, Tensor) else f"logits of shape {tuple(logits.shape)}"
+        raise UserError(f"{type(network).__name__} shows {given}; expected an Output with logits {expected}")
+    return output
+
+
+def reference(network: nn.Module, dataset: Dataset, precision: str, test_crop: float) -> tuple[Tensor, Tensor]:
+    """Embed labelled training images, without augmentation: (M, D), and their classes (M,)."""
+    found = [
+        (shown(network, images, precision, dataset.spec.num_classes).embedding, labels)
+        for images, labels in dataset.sample("train", neighbours.REFERENCE, test_rows(dataset.spec), test_crop)
+    ]
+    rows, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return rows, labels
+
+
+class Likeness(NamedTuple):
+    """How much a student is like its teacher on test images, and what its embedding is worth; None: not measured."""
+
+    agreement: float | None = None  # percent of the images that both take for the same class
+    kl: float | None = None  # mean divergence of the student's probabilities from the teacher's, in nats
+    knn: float | None = None  # top-1 in percent, by the nearest neighbours of the embedding
+    probe: float | None = None  # top-1 in percent, of a linear classifier of the embedding
+
+
+def compare(
+    student: nn.Module, teacher: nn.Module | None, dataset: Dataset, precision: str, test_crop: float
+) -> Likeness:
+    """Measure what a student took over from its teacher, by one pass of both over the test images."""
+    student.eval()
+    alike, divergence, count = 0, 0.0, 0
+    embedded: list[tuple[Tensor, Tensor]] = []
+    compares = teacher is not None
+    with torch.inference_mode():
+        for images, labels in dataset.test_batches(test_rows(dataset.spec), test_crop=test_crop):
+            ours = shown(student, images, precision, dataset.spec.num_classes)
+            embedded.append((ours.embedding.float(), labels))
+            if teacher is not None:
+                theirs = shown(teacher, images, precision, dataset.spec.num_classes)
+                compares = compares and ours.logits.shape[1] > 0 < theirs.logits.shape[1]
+                if compares:
+                    alike += int((ours.logits.argmax(1) == theirs.logits.argmax(1)).sum())
+                    p, q = (output.logits.float().log_softmax(1) for output in (theirs, ours))
+                    divergence += float(F.kl_div(q, p, reduction="sum", log_target=True))
+            count += len(images)
+        found = Likeness(100 * alike / count, divergence / count) if compares else Likeness()
+        if not dataset.is_judged:
+            return found
+        rows, labels = (torch.cat(parts) for parts in zip(*embedded, strict=True))
+        known = reference(student, dataset, precision, test_crop) if dataset.is_labelled else None
+        classes, _ = neighbours.vote(rows, *(known or (rows, labels)), len(dataset.named), 1, known is None)
+    knn = 100 * float((classes[:, 0] == labels).float().mean())
+    return found._replace(knn=knn, probe=neighbours.probe(rows, labels, *(known or ())))
 
 
 def joined(answers: list[Answers]) -> Answers:

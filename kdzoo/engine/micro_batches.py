@@ -14,7 +14,7 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """Cut a batch into ``count`` equal ones that share its memory; ``count`` divides the rows, and none are mixed."""
     if count == 1:
         return [batch]
-    rows = len(batch.labels) // count
+    rows = len(batch.images) // count
 
     def cut(tensor: Tensor, number: int) -> Tensor:
         return tensor[number * rows : (number + 1) * rows] if tensor.ndim else tensor

@@ -17,7 +17,7 @@ class Teacher:
     """A frozen network on its device, and what it reaches."""
 
     network: Network
-    top1: float  # in percent, on the test set
+    top1: float | None  # in percent, on the test set; None where it has no labels
     classes: Tensor | None = None  # (N,) what it takes the test images for
     each: tuple[float, ...] = ()  # of several networks that answer together: what each reaches alone
 

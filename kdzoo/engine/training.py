@@ -28,7 +28,7 @@ from kdzoo.precision import PRECISIONS
 from kdzoo.process_state import unchanged
 from kdzoo.randomness import seed_of
 from kdzoo.resolve import changed_files
-from kdzoo.settings import Run, Settings, StudentSettings
+from kdzoo.settings import NetworkSettings, Run, Settings, StudentSettings
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.loggers import Loggers
 from kdzoo.store.result import Result
@@ -36,11 +36,18 @@ from kdzoo.store.result import Result
 Outcome = Result | UserError | None  # of a run: its result, why it failed, or neither where it stopped on the way
 
 
+def is_headless(wanted: NetworkSettings) -> bool:
+    """Tell whether a network has no classifier: it is to have none, or its published weights have none."""
+    return not wanted.classifier or (wanted.pretrained and models.pretrained_classes(wanted.name) == 0)
+
+
 def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> models.Network:
     """Make a network with the weights it starts from.
 
     Without ``fetch`` a pretrained network is only made to fit its weights, as in ``models.create``.
     """
+    if is_headless(wanted):
+        spec = spec._replace(num_classes=0)
     if wanted.weights:
         return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, role="student", **wanted.making())
     return models.create(wanted.name, spec, pretrained=wanted.pretrained, fetch=fetch, **wanted.making())
@@ -57,6 +64,8 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     """
     (settings, place), labels = run, dataset.spec.labels.clone()  # which a method may keep, and write to
     spec = dataset.spec._replace(labels=labels)
+    if teacher is not None and not teacher.network.has_classifier:
+        spec = spec._replace(num_classes=0)  # there is no classifier to learn from
     torch.manual_seed(seed_of(settings.seed, "student"))
     student = network_of(settings.student, spec, fetch)
     precision = PRECISIONS[settings.engine.precision]
@@ -72,7 +81,9 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     network = None if teacher is None else teacher.network
     if isinstance(network, models.Ensemble) and network.turns and distiller.is_active and distiller.needs.teacher:
         distiller = Turns(make, network)
-    distillation = Distillation(student, network, distiller, data=spec, precision=precision, passes=teacher)
+    distillation = Distillation(
+        student, network, distiller, data=spec, labelled=dataset.is_labelled, precision=precision, passes=teacher
+    )
     if teacher is not None and distiller.needs.teacher:
         teacher.show |= distiller.needs.show("teacher")
     if place.engine.checkpoint_activations:

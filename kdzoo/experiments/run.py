@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,7 +26,7 @@ from kdzoo.files import path_of, read_text
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, several, stored
 from kdzoo.settings import EnginePlace, Run
-from kdzoo.store import checkpoint
+from kdzoo.store import checkpoint, predictions
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 from kdzoo.store.loggers import check_installed
@@ -185,12 +186,16 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
             return train_one(run, dataset, teacher, progress, ranks)
 
 
-def open_data(run: Run, device: torch.device, progress: Progress) -> data.Dataset:
-    """Open the data set of a run, at the size that its protocol asks for."""
+def open_data(run: Run, device: torch.device, progress: Progress, finished: RunFolder | None = None) -> data.Dataset:
+    """Open the data set of a run, at the size that its protocol asks for.
+
+    Where it has no labels, the teacher says what outputs stand for, or the folder of a ``finished`` run, which has the
+    teacher's answers for test images too.
+    """
     wanted = run.settings.data
     with progress.doing(f"opening {wanted.name}") as report:
         check_reserve()
-        return data.open_dataset(
+        dataset = data.open_dataset(
             **wanted.opening(),
             root=run.place.data.root,
             image_size=run.settings.protocol.image_size,
@@ -198,6 +203,13 @@ def open_data(run: Run, device: torch.device, progress: Progress) -> data.Datase
             report=report,
             workers=run.place.data.workers,
         )
+        if not dataset.is_labelled:
+            dataset.name_outputs(teachers.output_names(run) if finished is None else finished.read_classes())
+        if finished is not None and not dataset.is_judged:
+            answers = predictions.read(finished.predictions, max(dataset.spec.num_classes, dataset.test_size)).labels
+            if len(answers) == dataset.test_size:
+                dataset.answered_by(answers.astype(np.int64))
+        return dataset
 
 
 @out_of_memory_told(lambda: "measuring a run again")
@@ -213,7 +225,7 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
         run = here.place(folder)
         settings = run.settings
         with folder.home():
-            dataset = open_data(run, use(run.place), progress)
+            dataset = open_data(run, use(run.place), progress, folder)
             compare_data(run, folder, dataset, progress)
             deployed = shipped_of(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from kdzoo import models
 from kdzoo.data import Dataset
+from kdzoo.data.classes import listed
+from kdzoo.distiller import DataSpec
 from kdzoo.engine.measure import Answers, evaluate, joined
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import network_of, train_one
+from kdzoo.engine.training import is_headless, network_of, train_one
 from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order
-from kdzoo.files import cache_folder
+from kdzoo.files import cache_folder, path_of, read_text
+from kdzoo.models.weight_files import find_file
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.resolve import resolve
@@ -41,9 +44,53 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
     Raises:
         UserError: its weights are missing or do not fit, or it is hardly better than chance.
     """
+    if not dataset.is_labelled and (trainings := lacking(run, dataset)):
+        raise UserError(
+            f"data {dataset.spec.name} have no labels to train teacher {trainings[0].settings.student.name} on; give "
+            "--teacher-weights FILE, or teacher.pretrained=true"
+        )
     kept = [None] if made is None else [replace(made, teacher=part) for part in made.teacher.parts]
     each = [_obtained(part, dataset, progress, then) for part, then in zip(alone(run), cycle(kept), strict=False)]
-    return each[0] if len(each) == 1 else _together(run, each, dataset, progress)
+    if len(each) > 1 and not all(teacher.network.has_classifier for teacher in each):
+        raise UserError("several teachers answer together only where each has a classifier; give one teacher")
+    found = each[0] if len(each) == 1 else _together(run, each, dataset, progress)
+    if not dataset.is_judged and found.classes is not None:
+        dataset.answered_by(found.classes.numpy())
+    return found
+
+
+def output_names(run: Run) -> tuple[str, ...]:
+    """Find out what the outputs of a run's networks stand for, where its data have no labels: by its teacher.
+
+    Returns:
+        A name for each output; none where the teacher has no classifier.
+
+    Raises:
+        UserError: there is no teacher, or nothing tells how many outputs it has.
+    """
+    data, wanted = run.settings.data, run.settings.teacher
+    if wanted.name is None:
+        raise UserError(f"data {data.name} have no labels, and no teacher is named to learn from; pass --teacher NAME")
+    if is_headless(wanted):
+        return ()
+    if data.classes is not None:
+        return listed(data.classes)
+    if wanted.weights:
+        file = find_file(path_of(wanted.weights))
+        kept = file.with_name("classes.txt")
+        if kept.is_file() and models.written_facts(file):
+            return tuple(read_text(kept).splitlines())
+        size = run.settings.protocol.image_size or wanted.image_size or models.written_facts(file).get("image_size")
+        spec = DataSpec(data.name, 2, (), size or 224, torch.zeros(0, dtype=torch.int64))
+        count = models.classes_in(wanted.name, spec, file, **wanted.making())
+    elif wanted.pretrained:
+        count = models.pretrained_classes(wanted.name) or 0
+    else:
+        raise UserError(
+            f"data {data.name} have no labels to train teacher {wanted.name} on; give --teacher-weights FILE, or "
+            "teacher.pretrained=true"
+        )
+    return tuple(f"class {number}" for number in range(count))
 
 
 def alone(run: Run) -> list[Run]:
@@ -78,8 +125,9 @@ def _together(run: Run, each: Sequence[Teacher], dataset: Dataset, progress: Pro
         counts = ", ".join(f"{one.name} {share:.2f}" for one, share in zip(networks, shares.tolist(), strict=True))
         progress.say(f"learned weights of the teachers: {counts}")
     top1, answers = _measured(run, network, dataset, progress)
-    progress.say(f"{len(each)} teachers together: top-1 {top1:.2f} % on {dataset.spec.name}")
-    return Teacher(network, top1, answers.classes, tuple(teacher.top1 for teacher in each))
+    if top1 is not None:
+        progress.say(f"{len(each)} teachers together: top-1 {top1:.2f} % on {dataset.spec.name}")
+    return Teacher(network, top1, answers.classes, tuple(one.top1 for one in each if one.top1 is not None))
 
 
 def _logits(network: models.Network, images: Tensor, precision: str) -> Tensor:
@@ -87,13 +135,13 @@ def _logits(network: models.Network, images: Tensor, precision: str) -> Tensor:
         return network(images).logits
 
 
-def _measured(run: Run, network: models.Network, dataset: Dataset, progress: Progress) -> tuple[float, Answers]:
-    """Measure a teacher's top-1 in percent, and what it takes the test images for, on the CPU."""
+def _measured(run: Run, network: models.Network, dataset: Dataset, progress: Progress) -> tuple[float | None, Answers]:
+    """Measure a teacher's top-1 in percent, None without labels, and find its answers for test images, on the CPU."""
     with progress.doing(f"measuring teacher {network.name} on {dataset.spec.name}"):
         answers: list[Answers] = []
         precision, test_crop = run.settings.engine.precision, run.settings.protocol.test_crop
         top1, _ = evaluate(network, dataset, precision, test_crop, answers=answers)
-        return top1, joined(answers)
+        return top1 if dataset.is_judged else None, joined(answers)
 
 
 def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | None) -> Teacher:
@@ -111,7 +159,11 @@ def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | N
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     top1, (labels, classes, _) = _measured(run, network, dataset, progress)
-    progress.say(f"teacher {wanted.name}: top-1 {top1:.2f} % on {spec.name}, reads {network.reads}  ({network.origin})")
+    how = "top-1" if network.has_classifier else "top-1 by nearest neighbours"
+    reached = f"answers for {len(labels)} test images" if top1 is None else f"{how} {top1:.2f} %"
+    progress.say(f"teacher {wanted.name}: {reached} on {spec.name}, reads {network.reads}  ({network.origin})")
+    if top1 is None or not spec.num_classes:
+        return Teacher(network, top1, classes)
     confusion = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64)
     confusion.index_put_((labels, classes), torch.ones_like(labels), accumulate=True)
     check_order(wanted.name, spec.class_names, confusion.numpy())
@@ -215,7 +267,7 @@ def is_published(run: Run, dataset: Dataset) -> bool:
     wanted = run.settings.teacher
     assert wanted.name is not None
     classes = models.pretrained_classes(wanted.name) if wanted.pretrained and not wanted.finetune else None
-    return classes == dataset.spec.num_classes
+    return classes is not None and classes in (0, dataset.spec.num_classes)
 
 
 def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network:
@@ -236,4 +288,5 @@ def given(run: Run, dataset: Dataset, file: str | Path) -> models.Network:
     """Make the teacher's network with the weights of a file."""
     wanted = run.settings.teacher
     assert wanted.name is not None
-    return models.load_given(wanted.name, dataset.spec, file, role="teacher", **wanted.making())
+    spec = dataset.spec._replace(num_classes=0) if is_headless(wanted) else dataset.spec
+    return models.load_given(wanted.name, spec, file, role="teacher", **wanted.making())

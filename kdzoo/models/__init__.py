@@ -8,7 +8,7 @@ from kdzoo.models.cast import cast_weights
 from kdzoo.models.ensemble import Ensemble, combined, learned_shares
 from kdzoo.models.fold import fold_norms
 from kdzoo.models.frozen_copy import frozen
-from kdzoo.models.given import load_given, written_facts
+from kdzoo.models.given import classes_in, load_given, written_facts
 from kdzoo.models.names import short_names
 from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.shapes import output_of, shapes_of
@@ -22,6 +22,7 @@ __all__ = [
     "Student",
     "cast_weights",
     "check_name",
+    "classes_in",
     "combined",
     "create",
     "describe",

@@ -53,7 +53,7 @@ def create(
     Args:
         name: a short name, any timm name, ``timm/NAME``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH``,
             ``torchvision:NAME``, or ``package.module:factory``, called as ``factory(num_classes=K, **options)``.
-        data: classes, image size, and channel statistics.
+        data: classes (0: a network without a classifier), image size, and channel statistics.
         pretrained: whether to start from the published weights of timm or torchvision, or from those of the hub's or
             local folder, with their normalisation. torchvision's are its default ones, or those of ``weights=NAME``.
         fetch: whether to download the pretrained weights. False builds the same architecture without them, to load a
@@ -194,6 +194,8 @@ def _from_torchvision(
     taps: Sequence[str] | None,
     options: dict[str, Any],
 ) -> Network:
+    if not data.num_classes:
+        raise UserError(f"'{name}' cannot be made without a classifier here; take a network of timm's, or your own")
     which = options.pop("weights", "DEFAULT")
     weights = _torchvision_weights(name, member, which) if pretrained else None
     facts = weights.transforms() if weights else None
@@ -294,6 +296,7 @@ def _fitted(
                 resize=resize or fixed,
                 taps=taps,
                 adapted=[*adapted, f"images resized to {side} inside"] if resize else adapted,
+                classifier=data.num_classes > 0,
             )
             if _usable(network.shapes(), data.num_classes, 1 if exact else min(2, side // 16) or 1):
                 return network

@@ -109,6 +109,10 @@ class Ensemble(Network):
         return next(filter(None, (network.stageless for network in self.showing)), "")
 
     @property
+    def has_classifier(self) -> bool:  # type: ignore[override]
+        return self.one.has_classifier
+
+    @property
     def image_size(self) -> int:  # type: ignore[override]
         return self.one.image_size
 

@@ -19,7 +19,7 @@ from kdzoo.models.adapt import SMALL
 from kdzoo.models.by_name import create, pretrained_classes
 from kdzoo.models.network import Network
 from kdzoo.models.weight_files import find_file
-from kdzoo.models.weights import load_weights
+from kdzoo.models.weights import head_rows, load_weights
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Facts:
     mean: tuple[float, ...] | None = setting(None, "Mean of each colour", each, between, -1e6, 1e6)
     std: tuple[float, ...] | None = setting(None, "Standard deviation of each colour", each, positive)
     adapted: tuple[str, ...] | None = None  # what of the network was changed to suit the image size
+    classifier: bool = True  # whether it ends in one
     teacher: dict[str, Any] | None = None  # shapes of the teacher's outputs, where more than the student is shipped
 
 
@@ -67,6 +68,9 @@ def load_given(
     """
     path = find_file(Path(file))
     written = written_facts(path)
+    if not written.get("classifier", True):
+        data = data._replace(num_classes=0)
+    drop_head = drop_head or not data.num_classes
     own = {key: written.get(key) for key in ("image_size", "mean", "std")}
     asked = {"image_size": image_size, "mean": mean, "std": std}
     options |= {key: own[key] if value is None else value for key, value in asked.items()}
@@ -98,6 +102,22 @@ def load_given(
             except UserError as error:
                 refused.append(error)
     raise [*refused, *others][0]
+
+
+def classes_in(name: str, data: DataSpec, file: str | Path, **making: Any) -> int:
+    """Count the classes of a network by the file of its weights.
+
+    Args:
+        name: as in ``create``.
+        data: the same; its number of classes is not read.
+        file: the weights.
+        making: keywords of ``load_given``.
+
+    Raises:
+        UserError: the weights cannot be read, are of another network, or hold no classifier.
+    """
+    network = load_given(name, data._replace(num_classes=2), file, drop_head=True, role="teacher", **making)
+    return head_rows(network, file)
 
 
 def written_facts(file: Path) -> Mapping[str, Any]:

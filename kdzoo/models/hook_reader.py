@@ -103,6 +103,7 @@ class HookReader:
         body: images -> logits (B, K), in evaluation mode.
         images: a probe, (B, 3, H, W), normalised.
         taps: names of four submodules, shallow to deep; None to find them.
+        classifier: whether the body ends in one; else it returns the embedding.
 
     Raises:
         UserError: an unknown name, or an output that is no map.
@@ -111,14 +112,14 @@ class HookReader:
 
     trunk = "forward"
 
-    def __init__(self, body: nn.Module, images: Tensor, taps: Sequence[str] | None = None):
-        calls, self.classifier, embedding = _probe(body, images)
+    def __init__(self, body: nn.Module, images: Tensor, taps: Sequence[str] | None = None, classifier: bool = True):
+        calls, self.classifier, embedding = _probe(body, images, classifier)
         if taps is None:
             chosen = find_taps(calls)
             _check_stages(body, images, calls, chosen)
         else:
             chosen = [_named(body, calls, name) for name in taps]
-        if not chosen and self.classifier is None:
+        if not chosen and self.classifier is None and classifier:
             raise CannotRead("its logits are not made by a linear layer")
         self.names = tuple(call.name for call in chosen)
         self._layouts = [call.layout for call in chosen]
@@ -141,7 +142,8 @@ class HookReader:
         """
         logits, embedding = self.tail(body, body(images))
         maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
-        embedding = maps[-1].mean((2, 3)) if embedding is None else embedding
+        embedding = maps[-1].mean((2, 3)) if embedding is None and maps else embedding
+        embedding = logits if embedding is None else embedding
         final = None if self._final_layout is None else as_map(self._final.take(), self._final_layout)
         return Output(logits, embedding, maps if features else (), final=final)
 
@@ -174,7 +176,7 @@ def _averaged(calls: Sequence[ModuleCall], embedding: Tensor | None) -> ModuleCa
     return max(reversed(means), key=lambda call: call.layout.height * call.layout.width, default=None)
 
 
-def _probe(body: nn.Module, images: Tensor) -> tuple[list[ModuleCall], str | None, Tensor | None]:
+def _probe(body: nn.Module, images: Tensor, classifier: bool) -> tuple[list[ModuleCall], str | None, Tensor | None]:
     """The calls that gave maps, in order; the name of the linear layer that gave the logits, and what it read."""
     calls: list[ModuleCall] = []
     linear: list[tuple[str, Tensor, Tensor]] = []
@@ -202,6 +204,8 @@ def _probe(body: nn.Module, images: Tensor) -> tuple[list[ModuleCall], str | Non
             f"{type(body).__name__} returns {got}, expected logits of shape (batch, classes), alone, as the first of a "
             "tuple or as .logits; wrap it in a module that returns them"
         )
+    if not classifier:
+        return calls, None, None
     if (logits >= 0).all() and logits.sum(dim=1).sub(1).abs().max() < 1e-4:
         raise UserError(
             f"{type(body).__name__} ends in a softmax: what it returns is positive and sums to 1, and logits are "

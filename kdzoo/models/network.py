@@ -39,6 +39,7 @@ class Network(nn.Module):
         taps: submodules whose outputs are the features, shallow to deep; None to find four, and none to show none.
         adapted: sentences about what was changed to suit the image size.
         stageless: why no features are shown, where ``taps`` are none.
+        classifier: whether the body ends in one; else what it returns is the embedding (B, D), and logits are (B, 0).
     """
 
     mean: Tensor
@@ -57,8 +58,10 @@ class Network(nn.Module):
         taps: Sequence[str] | None = None,
         adapted: Sequence[str] = (),
         stageless: str = "",
+        classifier: bool = True,
     ):
         super().__init__()
+        self.has_classifier = classifier
         self.name, self.image_size, self.adapted, self.stageless = name, image_size, tuple(adapted), stageless
         self.origin = "weights drawn at random"  # a line about where its weights come from
         self.body = body
@@ -69,7 +72,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("luma", torch.tensor(LUMA).view(1, -1, 1, 1), persistent=False)
         with _undisturbed(self):
-            self._reader = _reader(body, self._probe(), taps)
+            self._reader = _reader(body, self._probe(), taps, classifier)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
         self._stages: Stages | None = None  # found when first asked for
 
@@ -88,7 +91,11 @@ class Network(nn.Module):
             raise UserError(f"'{self.name}' gives no row of logits for each of {len(images)} images in {kind} mode")
         if show.preactivations:
             output = output._replace(preactivations=self._before.take(output.features))
-        return output.only(show).float()
+        return self._named(output).only(show).float()
+
+    def _named(self, output: Output) -> Output:
+        """Take what a body without a classifier returns for the embedding."""
+        return output if self.has_classifier else output._replace(logits=output.logits[:, :0], embedding=output.logits)
 
     def classify(self, means: Tensor) -> Tensor:
         """Classify means (M, D') over parts of the final map as the network classifies the mean of all: logits (M, K).
@@ -123,7 +130,7 @@ class Network(nn.Module):
 
     def run_tail(self, maps: Tensor, prefix: Tensor | None = None) -> Output:
         """Compute logits and embedding of the last stage's maps, of this network or of another."""
-        return self._stages_for(maps).tail(self.body, self._reader, maps, prefix).float()
+        return self._named(self._stages_for(maps).tail(self.body, self._reader, maps, prefix)).float()
 
     @property
     def classifier(self) -> nn.Linear | None:
@@ -147,7 +154,8 @@ class Network(nn.Module):
         """Describe what its weights must be read with: size, mean, standard deviation, and what of it was adapted."""
         adapted = [change for change in self.adapted if not change.startswith("images resized")]  # not of the network
         mean, std = (part.flatten().tolist() for part in (self.mean, self.std))
-        return {"image_size": self.image_size, "mean": mean, "std": std, "adapted": adapted}
+        facts = {"image_size": self.image_size, "mean": mean, "std": std, "adapted": adapted}
+        return facts if self.has_classifier else {**facts, "classifier": False}
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of storing them: less memory, more work.
@@ -169,7 +177,7 @@ class Network(nn.Module):
     def shapes(self) -> Output:
         """Return the network's outputs for two images on the meta device: shapes without data."""
         with _undisturbed(self):
-            seen = self._reader.read(self.body, self._probe(), True)
+            seen = self._named(self._reader.read(self.body, self._probe(), True))
         features = tuple(f.to("meta") for f in seen.features)
         before = features if self._before.known else ()  # each has its feature's shape
         final = None if seen.final is None else seen.final.to("meta")
@@ -221,7 +229,7 @@ def wrap(
     Args:
         module: the network.
         image_size: side in pixels of what it reads; images of other sizes are resized inside.
-        num_classes: K.
+        num_classes: K; 0: the module has no classifier, and returns an embedding (B, D).
         taps: names of four submodules, shallow to deep, whose outputs are the features; None to find them. Where none
             are found the network shows no features, which methods of logits do not need.
             Maps may be (B, C, H, W), (B, H, W, C) or tokens (B, N, C) of a square grid after prefix tokens.
@@ -238,10 +246,21 @@ def wrap(
         raise UserError(f"taps of '{name}' are {len(taps)} names, expected four, from shallow to deep")
     try:
         try:
-            network = Network(module, name=name, image_size=image_size, mean=mean, std=std, taps=taps)
+            network = Network(
+                module, name=name, image_size=image_size, mean=mean, std=std, taps=taps, classifier=num_classes > 0
+            )
         except CannotRead as error:
             why = str(error)
-            network = Network(module, name=name, image_size=image_size, mean=mean, std=std, taps=(), stageless=why)
+            network = Network(
+                module,
+                name=name,
+                image_size=image_size,
+                mean=mean,
+                std=std,
+                taps=(),
+                stageless=why,
+                classifier=num_classes > 0,
+            )
     except CannotRead as error:
         raise UserError(
             f"'{name}' has neither four stages ({why}) nor an embedding ({error}); pass taps=[...], the names of four "
@@ -271,7 +290,7 @@ def describe(network: Network) -> dict[str, Any]:
     }
 
 
-def _reader(body: nn.Module, images: Tensor, taps: Sequence[str] | None) -> TimmReader | HookReader:
+def _reader(body: nn.Module, images: Tensor, taps: Sequence[str] | None, classifier: bool) -> TimmReader | HookReader:
     if taps is None and speaks_timm(body):
         try:
             reader = TimmReader(body, images)
@@ -280,7 +299,7 @@ def _reader(body: nn.Module, images: Tensor, taps: Sequence[str] | None) -> Timm
         except FAILURES as error:  # hooks read what the interface does not show
             if is_shortage(error):  # another reader would show other features
                 raise
-    return HookReader(body, images, taps)
+    return HookReader(body, images, taps, classifier)
 
 
 @contextmanager

@@ -30,10 +30,10 @@ def output_of(shapes: Mapping[str, Any]) -> Output:
         UserError: they are no such shapes.
     """
 
-    def tensor(name: str, sides: Any, count: int) -> torch.Tensor:
+    def tensor(name: str, sides: Any, count: int, least: int = 1) -> torch.Tensor:
         if not isinstance(sides, list) or len(sides) != count or not all(type(side) is int for side in sides):
             raise UserError(f"shape of {name}={sides}: expected {count} numbers")
-        return torch.empty([between(1, LARGEST, **{name: side}) for side in sides], device="meta")
+        return torch.empty([between(least, LARGEST, **{name: side}) for side in sides], device="meta")
 
     maps = shapes.get("features")
     if not isinstance(maps, list) or len(maps) not in (0, STAGES):
@@ -41,5 +41,5 @@ def output_of(shapes: Mapping[str, Any]) -> Output:
     features = tuple(tensor("features", sides, 4) for sides in maps)
     final = None if shapes.get("final") is None else tensor("final", shapes["final"], 4)
     before = features if shapes.get("preactivations") else ()
-    logits, embedding = (tensor(name, shapes.get(name), 2) for name in ("logits", "embedding"))
+    logits, embedding = (tensor(name, shapes.get(name), 2, least) for name, least in (("logits", 0), ("embedding", 1)))
     return Output(logits, embedding, features, before, final)

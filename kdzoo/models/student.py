@@ -18,7 +18,7 @@ class Student(nn.Module):
 
     Attributes:
         network: images (B, 3, S, S) in [0, 1] -> an ``Output``, without any of that cutting.
-        classes: (K,) the name of the class that each logit stands for.
+        classes: (K,) the name of the class that each logit stands for; none where it has no classifier.
         image_size: S, side in pixels of the images that the run gave it.
         test_crop: share of the resized side that the crop keeps.
     """
@@ -30,7 +30,7 @@ class Student(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits (B, K).
+        """Compute logits (B, K), or the embedding (B, D) where the network has no classifier.
 
         Args:
             images: (B, 3, H, W), uint8 or float in [0, 1].
@@ -44,7 +44,8 @@ class Student(nn.Module):
             images = images.to(torch.get_default_dtype()) / 255
         elif not images.is_floating_point():
             raise UserError(f"images are {images.dtype}; expected torch.uint8, or floats from 0 to 1")
-        return self.network(self.cut(images)).logits
+        output = self.network(self.cut(images))
+        return output.logits if output.logits.shape[1] else output.embedding
 
     def cut(self, images: Tensor) -> Tensor:
         """Resize images (B, 3, H, W) and cut out their centre: (B, 3, S, S)."""

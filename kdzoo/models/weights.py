@@ -61,6 +61,45 @@ def load_weights(
         UserError: no such file, no weights in it, or weights of another network.
     """
     path = find_file(Path(file))
+    chosen, tensors = _chosen(network, path, drop_head, role)
+    body = _bare(network)
+    expected = body.state_dict()
+    head = _head(network, body) if drop_head else ""
+    _check_kind(path, chosen.state, expected)
+    stem = _hidden_stem(network)
+    if stem and not written_by_kdzoo(path):
+        raise UserError(
+            f"'{path}' was made with another stem than {_name(network, body)} has here ({stem}): the shapes agree, and "
+            "the outputs would not; make the network for the image size of the weights (image_size=224)"
+        )
+    # What is not in the file, counters and a head that is left out, stays as it is.
+    kept = {
+        key: value for key, value in chosen.state.items() if key in expected and not (head and key.startswith(head))
+    }
+    body.load_state_dict({**expected, **kept})
+    return _line(path, chosen, head, tensors, network)
+
+
+def head_rows(network: nn.Module, file: str | os.PathLike[str]) -> int:
+    """Count the outputs of the classifier in a file of weights that fits a network but for its classifier.
+
+    Raises:
+        UserError: as by ``load_weights``, or there is no classifier in the file.
+    """
+    path = find_file(Path(file))
+    chosen, _ = _chosen(network, path, True, "teacher")
+    weight = chosen.state.get(f"{_head(network, _bare(network))}weight")
+    if weight is None or not weight.ndim:
+        raise UserError(f"'{path}' holds no classifier; pass weights with one, or set teacher.classifier=false")
+    return len(weight)
+
+
+def _chosen(network: nn.Module, path: Path, drop_head: bool, role: str) -> tuple[Found, dict[str, Tensor]]:
+    """Choose the way to read a file's tensors as the weights of a network; also give these tensors as they are named.
+
+    Raises:
+        UserError: there are none, or none that fit.
+    """
     tensors = tensors_of(read_file(path))
     if not tensors:
         raise UserError(f"'{path}' holds no weights; expected a mapping from names to tensors")
@@ -76,20 +115,7 @@ def load_weights(
             break
     if not fitting:
         raise UserError(f"'{path}' does not fit {_name(network, body)}: {_misfit(known, tensors, expected, head)}")
-    chosen = choose(fitting, role, str(path))
-    _check_kind(path, chosen.state, expected)
-    stem = _hidden_stem(network)
-    if stem and not written_by_kdzoo(path):
-        raise UserError(
-            f"'{path}' was made with another stem than {_name(network, body)} has here ({stem}): the shapes agree, and "
-            "the outputs would not; make the network for the image size of the weights (image_size=224)"
-        )
-    # What is not in the file, counters and a head that is left out, stays as it is.
-    kept = {
-        key: value for key, value in chosen.state.items() if key in expected and not (head and key.startswith(head))
-    }
-    body.load_state_dict({**expected, **kept})
-    return _line(path, chosen, head, tensors, network)
+    return choose(fitting, role, str(path)), tensors
 
 
 def _bare(network: nn.Module) -> nn.Module:

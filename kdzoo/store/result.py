@@ -10,10 +10,17 @@ from kdzoo.errors import UserError
 from kdzoo.keywords import between, flat, typed
 from kdzoo.naming import Names
 
+MEASURED = {
+    "accuracy": "test images whose class is found",
+    "agreement": "test images that student and teacher take for the same class: the data have no labels",
+    "knn": "test images whose class the nearest neighbours of their embedding tell: there is no classifier",
+    "neighbours": "test images whose nearest neighbour is the teacher's too: there are neither labels nor a classifier",
+}
 HIGHEST = {  # what the numbers of a result may be at most; none is below 0
-    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1", "best_top5"), 100),
+    **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1", "best_top5", "agreement", "knn", "probe"), 100),
     **dict.fromkeys(("seconds", "images_per_second", "latency_1", "latency_64"), 1e12),
     **dict.fromkeys(("epochs", "best_epoch"), 10**6),
+    "kl": 1e6,
     "image_size": 4096,
     **dict.fromkeys(("seed", "parameters", "extra_parameters", "peak_memory", "flops", "file_bytes"), 2**63 - 1),
 }
@@ -58,6 +65,11 @@ class Result:
     file_bytes: int | None = None  # of the student's file
     latency_1: float | None = None  # milliseconds of one image through the student that ships, in float32: the median
     latency_64: float | None = None  # milliseconds of 64 images in one batch
+    measured: str = "accuracy"  # what top-1 and top-5 are shares of, see ``MEASURED``
+    agreement: float | None = None  # percent of the test images that student and teacher take for the same class
+    kl: float | None = None  # mean divergence of the student's probabilities from the teacher's, in nats
+    knn: float | None = None  # top-1 of the embedding by its nearest neighbours, in percent
+    probe: float | None = None  # top-1 of a linear classifier of the embedding, in percent
     teachers_top1: tuple[float, ...] = ()  # of each of several teachers alone, in their order
 
     def plain(self) -> dict[str, Any]:
@@ -86,6 +98,8 @@ class Result:
                 between(0, highest, **{name: getattr(result, name)})
         for top1 in result.teachers_top1:
             between(0, 100, teachers_top1=top1)
+        if result.measured not in MEASURED:
+            raise UserError(f"measured={result.measured} is none of {', '.join(MEASURED)}")
         read = flat(json.loads(json.dumps(result.plain())))
         if read | flat(values) != read:
             raise UserError("a value is of another type")
