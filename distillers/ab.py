@@ -70,6 +70,8 @@ class AB(Distiller):
         stages: tuple[int, ...] = (1, 2, 3),
     ):
         super().__init__(ce=ce, kd=kd, ab=ab)
+        if not kd:  # after the phase before training, labels alone are left to learn from
+            self.label_terms = ("ce", "ab")
         self.temperature, self.margin = positive(temperature=temperature), positive(margin=margin)
         self.epochs, self.lr, self.stages = at_least(1, epochs=epochs), positive(lr=lr), stages
 

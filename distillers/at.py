@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrids
 from kdzoo.keywords import at_least
 from kdzoo.losses import cross_entropy
@@ -43,6 +43,7 @@ class AT(Distiller):
 
     paper = "arXiv:1612.03928"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(self, *, ce: float = 1.0, at: float = 1000.0, p: float = 2.0, stages: tuple[int, ...] = (1, 2, 3)):
         super().__init__(ce=ce, at=at)

@@ -77,7 +77,7 @@ class AttnFD(Distiller):
 
     paper = "arXiv:2403.05451"
     fidelity = Fidelity.ADAPTED
-    needs = Needs(preactivations=("student", "teacher"))
+    needs = Needs(logits=False, preactivations=("student", "teacher"))
 
     def __init__(
         self, *, ce: float = 1.0, attnfd: float = 2.0, reduction: int = 16, stages: tuple[int, ...] = (0, 1, 2, 3)

@@ -36,7 +36,7 @@ class CC(Distiller):
 
     paper = "arXiv:1904.01802"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(self, *, ce: float = 1.0, cc: float = 0.02, width: int = 128):
         super().__init__(ce=ce, cc=cc)

@@ -74,7 +74,7 @@ class CRD(Distiller):
 
     paper = "arXiv:1910.10699"
     fidelity = Fidelity.EXACT
-    needs = Needs(labels=True, features=False)
+    needs = Needs(logits=False, labels=True, features=False)
 
     memory_s: Tensor  # (N, width), and so memory_t
     memory_t: Tensor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages, conv_batch_norm
 from kdzoo.keywords import one_of, positive, share
 from kdzoo.losses import cross_entropy, softened_kl, warm_up
@@ -140,6 +140,7 @@ class FAMKD(Distiller):
 
     paper = "arXiv:2403.05894"
     fidelity = Fidelity.ADAPTED
+    needs = Needs(logits=False)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages
 from kdzoo.losses import cross_entropy
 
@@ -38,6 +38,7 @@ class FitNet(Distiller):
 
     paper = "arXiv:1412.6550"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(self, *, ce: float = 1.0, hint: float = 100.0, stage: int = 2, relu: bool = False):
         super().__init__(ce=ce, hint=hint)

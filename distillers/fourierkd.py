@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrid, check_stages, paired_features
 from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, softened_kl, standardised
@@ -93,6 +93,7 @@ class FourierKD(Distiller):
 
     paper = "doi:10.1109/LSP.2024.3515795"
     fidelity = Fidelity.ADAPTED
+    needs = Needs(logits=False)
 
     def __init__(
         self,

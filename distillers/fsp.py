@@ -79,6 +79,8 @@ class FSP(Distiller):
         stages: tuple[int, ...] = (0, 1, 2, 3),
     ):
         super().__init__(ce=ce, kd=kd, fsp=fsp)
+        if not kd:  # after the phase before training, labels alone are left to learn from
+            self.label_terms = ("ce", "fsp")
         self.temperature, self.lr = positive(temperature=temperature), positive(lr=lr)
         self.epochs, self.stages = at_least(1, epochs=epochs), stages
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, NetworkView, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
 from kdzoo.connectors import BatchNorm2d, CommonGrid, check_stages
 from kdzoo.keywords import at_least, one_of, positive
 from kdzoo.losses import cross_entropy
@@ -67,6 +67,7 @@ class FT(Distiller):
 
     paper = "arXiv:1802.04977"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import check_stages, conv_batch_norm
 from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, softened_kl
@@ -48,6 +48,7 @@ class ICKD(Distiller):
 
     paper = "arXiv:2202.03680"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(
         self, *, ce: float = 1.0, kd: float = 1.0, ickd: float = 2.5, temperature: float = 4.0, stage: int = 3

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import check_stages, paired_features
 from kdzoo.errors import UserError
 from kdzoo.keywords import at_least
@@ -93,6 +93,7 @@ class KDSVD(Distiller):
 
     paper = "arXiv:1807.06819"
     fidelity = Fidelity.ADAPTED
+    needs = Needs(logits=False)
 
     def __init__(
         self, *, ce: float = 1.0, kdsvd: float = 1.0, directions: int = 1, stages: tuple[int, ...] = (1, 2, 3)

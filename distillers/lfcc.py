@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import Positions, check_stages, paired_features
 from kdzoo.errors import UserError
 from kdzoo.keywords import at_least, each, one_of, positive
@@ -84,6 +84,7 @@ class LFCC(Distiller):
 
     paper = "arXiv:2405.18524"
     fidelity = Fidelity.RECONSTRUCTED
+    needs = Needs(logits=False)
 
     def __init__(
         self,

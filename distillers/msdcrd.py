@@ -7,7 +7,7 @@ from kdzoo.distillers.lfcc import exempt_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import Positions, check_stages, paired_features
 from kdzoo.keywords import at_least, each, positive
 from kdzoo.losses import cross_entropy, info_nce
@@ -81,6 +81,7 @@ class MSDCRD(Distiller):
 
     paper = "arXiv:2502.05835"
     fidelity = Fidelity.RECONSTRUCTED
+    needs = Needs(logits=False)
 
     def __init__(
         self,

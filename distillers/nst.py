@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrids
 from kdzoo.losses import cross_entropy
 
@@ -48,6 +48,7 @@ class NST(Distiller):
 
     paper = "arXiv:1707.01219"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(self, *, ce: float = 1.0, nst: float = 50.0, stages: tuple[int, ...] = (1, 2, 3)):
         super().__init__(ce=ce, nst=nst)

@@ -51,7 +51,7 @@ class OFD(Distiller):
 
     paper = "arXiv:1904.01866"
     fidelity = Fidelity.ADAPTED
-    needs = Needs(preactivations=("student", "teacher"))
+    needs = Needs(logits=False, preactivations=("student", "teacher"))
 
     def __init__(self, *, ce: float = 1.0, ofd: float = 1e-3, stages: tuple[int, ...] = (1, 2, 3)):
         super().__init__(ce=ce, ofd=ofd)

@@ -37,7 +37,7 @@ class PAD(Distiller):
 
     paper = "arXiv:2008.01458"
     fidelity = Fidelity.ADAPTED
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(self, *, ce: float = 1.0, pad: float = 1.0, warmup: float = 0.5):
         super().__init__(ce=ce, pad=pad)

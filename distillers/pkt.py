@@ -40,7 +40,7 @@ class PKT(Distiller):
 
     paper = "arXiv:1803.10837"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(self, *, ce: float = 1.0, pkt: float = 30000.0):
         super().__init__(ce=ce, pkt=pkt)

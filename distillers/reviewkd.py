@@ -84,6 +84,7 @@ class ReviewKD(Distiller):
 
     paper = "arXiv:2104.09044"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class ReviewKD(Distiller):
                     f"reviewkd takes the {role}'s maps before the last ReLU of a stage, and the {role} does not show "
                     f"them; leave '{role}' out of distiller.preactivations, or let its stages end in torch.nn.ReLU"
                 )
-        self.needs = Needs(preactivations=self.preactivations)
+        self.needs = Needs(logits=False, preactivations=self.preactivations)
         self.stages = tuple(sorted(check_stages(self.stages, student, teacher), reverse=True))
         self.fusions, self.pyramids = nn.ModuleList(), nn.ModuleList()
         middle = min(512, student.embedding.shape[1])

@@ -63,7 +63,7 @@ class RKD(Distiller):
 
     paper = "arXiv:1904.05068"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(self, *, ce: float = 1.0, rkd: float = 1.0, distance: float = 25.0, angle: float = 50.0):
         super().__init__(ce=ce, rkd=rkd if distance or angle else 0.0)

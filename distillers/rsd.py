@@ -42,7 +42,7 @@ class RSD(Distiller):
 
     paper = "arXiv:2507.21844"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(self, *, ce: float = 1.0, rsd: float = 0.1, kappa: float = 0.01, expansion: int = 2):
         super().__init__(ce=ce, rsd=rsd)

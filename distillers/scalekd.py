@@ -116,7 +116,7 @@ class ScaleKD(Distiller):
 
     paper = "arXiv:2411.06786"
     fidelity = Fidelity.ADAPTED
-    needs = Needs(stages=("teacher",))
+    needs = Needs(logits=False, stages=("teacher",))
     expected_failures = {  # noqa: RUF012 (never written to)
         "check_gradients": "the toy networks end in one position, between which attention does not choose"
     }

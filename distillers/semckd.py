@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrid, check_stages, conv_batch_norm
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import cross_entropy, softened_kl
@@ -72,6 +72,7 @@ class SemCKD(Distiller):
 
     paper = "arXiv:2012.03236"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ class SGKD(Distiller):
 
     paper = "arXiv:2504.14307"
     fidelity = Fidelity.ADAPTED
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import check_stages
 from kdzoo.losses import cross_entropy
 
@@ -38,6 +38,7 @@ class SP(Distiller):
 
     paper = "arXiv:1907.09682"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(self, *, ce: float = 1.0, sp: float = 3000.0, stage: int = 3):
         super().__init__(ce=ce, sp=sp)

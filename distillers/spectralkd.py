@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrids, paired_features
 from kdzoo.keywords import positive
 from kdzoo.losses import cross_entropy, softened_kl
@@ -59,6 +59,7 @@ class SpectralKD(Distiller):
 
     paper = "arXiv:2412.19055"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class SRD(Distiller):
 
     paper = "arXiv:2303.11098"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(
         self, *, ce: float = 1.0, srd: float = 2.0, kd: float = 1.0, temperature: float = 1.0, power: float = 4.0

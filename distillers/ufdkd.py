@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import BatchNorm2d, check_stages
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import cross_entropy, softened_kl
@@ -107,6 +107,7 @@ class UFDKD(Distiller):
 
     paper = "github:lusilili/UFD-KD"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(
         self,

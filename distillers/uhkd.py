@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import Pool, Positions, check_stages, conv_batch_norm, paired_features
 from kdzoo.errors import UserError
 from kdzoo.keywords import odd, one_of, positive
@@ -86,6 +86,7 @@ class UHKD(Distiller):
 
     paper = "arXiv:2510.24116"
     fidelity = Fidelity.RECONSTRUCTED
+    needs = Needs(logits=False)
 
     def __init__(
         self,

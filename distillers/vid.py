@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrids, paired_features
 from kdzoo.errors import UserError
 from kdzoo.losses import cross_entropy
@@ -44,6 +44,7 @@ class VID(Distiller):
 
     paper = "arXiv:1904.05835"
     fidelity = Fidelity.EXACT
+    needs = Needs(logits=False)
 
     def __init__(
         self, *, ce: float = 1.0, vid: float = 1.0, variance: float = 5.0, stages: tuple[int, ...] = (1, 2, 3)

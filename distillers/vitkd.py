@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrids
 from kdzoo.keywords import positive, share
 from kdzoo.losses import cross_entropy
@@ -56,6 +56,7 @@ class ViTKD(Distiller):
 
     paper = "arXiv:2209.02432"
     fidelity = Fidelity.ADAPTED
+    needs = Needs(logits=False)
     expected_failures: ClassVar[dict[str, str]] = {
         "check_gradients": "the toy's last map has one position, which has no neighbours to be restored from"
     }

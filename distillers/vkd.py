@@ -56,7 +56,7 @@ class VKD(Distiller):
 
     paper = "arXiv:2403.06213"
     fidelity = Fidelity.EXACT
-    needs = Needs(features=False)
+    needs = Needs(logits=False, features=False)
 
     def __init__(self, *, ce: float = 1.0, vkd: float = 1.0, kd: float = 1.0, temperature: float = 1.0):
         super().__init__(ce=ce, vkd=vkd, kd=kd)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kdzoo import Batch, DataSpec, Distiller, Fidelity, Output
+from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
 from kdzoo.connectors import CommonGrids, Wavelets, paired_features
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import cross_entropy, softened_kl
@@ -47,6 +47,7 @@ class WKD(Distiller):
 
     paper = "arXiv:2203.06321"
     fidelity = Fidelity.ADAPTED
+    needs = Needs(logits=False)
 
     def __init__(
         self,

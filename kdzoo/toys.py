@@ -48,7 +48,7 @@ PAIRS = {
 class ToyNetwork(nn.Module):
     """The base class of toy networks: reports output shapes and has a linear classifier."""
 
-    classifier: nn.Linear
+    classifier: nn.Linear | None
 
     def shapes(self) -> Output:
         """Return the outputs for one image on the meta device."""
@@ -56,7 +56,8 @@ class ToyNetwork(nn.Module):
             return to_meta(copy.deepcopy(self).eval()(torch.zeros(1, 3, 8, 8), EVERYTHING))
 
     def classify(self, means: Tensor) -> Tensor:
-        return self.classifier(means)
+        """Compute logits (M, K) of embeddings (M, D); K is 0 without a classifier."""
+        return means[:, :0] if self.classifier is None else self.classifier(means)
 
 
 class Toy(ToyNetwork):
@@ -69,7 +70,7 @@ class Toy(ToyNetwork):
             nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out))
             for fan_in, fan_out in pairwise((3, *shape.widths))
         )
-        self.classifier = nn.Linear(shape.widths[-1], classes)
+        self.classifier = nn.Linear(shape.widths[-1], classes) if classes else None
 
     def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         x, features, preactivations = images, [], []
@@ -80,7 +81,7 @@ class Toy(ToyNetwork):
             if show.preactivations:
                 preactivations.append(self.in_memory_layout(F.adaptive_avg_pool2d(before, grid)))
         embedding = x.mean((2, 3))
-        return Output(self.classifier(embedding), embedding, tuple(features), tuple(preactivations), x).only(show)
+        return Output(self.classify(embedding), embedding, tuple(features), tuple(preactivations), x).only(show)
 
     def run_stage(self, number: int, maps: Tensor, prefix: Tensor | None = None) -> StageOutput:
         pooled = F.adaptive_avg_pool2d(F.gelu(self.stages[number](maps)), self.shape.grids[number])
@@ -88,7 +89,7 @@ class Toy(ToyNetwork):
 
     def run_tail(self, maps: Tensor, prefix: Tensor | None = None) -> Output:
         embedding = maps.mean((2, 3))
-        return Output(self.classifier(embedding), embedding).float()
+        return Output(self.classify(embedding), embedding).float()
 
     def in_memory_layout(self, maps: Tensor) -> Tensor:
         return maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if self.shape.tokens else maps
@@ -131,28 +132,35 @@ def distillation(
     seed: int = 0,
     classes: int = 4,
     prepared: bool = True,
+    labelled: bool = True,
 ) -> Distillation:
-    """Make a seeded pair of toy networks and a method, ready to train."""
+    """Make a seeded pair of toy networks and a method, ready to train; with 0 classes neither has a classifier."""
     torch.manual_seed(seed)
     student, teacher = student or Toy(STUDENT, classes), teacher or Toy(TEACHER, classes)
-    together = Distillation(student, teacher, distiller(**keywords), data=data(classes)).train()
+    together = Distillation(student, teacher, distiller(**keywords), data=data(classes), labelled=labelled).train()
     if prepared:
-        together.prepare([batch_of(seed=101, classes=classes), batch_of(seed=102, classes=classes)])
+        batches = (batch_of(seed, classes=classes) for seed in (101, 102))
+        together.prepare([batch if labelled else without_labels(batch) for batch in batches])
     torch.manual_seed(seed)
     return together
 
 
 def data(classes: int = 4) -> DataSpec:
-    """Describe the toy data set."""
-    names = tuple(f"class {k}" for k in range(classes))
-    labels = torch.arange(max(64, 2 * classes)) % classes
-    return DataSpec("toy", classes, names, 8, labels, superclasses=tuple(k // 2 for k in range(classes)))
+    """Describe the toy data set; beside networks without a classifier it has four classes all the same."""
+    names = tuple(f"class {k}" for k in range(classes or 4))
+    labels = torch.arange(max(64, 2 * classes)) % len(names)
+    return DataSpec("toy", classes, names, 8, labels, superclasses=tuple(k // 2 for k in range(len(names))))
+
+
+def without_labels(batch: Batch) -> Batch:
+    """Take a batch's labels and targets away."""
+    return batch._replace(labels=None, targets=None)  # type: ignore[arg-type]  # absent
 
 
 def batch_of(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0.5, mixed: bool = False) -> Batch:
     """Make a batch whose classes differ in colour, with all views."""
     random = torch.Generator().manual_seed(seed)
-    labels = data(classes).labels
+    labels, classes = data(classes).labels, classes or 4
     index = torch.randperm(len(labels), generator=random)[:size]
     labels = labels[index]
     images = 0.7 * COLOURS[labels % len(COLOURS)] + 0.3 * torch.rand(size, 3, 8, 8, generator=random)

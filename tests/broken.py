@@ -88,6 +88,20 @@ FAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "changed": lambda self, term, s, t, batch: term * (1 + (t.embedding > 0).float().mean()),
         },
     },
+    "check_without_labels": {
+        "reads labels in a term of its own and does not say so": {
+            "changed": lambda self, term, s, t, batch: term * (1 + (batch.labels == 0).float().mean())
+        },
+        "reads targets in a term of its own and does not say so": {
+            "changed": lambda self, term, s, t, batch: term + 0.1 * F.cross_entropy(s.logits, batch.targets)
+        },
+    },
+    "check_without_classifier": {
+        "reads logits and says that it does not": {
+            "needs": Needs(logits=False),
+            "changed": lambda self, term, s, t, batch: term + 0.1 * F.mse_loss(s.logits, t.logits),
+        },
+    },
     "check_terms": {
         "returns a value for each image": {"changed": lambda self, term, s, t, batch: term.expand(len(batch.images))},
         "returns a term in float64": {"changed": lambda self, term, s, t, batch: term.double()},

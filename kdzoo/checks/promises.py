@@ -27,6 +27,7 @@ from kdzoo.checks.expect import (
 from kdzoo.checks.running import promise
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller, Fidelity
+from kdzoo.errors import UserError
 from kdzoo.keywords import keyword_settings
 from kdzoo.outputs import Output
 from kdzoo.tensors import leaves
@@ -96,6 +97,27 @@ def check_embedding(distiller: type[Distiller]) -> None:
 
 def _without_embedding(output: Output) -> Output:
     return output._replace(embedding=torch.full_like(output.embedding, torch.nan))
+
+
+@promise
+def check_without_labels(distiller: type[Distiller]) -> None:
+    """On data without labels the method learns from the teacher, unless its label_terms say that nothing is left."""
+    try:
+        together = toys.distillation(distiller, labelled=False)
+    except UserError:
+        return
+    with promising("terms that read no labels, beside those of label_terms"):
+        expect_finite(together, toys.without_labels(toys.batch_of()), "a batch without labels")
+
+
+@promise
+def check_without_classifier(distiller: type[Distiller]) -> None:
+    """Where its needs say that it reads no logits, the method learns beside networks without a classifier."""
+    if distiller().needs.logits:
+        return
+    with promising("terms that read no logits, as needs.logits=False says"):
+        together = toys.distillation(distiller, classes=0)
+        expect_finite(together, toys.batch_of(), "networks without a classifier")
 
 
 @promise

@@ -209,7 +209,8 @@ def open_source(
     class_names, train, tested = checked(name, found, loaded, root, reading)
     key = ""
     if isinstance(train, Files):  # another set, or other options, may list other files of the same folder
-        what = f"{type(found).__module__} {settings} {classes} {val} {select} {reading} {choose is None} {train.root}{test or str()}"
+        what = f"{type(found).__module__} {settings} {classes} {val} {select} {reading} {choose is None} {train.root}"
+        what += test or ""
         key = f"{train.root.name[:40]}-{blake2b(os.fsencode(what), digest_size=6).hexdigest()}"
     source = Source(name, class_names, train, tested, key, class_names)
     source = source if choose is None else choose(source)

@@ -15,7 +15,7 @@ from kdzoo.distillation import Distillation
 from kdzoo.engine import cost
 from kdzoo.engine.faults import check_finite
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.measure import Answers, Likeness, compare, evaluate, joined
+from kdzoo.engine.measure import Answers, Likeness, compare, evaluate, joined, measured
 from kdzoo.engine.passes import Teacher
 from kdzoo.files import digest, write_text
 from kdzoo.naming import names_of
@@ -76,14 +76,6 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None, costs: dict[st
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)
     return result
-
-
-def measured(dataset: Dataset, shipped: nn.Module) -> str:
-    """Name what the student's top-1 is a share of, see ``kdzoo.store.result.MEASURED``."""
-    has_classifier = getattr(shipped, "has_classifier", True)
-    if dataset.is_judged:
-        return "accuracy" if has_classifier else "knn"
-    return "agreement" if has_classifier else "neighbours"
 
 
 def likeness(shipped: nn.Module, lane: Lane, dataset: Dataset, teacher: Teacher | None) -> Likeness:

@@ -8,7 +8,7 @@ from kdzoo.engine import graphs, kept_logits
 from kdzoo.engine.compiling import Compiling
 from kdzoo.engine.faults import Shared, check_finite
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.measure import evaluate
+from kdzoo.engine.measure import evaluate, measured
 from kdzoo.engine.micro_batches import check_micro_batches
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
@@ -16,6 +16,7 @@ from kdzoo.engine.termination import Termination
 from kdzoo.errors import AskedToEnd, UserError
 from kdzoo.store import checkpoint
 
+MEASURES = {"accuracy": "top-1", "agreement": "agreement", "knn": "k-NN", "neighbours": "same neighbour"}
 READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
 
 
@@ -40,6 +41,7 @@ def train(
     check_micro_batches(loader, settings.engine.accumulate)
     per_epoch, shared = loader.steps_per_epoch, Shared(teacher, len(lanes))
     stop = lanes[0].run.last_epoch * per_epoch
+    progress.measure = MEASURES[measured(dataset, lanes[0].distillation.student)]
     start = begin(lanes, teacher, loader, shared, progress, termination)
     kept = kept_logits.steps(lanes, teacher, dataset, loader, start, progress.say)
     steps, clock = kept or graphs.steps(lanes[0], teacher, progress.say), Clock()

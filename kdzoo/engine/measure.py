@@ -107,6 +107,14 @@ def reference(network: nn.Module, dataset: Dataset, precision: str, test_crop: f
     return rows, labels
 
 
+def measured(dataset: Dataset, network: nn.Module) -> str:
+    """Name what ``evaluate`` finds of a network, as ``Result.measured`` does."""
+    has_classifier = getattr(network, "has_classifier", True)
+    if dataset.is_judged:
+        return "accuracy" if has_classifier else "knn"
+    return "agreement" if has_classifier else "neighbours"
+
+
 class Likeness(NamedTuple):
     """How much a student is like its teacher on test images, and what its embedding is worth; None: not measured."""
 

@@ -126,6 +126,7 @@ class Progress:
         self.lanes: dict[str, dict[str, str]] = {}  # by their titles; what is shown of each
         self.losses: dict[str, float] = {}  # of each lane, the sum of its terms
         self.top1: dict[str, float] = {}  # of each lane, as it was last measured
+        self.measure = "top-1"  # what that is
         self.works: Sequence[float] = ()  # of the suite's groups, in epochs of one lane; empty for a single run
         self.number = 0  # of the group that is at work
         self.before = self.here = 0.0  # work done before the training that is shown, and what that is worth
@@ -192,7 +193,7 @@ class Progress:
             said = f"loss {losses[-1]:.3f}"
         if found and len(self.lanes) > 1:
             best = max(found, key=lambda title: found[title])
-            said += f", best top-1 {found[best]:.2f} % ({best})"
+            said += f", best {self.measure} {found[best]:.2f} % ({best})"
         step = self.seconds_of_step()
         left = "" if step is None else f", about {duration(step * (self.total - self.done))} left"
         return f"step {self.done}/{self.total}: {said}, {self.speed:.0f} images/s{left}{self.left()}"
@@ -288,7 +289,7 @@ class Progress:
         if self.has_lanes and self.is_live and record["epoch"] < self.epochs:
             return  # the table shows it
         terms = ", ".join(f"{name} {value:.3f}" for name, value in record["loss"].items())
-        top1 = "not measured" if record["top1"] is None else f"top-1 {record['top1']:6.2f} %"
+        top1 = "not measured" if record["top1"] is None else f"{self.measure} {record['top1']:6.2f} %"
         self.say(
             f"  epoch {record['epoch']:>3}/{self.epochs}: {top1}"
             f"  ({terms}; {record['images_per_second']:.0f} images/s)  {title if self.has_lanes else ''}".rstrip()

@@ -173,6 +173,7 @@ def _train_lanes(
                 if ranks.first:
                     lane.loggers = ended.enter_context(Loggers(lane.run, lane.folder, progress.say))
             if lanes:
+                ranks.once(say_left_out, lanes.values(), dataset, progress)
                 ranks.once(say_origins, lanes.values(), dataset, progress)
                 with current(device), Termination() as termination:
                     loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
@@ -185,6 +186,14 @@ def _train_lanes(
                 if lane.failure is not None:
                     outcomes[i] = lane.failure
     return [outcomes[i] for i in range(len(runs))]
+
+
+def say_left_out(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> None:
+    """Say once which terms of the methods are left out, and why."""
+    names = sorted({name for lane in lanes for name in lane.distillation.left_out})
+    if names:
+        lacking = "the data have no labels" if not dataset.is_labelled else "the teacher has no classifier"
+        progress.say(f"{', '.join(names)} left out of the loss: {lacking}")
 
 
 def say_origins(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> None:

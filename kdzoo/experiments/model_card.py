@@ -12,7 +12,7 @@ from kdzoo.errors import UserError
 from kdzoo.models import Student
 from kdzoo.naming import ALONE
 from kdzoo.store.folder import find_runs
-from kdzoo.store.result import Result
+from kdzoo.store.result import MEASURED, Result
 
 KEPT = {"best": "the best epoch, chosen on the images that it is measured on", "ema": "the last epoch, averaged"}
 FOR_TIMM = """```python
@@ -50,7 +50,7 @@ def card(result: Result, student: Student, program: bool) -> str:
                 dataset_type=re.sub(r"[^A-Za-z0-9_-]+", "-", result.data),
                 dataset_name=_line(names.data),
                 metric_type="accuracy",
-                metric_name="Top-1 accuracy (%)",
+                metric_name="Top-1 accuracy (%)" if result.measured == "accuracy" else f"Top-1, {result.measured} (%)",
                 metric_value=round(result.shipped_top1, 2),
             )
         ],
@@ -67,6 +67,7 @@ def card(result: Result, student: Student, program: bool) -> str:
         ("protocol", f"{names.protocol}, {result.epochs} epochs, seed {result.seed}"),
         ("weights of", KEPT.get(result.ship, "the last epoch")),
         ("top-1 of this file", f"{result.shipped_top1:.2f} %"),
+        ("top-1 is the share of", "" if result.measured == "accuracy" else MEASURED[result.measured]),
         ("top-1 of the recipe", f"{counted} ({', '.join(str(run.seed) for run in seeds)})"),
         ("classes", str(len(student.classes))),
         ("parameters", "" if result.parameters is None else f"{result.parameters:,}"),

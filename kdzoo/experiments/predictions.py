@@ -67,6 +67,8 @@ def predict(
     """
     paths = list(files_of(images))
     student, place = load(run, trust_code=trust_code), find_device(device)
+    if not getattr(student.network, "has_classifier", True):
+        raise UserError(f"{run}: its student has no classifier to name classes by; kdzoo.load gives its embedding")
     config = RunFolder(path_of(run).resolve()).read_config()
     if precision is None:
         precision = str(config.get("engine", {}).get("precision", "float32"))

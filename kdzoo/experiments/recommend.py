@@ -285,6 +285,8 @@ def check_data(run: Run, progress: Progress) -> None:
     """
     dataset = open_data(run, use(run.place), progress)
     spec = dataset.spec
+    if not dataset.is_labelled:
+        return  # ranked by the teacher's answers
     if spec.num_classes < 2:
         raise UserError(f"data {spec.name} have one class ({spec.class_names[0]}): there is nothing to tell apart")
     if missing := dataset.untested:

@@ -20,6 +20,8 @@ KEPT = {"last": "of the last epoch", "best": "of the best epoch", "ema": "averag
 
 def result_table(result: "Result") -> Table:
     """Tabulate a run's result, beside that of its student trained without a teacher, if there is one."""
+    from kdzoo.store.result import MEASURED
+
     pair = f"{result.teacher} → {result.student}" if result.teacher else result.student
     title = f"{result.distiller} ({result.fidelity}): {pair} on {result.data}"
     table = Table(title=title, title_justify="left", show_header=False)
@@ -32,6 +34,16 @@ def result_table(result: "Result") -> Table:
     table.add_row("student top-1, last epoch", f"{result.top1:.2f} %")
     table.add_row("student top-1, best epoch", f"{result.best_top1:.2f} % (epoch {result.best_epoch})")
     table.add_row("student top-5, last epoch", f"{result.top5:.2f} %")
+    if result.measured != "accuracy":
+        table.add_row("top-1 is the share of", MEASURED[result.measured])
+    for value, what, unit in (
+        (result.agreement, "agreement with the teacher", " %"),
+        (result.kl, "divergence from the teacher", " nats"),
+        (result.knn, "top-1 by nearest neighbours", " %"),
+        (result.probe, "top-1 of a linear probe", " %"),
+    ):
+        if value is not None:
+            table.add_row(what, f"{value:.2f}{unit}")
     alone = without_teacher(result)
     if alone is not None:
         table.add_row("student top-1 without a teacher", f"{alone.shipped_top1:.2f} %")
@@ -62,7 +74,8 @@ def next_steps(result: "Result") -> str:
 
     root = result.folder.parent
     steps = [("Run:", str(shortened(result.folder)))]
-    if result.distiller != "none" and without_teacher(result) is None:
+    learns_alone = result.measured == "accuracy" and result.agreement is None  # else there is nothing to learn from
+    if result.distiller != "none" and learns_alone and without_teacher(result) is None:
         steps.append(("Next, the student without a teacher:", command_without_teacher(result)))
     if (suite := f"{result.data}-short") in suites.shipped():
         steps.append((f"Several methods on {result.data}, compared over seeds:", f"kdzoo bench {suite}"))

@@ -20,9 +20,11 @@ from kdzoo.results.table import (
     shipped,
     summary,
 )
+from kdzoo.store.result import MEASURED
 
 EPOCHS = {"top1": "last", "best_top1": "best"}  # of the measures
 KEPT = {"best": ", students of the best epoch", "ema": ", averaged students"}  # by output.ship, where it is not last
+LIKENESS = {"agreement": "agreement", "kl": "KL", "knn": "k-NN", "probe": "linear probe"}  # by a result's key
 MARKS = {"reconstructed": "†", "adapted": "‡"}
 
 
@@ -77,6 +79,8 @@ def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
         columns["95 % interval"] = _interval(rows, "top1", "{:.2f}".format)
         columns["top-1 best"] = _spread(rows, "best_top1", best["best_top1_mean"])
         columns["top-5 last"] = _spread(rows, "top5", [""] * len(rows))
+        for name, title_of in LIKENESS.items():
+            columns[title_of] = _cells(rows[name], "{:.2f}".format)
         columns |= _compared(rows, baseline)
         for epoch, ours in (("last", "top1_mean"), ("best", "best_top1_mean")):
             found = [published.find(**where, epoch=epoch) for where in _where(rows)]
@@ -180,7 +184,14 @@ def _compared(rows: pd.DataFrame, baseline: str) -> dict[str, list[Cell]]:
 
 def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, family: str) -> list[str]:
     """What must be known to read a section."""
-    notes = ["Accuracies in percent of the whole test set."]
+    kinds = sorted(set(runs["measured"]))
+    notes = ["Accuracies in percent of the whole test set."] if kinds == ["accuracy"] else []
+    notes += [f"top-1 and top-5: percent of the {MEASURED[kind]}." for kind in kinds if not notes]
+    if not rows[list(LIKENESS)].isna().all(axis=None):
+        notes.append(
+            "agreement: percent of the test images that student and teacher take for the same class; KL: divergence of "
+            "the student's probabilities from the teacher's, in nats; k-NN and linear probe: top-1 of the embedding."
+        )
     seen = observations(runs)
     if len(seen[[*PAIR, "seed"]].drop_duplicates()) == 1:
         notes.append("One seed and one pair: nothing can be concluded about which method is better.")

@@ -19,7 +19,8 @@ SECTION = ["data", "protocol", "ship"]  # what is compared with each other agree
 PAIR = ["teacher", "student"]
 MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
 TIMES = ("seconds", "images_per_second", "latency_1", "latency_64")
-NUMBERS = ("teacher_top1", *MEASURES, *TIMES)
+LIKENESS = ("agreement", "kl", "knn", "probe")  # of students that learned without labels or without a classifier
+NUMBERS = ("teacher_top1", *MEASURES, *TIMES, *LIKENESS)
 COUNTS = ("parameters", "extra_parameters", "peak_memory", "flops", "file_bytes")
 
 
@@ -162,7 +163,7 @@ def summary(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
             row |= compared[str(method)]
             for epoch, ours in (("last", row["top1_mean"]), ("best", row["best_top1_mean"])):
                 row |= _beside(published.find(**where, method=str(method), epoch=epoch), ours, epoch)
-            row |= {name: group[name].mean() for name in TIMES}
+            row |= {name: group[name].mean() for name in (*TIMES, *LIKENESS)}
             row |= {name: group[name].max() for name in COUNTS}
             block.append(row)
         found += sorted(block, key=lambda row: -row[f"{shipped(pair)}_mean"])
