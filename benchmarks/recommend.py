@@ -84,7 +84,13 @@ class Case:
 CASES = {
     "digits": Case("resnet14", "resnet8", {"name": "quick", "epochs": 5}, grid_seeds=20),
     "cifar": Case("resnet20", "resnet8", {"name": "crd", "epochs": 6}, settings=1, teacher_epochs=20),
-    "transformer": Case("resnet8x4", "vit_pico", {"name": "ofa-vit", "epochs": 6}, settings=1, teacher_epochs=20),
+    "transformer": Case(
+        "resnet8x4",
+        "vit_pico",
+        {"name": "quick", "epochs": 6, "augmentation": {"crop": 4, "flip": True}},
+        settings=1,
+        teacher_epochs=20,
+    ),
 }
 
 
