@@ -10,6 +10,7 @@ both. All are measured on the test images with their labels. It can be stopped a
 """
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -32,9 +33,11 @@ SHOWN = ("top1", "top5", "agreement", "kl", "knn", "probe", "teacher_top1")
 def train(pictures: str, out: Path) -> None:
     """Train the teachers, then the students of each way."""
     files = [weights(name, pictures, out) for name in TEACHERS]
-    first, second = ({"name": name, "weights": str(file)} for name, file in zip(TEACHERS, files, strict=True))
+    first, second = (
+        dict[str, Any]({"name": name, "weights": str(file)}) for name, file in zip(TEACHERS, files, strict=True)
+    )
     labelled, bare = {"name": f"folder:{pictures}"}, {"name": f"images:{pictures}", "test": f"folder:{pictures}"}
-    ways = {
+    ways: dict[str, tuple[dict[str, str], dict[str, Any], list[str]]] = {
         "with labels": (labelled, first, ["none", "kd", "pkt"]),
         "without labels": (bare, first, ["kd", "pkt"]),
         "teacher without a head": (labelled, {**first, "classifier": False}, ["pkt", "rkd"]),
