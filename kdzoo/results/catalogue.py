@@ -2,12 +2,15 @@
 
 import inspect
 import json
+from contextlib import suppress
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from kdzoo import registry
+from kdzoo.distiller import Distiller
+from kdzoo.errors import UserError
 
 
 def is_distiller(name: str) -> bool:
@@ -28,8 +31,20 @@ def distiller_page(name: str) -> RenderableType:
     facts.add_row("method", method.name)
     facts.add_row("paper", distiller.paper)
     facts.add_row("fidelity", f"{distiller.fidelity}: {registry.FIDELITIES[str(distiller.fidelity)]}")
+    if without := _does_without(distiller):
+        facts.add_row("learns without", ", ".join(without))
     facts.add_row("file", str(method.file))
     return Group(facts, Text(), Text(method.summary), Text(inspect.getdoc(distiller) or ""), Text(), keywords)
+
+
+def _does_without(distiller: type[Distiller]) -> list[str]:
+    """List what the method, with its defaults, can do without."""
+    found = ["a teacher"] if not distiller.needs.teacher else []
+    for what, lacking in (("labels", {"labels": True}), ("a classifier", {"logits": True})):
+        with suppress(UserError):
+            distiller().leave_out(**lacking)
+            found.append(what)
+    return found
 
 
 def model_page(name: str, data: str) -> RenderableType:

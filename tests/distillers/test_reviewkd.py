@@ -139,7 +139,7 @@ def test_a_bad_keyword_is_the_users_error(student, teacher, data, keywords, mess
 
 
 def test_the_teachers_maps_are_those_before_the_last_relu_and_the_students_are_not(student, teacher, data):
-    assert ReviewKD().assemble(student, teacher, data()).needs == Needs(preactivations=("teacher",))
+    assert ReviewKD().assemble(student, teacher, data()).needs == Needs(logits=False, preactivations=("teacher",))
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
