@@ -187,7 +187,7 @@ def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, fam
     kinds = sorted(set(runs["measured"]))
     notes = ["Accuracies in percent of the whole test set."] if kinds == ["accuracy"] else []
     notes += [f"top-1 and top-5: percent of the {MEASURED[kind]}." for kind in kinds if not notes]
-    if not rows[list(LIKENESS)].isna().all(axis=None):
+    if not runs[list(LIKENESS)].isna().all(axis=None):
         notes.append(
             "agreement: percent of the test images that student and teacher take for the same class; KL: divergence of "
             "the student's probabilities from the teacher's, in nats; k-NN and linear probe: top-1 of the embedding."
