@@ -55,7 +55,9 @@ def train(pictures: str, out: Path) -> None:
             "teacher": {key: value for key, value in teacher.items() if key != "name"},
         }
         file.write_text(yaml.safe_dump(content, sort_keys=False))
-        bench(load(str(file), overrides=[f"output.measure_every={EPOCHS}", "engine.compile=off"]), out / file.stem).check()
+        bench(
+            load(str(file), overrides=[f"output.measure_every={EPOCHS}", "engine.compile=off"]), out / file.stem
+        ).check()
 
 
 def weights(name: str, pictures: str, out: Path) -> Path:

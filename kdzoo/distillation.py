@@ -214,7 +214,7 @@ def distill(
     kind = registry.load(method)
     distiller = kind(**keyword_settings(kind, keywords, prefix=""))
     given = {"num_classes": num_classes, "image_size": image_size, "labels": labels, "labelled": labelled}
-    return Distillation(student, teacher, distiller, **given)  # type: ignore[arg-type]  # each of its own type
+    return Distillation(student, teacher, distiller, **given)  # type: ignore[arg-type]  # of the types that it takes
 
 
 def _shown(teacher: NetworkView, batch: Batch) -> NetworkView:

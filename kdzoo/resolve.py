@@ -274,7 +274,9 @@ def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
     for role, network in _networks(settings):
         name = network.name or ""
         folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else ""
-        found.setdefault(role.partition(".")[0], {}).update(_code(networks=(name,)) | _weights(folder) | _weights(network.weights or ""))
+        found.setdefault(role.partition(".")[0], {}).update(
+            _code(networks=(name,)) | _weights(folder) | _weights(network.weights or "")
+        )
     return found
 
 

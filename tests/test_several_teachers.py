@@ -25,7 +25,10 @@ def resolved(*overrides, teacher="resnet14"):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("teacher.others=[{naem: resnet20}]", "unknown setting 'teacher.others.naem'; did you mean teacher.others.name"),
+        (
+            "teacher.others=[{naem: resnet20}]",
+            "unknown setting 'teacher.others.naem'; did you mean teacher.others.name",
+        ),
         ("teacher.others=[{name: resnet20, others: []}]", "unknown setting 'teacher.others.others'"),
         ("teacher.others=[{weights: a.pth}]", "expected a name in each, such as {name: resnet56}"),
         ("teacher.others=[{name: null}]", "teacher.others.name"),
@@ -94,7 +97,9 @@ def test_one_teacher_answers_alone_whatever_is_said_of_several(override):
 
 
 def test_what_is_written_down_is_read_again_as_it_was():
-    run = resolved("teacher.others=[{name: resnet20, options: {drop_rate: 0.1}, mean: [0.5]}]", "teacher.features=turns")
+    run = resolved(
+        "teacher.others=[{name: resnet20, options: {drop_rate: 0.1}, mean: [0.5]}]", "teacher.features=turns"
+    )
     assert stored(yaml.safe_load(yaml.safe_dump(run.plain()))) == run
 
 

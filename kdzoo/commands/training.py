@@ -132,7 +132,7 @@ def run(
 
         rename("reading settings and data")
         if teachers or teacher_weights:
-            others = {"others": []} if teachers else {}  # else those of the file would stay
+            others: dict[str, Any] = {"others": []} if teachers else {}  # else those of the file would stay
             values.setdefault("teacher", {}).update(others | several(teachers, teacher_weights))
         made = resolve(values if config is None else merged(read_settings(config, values), (), values), overrides)
     result = execute(made, fresh=not resume)

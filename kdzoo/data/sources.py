@@ -193,7 +193,7 @@ def open_source(
         select: the share of those left that is held out instead.
         reading: how image files are read.
         choose: selects images before any are held out.
-        test: another set, whose test images are taken in place of its own.
+        test: another set, whose test images are taken instead.
         complete: whether there must be test images.
 
     Raises:

@@ -66,9 +66,9 @@ def test_the_auto_encoder_learns_to_restore_the_teachers_map(monkeypatch):
     errors = []
 
     def watched(parameters, loss, batches, **keywords):
-        errors.append(loss(batches[0]).item())
+        errors.append(loss(next(iter(batches))).item())
         fit(parameters, loss, batches, **keywords)
-        errors.append(loss(batches[0]).item())
+        errors.append(loss(next(iter(batches))).item())
 
     monkeypatch.setattr("kdzoo.distillers.ft.fit", watched)
     together = toys.distillation(FT, {"epochs": 40, "stage": 1}, prepared=False)

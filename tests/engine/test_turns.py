@@ -106,9 +106,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path, dat
 
 def test_lanes_take_the_same_turns_as_a_run_alone(tmp_path, dataset, pair):
     names = ("fitnet", "kd", "none")
-    outcomes = train_lanes(
-        [settings(tmp_path / "a", name) for name in names], dataset, pair, Progress(quiet=True)
-    )
+    outcomes = train_lanes([settings(tmp_path / "a", name) for name in names], dataset, pair, Progress(quiet=True))
     for name, beside in zip(names, outcomes, strict=True):
         assert same(student(beside), student(train(tmp_path / "b", name, dataset, pair)))
 

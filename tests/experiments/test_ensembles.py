@@ -93,7 +93,9 @@ def test_learned_weights_are_said_and_those_of_a_strong_teacher_are_larger(tmp_p
     strong = "teacher.epochs=6"
     result = distil(tmp_path, "resnet14", others, strong, "teacher.combine=learned", quiet=False)
     said = " ".join(capsys.readouterr().err.split())
-    knows, guesses = map(float, re.search(r"learned weights of the teachers: \w+ ([\d.]+), \w+ ([\d.]+)", said).groups())
+    knows, guesses = map(
+        float, re.search(r"learned weights of the teachers: \w+ ([\d.]+), \w+ ([\d.]+)", said).groups()
+    )
     assert knows > 0.9 > 0.1 > guesses
     assert result.teacher_top1 == pytest.approx(result.teachers_top1[0], abs=3)
 
