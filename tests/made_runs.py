@@ -129,6 +129,8 @@ def runs(*scores: tuple[Any, ...], **common: Any) -> pd.DataFrame:
         "device": "cpu",
         "precision": "float32",
         "preset": False,
+        "measured": "accuracy",
+        **dict.fromkeys(table.LIKENESS),
     }
     names = ("teacher", "student", "method", "seed", "top1")
     records = [fixed | dict(zip(names, row, strict=True)) | {"best_top1": row[-1] + 0.5} | common for row in scores]

@@ -70,8 +70,7 @@ def finish(lane: Lane, dataset: Dataset, teacher: Teacher | None, costs: dict[st
         **cost_of(shipped, lane, dataset, costs)._asdict(),
     )
     lane.ranks.once(write_text, lane.folder.classes, "".join(f"{name}\n" for name in dataset.spec.class_names))
-    if dataset.spec.num_classes:  # else nothing is taken for a class
-        lane.ranks.once(write_predictions, lane, shipped, dataset, teacher)
+    lane.ranks.once(write_predictions, lane, shipped, dataset, teacher)
     lane.loggers.finish(history, result)  # before the run counts as finished: a kill in between is made up for
     lane.ranks.once(lane.folder.write_result, result)
     lane.ranks.once(checkpoint.remove, lane.folder.checkpoints)

@@ -15,8 +15,8 @@ from kdzoo.engine.progress import Progress
 from kdzoo.engine.termination import Termination
 from kdzoo.errors import AskedToEnd, UserError
 from kdzoo.store import checkpoint
+from kdzoo.store.result import MEASURED_BY
 
-MEASURES = {"accuracy": "top-1", "agreement": "agreement", "knn": "k-NN", "neighbours": "same neighbour"}
 READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
 
 
@@ -41,7 +41,7 @@ def train(
     check_micro_batches(loader, settings.engine.accumulate)
     per_epoch, shared = loader.steps_per_epoch, Shared(teacher, len(lanes))
     stop = lanes[0].run.last_epoch * per_epoch
-    progress.measure = MEASURES[measured(dataset, lanes[0].distillation.student)]
+    progress.measure = MEASURED_BY[measured(dataset, lanes[0].distillation.student)]
     start = begin(lanes, teacher, loader, shared, progress, termination)
     kept = kept_logits.steps(lanes, teacher, dataset, loader, start, progress.say)
     steps, clock = kept or graphs.steps(lanes[0], teacher, progress.say), Clock()

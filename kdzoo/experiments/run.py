@@ -206,7 +206,7 @@ def open_data(run: Run, device: torch.device, progress: Progress, finished: RunF
         if not dataset.is_labelled:
             dataset.name_outputs(teachers.output_names(run) if finished is None else finished.read_classes())
         if finished is not None and not dataset.is_judged:
-            answers = predictions.read(finished.predictions, max(dataset.spec.num_classes, dataset.test_size)).labels
+            answers = predictions.read(finished.predictions, dataset.spec.num_classes).labels
             if len(answers) == dataset.test_size:
                 dataset.answered_by(answers.astype(np.int64))
         return dataset

@@ -20,7 +20,7 @@ from kdzoo.results.table import (
     shipped,
     summary,
 )
-from kdzoo.store.result import MEASURED
+from kdzoo.store.result import MEASURED, MEASURED_BY
 
 EPOCHS = {"top1": "last", "best_top1": "best"}  # of the measures
 KEPT = {"best": ", students of the best epoch", "ema": ", averaged students"}  # by output.ship, where it is not last
@@ -97,6 +97,12 @@ def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
         columns["peak MiB"] = _cells(rows["peak_memory"], lambda bytes: f"{bytes / 2**20:.0f}")
         grid = _grid("Students, mean ± standard deviation over n seeds", columns, names=3)
         notes = _notes(_part(runs, key), rows, baseline, "seeds", "methods of a pair")
+        if not rows[list(LIKENESS)].isna().all(axis=None):
+            notes.append(
+                "agreement: percent of the test images that student and teacher take for the same class; KL: "
+                "divergence of the student's probabilities from the teacher's, in nats; k-NN and linear probe: top-1 "
+                "of the embedding."
+            )
         if any(cell.text for cell in columns["ms for 1, 64"]):
             notes.append(
                 "ms for 1, 64: latency of a batch of 1 and of 64 images in float32, where the run was trained."
@@ -184,9 +190,10 @@ def _compared(rows: pd.DataFrame, baseline: str) -> dict[str, list[Cell]]:
 
 def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, family: str) -> list[str]:
     """What must be known to read a section."""
-    kinds = sorted(set(runs["measured"]))
-    notes = ["Accuracies in percent of the whole test set."] if kinds == ["accuracy"] else []
-    notes += [f"top-1 and top-5: percent of the {MEASURED[kind]}." for kind in kinds if not notes]
+    [measured] = set(runs["measured"])
+    notes = ["Accuracies in percent of the whole test set."]
+    if measured != "accuracy":
+        notes = [f"top-1 and top-5: percent of the {MEASURED[measured]}."]
     if not runs[list(LIKENESS)].isna().all(axis=None):
         notes.append(
             "agreement: percent of the test images that student and teacher take for the same class; KL: divergence of "
@@ -290,8 +297,9 @@ def _method(name: str, fidelity: str) -> str:
 
 def title(key: Sequence[str]) -> str:
     """Write the heading of a section."""
-    data, protocol, ship = key
-    return f"{data}, protocol {protocol}{KEPT.get(ship, '')}"
+    data, protocol, ship, measured = key
+    by = "" if measured == "accuracy" else f", measured by {MEASURED_BY[measured]}"
+    return f"{data}, protocol {protocol}{KEPT.get(ship, '')}{by}"
 
 
 def _signed(value: float) -> str:

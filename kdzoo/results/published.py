@@ -44,7 +44,7 @@ def everything() -> pd.DataFrame:
 
 
 def find(
-    data: str, protocol: str, teacher: str, student: str, method: str, epoch: str, ship: str = ""
+    data: str, protocol: str, teacher: str, student: str, method: str, epoch: str, ship: str = "", measured: str = ""
 ) -> Published | None:
     """Find the published number of exactly this setting, or None. Rows marked ``unverified`` do not count.
 
@@ -55,7 +55,10 @@ def find(
         method: a method's name, or ``teacher`` for the teacher's own accuracy.
         epoch: ``last`` or ``best``.
         ship: the student that our runs keep, which no published number depends on.
+        measured: what our top-1 is a share of; published ones are accuracies.
     """
+    if measured not in ("", "accuracy"):
+        return None
     alone = teacher == "-"
     named = "" if alone else teacher if " + " in teacher else teacher.partition(" (")[0]
     numbers = _index(alone).get((data, protocol, named, student, method, epoch), [])

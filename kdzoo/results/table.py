@@ -15,7 +15,7 @@ from kdzoo.results import published, statistics
 from kdzoo.store.folder import RunFolder, find_runs
 
 BASELINE = "kd"
-SECTION = ["data", "protocol", "ship"]  # what is compared with each other agrees in these
+SECTION = ["data", "protocol", "ship", "measured"]  # what is compared with each other agrees in these
 PAIR = ["teacher", "student"]
 MEASURES = ("top1", "best_top1", "top5")  # top1 and top5 are of the last epoch
 TIMES = ("seconds", "images_per_second", "latency_1", "latency_64")
@@ -30,7 +30,8 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
     Accuracies are in percent, with mean, deviation and 95 % interval over seeds. ``difference`` is the method's top-1
     minus the baseline's over the seeds that both have, of the students that are kept; ``p_holm`` is its corrected
     p-value, ``verdict`` says in a word whether it holds, and published numbers stand beside ours. Runs that keep the
-    last student and those that keep the best (``ship``) are never compared with each other.
+    last student and those that keep the best (``ship``) are never compared with each other, nor runs whose top-1 is
+    another share (``measured``: accuracy, agreement, knn or neighbours).
 
     Args:
         folders: one folder of runs, or several.

@@ -20,7 +20,11 @@ LONGEST_TITLE = 300  # characters
 
 @dataclass(frozen=True)
 class Predictions:
-    """The classes of N test images, in the order of the test set, and the mistakes that the student is surest of."""
+    """The classes of N test images, in the order of the test set, and the mistakes that the student is surest of.
+
+    Where test images have no labels, the teacher's answers stand in their place. Where there is no classifier either,
+    all of these are rows of the test set: of the image that lies nearest in the embedding.
+    """
 
     labels: NDArray[np.integer]  # (N,) the true classes
     student: NDArray[np.integer]  # (N,) the classes of the student's highest logits
@@ -45,7 +49,7 @@ def mistakes(labels: NDArray[Any], classes: NDArray[Any], confidence: NDArray[An
 
 
 def read(file: Path, num_classes: int) -> Predictions:
-    """Read a file of predictions over so many classes.
+    """Read a file of predictions over so many classes; with 0 they are rows of the test set.
 
     Raises:
         UserError: it is damaged, or another version of kdzoo wrote it.
@@ -85,7 +89,8 @@ def _check(arrays: dict[str, NDArray[Any]], titles: Any, num_classes: int) -> No
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise ValueError(f"{name} has the shape {arrays[name].shape}, not {shape}")
-    for name, limit in (("labels", num_classes), ("student", num_classes), ("teacher", num_classes), ("worst", count)):
+    classes = num_classes or count
+    for name, limit in (("labels", classes), ("student", classes), ("teacher", classes), ("worst", count)):
         array = arrays[name]
         if array.dtype.kind != "i" or (array.size and not 0 <= array.min() <= array.max() < limit):
             raise ValueError(f"{name} are no numbers from 0 to {limit - 1}")

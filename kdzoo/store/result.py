@@ -16,6 +16,12 @@ MEASURED = {
     "knn": "test images whose class the nearest neighbours of their embedding tell: there is no classifier",
     "neighbours": "test images whose nearest neighbour is the teacher's too: there are neither labels nor a classifier",
 }
+MEASURED_BY = {
+    "accuracy": "top-1",
+    "agreement": "agreement",
+    "knn": "k-NN",
+    "neighbours": "common neighbours",
+}
 HIGHEST = {  # what the numbers of a result may be at most; none is below 0
     **dict.fromkeys(("teacher_top1", "top1", "top5", "best_top1", "best_top5", "agreement", "knn", "probe"), 100),
     **dict.fromkeys(("seconds", "images_per_second", "latency_1", "latency_64"), 1e12),

@@ -146,7 +146,7 @@ def _kept(folder: RunFolder, row: dict[str, Any]) -> Kept:
         fingerprint=str(config["data"].get("fingerprint", "")) if config else "",
         history=tried(lambda: _history(folder), []),
         classes=classes,
-        predictions=tried(lambda: _predictions(folder, classes), None),
+        predictions=tried(lambda: _predictions(folder, str(row["measured"]), classes), None),
         spectrum=tried(lambda: read_spectrum(folder.path / "spectrum.csv"), None),
         environment=folder.read_environment(),  # which ``table.rows`` has read already
         config=tried(lambda: read_text(folder.config, LARGEST), "") if config else "",
@@ -172,7 +172,9 @@ def _history(folder: RunFolder) -> list[dict[str, Any]]:
     return history
 
 
-def _predictions(folder: RunFolder, classes: Sequence[str]) -> Predictions | None:
+def _predictions(folder: RunFolder, measured: str, classes: Sequence[str]) -> Predictions | None:
+    if not classes and measured in ("knn", "neighbours"):
+        return None  # which are rows of the test set
     if not folder.predictions.is_file():
         raise UserError(
             f"no {folder.predictions.name}, as in runs of older versions: no accuracy by class and no mistakes; run "

@@ -12,6 +12,7 @@ from PIL import Image
 
 from kdzoo.results.report.gather import Kept
 from kdzoo.results.report.spectra import spectra
+from kdzoo.results.table import PAIR, SECTION
 from kdzoo.store.predictions import Predictions
 
 CONFUSIONS = 10  # that are listed
@@ -63,7 +64,7 @@ class Panes:
 
     def _baseline_of(self, one: Kept) -> int | None:
         """The place of the baseline's run on the same data, pair and seed."""
-        same = ("data", "protocol", "ship", "teacher", "student", "seed")
+        same = (*SECTION, *PAIR, "seed")
         wanted = {**{name: one.row.get(name) for name in same}, "method": self.baseline}
         if one.row["method"] == self.baseline:
             return None
