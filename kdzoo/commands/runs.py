@@ -19,13 +19,17 @@ def evaluate(folder: Path, **here: Any) -> None:
     \b
       kdzoo eval runs/digits-none-resnet8-s0-0123456789ab --device cpu
 
-    Prints its top-1 and top-5 on the test images. The run may come from another machine: its relative paths are looked
+    Prints its top-1 and top-5 on the test images, and what they are shares of where that is not accuracy. The run may come from another machine: its relative paths are looked
     up in the folder where it was made, if that is there, else in the working folder.
     """
     from kdzoo.experiments.run import Here, evaluate_run
+    from kdzoo.store.folder import RunFolder
+    from kdzoo.store.result import MEASURED
 
     top1, top5 = evaluate_run(folder, Here(**here))
-    click.echo(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %")
+    measured = RunFolder(folder).finished().measured
+    of = "" if measured == "accuracy" else f"  of the {MEASURED[measured]}"
+    click.echo(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %{of}")
 
 
 @click.command()

@@ -123,10 +123,9 @@ def without_damaged(source: Source, folder: Path, workers: int = 0, report: Repo
     lost = len(source.train) - len(train) + len(source.test) - len(test)
     if lost:
         warn_once(f"data '{source.name}': left out: {lost} damaged images; 'kdzoo data {source.name}' lists them")
-    left, before = (np.bincount(split.labels, minlength=len(source.class_names)) for split in (train, source.train))
-    for label in np.flatnonzero((left == 0) & (before > 0)):
-        name = source.class_names[label]
-        raise UserError(f"data '{source.name}': every training image of class '{name}' is damaged; replace them")
+    for label in np.setdiff1d(source.train.labels, train.labels):
+        which = f" of class '{source.class_names[label]}'" if source.labelled else ""
+        raise UserError(f"data '{source.name}': every training image{which} is damaged; replace them")
     return replace(source, train=train, test=test)
 
 
@@ -175,7 +174,7 @@ class Inspection:
 
     Attributes:
         class_names: (K,) in their order.
-        counts: by split, (K,) images of each class.
+        counts: by split, (K,) images of each class; (1,) all images where they have no labels.
         smallest: (width, height) of the image with the shortest side.
         largest: that of the largest by area.
         damaged: by path, why it cannot be decoded.
@@ -211,10 +210,10 @@ def inspect(source: Source, fingerprint: str, workers: int = 0, report: Report |
         source.test.title(int(whole["test"][ours])): source.train.title(int(whole["train"][theirs]))
         for ours, theirs in doubles.items()
     }
-    count = len(source.class_names)
+    kinds = {"train": source.class_names, "test": source.test_names}
     return Inspection(
         source.class_names,
-        {split: np.bincount(pictures.labels, minlength=count) for split, pictures in splits.items()},
+        {split: np.bincount(pictures.labels, minlength=len(kinds[split]) or 1) for split, pictures in splits.items()},
         _size(sizes, int(sizes.min(1).argmin()) if len(sizes) else 0),
         _size(sizes, int(sizes.prod(1).argmax()) if len(sizes) else 0),
         damaged,

@@ -215,7 +215,7 @@ def open_source(
     source = Source(name, class_names, train, tested, key, class_names)
     source = source if choose is None else choose(source)
     if test is not None:
-        other = open_source(test, root, reading=reading, test=None, val=0.0, complete=False)
+        other = open_source(test, root, reading=reading, choose=choose, complete=False)
         source = source.ordered(classes).tested_on(other)
         return source.holding_out(select, "data.select") if select else source
     if not complete:

@@ -162,6 +162,8 @@ def _program(
 
 
 def _told(name: str, seen: Comparison) -> str:
+    if seen.agreement is None:
+        return f"{name}: embeddings of {seen.images} test images differ by at most {seen.max_difference:.2g}"
     return (
         f"{name}: top-1 {seen.top1:.2f} % on {seen.images} test images (the student: {seen.student_top1:.2f} %), "
         f"the same class for {seen.agreement:.2f} %, logits differ by at most {seen.max_difference:.2g}"
@@ -172,7 +174,7 @@ def _data(source: RunFolder, here: Here, progress: Progress) -> tuple[data.Datas
     """Open the data of a run on the CPU."""
     run = here._replace(device="cpu", precision="float32").place(source, ("data", *parts_used(source)))
     with source.home():
-        dataset = open_data(run, torch.device("cpu"), progress)
+        dataset = open_data(run, torch.device("cpu"), progress, source)
         compare_data(run, source, dataset, progress)
     return dataset, run.settings.protocol.test_crop
 

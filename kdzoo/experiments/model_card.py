@@ -12,9 +12,10 @@ from kdzoo.errors import UserError
 from kdzoo.models import Student
 from kdzoo.naming import ALONE
 from kdzoo.store.folder import find_runs
-from kdzoo.store.result import MEASURED, Result
+from kdzoo.store.result import MEASURED, MEASURED_BY, Result
 
 KEPT = {"best": "the best epoch, chosen on the images that it is measured on", "ema": "the last epoch, averaged"}
+EMBEDDING = "image-feature-extraction"
 FOR_TIMM = """```python
 import timm
 
@@ -39,18 +40,19 @@ def card(result: Result, student: Student, program: bool) -> str:
         program: whether the folder holds a torch.export program instead of what timm reads.
     """
     names, seeds = result.names, beside(result)
+    accurate, task = result.measured == "accuracy", "image-classification" if student.classes else EMBEDDING
     top1 = [run.shipped_top1 for run in seeds]
     facts = ModelCardData(
-        pipeline_tag="image-classification",
-        tags=["image-classification", "knowledge-distillation", "kdzoo", *(["timm"] if not program else [])],
+        pipeline_tag=task,
+        tags=[task, "knowledge-distillation", "kdzoo", *(["timm"] if not program else [])],
         model_name=_line(result.student),
         eval_results=[
             EvalResult(
-                task_type="image-classification",
+                task_type=task,
                 dataset_type=re.sub(r"[^A-Za-z0-9_-]+", "-", result.data),
                 dataset_name=_line(names.data),
-                metric_type="accuracy",
-                metric_name="Top-1 accuracy (%)" if result.measured == "accuracy" else f"Top-1, {result.measured} (%)",
+                metric_type=result.measured,
+                metric_name=f"Top-1 {'accuracy' if accurate else f'by {MEASURED_BY[result.measured]}'} (%)",
                 metric_value=round(result.shipped_top1, 2),
             )
         ],
@@ -67,13 +69,14 @@ def card(result: Result, student: Student, program: bool) -> str:
         ("protocol", f"{names.protocol}, {result.epochs} epochs, seed {result.seed}"),
         ("weights of", KEPT.get(result.ship, "the last epoch")),
         ("top-1 of this file", f"{result.shipped_top1:.2f} %"),
-        ("top-1 is the share of", "" if result.measured == "accuracy" else MEASURED[result.measured]),
+        ("top-1 is the share of", "" if accurate else MEASURED[result.measured]),
         ("top-1 of the recipe", f"{counted} ({', '.join(str(run.seed) for run in seeds)})"),
-        ("classes", str(len(student.classes))),
+        ("classes", str(len(student.classes) or "none: it gives embeddings")),
         ("parameters", "" if result.parameters is None else f"{result.parameters:,}"),
         ("operations of one image", "" if result.flops is None else f"{result.flops / 1e9:.3g} GFLOPs"),
     ]
     usage = FOR_TORCH.replace("{side}", str(student.image_size)) if program else FOR_TIMM
+    usage = usage if student.classes else usage.replace("logits =", "embedding =")
     return "\n".join(
         [
             "---",
@@ -83,7 +86,8 @@ def card(result: Result, student: Student, program: bool) -> str:
             "",
             f"# {escaped(result.student)} distilled on {escaped(names.data)}",
             "",
-            f"Trained with kdzoo {__version__}. Accuracies are of the whole test set.",
+            f"Trained with kdzoo {__version__}. "
+            + ("Accuracies are of the whole test set." if accurate else "What top-1 is a share of stands below."),
             "",
             "| | |",
             "|---|---|",

@@ -206,9 +206,18 @@ def open_data(run: Run, device: torch.device, progress: Progress, finished: RunF
         if not dataset.is_labelled:
             dataset.name_outputs(teachers.output_names(run) if finished is None else finished.read_classes())
         if finished is not None and not dataset.is_judged:
+            if not finished.predictions.is_file():
+                raise UserError(
+                    f"{finished.path} has lost its {finished.predictions.name}, which holds the teacher's answers; copy "
+                    "the whole folder"
+                )
             answers = predictions.read(finished.predictions, dataset.spec.num_classes).labels
-            if len(answers) == dataset.test_size:
-                dataset.answered_by(answers.astype(np.int64))
+            if len(answers) != dataset.test_size:
+                raise UserError(
+                    f"{finished.path.name} was measured by its teacher's answers for {len(answers)} test images, and "
+                    f"data {wanted.name} have {dataset.test_size}; bring back the data that the run was trained with"
+                )
+            dataset.answered_by(answers.astype(np.int64))
         return dataset
 
 

@@ -111,7 +111,8 @@ class Measured:
         self.grids = [tuple(maps.shape[2:]) for maps in shapes.features]
         self.rings = [radial_basis(grid) for grid in self.grids]
         self.masks = [band_basis(grid, edges) for grid in self.grids]
-        self.haar = wavelet_basis(shapes.logits.shape[1], "haar", 1, "periodization")
+        classes = shapes.logits.shape[1]
+        self.haar = wavelet_basis(classes, "haar", 1, "periodization") if classes else ()
         self.power, self.energy = ([torch.zeros(len(m)) for m in matrices] for matrices in (self.rings, self.masks))
         self.logits = torch.zeros(2)
         self.agreement = {(stage, band): Agreement() for stage in range(5) for band in range(len(self.bands))}
@@ -120,7 +121,8 @@ class Measured:
     def add(self, seen: Output, teacher: Output, labels: Tensor) -> None:
         """Add one batch of this network and of its teacher, whose bands are the same."""
         self.images += len(labels)
-        self.hits += int((seen.logits.argmax(dim=1) == labels).sum())
+        if self.haar:
+            self.hits += int((seen.logits.argmax(dim=1) == labels).sum())
         for stage, maps in enumerate(seen.features):
             for sums, basis in ((self.power, self.rings), (self.energy, self.masks)):
                 power = spectral_power(maps, basis[stage].to(maps.device, torch.float32))
@@ -149,6 +151,8 @@ class Measured:
                 if present[band]:
                     found.append((*place, "energy", name, float(self.energy[stage][band]) / whole))
                     found.append((*place, "cka", name, self.agreement[stage, band].value()))
+        if not self.haar:
+            return found
         place = "logits", f"{self.haar[0].shape[1]}"
         for part, name in enumerate(("content", "detail")):
             found.append((*place, "energy", name, float(self.logits[part] / self.logits.sum())))
@@ -169,12 +173,13 @@ def compare(
         crop: share of the resized side that the test crop keeps.
 
     Returns:
-        A table with a row for each value, and in ``attrs`` how many ``images`` were seen of how many ``tests``:
+        A table with a row for each value, and in ``attrs`` how many ``images`` were seen of how many ``tests``, and
+        what ``top1`` is called:
 
         - ``power`` by ring (cycles, rounded): mean power of a frequency, as a share of the map's energy;
         - ``energy`` by band: share of the map's energy, or of the centred logits' energy;
         - ``cka`` by band: linear CKA with the teacher, missing where there is nothing to compare;
-        - ``top1`` on these images, in percent.
+        - ``top1`` on these images, in percent, against the teacher's answers where they have no labels; missing, as the logits' rows are, for networks without a classifier.
 
     Raises:
         UserError: a network does not show four stages.
@@ -194,6 +199,7 @@ def compare(
     table = pd.DataFrame([(name, *row) for name, one in measured.items() for row in one.rows()], columns=COLUMNS)
     seen_images = next(iter(measured.values())).images
     table.attrs = {"data": dataset.spec.name, "images": seen_images, "tests": dataset.test_size}
+    table.attrs["top1"] = "top-1" if dataset.is_judged else "as the teacher"
     return table
 
 

@@ -20,13 +20,16 @@ Run = Callable[[Tensor], Tensor]  # images (B, 3, S, S) in [0, 1] -> logits (B, 
 
 
 class Comparison(NamedTuple):
-    """How a program's answers differ from the student's on the same images; shares are in percent."""
+    """How a program's answers differ from the student's on the same images; shares are in percent.
+
+    A student without a classifier gives no classes, and these shares are None.
+    """
 
     images: int
-    max_difference: float  # between two logits
-    agreement: float  # images whose top-1 is the same
-    top1: float
-    student_top1: float
+    max_difference: float  # between two logits, or two numbers of the embedding
+    agreement: float | None = None  # images whose top-1 is the same
+    top1: float | None = None
+    student_top1: float | None = None
 
 
 def compare(
@@ -43,15 +46,18 @@ def compare(
             for name, program in programs.items():
                 theirs[name].append(program(images))
     answers = {name: torch.cat(logits) for name, logits in theirs.items()}
-    return {name: _compared(logits, torch.cat(ours), torch.cat(labels)) for name, logits in answers.items()}
+    classify = bool(student.classes)
+    return {name: _compared(logits, torch.cat(ours), torch.cat(labels), classify) for name, logits in answers.items()}
 
 
-def _compared(theirs: Tensor, ours: Tensor, labels: Tensor) -> Comparison:
+def _compared(theirs: Tensor, ours: Tensor, labels: Tensor, classify: bool) -> Comparison:
     def share(one: Tensor, other: Tensor) -> float:
         return 100 * (one == other).sum().item() / len(labels)
 
-    its, mine = theirs.argmax(1), ours.argmax(1)
     farthest = (theirs - ours).abs().max().item()
+    if not classify:
+        return Comparison(len(labels), farthest)
+    its, mine = theirs.argmax(1), ours.argmax(1)
     return Comparison(len(labels), farthest, share(its, mine), share(its, labels), share(mine, labels))
 
 

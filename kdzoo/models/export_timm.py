@@ -47,7 +47,8 @@ def write_timm(network: nn.Module, folder: Path, classes: Sequence[str], test_cr
         images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
         normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
         with torch.inference_mode():
-            theirs, ours = again(normalised), network(images).logits
+            theirs, output = again(normalised), network(images)
+            ours = output.logits if network.has_classifier else output.embedding
             same = theirs.shape == ours.shape and (theirs - ours).abs().max() <= 1e-3 * ours.abs().max()
     except OSError:
         raise

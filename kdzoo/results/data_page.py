@@ -26,6 +26,7 @@ def inspected(run: Run, report: Callable[[str], object] | None = None) -> Inspec
         val=wanted.val,
         select=wanted.select,
         reading=reading,
+        test=wanted.test,
     ).limited(wanted.limit)
     return inspect(source, wanted.fingerprint, run.place.data.workers, report)
 
@@ -34,19 +35,19 @@ def page(name: str, found: Inspection) -> str:
     """Write what was found, one fact a line."""
     totals = {split: int(counts.sum()) for split, counts in found.counts.items()}
     small, large = (" x ".join(map(str, size)) for size in (found.smallest, found.largest))
+    kinds = f"{len(found.class_names)} classes" if found.class_names else "no labels"
     lines = [
-        f"data {name}: {len(found.class_names)} classes, {totals['train']} training and {totals['test']} test images",
+        f"data {name}: {kinds}, {totals['train']} training and {totals['test']} test images",
         f"size: {small} pixels" + ("" if small == large else f" to {large}"),
         f"fingerprint: {found.fingerprint or 'none, as the name and the options decide every image'}",
-        "",
     ]
     width = max(map(len, [*found.class_names, "class"]))
-    rows = [("class", "train", "test")]
+    rows = [("", "", ""), ("class", "train", "test")] if found.class_names else []
     rows += [
         (each, str(found.counts["train"][label]), str(found.counts["test"][label]))
         for label, each in enumerate(found.class_names)
     ]
-    lines += [f"{each:{width}}  {train:>6}  {test:>6}" for each, train, test in rows]
+    lines += [f"{each:{width}}  {train:>6}  {test:>6}".rstrip() for each, train, test in rows]
     lines += _part("damaged images", {path: f"({reason})" for path, reason in found.damaged.items()})
     lines += _part("test images that are nearly the same as a training image", found.doubles)
     return "\n".join(lines)

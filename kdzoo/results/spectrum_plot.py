@@ -69,10 +69,15 @@ def draw(table: pd.DataFrame) -> "Figure":
             _agreement(axes[2, column], part, names, bands)
             axes[0, column].set_title(f"{stage}\n{_grids(part)}", loc="left")
         logits = table[table["stage"] == "logits"]
-        _energy(axes[1, 4], logits, names, HAAR)
-        _agreement(axes[2, 4], logits, names, HAAR)
-        axes[1, 4].set_title(f"logits, {logits['grid'].iloc[0]} classes", loc="left")
-        _legend(axes[0, 4], logits, names)
+        if logits.empty:  # of networks without a classifier
+            axes[1, 4].set_axis_off()
+            axes[2, 4].set_axis_off()
+        else:
+            _energy(axes[1, 4], logits, names, HAAR)
+            _agreement(axes[2, 4], logits, names, HAAR)
+            axes[1, 4].set_title(f"logits, {logits['grid'].iloc[0]} classes", loc="left")
+            axes[2, 4].set_xlabel("Haar band")
+        _legend(axes[0, 4], logits, names, table.attrs.get("top1", "top-1"))
         _share_scales(axes)
         for row, label in enumerate(
             ("power per frequency\n(share of the map's energy)", "share of energy", "agreement with teacher\n(CKA)")
@@ -82,7 +87,6 @@ def draw(table: pd.DataFrame) -> "Figure":
             ax.set_xlabel("cycles per image")
         for ax in axes[2, :4]:
             ax.set_xlabel("band (cycles per image)")
-        axes[2, 4].set_xlabel("Haar band")
         figure.align_ylabels(axes[:, 0])
         figure.suptitle(title(table), x=0.005, ha="left", fontsize=13, fontweight="bold")
     return figure
@@ -150,12 +154,12 @@ def _band_axis(ax: "Axes", bands: Sequence[str]) -> None:
     ax.set_xlim(-0.6, len(bands) - 0.4)
 
 
-def _legend(ax: "Axes", logits: pd.DataFrame, names: list[str]) -> None:
+def _legend(ax: "Axes", logits: pd.DataFrame, names: list[str], what: str) -> None:
     from matplotlib.lines import Line2D
 
     top1 = logits[logits["measure"] == "top1"].set_index("network")["value"]
     lines = [Line2D([], [], color=COLOURS[i], marker=MARKERS[i]) for i in range(len(names))]
-    labels = [f"{name}\n{top1[name]:.1f} % top-1" for name in names]
+    labels = [f"{name}\n{top1[name]:.1f} % {what}" if name in top1 else name for name in names]
     ax.legend(lines, labels, loc="upper left", frameon=False, borderaxespad=0, handlelength=1.4, labelspacing=0.8)
     ax.set_axis_off()
 

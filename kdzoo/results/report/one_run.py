@@ -19,6 +19,11 @@ CONFUSIONS = 10  # that are listed
 PICTURES = 1_200_000  # characters of all pictures of a report together
 FACTS = {"revision": "commit of kdzoo", "device": "device", "precision": "precision", "threads": "CPU threads"}
 FACTS |= {"python": "Python", "platform": "platform"}
+WORDS = {  # what a class of test images is, and the share of its images that the student takes for it
+    "accuracy": ("true class", "accuracy"),
+    "agreement": ("the teacher's class", "agreement with the teacher"),
+    "knn": ("true class", "accuracy by nearest neighbours"),
+}
 
 
 class Panes:
@@ -52,7 +57,8 @@ class Panes:
         if one.predictions is not None:
             found, count = one.predictions, len(one.classes)
             pane["accuracy"] = by_class(found.labels, found.student, count)
-            if len(found.teacher):
+            pane["words"] = WORDS[row["measured"]]
+            if len(found.teacher) and row["measured"] != "agreement":  # where its answers are what is right
                 pane["teacher"] = by_class(found.labels, found.teacher, count)
                 pane["confusions"] = confusions(found, count)
             if self.pictures < PICTURES:

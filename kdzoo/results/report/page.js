@@ -161,13 +161,14 @@ function byClass(run, names) {
   traces.push(trace("this student", run.accuracy, BLUE, "circle", 6));
   const layout = {
     height: 110 + 19 * rows.length,
-    xaxis: { title: "accuracy on the images of a class (%)", zeroline: false },
+    xaxis: { title: `${run.words[1]} on the images of a class (%)`, zeroline: false },
     yaxis: { type: "category", categoryorder: "array", categoryarray: rows.map((row) => row.i), showgrid: true, automargin: true,
       tickvals: rows.map((row) => row.i), ticktext: rows.map((row) => cut(names[row.i])) },
   };
-  const said = `Below are the classes that lose most against ${other ? data.baseline : "the teacher"}, above those that gain most.`
+  const said = (other || run.teacher ? `Below are the classes that lose most against ${other ? data.baseline : "the teacher"}, above those that gain most.` : "")
     + (all > MOST ? ` Shown are ${MOST} of ${all} classes.` : "");
-  return block("Accuracy by class", said, { traces, layout, selects: [], layouts: {} });
+  const [first, ...rest] = run.words[1];
+  return block(`${first.toUpperCase()}${rest.join("")} by class`, said, { traces, layout, selects: [], layouts: {} });
 }
 function block(title, said, figure) {
   const element = make("figure", {}, make("figcaption", {}, make("h3", {}, title), make("p", { class: "quiet" }, said)),
@@ -186,11 +187,11 @@ function confusions(run, names) {
 }
 function mistakes(run, names) {
   const items = run.mistakes.map((one) => make("li", {}, make("img", { src: one.picture, alt: `test image ${one.title}` }),
-    make("strong", {}, names[one.student]), ` (${one.confidence} %)`, make("br"), `true: ${names[one.label]}`, make("br"),
-    one.teacher === null ? "" : `teacher: ${names[one.teacher]}`, make("div", { class: "quiet" }, one.title)));
+    make("strong", {}, names[one.student]), ` (${one.confidence} %)`, make("br"), `${run.words[0]}: ${names[one.label]}`, make("br"),
+    one.teacher === null || !run.teacher ? "" : `teacher: ${names[one.teacher]}`, make("div", { class: "quiet" }, one.title)));
   return make("div", { class: "wide" }, make("h3", {}, "Surest mistakes"),
-    make("p", { class: "quiet" }, items.length ? "Wrong test images of the highest probability: what the student takes them for, and how surely."
-      : "None: every test image is right."),
+    make("p", { class: "quiet" }, items.length ? "Test images that are taken for another class with the highest probability: what the student takes them for, and how surely."
+      : "None: no test image is taken for another class."),
     make("ul", { class: "mistakes" }, ...items));
 }
 function copied(title, text, said) {

@@ -24,6 +24,7 @@ from kdzoo.results.report.gather import Gathered, best_first, gather, of_section
 from kdzoo.results.report.one_run import Panes
 from kdzoo.results.report.style import Figure, styles
 from kdzoo.results.table import PAIR, SECTION, comparisons, groups, observations, pair_name, scores, shipped, summary
+from kdzoo.store.result import MEASURED
 
 MORE = {"teacher top-1", "top-1 best", "top-5 last", "compared", "published best", "images/s", "extra parameters"}
 MORE |= {"peak MiB", "GFLOPs", "MB"}
@@ -47,6 +48,15 @@ HELP = {  # of columns, by how their titles begin; the first that fits
     "ms for": "Latency: time of one pass of the student over one image, and over 64",
     "GFLOPs": "Arithmetic of one image: billions of additions and multiplications",
     "MB": "Size of the student's file",
+    "agreement": "Share of the test images that student and teacher take for the same class",
+    "KL": "Divergence of the student's probabilities from the teacher's, in nats",
+    "k-NN": "Share of the test images whose class the nearest neighbours of their embedding tell",
+    "linear probe": "Share of the test images whose class a linear classifier of the embedding finds",
+}
+SHARES = {  # of columns that hold another share than accuracy
+    "teacher top-1": "Of the teacher: share of the",
+    "top-1 last": "After the last epoch: share of the",
+    "top-5 last": "The same of the first five answers: share of the",
 }
 FIGURES = {
     "forest": (
@@ -60,12 +70,12 @@ FIGURES = {
         "since their ranks lie closer than the critical difference (Nemenyi test, 0.05).",
     ),
     "cost": (
-        "Accuracy against cost",
+        "Top-1 against cost",
         "What a student reaches, and what it costs to run or to train. The upper left corner is best.",
     ),
     "curves": (
         "Learning curves and loss terms",
-        "One line for each run, gray where a method is not among the best six. Accuracies are shown from a third of "
+        "One line for each run, gray where a method is not among the best six. Top-1 is shown from a third of "
         "the training on; a double click shows all of it, and dragging looks closer. A click on a line opens its run "
         "below, a click on a name hides its lines.",
     ),
@@ -181,7 +191,7 @@ def _sections(gathered: Gathered, drawn: dict[str, Figure]) -> list[dict[str, An
                 "title": section.title,
                 "answer": answer(rows, part, baseline),
                 "caption": grid.caption,
-                "columns": [_column(grid.titles[n], n >= grid.names) for n in order],
+                "columns": [_column(grid.titles[n], n >= grid.names, key[SECTION.index("measured")]) for n in order],
                 "rows": [
                     {
                         "method": row["method"],
@@ -207,8 +217,10 @@ def _sections(gathered: Gathered, drawn: dict[str, Figure]) -> list[dict[str, An
     return found
 
 
-def _column(title: str, is_number: bool) -> dict[str, Any]:
+def _column(title: str, is_number: bool, measured: str) -> dict[str, Any]:
     said = next((text for start, text in HELP.items() if title == start or title.startswith(start)), "")
+    if measured != "accuracy" and title in SHARES:
+        said = f"{SHARES[title]} {MEASURED[measured]}, in percent"
     if title.startswith("minus "):
         said = HELP["95 %"] if title.endswith("95 %") else f"Points of top-1 above the baseline{title[5:]}"
     return {
