@@ -19,8 +19,9 @@ def evaluate(folder: Path, **here: Any) -> None:
     \b
       kdzoo eval runs/digits-none-resnet8-s0-0123456789ab --device cpu
 
-    Prints its top-1 and top-5 on the test images, and what they are shares of where that is not accuracy. The run may come from another machine: its relative paths are looked
-    up in the folder where it was made, if that is there, else in the working folder.
+    Prints its top-1 and top-5 on the test images, and what they are shares of where that is not accuracy. The run may
+    come from another machine: its relative paths are looked up in the folder where it was made, if that is there, else
+    in the working folder.
     """
     from kdzoo.experiments.run import Here, evaluate_run
     from kdzoo.store.folder import RunFolder

@@ -208,8 +208,8 @@ def open_data(run: Run, device: torch.device, progress: Progress, finished: RunF
         if finished is not None and not dataset.is_judged:
             if not finished.predictions.is_file():
                 raise UserError(
-                    f"{finished.path} has lost its {finished.predictions.name}, which holds the teacher's answers; copy "
-                    "the whole folder"
+                    f"{finished.path} has lost its {finished.predictions.name}, which holds the teacher's answers; "
+                    "copy the whole folder"
                 )
             answers = predictions.read(finished.predictions, dataset.spec.num_classes).labels
             if len(answers) != dataset.test_size:

@@ -179,7 +179,8 @@ def compare(
         - ``power`` by ring (cycles, rounded): mean power of a frequency, as a share of the map's energy;
         - ``energy`` by band: share of the map's energy, or of the centred logits' energy;
         - ``cka`` by band: linear CKA with the teacher, missing where there is nothing to compare;
-        - ``top1`` on these images, in percent, against the teacher's answers where they have no labels; missing, as the logits' rows are, for networks without a classifier.
+        - ``top1`` on these images, in percent, against the teacher's answers where they have no labels; missing, as the
+          logits' rows are, for networks without a classifier.
 
     Raises:
         UserError: a network does not show four stages.
