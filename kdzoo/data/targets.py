@@ -21,7 +21,7 @@ class Targets:
         self.num_classes = num_classes
         self.smoothing = protocol.label_smoothing
         self.mixup = (
-            Mixup(mixup, cutmix, label_smoothing=self.smoothing, num_classes=num_classes)
+            Mixup(mixup, cutmix, label_smoothing=self.smoothing, num_classes=num_classes or 1)
             if mixup > 0 or cutmix > 0
             else None
         )

@@ -28,7 +28,7 @@ def load(run: str | Path, *, trust_code: bool = False) -> Student:
 
     Returns:
         A module on the CPU in evaluation mode. It takes images (B, 3, H, W) of any size, uint8 or float in [0, 1], and
-        gives logits (B, K); ``classes`` names them. See ``kdzoo.models.Student``.
+        gives logits (B, K), which ``classes`` names, or the embedding (B, D) where the student has no classifier. See ``kdzoo.models.Student``.
 
     Raises:
         UserError: the run is not finished, damaged, of another version, or names code that is not trusted.
@@ -43,8 +43,8 @@ def load(run: str | Path, *, trust_code: bool = False) -> Student:
     folder = RunFolder(path_of(run).resolve())
     result, working = folder.finished(), Path.cwd()
     folder.check_student(result)
-    classes = folder.read_classes()
     facts = models.written_facts(folder.student)
+    classes = folder.read_classes() if facts.get("classifier", True) else ()
     with folder.home(), torch.random.fork_rng(devices=[]):
         settings = folder.run(trust_code, working, parts_used(folder)).settings
         spec = DataSpec(

@@ -1,0 +1,349 @@
+"""Runs on pictures without labels, and from teachers without a classifier: trained, read, measured and shown again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file
+
+import kdzoo
+from kdzoo import UserError
+from kdzoo.cli import cli
+from kdzoo.engine.progress import Progress
+from kdzoo.experiments.predictions import predict
+from kdzoo.experiments.run import evaluate_run, open_data
+from kdzoo.experiments.teachers import output_names
+from kdzoo.models import written_facts
+from kdzoo.resolve import resolve
+from kdzoo.results import layout, table
+from kdzoo.results.last_screen import result_table
+from kdzoo.results.render import markdown
+from kdzoo.results.report.page import page
+from kdzoo.store import predictions
+from kdzoo.store.folder import RunFolder, find_runs
+
+TINY = ["engine.device=cpu", "engine.precision=float32", "protocol.epochs=2", "protocol.batch_size=8"]
+TINY += ["teacher.allow_weak=true", "teacher.epochs=1", "engine.checkpoint_seconds=0"]
+NAMES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Bright and dark pictures of three classes."""
+    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 8)):
+        for shade, name in enumerate(NAMES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(70 * shade, 70 * shade + 90, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def run(out, data, *more, distiller="kd", student="resnet8", teacher="resnet8", **options):
+    return kdzoo.run(distiller, student, teacher, data=data, out=out, overrides=[*TINY, *more], quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def weights(pictures, tmp_path_factory):
+    """The file of a small network that was trained on them with labels."""
+    out = tmp_path_factory.mktemp("teacher")
+    return run(out, f"folder:{pictures}", distiller="none", teacher=None).folder / "student.safetensors"
+
+
+@pytest.fixture(scope="module")
+def runs(pictures, weights, tmp_path_factory):
+    """Runs by what their top-1 is a share of."""
+    given, out = f"teacher.weights={weights}", tmp_path_factory.mktemp("runs")
+    unlabelled, bare = f"images:{pictures}", [given, "teacher.classifier=false"]
+    return {
+        "agreement": run(out, unlabelled, given),
+        "accuracy": run(out, unlabelled, given, f"data.test=folder:{pictures}"),
+        "neighbours": run(out, unlabelled, *bare, distiller="pkt"),
+        "knn": run(out, f"folder:{pictures}", *bare, distiller="pkt"),
+    }
+
+
+KINDS = ("agreement", "accuracy", "neighbours", "knn")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_says_what_it_measured_and_measures_the_same_again(runs, kind):
+    result = runs[kind]
+    assert result.measured == kind
+    assert (result.teacher_top1 is None) is (kind in ("agreement", "neighbours"))
+    assert evaluate_run(result.folder) == (result.top1, result.top5)
+    done = CliRunner().invoke(cli, ["eval", str(result.folder), "--device", "cpu"])
+    assert f"top-1 {result.top1:.2f} %" in done.output
+    assert ("nearest neighbour" in done.output) is (kind in ("neighbours", "knn"))
+
+
+def test_the_agreement_is_the_hand_count_of_what_the_run_kept(runs):
+    found = predictions.read(runs["agreement"].folder / "predictions.safetensors", 3)
+    assert 100 * float((found.student == found.teacher).mean()) == pytest.approx(runs["agreement"].top1)
+    assert runs["agreement"].agreement == pytest.approx(runs["agreement"].top1)
+    assert (found.labels == found.teacher).all()
+
+
+def test_labels_in_the_names_of_folders_are_not_read(pictures, weights, runs, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    order = sorted(file.relative_to(pictures) for file in (pictures / "train").rglob("*.png"))
+    shutil.rmtree(moved / "train")
+    for i, file in enumerate(order):  # in the same order, in other folders
+        (moved / "train" / f"{i:03d}").mkdir(parents=True)
+        shutil.copy(pictures / file, moved / "train" / f"{i:03d}" / "x.png")
+    again = run(tmp_path / "runs", f"images:{moved}", f"teacher.weights={weights}")
+    assert same_student(again, runs["agreement"])
+
+
+def same_student(one, other):
+    one, other = (load_file(result.folder / "student.safetensors") for result in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["agreement", "neighbours"])
+def test_an_interrupted_run_ends_with_the_same_bits(pictures, weights, runs, tmp_path, monkeypatch, kind):
+    more = [f"teacher.weights={weights}"] + ["teacher.classifier=false"] * (kind == "neighbours")
+    options = {"distiller": "pkt" if kind == "neighbours" else "kd"}
+    from kdzoo.engine import loop
+
+    finish_epoch, calls = loop.finish_epoch, []
+
+    def interrupt(*given, **named):
+        finish_epoch(*given, **named)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "finish_epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, f"images:{pictures}", *more, **options)
+    assert calls == [1]
+    resumed = run(tmp_path, f"images:{pictures}", *more, **options)
+    assert same_student(resumed, runs[kind])
+    assert (resumed.top1, resumed.top5, resumed.kl) == (runs[kind].top1, runs[kind].top5, runs[kind].kl)
+    files = {(result.folder / "predictions.safetensors").read_bytes() for result in (resumed, runs[kind])}
+    assert len(files) == 1
+
+
+def test_a_run_that_lost_the_teachers_answers_says_so(runs, tmp_path):
+    for kind in ("agreement", "neighbours"):
+        moved = shutil.copytree(runs[kind].folder, tmp_path / kind)
+        (moved / "predictions.safetensors").unlink()
+        with pytest.raises(
+            UserError, match=r"has lost its predictions\.safetensors, which holds the teacher's answers"
+        ):
+            evaluate_run(moved)
+
+
+def test_a_run_is_not_measured_again_by_answers_for_other_images(runs, pictures, tmp_path):
+    other = shutil.copytree(pictures, tmp_path / "other")
+    shutil.rmtree(other / "test" / "ant")
+    from kdzoo.experiments.run import Here
+
+    with pytest.raises(UserError, match="answers for 24 test images, and data .* have 16"):
+        evaluate_run(runs["agreement"].folder, Here(data=f"images:{other}"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_is_used_by_its_folder_alone(runs, kind):
+    student, images = kdzoo.load(runs[kind].folder), torch.rand(2, 3, 16, 16)
+    bare = kind in ("neighbours", "knn")
+    assert student.classes == (() if bare else NAMES)
+    assert student(images).shape == (2, 64 if bare else 3)
+    output = student.network(images)
+    assert torch.equal(student(images), output.embedding if bare else output.logits)
+    assert written_facts(runs[kind].folder / "student.safetensors")["classifier"] is not bare
+
+
+def test_a_student_without_a_classifier_names_no_classes(runs, pictures):
+    with pytest.raises(UserError, match=r"no classifier to name classes by; kdzoo\.load gives its embedding"):
+        list(predict(runs["knn"].folder, [pictures / "test"], device="cpu"))
+
+
+@pytest.mark.parametrize("kind", ["agreement", "neighbours"])
+def test_an_exported_program_is_compared_without_the_teacher(runs, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdzoo.experiments.run.teachers", None)
+    made = kdzoo.export(runs[kind].folder, "torch", out=tmp_path / kind)
+    record = json.loads((made.folder / "export.json").read_text())["model.pt2"]
+    assert record["max_difference"] < 1e-4
+    assert (record["top1"] is None) is (kind == "neighbours")
+    assert ("embeddings" in made.lines[0]) is (kind == "neighbours")
+    student, images = kdzoo.load(runs[kind].folder), torch.rand(3, 3, 16, 16)
+    program = torch.export.load(made.folder / "model.pt2").module()
+    assert torch.allclose(program(images), student(images), atol=1e-5)
+
+
+@pytest.mark.slow(reason="writes and runs ONNX models")
+@pytest.mark.parametrize("kind", ["agreement", "neighbours"])
+def test_an_onnx_model_is_compared_without_the_teacher(runs, kind, tmp_path):
+    made = kdzoo.export(runs[kind].folder, "onnx", out=tmp_path / kind, quantize="int8")
+    assert json.loads((made.folder / "export.json").read_text())["model.onnx"]["max_difference"] < 1e-3
+
+
+def test_timm_reads_a_student_without_a_classifier_and_its_card_says_what_it_is(pictures, weights, tmp_path):
+    bare = [f"teacher.weights={weights}", "teacher.classifier=false", "protocol.image_size=32", "protocol.epochs=1"]
+    result = run(tmp_path / "runs", f"images:{pictures}", *bare, student="test_vit", distiller="rkd")
+    made = kdzoo.export(result.folder, "hub", out=tmp_path / "hub")
+    card = (made.folder / "README.md").read_text()
+    assert "timm reads it" in made.lines[0] or "not for timm" in made.lines[0]
+    if "timm reads it" in made.lines[0]:
+        theirs = timm.create_model(f"local-dir:{made.folder}", pretrained=True).eval()
+        assert theirs.num_classes == 0
+    assert "image-feature-extraction" in card
+    assert "accuracy" not in card.lower().replace("accuracies are of the whole test set", "accuracy of the test set")
+    assert "nearest neighbour" in card
+
+
+def test_tables_reports_and_screens_never_call_it_accuracy(runs, tmp_path):
+    root = runs["agreement"].folder.parent
+    sections = layout.long(table.rows(find_runs([root])), "kd")
+    assert len(sections) == 4
+    by_title = {section.title: markdown([section]) for section in sections}
+    [agreed] = [text for title, text in by_title.items() if title.endswith("measured by agreement")]
+    assert "take for the same class: the data have no labels" in agreed
+    assert "Accurac" not in agreed
+    assert sum("Accuracies in percent" in text for text in by_title.values()) == 1  # negative control
+    assert layout.pivoted(table.rows(find_runs([root])), "kd")
+    text = page([root])
+    assert "agreement with the teacher" in text
+    for kind in KINDS:
+        rows = str(list(result_table(runs[kind]).columns[0].cells))
+        assert ("top-1 is the share of" in rows) is (kind != "accuracy")
+        assert "accuracy" not in rows
+
+
+def test_a_report_of_runs_without_classes_has_no_confusions_and_no_complaint(runs):
+    from kdzoo.results.report.gather import gather
+    from kdzoo.results.report.one_run import Panes
+
+    gathered = gather([runs["neighbours"].folder.parent])
+    panes = dict(
+        zip([one.row["measured"] for one in gathered.kept], Panes(gathered.kept, "kd").all()["runs"], strict=True)
+    )
+    assert not panes["neighbours"]["notes"]
+    assert "accuracy" not in panes["neighbours"]
+    assert panes["agreement"]["words"][0] == "the teacher's class"
+    assert "confusions" not in panes["agreement"]
+    assert panes["accuracy"]["words"][0] == "true class"
+    assert "confusions" in panes["accuracy"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spectra_are_measured_of_such_runs_too(runs, kind):
+    from kdzoo.experiments import spectrum
+    from kdzoo.results.spectrum_plot import draw
+
+    found = spectrum.of_runs([runs[kind].folder], batches=1)
+    assert ("top1" in set(found["measure"])) is (kind in ("agreement", "accuracy"))
+    draw(found)
+
+
+def test_a_method_that_reads_labels_says_so_before_anything_is_trained(pictures, weights, tmp_path):
+    given = f"teacher.weights={weights}"
+    with pytest.raises(UserError, match="DKD learns from labels, and the data have none"):
+        run(tmp_path, f"images:{pictures}", given, distiller="dkd")
+    with pytest.raises(
+        UserError, match=r"KD learns from logits, and the teacher has no classifier.*such as fitnet or pkt"
+    ):
+        run(tmp_path, f"folder:{pictures}", given, "teacher.classifier=false")
+
+
+@pytest.mark.parametrize("more", [["engine.accumulate=2"], ["protocol.augmentation.mixup=0.5"]])
+@pytest.mark.parametrize("bare", [False, True])
+def test_micro_batches_and_mixing_work_without_labels(pictures, weights, tmp_path, more, bare):
+    if bare:
+        more = [*more, "teacher.classifier=false"]
+    method = "pkt" if bare else "kd"
+    given = f"teacher.weights={weights}"
+    assert run(tmp_path, f"images:{pictures}", given, "protocol.epochs=1", *more, distiller=method).epochs == 1
+
+
+def test_kept_logits_are_those_of_pictures_without_labels(pictures, weights, tmp_path):
+    given = [f"teacher.weights={weights}", "teacher.keep=logits"]
+    first, again = (run(tmp_path / place, f"images:{pictures}", *given) for place in ("one", "other"))
+    assert same_student(first, again)
+
+
+def wanted(pictures, *overrides, teacher="resnet8"):
+    values = {"distiller": {"name": "kd"}, "student": {"name": "resnet8"}, "teacher": {"name": teacher}}
+    return resolve({**values, "data": {"name": f"images:{pictures}"}}, overrides)
+
+
+def test_outputs_are_named_by_the_file_beside_the_weights_by_a_file_or_by_number(pictures, weights, tmp_path):
+    assert output_names(wanted(pictures, f"teacher.weights={weights}")) == NAMES
+    order = tmp_path / "names.txt"
+    order.write_text("x\ny\nz\n")
+    assert output_names(wanted(pictures, f"teacher.weights={weights}", f"data.classes={order}")) == ("x", "y", "z")
+    plain = tmp_path / "plain.pth"
+    network = kdzoo.models.create("resnet8", kdzoo.DataSpec("x", 3, NAMES, 16, torch.zeros(0)))
+    torch.save(network.body.state_dict(), plain)
+    assert output_names(wanted(pictures, f"teacher.weights={plain}")) == ("class 0", "class 1", "class 2")
+    assert output_names(wanted(pictures, f"teacher.weights={plain}", "teacher.classifier=false")) == ()
+    torch.save({k: v for k, v in network.body.state_dict().items() if not k.startswith("fc")}, plain)
+    with pytest.raises(UserError, match="classifier"):
+        output_names(wanted(pictures, f"teacher.weights={plain}"))
+
+
+def test_published_weights_say_how_many_classes_they_have(pictures):
+    names = output_names(wanted(pictures, "teacher.pretrained=true", teacher="resnet18.tv_in1k"))
+    assert (len(names), names[-1]) == (1000, "class 999")
+    assert output_names(wanted(pictures, "teacher.pretrained=true", teacher="vit_small_patch14_dinov2.lvd142m")) == ()
+
+
+def test_nothing_names_the_outputs_without_a_trained_teacher(pictures):
+    with pytest.raises(UserError, match=r"no labels to train teacher resnet8 on; give --teacher-weights FILE"):
+        output_names(wanted(pictures))
+    with pytest.raises(UserError, match="no teacher is named to learn from; pass --teacher NAME"):
+        output_names(wanted(pictures, teacher=None))
+
+
+def test_names_that_only_partly_fit_the_labelled_set_are_refused(pictures, weights, tmp_path):
+    order = tmp_path / "names.txt"
+    order.write_text("ant\nbee\ncow\n")
+    made = wanted(pictures, f"teacher.weights={weights}", f"data.classes={order}", f"data.test=folder:{pictures}")
+    with Progress(quiet=True) as progress, pytest.raises(UserError, match="1 classes that are none of the 3"):
+        open_data(made, torch.device("cpu"), progress)
+
+
+def test_a_recommendation_is_planned_without_labels(pictures, weights, tmp_path):
+    done = CliRunner().invoke(
+        cli,
+        [
+            *("recommend", "--teacher", "resnet8", "--teacher-weights", str(weights), "--student", "resnet8"),
+            *("--data", f"images:{pictures}", "--methods", "at,dkd", "--settings", "1", "--epochs", "2", "--dry-run"),
+            *("--out", str(tmp_path / "search"), "engine.device=cpu", "engine.precision=float32"),
+            "protocol.batch_size=8",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert "kd, logitmse, at" in done.output
+    assert "none: NoDistillation learns from labels" in done.output
+
+
+@pytest.mark.slow(reason="a whole search")
+def test_a_search_without_labels_ranks_by_agreement(pictures, weights, tmp_path):
+    found = kdzoo.recommend(
+        "resnet8", "resnet8", methods=["at"], settings=1, epochs=2, data=f"images:{pictures}", weights=str(weights),
+        out=tmp_path, overrides=[*TINY[:2], *TINY[3:4]], quiet=True,
+    )  # fmt: skip
+    assert {one.results[0].measured for one in found.answers[0].finalists} == {"agreement"}
+    assert found.answers[0].reference("none") is None
+    assert "as its teacher" in found.sentences()[0]
+
+
+def test_a_result_of_an_earlier_version_is_read_and_a_damaged_measure_is_refused(runs, tmp_path):
+    folder = RunFolder(shutil.copytree(runs["accuracy"].folder, tmp_path / "moved"))
+    found = json.loads(folder.result.read_text())
+    new = ("measured", "agreement", "kl", "knn", "probe")
+    folder.result.write_text(json.dumps({key: value for key, value in found.items() if key not in new}))
+    assert (folder.read_result().measured, folder.read_result().kl) == ("accuracy", None)
+    folder.result.write_text(json.dumps({**found, "measured": "taste"}))
+    with pytest.raises(UserError, match="measured=taste is none of accuracy, agreement, knn, neighbours"):
+        folder.read_result()
