@@ -194,11 +194,6 @@ def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, fam
     notes = ["Accuracies in percent of the whole test set."]
     if measured != "accuracy":
         notes = [f"top-1 and top-5: percent of the {MEASURED[measured]}."]
-    if not runs[list(LIKENESS)].isna().all(axis=None):
-        notes.append(
-            "agreement: percent of the test images that student and teacher take for the same class; KL: divergence of "
-            "the student's probabilities from the teacher's, in nats; k-NN and linear probe: top-1 of the embedding."
-        )
     seen = observations(runs)
     if len(seen[[*PAIR, "seed"]].drop_duplicates()) == 1:
         notes.append("One seed and one pair: nothing can be concluded about which method is better.")
