@@ -85,7 +85,8 @@ class Protocol:
     ema: float = setting(0.0, "Decay of a moving average of the student's weights, which is kept (0: none)", fraction)
     teacher_view: Literal["same", "plain", "weak", "strong"] = setting(
         "same",
-        "Picture that the teacher sees: same as the student; plain: its crop and mirror image without the other "
-        "changes; weak: another crop and mirror image; strong: a third, with RandAugment",
+        "Picture that the teacher sees: same: the student's; plain: the student's crop, mirrored alike, without "
+        "changes of colour or erased patches; weak: another draw of crop and mirror; strong: a third, with RandAugment. "
+        "Mixup and cutmix mix it as the student's",
     )
     augmentation: Augmentation = field(default_factory=Augmentation)

@@ -104,17 +104,19 @@ class TeacherSettings(NetworkSettings):
     lr: float | None = setting(None, "Learning rate of the teacher's training (null: its recipe's)", positive)
     seed: int = setting(0, "Seed of the teacher's training; students of all seeds share it", between, 0, 2**63 - 1)
     others: tuple[dict[str, Any], ...] = setting(
-        (), "Further teachers, such as [{name: resnet56}]; what one leaves out of its training is as of the first"
+        (),
+        "Further teachers, which answer together with the first, such as [{name: resnet56, seed: 1}]: settings as of "
+        "teacher; protocol, epochs, lr and seed are those of the first unless given",
     )
     combine: Literal["probabilities", "logits", "learned"] = setting(
         "probabilities",
-        "Answer of several teachers: the mean of their probabilities, of their logits, or of their probabilities with "
-        "weights learned on the training images",
+        "Common answer of several teachers: mean of their probabilities, mean of their logits, or learned: mean of "
+        "their probabilities with weights learned on training images",
     )
     features: str = setting(
         "",
-        "Teacher of several that shows its features and its embedding: its name (empty: the first), or turns: each "
-        "in one step after the other, with modules of the method for each",
+        "Which of several teachers shows its features and embedding: the name of one (empty: the first), or turns: "
+        "another one in each step, with modules of the method for each teacher",
     )
 
     @property
@@ -144,7 +146,7 @@ def are_mappings(others: object) -> bool:
 class FurtherTeacher(NetworkSettings):
     """One more teacher beside the first; what is None of its training is as of the first."""
 
-    name: str = setting("", "Network that the student learns from too, named as the first")
+    name: str = setting("", "Network that the student also learns from, named as teacher.name")
     finetune: bool = setting(False, "As teacher.finetune")
     protocol: str | None = setting(None, "As teacher.protocol")
     epochs: int | None = setting(None, "As teacher.epochs", between, 1, 10**6)

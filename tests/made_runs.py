@@ -124,8 +124,6 @@ def runs(*scores: tuple[Any, ...], **common: Any) -> pd.DataFrame:
         "file_bytes": None,
         "latency_1": None,
         "latency_64": None,
-        "measured": "accuracy",
-        **dict.fromkeys(("agreement", "kl", "knn", "probe")),
         "device": "cpu",
         "precision": "float32",
         "preset": False,

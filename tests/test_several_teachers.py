@@ -1,9 +1,12 @@
 """Several teachers as settings: what is refused, what makes another run, and what the run is called."""
 
+import sys
+
 import pytest
 import yaml
 
 import kdzoo
+from kdzoo.cli import main
 from kdzoo.errors import UserError
 from kdzoo.experiments import suites
 from kdzoo.naming import names_of
@@ -59,6 +62,44 @@ def test_further_teachers_without_a_first_are_refused():
         resolved(OTHER, teacher=None)
 
 
+def test_an_empty_name_is_one_line():
+    with pytest.raises(UserError, match="teacher.name is empty: expected the name of a network, or null for none"):
+        resolved(teacher="")
+
+
+class Made(Exception):
+    """The run that a command would train."""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The teachers of the run that ``kdzoo run`` with a file of settings and these words would train."""
+    file = tmp_path / "mine.yaml"
+    teacher = {"name": "resnet14", "others": [{"name": "resnet20"}], "epochs": 7}
+    file.write_text(yaml.safe_dump({**BASE, "teacher": teacher}))
+
+    def stop(run, fresh):
+        raise Made(run)
+
+    def command(*words):
+        monkeypatch.setattr("kdzoo.experiments.run.execute", stop)
+        monkeypatch.setattr(sys, "argv", ["kdzoo", "run", "--config", str(file), *words])
+        with pytest.raises(Made) as caught:
+            main()
+        return caught.value.args[0].settings.teacher
+
+    return command
+
+
+def test_teachers_of_the_command_stand_in_for_all_of_the_file(command):
+    assert (command().title, command().epochs) == ("resnet14+resnet20", 7)
+    assert command("--teacher", "resnet14").title == "resnet14"
+    assert command("--teacher", "resnet8").title == "resnet8"
+    both = command("--teacher", "resnet14", "--teacher", "resnet8", "--teacher-weights", "a", "--teacher-weights", "b")
+    assert [(part.name, part.weights) for part in both.parts] == [("resnet14", "a"), ("resnet8", "b")]
+    assert command("--teacher", "resnet14", "teacher.others=[{name: resnet8}]").title == "resnet14+resnet8"
+
+
 def test_weights_are_given_for_each_teacher_or_for_none():
     assert several(["a", "b"], ["x", "y"]) == {
         "name": "a",
@@ -92,7 +133,7 @@ def test_other_teachers_or_another_way_to_answer_make_another_run():
 
 
 @pytest.mark.parametrize("override", ["teacher.combine=learned", "teacher.features=turns", "teacher.features=resnet14"])
-def test_one_teacher_answers_alone_whatever_is_said_of_several(override):
+def test_how_several_answer_means_nothing_for_one_teacher(override):
     assert resolved(override).settings == resolved().settings
 
 

@@ -132,8 +132,10 @@ def run(
 
         rename("reading settings and data")
         if teachers or teacher_weights:
-            others: dict[str, Any] = {"others": []} if teachers else {}  # else those of the file would stay
-            values.setdefault("teacher", {}).update(others | several(teachers, teacher_weights))
+            given = several(teachers, teacher_weights)
+            if teachers:
+                given.setdefault("others", [])  # else those of the file would stay
+            values.setdefault("teacher", {}).update(given)
         made = resolve(values if config is None else merged(read_settings(config, values), (), values), overrides)
     result = execute(made, fresh=not resume)
     if is_first():

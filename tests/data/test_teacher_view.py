@@ -39,7 +39,7 @@ def seen(batch: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("more", [{}, {"rand_augment": RANDOM}, {"jitter": 0.4, "erasing": 0.5}, {"mixup": 0.8}])
 @pytest.mark.parametrize("view", ["same", *VIEWS])
-def test_the_students_pictures_are_the_same_whatever_the_teacher_sees(digits, view, more) -> None:
+def test_what_the_teacher_sees_changes_no_picture_of_the_student(digits, view, more) -> None:
     recipe = replace(RECIPES["crop"], **more)
     for one, other in zip(batches(digits, recipe), batches(digits, recipe, view), strict=True):
         assert one.teacher_images is None

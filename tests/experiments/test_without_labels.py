@@ -147,7 +147,7 @@ def test_a_run_is_not_measured_again_by_answers_for_other_images(runs, pictures,
     shutil.rmtree(other / "test" / "ant")
     from kdzoo.experiments.run import Here
 
-    with pytest.raises(UserError, match="answers for 24 test images, and data .* have 16"):
+    with pytest.raises(UserError, match=r"answers for 24 test images, and data .* have 16"):
         evaluate_run(runs["agreement"].folder, Here(data=f"images:{other}"))
 
 

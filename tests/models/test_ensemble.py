@@ -1,4 +1,4 @@
-"""Several networks that answer as one: the formulas, what does not change them, and whose features are shown."""
+"""Several networks that answer as one: the formulas, what leaves them as they are, and whose features are shown."""
 
 import copy
 
