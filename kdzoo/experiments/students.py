@@ -28,7 +28,8 @@ def load(run: str | Path, *, trust_code: bool = False) -> Student:
 
     Returns:
         A module on the CPU in evaluation mode. It takes images (B, 3, H, W) of any size, uint8 or float in [0, 1], and
-        gives logits (B, K), which ``classes`` names, or the embedding (B, D) where the student has no classifier. See ``kdzoo.models.Student``.
+        gives logits (B, K), which ``classes`` names, or the embedding (B, D) where the student has no classifier. See
+        ``kdzoo.models.Student``.
 
     Raises:
         UserError: the run is not finished, damaged, of another version, or names code that is not trusted.
