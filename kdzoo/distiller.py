@@ -197,6 +197,12 @@ class Distiller(nn.Module):
             fewer = replace(self.needs, features=False, preactivations=(), final=False, stages=())
             self.needs = replace(fewer, embedding=False, labels=False)
 
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether a term with a weight reads the student's logits, so that its classifier learns."""
+        own = {name for name, weight in self.weights.items() if weight}
+        return self.needs.logits or bool(own & set(self.logit_terms))
+
     def leave_out(self, *, labels: bool = False, logits: bool = False) -> list[str]:
         """Leave out the terms that read what there is not, before the method is assembled.
 

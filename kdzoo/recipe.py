@@ -86,7 +86,7 @@ class Protocol:
     teacher_view: Literal["same", "plain", "weak", "strong"] = setting(
         "same",
         "Picture that the teacher sees: same: the student's; plain: the student's crop, mirrored alike, without "
-        "changes of colour or erased patches; weak: another draw of crop and mirror; strong: a third, with RandAugment. "
-        "Mixup and cutmix mix it as the student's",
+        "changes of colour or erased patches; weak: another draw of crop and mirror; strong: a third, with "
+        "RandAugment. Mixup and cutmix mix it as the student's",
     )
     augmentation: Augmentation = field(default_factory=Augmentation)

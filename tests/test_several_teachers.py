@@ -63,7 +63,7 @@ def test_further_teachers_without_a_first_are_refused():
 
 
 def test_an_empty_name_is_one_line():
-    with pytest.raises(UserError, match="teacher.name is empty: expected the name of a network, or null for none"):
+    with pytest.raises(UserError, match=r"teacher.name is empty: expected the name of a network, or null for none"):
         resolved(teacher="")
 
 

@@ -191,9 +191,17 @@ def _train_lanes(
 def say_left_out(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> None:
     """Say once which terms of the methods are left out, and why."""
     names = sorted({name for lane in lanes for name in lane.distillation.left_out})
-    if names:
-        lacking = "the data have no labels" if not dataset.is_labelled else "the teacher has no classifier"
-        progress.say(f"{', '.join(names)} left out of the loss: {lacking}")
+    if not names:
+        return
+    lacking = "the data have no labels" if not dataset.is_labelled else "the teacher has no classifier"
+    progress.say(f"{', '.join(names)} left out of the loss: {lacking}")
+    for lane in lanes:
+        student = lane.distillation.student
+        if getattr(student, "has_classifier", True) and not lane.distillation.distiller.trains_classifier:
+            progress.say(
+                f"{lane.title}: without {', '.join(lane.distillation.left_out)} nothing trains the student's "
+                "classifier, so only its embedding is worth something; teacher.classifier=false leaves it out"
+            )
 
 
 def say_origins(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> None:

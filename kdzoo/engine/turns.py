@@ -33,6 +33,7 @@ class Turns(Distiller):
             )
         self.methods = nn.ModuleList(methods)
         self.needs, self.is_active, self.fewest_classes = first.needs, first.is_active, first.fewest_classes
+        self.label_terms, self.logit_terms = first.label_terms, first.logit_terms  # type: ignore[misc]
         self.fidelity = first.fidelity  # type: ignore[misc]  # of the class, for all methods that are written down
         self.shapes: Sequence[Output] = [network.shapes() for network in teachers.each]
 
@@ -41,6 +42,11 @@ class Turns(Distiller):
             method.assemble(student, shapes, data)
         self.needs, self.is_assembled = self.copies[0].needs, True  # which some methods know once they are built
         return self
+
+    def leave_out(self, *, labels: bool = False, logits: bool = False) -> list[str]:
+        for method in self.copies:
+            method.leave_out(labels=labels, logits=logits)
+        return super().leave_out(labels=labels, logits=logits)
 
     @property
     def copies(self) -> list[Distiller]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdzoo import models, registry, toys
+from kdzoo import Batch, models, registry, toys
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import DataSpec
 from kdzoo.engine.lane import Lane
@@ -156,3 +156,15 @@ def test_every_method_learns_from_several_teachers(method, turns):
         if takes and list(distiller.copies[0].parameters()):
             reached = [any(p.grad is not None for p in copy.parameters()) for copy in distiller.copies]
             assert reached[step] or not any(p.requires_grad for p in distiller.copies[step].parameters())
+
+
+def test_by_turns_too_a_method_learns_without_labels(dataset, pair):
+    torch.manual_seed(0)
+    network, spec = models.create("resnet8", dataset.spec), dataset.spec
+    turns = Turns(partial(registry.load("fitnet")), pair.network)
+    together = Distillation(network, pair.network, turns, data=spec, labelled=False)
+    assert together.left_out == ["ce"]
+    images = torch.rand(4, 3, spec.image_size, spec.image_size)
+    for turn in range(2):
+        pair.network.take_turn(turn)
+        assert together(Batch.of(images)).keys() == {"hint"}

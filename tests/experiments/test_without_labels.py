@@ -245,6 +245,15 @@ def test_spectra_are_measured_of_such_runs_too(runs, kind):
     draw(found)
 
 
+@pytest.mark.parametrize(("distiller", "said"), [("pkt", True), ("kd", False)])
+def test_a_classifier_that_nothing_trains_is_told_of(pictures, weights, tmp_path, capfd, distiller, said):
+    given = [*TINY, f"teacher.weights={weights}", "protocol.epochs=1"]
+    kdzoo.run(distiller, "resnet8", "resnet8", data=f"images:{pictures}", out=tmp_path, overrides=given)
+    lines = capfd.readouterr().err
+    assert "ce left out of the loss: the data have no labels" in lines
+    assert ("without ce nothing trains the student's classifier" in lines) is said
+
+
 def test_a_method_that_reads_labels_says_so_before_anything_is_trained(pictures, weights, tmp_path):
     given = f"teacher.weights={weights}"
     with pytest.raises(UserError, match="DKD learns from labels, and the data have none"):
