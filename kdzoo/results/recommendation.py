@@ -19,6 +19,12 @@ from kdzoo.results.table import visible
 from kdzoo.store.result import Result
 from kdzoo.store.search import Candidate, Search
 
+SHARES = {  # what a percentage of top-1 is, by ``Result.measured``
+    "accuracy": "on the test images",
+    "agreement": "of the test images taken for the same class as by its teacher",
+    "knn": "on the test images by nearest neighbours",
+    "neighbours": "of the test images with the same nearest neighbour as its teacher's",
+}
 NOTABLE = 0.03  # of the cost of a step: what steps that are timed by turns tell apart
 
 
@@ -26,7 +32,7 @@ NOTABLE = 0.03  # of the cost of a step: what steps that are timed by turns tell
 class Finalist:
     """A candidate that was trained anew, and how it compares with the best one of its student.
 
-    Accuracies are top-1 in percent on the test images, a value for each seed.
+    Its top-1 is in percent of the test images, a value for each seed; ``Result.measured`` says what it is a share of.
     """
 
     number: int  # of its candidate
@@ -85,7 +91,8 @@ class Answer:
                 gains.append(f"{gain} points against {name} (95 % interval {low} to {high}, corrected p {other.p:.2g})")
         said = "" if best.candidate.method == "none" else " with"
         title = "without a teacher" if best.candidate.method == "none" else best.candidate.title
-        first = f"Train {self.student}{said} {title}: {best.mean:.2f} % on the test images, mean of {seeds} seeds"
+        shares = SHARES[best.results[0].measured]
+        first = f"Train {self.student}{said} {title}: {best.mean:.2f} % {shares}, mean of {seeds} seeds"
         first += f"; {', '.join(gains)}." if gains else "."
         return [first, self._ties(), *self._failed(), *self._weak_teacher()]
 

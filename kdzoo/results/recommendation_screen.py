@@ -12,6 +12,7 @@ from kdzoo.experiments.recommend import REFERENCES, outline
 from kdzoo.results.last_screen import shortened
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.results.table import visible
+from kdzoo.store.result import MEASURED_BY
 from kdzoo.store.search import Search
 
 
@@ -48,7 +49,9 @@ def visible_lines(lines: Sequence[str]) -> str:
 
 def table(found: Recommendation) -> Table:
     """Tabulate the finalists of each student, the best first."""
-    drawn = Table(title="Finalists: top-1 on the test images", title_justify="left")
+    kinds = {one.measured for answer in found.answers for each in answer.finalists for one in each.results}
+    by = "".join(f", measured by {MEASURED_BY[kind]}" for kind in sorted(kinds - {"accuracy"}))
+    drawn = Table(title=f"Finalists: top-1 on the test images{by}", title_justify="left")
     several = len(found.answers) > 1
     for name in ("student", "latency") if several else ():
         drawn.add_column(name, justify="left" if name == "student" else "right")

@@ -344,7 +344,7 @@ def test_a_search_without_labels_ranks_by_agreement(pictures, weights, tmp_path)
     )  # fmt: skip
     assert {one.results[0].measured for one in found.answers[0].finalists} == {"agreement"}
     assert found.answers[0].reference("none") is None
-    assert "as its teacher" in found.sentences()[0]
+    assert "as by its teacher" in found.sentences()[0]
 
 
 def test_a_result_of_an_earlier_version_is_read_and_a_damaged_measure_is_refused(runs, tmp_path):
