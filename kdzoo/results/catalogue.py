@@ -3,14 +3,17 @@
 import inspect
 import json
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from kdzoo import registry
-from kdzoo.distiller import Distiller
 from kdzoo.errors import UserError
+
+if TYPE_CHECKING:
+    from kdzoo.distiller import Distiller
 
 
 def is_distiller(name: str) -> bool:
@@ -37,7 +40,7 @@ def distiller_page(name: str) -> RenderableType:
     return Group(facts, Text(), Text(method.summary), Text(inspect.getdoc(distiller) or ""), Text(), keywords)
 
 
-def _does_without(distiller: type[Distiller]) -> list[str]:
+def _does_without(distiller: "type[Distiller]") -> list[str]:
     """List what the method, with its defaults, can do without."""
     found = ["a teacher"] if not distiller.needs.teacher else []
     for what, lacking in (("labels", {"labels": True}), ("a classifier", {"logits": True})):

@@ -24,6 +24,7 @@ class Shown:
     """A data set of the images that a test makes."""
 
     device = torch.device("cpu")
+    is_judged = True
 
     def __init__(self, images):
         self.images, self.labels = images, torch.arange(len(images)) % 10
