@@ -70,7 +70,7 @@ def test_sets_are_listed_and_described_without_being_imported() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in said.splitlines()] == [
-        *("bands", "cifar10", "cifar100", "digits", "folder:PATH", "hf:PATH")
+        *("bands", "cifar10", "cifar100", "digits", "folder:PATH", "hf:PATH", "images:PATH")
     ]
     assert all(len(line.split()) > 5 for line in said.splitlines())
 
