@@ -65,7 +65,7 @@ def open_dataset(
             images; 0: none.
         select: the share of those that are left that is held out in the same way, to choose methods by, and measured on
             instead; 0: none.
-        test: another data set, labelled, whose test images are measured on instead.
+        test: another data set, labelled, whose test images are measured on instead of the set's own.
         exif: whether images of files are turned and mirrored as their camera noted.
         alpha: the colour that transparent pixels of image files are laid on, such as ``white`` or ``#808080``.
         skip_damaged: whether to leave out image files that cannot be decoded, instead of stopping at the first.

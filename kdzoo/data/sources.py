@@ -215,6 +215,8 @@ def open_source(
     source = Source(name, class_names, train, tested, key, class_names)
     source = source if choose is None else choose(source)
     if test is not None:
+        if val:
+            raise UserError(f"data.val={val:g} and data.test={test} both say what is measured on; keep one of them")
         other = open_source(test, root, reading=reading, choose=choose, complete=False)
         source = source.ordered(classes).tested_on(other)
         return source.holding_out(select, "data.select") if select else source

@@ -167,6 +167,11 @@ def test_a_set_that_cannot_be_measured_on_is_refused_in_one_line(split, flat, tm
         open_dataset("digits", test=f"folder:{labelled(tmp_path / 'other')}")
 
 
+def test_what_is_measured_on_is_said_once(split, tmp_path):
+    with pytest.raises(UserError, match=r"data\.val=0\.1 and data\.test=.* both say what is measured on"):
+        open_dataset(f"images:{split}", test=f"folder:{labelled(tmp_path / 'other')}", val=0.1, image_size=8)
+
+
 def test_a_file_may_be_damaged_in_the_other_set_too(split, tmp_path):
     other = labelled(tmp_path / "other")
     (other / "test" / "ant" / "0.png").write_bytes(b"no picture")
