@@ -173,8 +173,7 @@ def compare(
         crop: share of the resized side that the test crop keeps.
 
     Returns:
-        A table with a row for each value, and in ``attrs`` how many ``images`` were seen of how many ``tests``, and
-        what ``top1`` is called:
+        A table with a row for each value, and in ``attrs`` how many ``images`` were seen of how many ``tests``:
 
         - ``power`` by ring (cycles, rounded): mean power of a frequency, as a share of the map's energy;
         - ``energy`` by band: share of the map's energy, or of the centred logits' energy;
@@ -200,7 +199,6 @@ def compare(
     table = pd.DataFrame([(name, *row) for name, one in measured.items() for row in one.rows()], columns=COLUMNS)
     seen_images = next(iter(measured.values())).images
     table.attrs = {"data": dataset.spec.name, "images": seen_images, "tests": dataset.test_size}
-    table.attrs["top1"] = "top-1" if dataset.is_judged else "as the teacher"
     return table
 
 
@@ -272,6 +270,8 @@ def of_runs(paths: Sequence[Path], batches: int = 0, here: Here = HERE) -> pd.Da
                 networks[name] = shipped_of(run, dataset, folder, progress)
         with progress.doing("comparing the networks"):
             table = compare(networks, dataset, batches, shared.engine.precision, shared.protocol.test_crop)
+    if not dataset.is_judged:
+        table.attrs["top1"] = "as the teacher"
     if options := shared.data.options:
         table.attrs["data"] += f" ({', '.join(f'{key}={value}' for key, value in options.items())})"
     return table
