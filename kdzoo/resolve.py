@@ -224,15 +224,17 @@ def several(names: Sequence[str], weights: Sequence[str] = ()) -> dict[str, Any]
 
 
 def _teachers(teacher: TeacherSettings) -> TeacherSettings:
-    """Check what further teachers are given, and complete it; without any, how they answer means nothing."""
+    """Check what further teachers are given, and leave out defaults; without any, how they answer means nothing."""
     if teacher.name == "":
         raise UserError("teacher.name is empty: expected the name of a network, or null for none")
-    others = []
+    others, usual = [], asdict(FurtherTeacher())
     for other in teacher.others:
         made: FurtherTeacher = typed(FurtherTeacher, other, "teacher.others.")
         if not made.name:
             raise UserError(f"teacher.others={[other]}: expected a name in each, such as {{name: resnet56}}")
-        others.append(json.loads(json.dumps(asdict(made))))
+        others.append(
+            {key: value for key, value in json.loads(json.dumps(asdict(made))).items() if value != usual[key]}
+        )
     if others and not teacher.name:
         raise UserError("teacher.others names further teachers, and teacher.name none; pass --teacher NAME")
     teacher = replace(teacher, others=tuple(others))

@@ -63,7 +63,7 @@ def test_further_teachers_without_a_first_are_refused():
 
 
 def test_an_empty_name_is_one_line():
-    with pytest.raises(UserError, match=r"teacher.name is empty: expected the name of a network, or null for none"):
+    with pytest.raises(UserError, match=r"teacher\.name is empty: expected the name of a network, or null for none"):
         resolved(teacher="")
 
 
@@ -130,6 +130,8 @@ def test_other_teachers_or_another_way_to_answer_make_another_run():
     both = [OTHER], [OTHER, "teacher.combine=logits"], [OTHER, "teacher.features=turns"]
     every = [(), *both, ["teacher.others=[{name: resnet20, seed: 1}]"], [OTHER, "protocol.teacher_view=weak"]]
     assert len({resolved(*overrides).settings.identity() for overrides in every}) == len(every)
+    said = "teacher.others=[{name: resnet20, pretrained: false, seed: null, options: {}}]"  # which are the defaults
+    assert resolved(said).settings == resolved(OTHER).settings
 
 
 @pytest.mark.parametrize("override", ["teacher.combine=learned", "teacher.features=turns", "teacher.features=resnet14"])
