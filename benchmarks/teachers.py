@@ -9,7 +9,9 @@ pkt); on the same pictures without their labels; from the teacher without its he
 both. All are measured on the test images with their labels. It can be stopped and started again.
 """
 
+import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -20,14 +22,15 @@ import kdzoo
 from kdzoo.experiments.bench import bench
 from kdzoo.experiments.suites import load
 from kdzoo.results.table import observations, rows
-from kdzoo.store.folder import find_runs
+from kdzoo.store import predictions
+from kdzoo.store.folder import RunFolder, find_runs
 
 TEACHERS = ("resnet8x4", "resnet20")
 STUDENT = "vit_pico"
 SEEDS = [0, 1, 2]
 TEACHER_EPOCHS, EPOCHS = 12, 6
 RECIPE = {"name": "quick", "epochs": EPOCHS, "augmentation": {"crop": 4, "flip": True}}
-SHOWN = ("top1", "top5", "agreement", "kl", "knn", "probe", "teacher_top1")
+SHOWN = ("top1", "top5", "kl", "knn", "probe", "teacher_top1")
 
 
 def train(pictures: str, out: Path) -> None:
@@ -76,8 +79,16 @@ def tables(out: Path, title: str, results: Path) -> None:
         for method, group in observations(runs).groupby("method", sort=False):
             row = {"way": file.stem.replace("-", " "), "method": method, "seeds": len(group)}
             row |= {"measured": runs["measured"].iloc[0], "top1_std": group["top1"].std()}
-            found.append(row | {name: group[name].mean() for name in SHOWN})
+            row |= {name: group[name].mean() for name in SHOWN}
+            folders = [RunFolder(path) for path in runs.loc[runs["method"] == method, "folder"]]
+            found.append(row | {"agreement": fmean(map(agreement, folders))})
     publish(pd.DataFrame(found).round(3), file_of(results, title, this_machine()))
+
+
+def agreement(folder: RunFolder) -> float:
+    """Compute the percent of the test images that a run's student and its teacher take for the same class."""
+    kept = predictions.read(folder.predictions, len(folder.read_classes()))
+    return 100 * float((kept.student == kept.teacher).mean()) if len(kept.teacher) else math.nan
 
 
 def main() -> None:
