@@ -78,19 +78,19 @@ def sources(names: Iterable[str], folder: Path | None = None) -> dict[str, Path]
     return dict(sorted(found.items()))
 
 
-def named(distiller: str, data: str, networks: Iterable[str | None]) -> dict[str, dict[str, Path]]:
+def named(distiller: str, data: Iterable[str], networks: Iterable[str | None]) -> dict[str, dict[str, Path]]:
     """Find the source files of all code that a run's settings name, by that name; none where it is not found.
 
     Args:
         distiller: a method's name, or the path of a file.
-        data: a data set's, or the path of a file with its argument after a colon.
+        data: data sets' names, or the paths of files, with their arguments after a colon.
         networks: their names; ``module:factory`` is code.
 
     Returns:
         For each name its files, by the path or the module that each is recorded under.
     """
     found: dict[str, dict[str, Path]] = {}
-    for name in (distiller, data.partition(":")[0]):
+    for name in (distiller, *(each.partition(":")[0] for each in data)):
         file = path_of(name)
         if file.suffix == ".py":
             found[name] = {name: file, **sources(imported(file), file.parent)} if file.is_file() else {}

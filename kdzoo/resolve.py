@@ -271,7 +271,7 @@ def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
     """Find the user's files that the method, the data, the teacher and the student consist of."""
     found = {
         "method": _code(settings.distiller.name),
-        "data": _code("", settings.data.name) | _weights(settings.data.classes or ""),
+        "data": _code("", (settings.data.name, settings.data.test or "")) | _weights(settings.data.classes or ""),
     }
     for role, network in _networks(settings):
         name = network.name or ""
@@ -282,7 +282,7 @@ def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _code(distiller: str = "", data: str = "", networks: Sequence[str] = ()) -> dict[str, Path]:
+def _code(distiller: str = "", data: Sequence[str] = (), networks: Sequence[str] = ()) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for named in own_code.named(distiller, data, networks).values():
         files |= named

@@ -3,6 +3,13 @@
 Epochs and batches are named here, so that changes of the quick protocol change no test.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+
+from kdzoo.engine.lane import Lane
 from kdzoo.resolve import resolve
 
 SHORT = ["protocol.epochs=2", "protocol.batch_size=64", "data.limit=320"]
@@ -17,3 +24,17 @@ def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):
         "output": {"root": str(out)},
     }
     return resolve(values, [*SHORT, *more])
+
+
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """A context in which a training ends by Ctrl-C in this step, which it must reach."""
+    advance = Lane.step
+
+    def stopping(lane, batch, at):
+        if at == step:
+            raise KeyboardInterrupt
+        advance(lane, batch, at)
+
+    with patch.object(Lane, "step", stopping), pytest.raises(KeyboardInterrupt):
+        yield

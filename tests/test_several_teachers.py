@@ -100,6 +100,12 @@ def test_teachers_of_the_command_stand_in_for_all_of_the_file(command):
     assert command("--teacher", "resnet14", "teacher.others=[{name: resnet8}]").title == "resnet14+resnet8"
 
 
+def test_weights_beside_a_file_of_several_teachers_say_whose_they_are(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--teacher-weights", "a")
+    assert "--teacher-weights does not say whose weights it gives" in capsys.readouterr().err
+
+
 def test_weights_are_given_for_each_teacher_or_for_none():
     assert several(["a", "b"], ["x", "y"]) == {
         "name": "a",

@@ -126,6 +126,7 @@ def run(
                 values[section] = value
     with Progress() as progress, progress.doing("loading torch") as rename:
         from kdzoo.engine.ranks import is_first
+        from kdzoo.errors import UserError
         from kdzoo.experiments.run import execute
         from kdzoo.resolve import merged, resolve, several
         from kdzoo.results.last_screen import next_steps, result_table
@@ -136,7 +137,15 @@ def run(
             if teachers:
                 given.setdefault("others", [])  # else those of the file would stay
             values.setdefault("teacher", {}).update(given)
-        made = resolve(values if config is None else merged(read_settings(config, values), (), values), overrides)
+        if config is not None:
+            settings = read_settings(config, values)
+            if teacher_weights and not teachers and settings.get("teacher", {}).get("others"):
+                raise UserError(
+                    f"{config} names several teachers, and --teacher-weights does not say whose weights it gives; "
+                    "name each with --teacher too, or write their weights into the file"
+                )
+            values = merged(settings, (), values)
+        made = resolve(values, overrides)
     result = execute(made, fresh=not resume)
     if is_first():
         show_rich(result_table(result))

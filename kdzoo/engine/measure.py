@@ -1,4 +1,4 @@
-"""Accuracy of a network on the test images, and what it takes each of them for."""
+"""Measure networks on the test images: what share they get right, how alike they are, what an embedding is worth."""
 
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def evaluate(
 
     with torch.inference_mode():
         for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
-            output = shown(network, images, precision, dataset.spec.num_classes)
+            output = show(network, images, precision, dataset.spec.num_classes)
             if not output.logits.shape[1]:
                 embedded.append((output.embedding, labels))
                 continue
@@ -82,7 +82,7 @@ def evaluate(
     return top1, top5
 
 
-def shown(network: nn.Module, images: Tensor, precision: str, classes: int) -> Output:
+def show(network: nn.Module, images: Tensor, precision: str, classes: int) -> Output:
     """Show images to a network.
 
     Raises:
@@ -100,7 +100,7 @@ def shown(network: nn.Module, images: Tensor, precision: str, classes: int) -> O
 def reference(network: nn.Module, dataset: Dataset, precision: str, test_crop: float) -> tuple[Tensor, Tensor]:
     """Embed labelled training images, without augmentation: (M, D), and their classes (M,)."""
     found = [
-        (shown(network, images, precision, dataset.spec.num_classes).embedding, labels)
+        (show(network, images, precision, dataset.spec.num_classes).embedding, labels)
         for images, labels in dataset.sample("train", neighbours.REFERENCE, test_rows(dataset.spec), test_crop)
     ]
     rows, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -134,10 +134,10 @@ def compare(
     compares = teacher is not None
     with torch.inference_mode():
         for images, labels in dataset.test_batches(test_rows(dataset.spec), test_crop=test_crop):
-            ours = shown(student, images, precision, dataset.spec.num_classes)
+            ours = show(student, images, precision, dataset.spec.num_classes)
             embedded.append((ours.embedding.float(), labels))
             if teacher is not None:
-                theirs = shown(teacher, images, precision, dataset.spec.num_classes)
+                theirs = show(teacher, images, precision, dataset.spec.num_classes)
                 compares = compares and ours.logits.shape[1] > 0 < theirs.logits.shape[1]
                 if compares:
                     alike += int((ours.logits.argmax(1) == theirs.logits.argmax(1)).sum())

@@ -1,11 +1,14 @@
 """Measure networks without a classifier: by the images that lie nearest to each in their embedding."""
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 NEIGHBOURS = 20  # that vote for a class
 TEMPERATURE = 0.07  # of their votes
+BLOCK = 1024  # images whose cosines with all others are in memory at once
 REFERENCE = 5000  # training images at most among which they are sought, spread over the classes
 
 
@@ -27,25 +30,32 @@ def vote(rows: Tensor, known: Tensor, labels: Tensor, classes: int, best: int, o
     Returns:
         (N, best) classes, the likeliest first, and (N,) the share of the votes for the first.
     """
-    similar = cosines(rows, known, own)
-    near = similar.topk(min(NEIGHBOURS, len(known) - own))
-    votes = similar.new_zeros(len(rows), classes).scatter_add_(
-        1, labels[near.indices], (near.values / TEMPERATURE).exp()
-    )
+    values, indices = closest(rows, known, NEIGHBOURS, own)
+    votes = values.new_zeros(len(rows), classes).scatter_add_(1, labels[indices], (values / TEMPERATURE).exp())
     ranked = votes.topk(best)
     return ranked.indices, ranked.values[:, 0] / votes.sum(dim=1)
 
 
 def nearest(rows: Tensor, best: int) -> tuple[Tensor, Tensor]:
     """Find the nearest others of each image: (N, best) rows, the nearest first, and (N,) the first one's cosine."""
-    near = cosines(rows, rows, own=True).topk(min(best, len(rows) - 1))
-    return near.indices, near.values[:, 0].clamp(0, 1)
+    values, indices = closest(rows, rows, best, own=True)
+    return indices, values[:, 0].clamp(0, 1)
 
 
-def cosines(rows: Tensor, others: Tensor, own: bool) -> Tensor:
-    """Compute the cosine of each row (N, D) with each of the others (M, D): (N, M); -2 of a row with itself."""
-    found = F.normalize(rows.float(), dim=1) @ F.normalize(others.float(), dim=1).mT
-    return found.fill_diagonal_(-2.0) if own else found
+def closest(rows: Tensor, others: Tensor, count: int, own: bool) -> tuple[Tensor, Tensor]:
+    """Find the others (M, D) of the highest cosine with each row (N, D): cosines and places (N, count), highest first.
+
+    With ``own``, row i of both is the same image, which is not its own neighbour. There may be fewer than ``count``.
+    """
+    left, right = (F.normalize(each.float(), dim=1) for each in (rows, others))
+    found = []
+    for start in range(0, len(left), BLOCK):
+        similar = left[start : start + BLOCK] @ right.mT
+        if own:
+            places = torch.arange(len(similar), device=similar.device)
+            similar[places, places + start] = -2.0
+        found.append(similar.topk(min(count, len(right) - own)))
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
 def probe(rows: Tensor, labels: Tensor, known: Tensor | None = None, known_labels: Tensor | None = None) -> float:
@@ -65,7 +75,9 @@ def probe(rows: Tensor, labels: Tensor, known: Tensor | None = None, known_label
 
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     x, y = rows.float().cpu().numpy(), labels.cpu().numpy()
-    if known is None or known_labels is None:
-        folds = min(5, int(torch.bincount(labels).max()))
-        return 100 * float(cross_val_score(linear, x, y, cv=folds).mean()) if folds > 1 else 0.0
-    return 100 * float(linear.fit(known.float().cpu().numpy(), known_labels.cpu().numpy()).score(x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes of few images, and of the last digit of weights
+        if known is None or known_labels is None:
+            folds = min(5, int(torch.bincount(labels).max()))
+            return 100 * float(cross_val_score(linear, x, y, cv=folds).mean()) if folds > 1 else 0.0
+        return 100 * float(linear.fit(known.float().cpu().numpy(), known_labels.cpu().numpy()).score(x, y))

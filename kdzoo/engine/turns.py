@@ -1,4 +1,4 @@
-"""A method beside several teachers that show their features by turns: other modules for each of them."""
+"""Let several teachers show their features by turns: the method has modules for each of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 

@@ -222,7 +222,7 @@ def content(trainer: Trainer, progress: Progress) -> str:
 
 def files(question: Question) -> dict[str, str]:
     """Compute the SHA-256 of each file that the user's own methods consist of, since the plan follows from it."""
-    parts = (part for name in question.methods for part in own_code.named(name, "", ()).values())
+    parts = (part for name in question.methods for part in own_code.named(name, (), ()).values())
     return {name: digest(file) for part in parts for name, file in part.items()}
 
 

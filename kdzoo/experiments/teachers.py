@@ -13,7 +13,7 @@ from kdzoo import models
 from kdzoo.data import Dataset
 from kdzoo.data.classes import listed
 from kdzoo.distiller import DataSpec
-from kdzoo.engine.measure import Answers, evaluate, joined
+from kdzoo.engine.measure import Answers, evaluate, joined, show, test_rows
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import is_headless, network_of, train_one
@@ -21,7 +21,6 @@ from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder, path_of, read_text
 from kdzoo.models.weight_files import find_file
-from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.randomness import seed_of
 from kdzoo.resolve import resolve
 from kdzoo.settings import TURNS, OutputPlace, Run, Settings, TeacherSettings
@@ -98,41 +97,45 @@ def alone(run: Run) -> list[Run]:
     return [run._replace(settings=replace(run.settings, teacher=part)) for part in run.settings.teacher.parts]
 
 
-def shown(wanted: TeacherSettings) -> int:
-    """Find the place of the teacher that shows its features, or that shows them first."""
+def ensemble(
+    wanted: TeacherSettings, networks: Sequence[models.Network], shares: Tensor | None = None
+) -> models.Ensemble:
+    """Make one network of several teachers', as their settings ask."""
     names = [part.name for part in wanted.parts]
-    return names.index(wanted.features) if wanted.features in names else 0
+    shown = names.index(wanted.features) if wanted.features in names else 0
+    return models.Ensemble(networks, wanted.combine, shown, shares, wanted.features == TURNS)
 
 
 def _together(run: Run, each: Sequence[Teacher], dataset: Dataset, progress: Progress) -> Teacher:
     """Make one teacher of several, and measure it."""
     wanted, networks, shares = run.settings.teacher, [teacher.network for teacher in each], None
-    precision = run.settings.engine.precision
     if wanted.combine == "learned":
         with progress.doing(f"learning how much each of {wanted.title} counts"):
-            batches = dataset.sample("train", LEARNED_ON, 256)
-            seen = [
-                (torch.stack([_logits(one, images, precision) for one in networks]), labels)
-                for images, labels in batches
-            ]
-            shares = models.learned_shares(
-                torch.cat([s for s, _ in seen], dim=1), torch.cat([labels for _, labels in seen])
-            )
-    network = models.Ensemble(networks, wanted.combine, shown(wanted), shares, wanted.features == TURNS).to(
-        dataset.device
-    )
-    if shares is not None:
+            shares = _learned(run, networks, dataset)
         counts = ", ".join(f"{one.name} {share:.2f}" for one, share in zip(networks, shares.tolist(), strict=True))
         progress.say(f"learned weights of the teachers: {counts}")
+    network = ensemble(wanted, networks, shares).to(dataset.device)
     top1, answers = _measured(run, network, dataset, progress)
     if top1 is not None:
         progress.say(f"{len(each)} teachers together: top-1 {top1:.2f} % on {dataset.spec.name}")
     return Teacher(network, top1, answers.classes, tuple(one.top1 for one in each if one.top1 is not None))
 
 
-def _logits(network: models.Network, images: Tensor, precision: str) -> Tensor:
-    with torch.inference_mode(), autocast(images.device.type, PRECISIONS[precision]):
-        return network(images).logits
+def _learned(run: Run, networks: Sequence[models.Network], dataset: Dataset) -> Tensor:
+    """Learn on labelled training images how much each network counts: (networks,)."""
+    (settings, _), spec = run, dataset.spec
+    if not dataset.is_labelled:
+        raise UserError(
+            f"teacher.combine=learned learns from labels, and data {spec.name} have none; set teacher.combine to "
+            "probabilities or logits"
+        )
+    seen, right = [], []
+    with torch.inference_mode():
+        for images, labels in dataset.sample("train", LEARNED_ON, test_rows(spec), settings.protocol.test_crop):
+            outputs = [show(one, images, settings.engine.precision, spec.num_classes) for one in networks]
+            seen.append(torch.stack([output.logits for output in outputs]))
+            right.append(labels)
+    return models.learned_shares(torch.cat(seen, dim=1), torch.cat(right))
 
 
 def _measured(run: Run, network: models.Network, dataset: Dataset, progress: Progress) -> tuple[float | None, Answers]:
@@ -276,12 +279,7 @@ def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network
     for wanted in run.settings.teacher.parts:
         torch.manual_seed(seed_of(wanted.seed, "student"))
         networks.append(network_of(wanted.untrained(), dataset.spec, fetch))
-    wanted = run.settings.teacher
-    return (
-        networks[0]
-        if len(networks) == 1
-        else models.Ensemble(networks, wanted.combine, shown(wanted), None, wanted.features == TURNS)
-    )
+    return networks[0] if len(networks) == 1 else ensemble(run.settings.teacher, networks)
 
 
 def given(run: Run, dataset: Dataset, file: str | Path) -> models.Network:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -244,23 +245,13 @@ def wrap(
         return module
     if taps is not None and len(taps) != 4:
         raise UserError(f"taps of '{name}' are {len(taps)} names, expected four, from shallow to deep")
+    made = partial(Network, module, name=name, image_size=image_size, mean=mean, std=std, classifier=num_classes > 0)
     try:
         try:
-            network = Network(
-                module, name=name, image_size=image_size, mean=mean, std=std, taps=taps, classifier=num_classes > 0
-            )
+            network = made(taps=taps)
         except CannotRead as error:
             why = str(error)
-            network = Network(
-                module,
-                name=name,
-                image_size=image_size,
-                mean=mean,
-                std=std,
-                taps=(),
-                stageless=why,
-                classifier=num_classes > 0,
-            )
+            network = made(taps=(), stageless=why)
     except CannotRead as error:
         raise UserError(
             f"'{name}' has neither four stages ({why}) nor an embedding ({error}); pass taps=[...], the names of four "

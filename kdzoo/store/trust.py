@@ -30,7 +30,8 @@ def check_code(plain: Mapping[str, Any], run: Path, working: Path, parts: Collec
     names = {part: str(plain[part]["name"] or "") if part in parts else "" for part in PARTS}
     others = [str(other.get("name") or "") for other in plain["teacher"].get("others", ()) if "teacher" in parts]
     networks = [names["teacher"], *others, names["student"]]
-    found = own_code.named(names["distiller"], names["data"], networks)
+    data = [names["data"], str(plain["data"].get("test") or "") if "data" in parts else ""]
+    found = own_code.named(names["distiller"], data, networks)
     strange = [
         name
         for name, files in found.items()

@@ -15,7 +15,7 @@ from kdzoo.engine.training import train_lanes
 from kdzoo.errors import StorageError, UserError
 from kdzoo.losses import softened_kl
 
-from ..short_runs import settings
+from ..short_runs import interrupted_at, settings
 
 STEPS = 320 // 64  # of an epoch
 EPOCH = 32 + 2 * STEPS * 64 * 10  # bytes: a checksum, and a number of float16 for each image and class
@@ -155,24 +155,15 @@ def test_a_damaged_file_is_computed_again_and_told(train, cache, passes, harm):
     assert first.read_bytes() == whole
 
 
-def stopped(train, monkeypatch, at, name, *methods):
+def stopped(train, at, name, *methods):
     """Train until a step, where the process is interrupted; each step before it has its checkpoint."""
-    advance = Lane.step
-
-    def interrupted(lane, batch, step):
-        if step == at:
-            raise KeyboardInterrupt
-        advance(lane, batch, step)
-
-    monkeypatch.setattr(Lane, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(at):
         train(name, *methods, also=[KEEP, "engine.checkpoint_seconds=0"])
-    monkeypatch.setattr(Lane, "step", advance)
     return train(name, *methods, also=[KEEP])
 
 
-def test_an_epoch_that_was_resumed_in_its_midst_is_not_kept(train, cache, passes, monkeypatch):
-    [outcome], said = stopped(train, monkeypatch, STEPS + 2, "b", "kd")
+def test_an_epoch_that_was_resumed_in_its_midst_is_not_kept(train, cache, passes):
+    [outcome], said = stopped(train, STEPS + 2, "b", "kd")
     assert f"resumed at step {STEPS + 2}" in said
     assert len(passes) == 2 * STEPS
     assert [file.name for file in kept(cache)] == ["epoch-000000.float16"]
@@ -180,11 +171,11 @@ def test_an_epoch_that_was_resumed_in_its_midst_is_not_kept(train, cache, passes
     assert same(student(outcome), student(whole))
 
 
-def test_a_resumed_run_is_given_the_logits_of_its_own_steps(train, cache, passes, monkeypatch):
+def test_a_resumed_run_is_given_the_logits_of_its_own_steps(train, cache, passes):
     train("a", "kd", also=[KEEP])
     passes.clear()
     [whole], _ = train("b", "dist", also=[KEEP])
-    [outcome], said = stopped(train, monkeypatch, STEPS + 2, "c", "dist")
+    [outcome], said = stopped(train, STEPS + 2, "c", "dist")
     assert f"resumed at step {STEPS + 2}" in said
     assert passes == []
     assert same(student(outcome), student(whole))

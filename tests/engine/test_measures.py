@@ -43,6 +43,18 @@ def test_an_image_has_no_vote_for_itself():
     assert not (neighbours.nearest(rows, 3)[0] == labels[:, None]).any()
 
 
+def test_neighbours_are_the_same_however_many_rows_are_compared_at_once(monkeypatch):
+    rows = torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
+    whole = [neighbours.closest(rows, rows, 4, own=True), neighbours.closest(rows[:9], rows, 4, own=False)]
+    monkeypatch.setattr(neighbours, "BLOCK", 4)
+    parts = [neighbours.closest(rows, rows, 4, own=True), neighbours.closest(rows[:9], rows, 4, own=False)]
+    for (cosines, places), (others, same) in zip(whole, parts, strict=True):
+        assert torch.equal(places, same)
+        torch.testing.assert_close(cosines, others)
+    assert (parts[0][1] != torch.arange(23)[:, None]).all()
+    assert parts[1][1][:, 0].tolist() == list(range(9))  # who may be their own neighbours are
+
+
 def test_a_linear_probe_tells_apart_what_is_apart_and_no_noise():
     labels = torch.arange(200) % 4
     random = torch.Generator().manual_seed(0)

@@ -107,6 +107,14 @@ def same_student(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_weights_of_several_teachers_are_not_learned_without_labels(pictures, weights, tmp_path):
+    others = f"teacher.others=[{{name: resnet8, weights: {weights}}}]"
+    given = (f"images:{pictures}", f"teacher.weights={weights}", others)
+    assert run(tmp_path, *given).measured == "agreement"
+    with pytest.raises(UserError, match=r"teacher\.combine=learned learns from labels, and data .* have none"):
+        run(tmp_path, *given, "teacher.combine=learned")
+
+
 @pytest.mark.parametrize("kind", ["agreement", "neighbours"])
 def test_an_interrupted_run_ends_with_the_same_bits(pictures, weights, runs, tmp_path, monkeypatch, kind):
     more = [f"teacher.weights={weights}"] + ["teacher.classifier=false"] * (kind == "neighbours")

@@ -100,3 +100,35 @@ def test_networks_of_libraries_are_no_code_of_the_runs(project):
     _, run, _ = project
     run.config.write_text(run.config.read_text().replace("resnet_8", "torchvision:resnet18"))
     assert run.run().settings.student.name == "torchvision:resnet18"
+
+
+DATA = """
+import numpy as np
+from pathlib import Path
+from kdzoo import ImageSet
+
+Path("{marker}").touch()
+
+
+class Tests(ImageSet):
+    def load(self, root):
+        images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 10
+        return [str(digit) for digit in range(10)], (images, labels), None
+"""
+
+
+def test_code_of_the_data_that_are_measured_on_is_code_of_the_run(tmp_path, monkeypatch):
+    folder, marker = tmp_path / "project", tmp_path / "marker"
+    folder.mkdir()
+    (folder / "tests.py").write_text(DATA.format(marker=marker))
+    monkeypatch.chdir(folder)
+    run = write(folder / "runs", 80.0, 0, "data.test=./tests.py")
+    assert marker.exists()  # the control
+    marker.unlink()
+    assert "./tests.py" in run.run().settings.files
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(UserError, match=r"names code that would run here: \./tests\.py"):
+        evaluate_run(run.path)
+    assert not marker.exists()
