@@ -120,15 +120,15 @@ class Tests(ImageSet):
 def test_code_of_the_data_that_are_measured_on_is_code_of_the_run(tmp_path, monkeypatch):
     folder, marker = tmp_path / "project", tmp_path / "marker"
     folder.mkdir()
-    (folder / "tests.py").write_text(DATA.format(marker=marker))
+    (folder / "held_out.py").write_text(DATA.format(marker=marker))
     monkeypatch.chdir(folder)
-    run = write(folder / "runs", 80.0, 0, "data.test=./tests.py")
+    run = write(folder / "runs", 80.0, 0, "data.test=./held_out.py")
     assert marker.exists()  # the control
     marker.unlink()
-    assert "./tests.py" in run.run().settings.files
+    assert "./held_out.py" in run.run().settings.files
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    with pytest.raises(UserError, match=r"names code that would run here: \./tests\.py"):
+    with pytest.raises(UserError, match=r"names code that would run here: \./held_out\.py"):
         evaluate_run(run.path)
     assert not marker.exists()
