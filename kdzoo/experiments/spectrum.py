@@ -220,7 +220,7 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
         resolve(
             {
                 "distiller": {"name": "none"},
-                "teacher": {"name": teacher},
+                "teacher": {"name": teacher, "classifier": False},  # nothing tells classes where data have no labels
                 "student": {"name": student},
                 "data": {"name": data, **({} if here.root is None else {"root": here.root})},
                 "engine": {"device": here.device, "precision": here.precision or "auto"},

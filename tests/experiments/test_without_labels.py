@@ -200,12 +200,13 @@ def test_timm_reads_a_student_without_a_classifier_and_its_card_says_what_it_is(
     result = run(tmp_path / "runs", f"images:{pictures}", *bare, student="test_vit", distiller="rkd")
     made = kdzoo.export(result.folder, "hub", out=tmp_path / "hub")
     card = (made.folder / "README.md").read_text()
-    assert "timm reads it" in made.lines[0] or "not for timm" in made.lines[0]
-    if "timm reads it" in made.lines[0]:
-        theirs = timm.create_model(f"local-dir:{made.folder}", pretrained=True).eval()
-        assert theirs.num_classes == 0
+    assert "timm reads it" in made.lines[0]
+    theirs, images = timm.create_model(f"local-dir:{made.folder}", pretrained=True).eval(), torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(theirs.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    assert theirs.num_classes == 0
+    assert torch.allclose(theirs((images - mean) / std), kdzoo.load(result.folder)(images), atol=1e-5)
     assert "image-feature-extraction" in card
-    assert "accuracy" not in card.lower().replace("accuracies are of the whole test set", "accuracy of the test set")
+    assert "accurac" not in card.lower()
     assert "nearest neighbour" in card
 
 
@@ -251,6 +252,33 @@ def test_spectra_are_measured_of_such_runs_too(runs, kind):
     found = spectrum.of_runs([runs[kind].folder], batches=1)
     assert ("top1" in set(found["measure"])) is (kind in ("agreement", "accuracy"))
     draw(found)
+
+
+def test_spectra_of_untrained_networks_need_no_labels(pictures):
+    from kdzoo.experiments import spectrum
+
+    found = spectrum.of_networks("resnet8", "resnet14", f"images:{pictures}")
+    assert found.attrs["images"] == 24
+    assert set(found["measure"]) == {"power", "energy", "cka"}
+    assert set(found["stage"]) == {f"stage {number}" for number in (1, 2, 3, 4)}
+
+
+def test_a_suite_without_labels_is_trained_once_and_compared_by_agreement(pictures, weights, tmp_path):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        f"{{data: {{name: 'images:{pictures}'}}, protocol: {{name: quick, epochs: 1, batch_size: 8}}, "
+        f"teacher: {{weights: {weights}}}, pairs: [[resnet8, resnet8]], distillers: [kd, pkt], seeds: [0, 1]}}"
+    )
+    command = ["bench", str(suite), "--out", str(tmp_path / "runs"), *TINY[:2]]
+    first, again = (CliRunner().invoke(cli, command) for _ in range(2))
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
+    found = list(table.rows(find_runs([tmp_path / "runs"])).itertuples())
+    assert sorted((row.distiller, row.seed, row.measured) for row in found) == [
+        (method, seed, "agreement") for method in ("kd", "pkt") for seed in (0, 1)
+    ]
+    for output in (first.output, again.output):  # the second is made from what the first left
+        assert "measured by agreement" in output
+        assert "Accurac" not in output
 
 
 @pytest.mark.parametrize(("distiller", "said"), [("pkt", True), ("kd", False)])
