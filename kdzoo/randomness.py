@@ -14,6 +14,14 @@ def seed_of(*name: int | str) -> int:
     return int.from_bytes(blake2b(repr(name).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def seed_torch(seed: int) -> None:
+    """Seed torch's global generators as ``torch.manual_seed`` does, which takes long to find no accelerator."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def globally_seeded(*name: int | str) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch, and restore their state on exit.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, DataSpec, Distiller
 from kdzoo.outputs import EVERYTHING, LOGITS, Output, Show, StageOutput
+from kdzoo.randomness import seed_torch
 
 Terms = Mapping[str, Tensor]
 
@@ -135,14 +136,21 @@ def distillation(
     labelled: bool = True,
 ) -> Distillation:
     """Make a seeded pair of toy networks and a method, ready to train; with 0 classes neither has a classifier."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     student, teacher = student or Toy(STUDENT, classes), teacher or Toy(TEACHER, classes)
     together = Distillation(student, teacher, distiller(**keywords), data=data(classes), labelled=labelled).train()
     if prepared:
         batches = (batch_of(seed, classes=classes) for seed in (101, 102))
         together.prepare([batch if labelled else without_labels(batch) for batch in batches])
-    torch.manual_seed(seed)
+    seed_torch(seed)
     return together
+
+
+def replayed(distiller: type[Distiller]) -> Distillation:
+    """Make a method ready to train with networks that return stored outputs."""
+    seed_torch(0)
+    student, teacher = Replay(STUDENT, torch.randn, 1.0), Replay(TEACHER, torch.randn, 1.0)
+    return distillation(distiller, student=student, teacher=teacher)
 
 
 def data(classes: int = 4) -> DataSpec:
@@ -186,7 +194,7 @@ def to_meta(value: Any) -> Any:
 
 def seeded(together: Callable[[Batch], dict[str, Tensor]], seed: int, size: int = 4) -> dict[str, Tensor]:
     """Compute the terms of a batch after seeding both, at the share ``seed / 10`` of training."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     return together(batch_of(seed, size, progress=seed / 10))
 
 
@@ -210,7 +218,7 @@ def train(together: Distillation, steps: int, size: int = 4, seed: int = 0) -> N
 
     The fall keeps the result from depending on the last steps.
     """
-    optimizer = torch.optim.Adam(trained(together), lr=RATE)
+    optimizer = torch.optim.Adam(trained(together), lr=RATE, fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
         optimizer.zero_grad()
@@ -233,7 +241,7 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
 @cache
 def taught() -> Toy:
     """Train a toy teacher once."""
-    torch.manual_seed(7)
+    seed_torch(7)
     teacher = Toy(TEACHER)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
     for seed in range(60):

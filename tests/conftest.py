@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,10 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("KDZOO_CACHE", str(folder))
-    yield folder
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("KDZOO_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hurried():
+    """A student's latency is measured by one pass after the first, so that runs of tests end sooner."""
+    with patch.multiple("kdzoo.engine.cost", FEWEST=1, SECONDS=0.0):
+        yield
 
 
 COUNTED = Path(__file__).with_name("counted.py")

@@ -25,7 +25,7 @@ from kdzoo.files import cache_folder
 from kdzoo.models import Network
 from kdzoo.outputs import Output, Show
 from kdzoo.precision import PRECISIONS, autocast, matmul_precision
-from kdzoo.randomness import seed_of
+from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.tensors import leaves
 
 BACKEND = "inductor"
@@ -176,7 +176,7 @@ class Compiling:
         """Return outputs, gradients and statistics of a student's pass, and put the statistics back."""
         buffers = list(student.buffers())
         before = [buffer.clone() for buffer in buffers]
-        torch.manual_seed(seed_of(0, "compiling"))
+        seed_torch(seed_of(0, "compiling"))
         weights = [weight for weight in student.parameters() if weight.requires_grad]
         precision = PRECISIONS[self.precision]
         with autocast(self.device.type, precision):

@@ -21,7 +21,7 @@ from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS, matmul_precision
-from kdzoo.randomness import seed_of
+from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.history import check_history, is_number
@@ -104,7 +104,7 @@ class Lane:
 
     def prepare(self, loader: Loader, teacher: TeacherPasses | None) -> None:
         """Run the method's phase before training."""
-        torch.manual_seed(seed_of(self.run.settings.seed, "prepare"))
+        seed_torch(seed_of(self.run.settings.seed, "prepare"))
         before = list(self.trained.parameters())
         self.distillation.prepare(Epochs(loader, teacher))
         check_trained(self.trained, before, self.run.settings.distiller.name)
@@ -120,7 +120,7 @@ class Lane:
     def begin(self, step: int) -> None:
         """Do the host's part of a step: its seed, its learning rate, its number."""
         check_reserve()
-        torch.manual_seed(seed_of(self.run.settings.seed, "step", step, *self.ranks.names))
+        seed_torch(seed_of(self.run.settings.seed, "step", step, *self.ranks.names))
         self.optimizer.set_rate(self.rate(step))
         self.number.fill_(step)
         self.at = step

@@ -26,7 +26,7 @@ from kdzoo.engine.turns import Turns
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS
 from kdzoo.process_state import unchanged
-from kdzoo.randomness import seed_of
+from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.resolve import changed_files
 from kdzoo.settings import NetworkSettings, Run, Settings, StudentSettings
 from kdzoo.store.folder import RunFolder
@@ -66,14 +66,14 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     spec = dataset.spec._replace(labels=labels)
     if teacher is not None and not teacher.network.has_classifier:
         spec = spec._replace(num_classes=0)  # there is no classifier to learn from
-    torch.manual_seed(seed_of(settings.seed, "student"))
+    seed_torch(seed_of(settings.seed, "student"))
     student = network_of(settings.student, spec, fetch)
     precision = PRECISIONS[settings.engine.precision]
     if dataset.device.type == "cpu":
         models.unfuse_attention(student)
         if precision.dtype is None:
             models.learn_by_winograd(student)
-    torch.manual_seed(seed_of(settings.seed, "distiller"))
+    seed_torch(seed_of(settings.seed, "distiller"))
     make = partial(registry.load(settings.distiller.name), **settings.distiller.keywords)
     distiller = make()
     if teacher is None and distiller.needs.teacher:

@@ -23,7 +23,7 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped_of
 from kdzoo.outputs import Output, Show
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.randomness import seed_of
+from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.resolve import resolve, stored
 from kdzoo.settings import Run, Settings
 from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
@@ -231,7 +231,7 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
     with torch.random.fork_rng(), Progress() as progress:
         dataset = open_data(run, use(run.place), progress)
         for role, name in (("teacher", teacher), ("student", student)):
-            torch.manual_seed(seed_of(run.settings.seed, role))
+            seed_torch(seed_of(run.settings.seed, role))
             networks[f"{role} {name}, untrained"] = models.create(name, dataset.spec)
         with progress.doing("comparing the networks"):
             return compare(networks, dataset, batches, run.settings.engine.precision)

@@ -21,7 +21,7 @@ from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder, path_of, read_text
 from kdzoo.models.weight_files import find_file
-from kdzoo.randomness import seed_of
+from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.resolve import resolve
 from kdzoo.settings import TURNS, OutputPlace, Run, Settings, TeacherSettings
 from kdzoo.store.folder import RunFolder
@@ -277,7 +277,7 @@ def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network
     """Make the teacher's network, or all of them, as before any training, pretrained weights only to ``fetch``."""
     networks = []
     for wanted in run.settings.teacher.parts:
-        torch.manual_seed(seed_of(wanted.seed, "student"))
+        seed_torch(seed_of(wanted.seed, "student"))
         networks.append(network_of(wanted.untrained(), dataset.spec, fetch))
     return networks[0] if len(networks) == 1 else ensemble(run.settings.teacher, networks)
 

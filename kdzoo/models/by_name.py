@@ -31,6 +31,8 @@ from kdzoo.process_state import foreign
 # From a side in pixels, and whether to keep resolution in the stem, to a network and what was adapted.
 Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]
 
+_bares: dict[Any, nn.Module] = {}  # networks on the meta device, by their entry points and keywords
+
 
 def create(
     name: str,
@@ -123,11 +125,21 @@ def _torchvision_weights(name: str, member: str, which: str) -> Any:
 
 
 def _bare(name: str, keywords: Mapping[str, Any]) -> Any:
-    """Make a timm network on the meta device, without weights."""
+    """Make a timm network on the meta device, without weights, to be read and never changed.
+
+    It is kept for the next network of the same code and keywords, unless a folder or a hub says what it is: that may
+    say something else by then.
+    """
+    entry = _entry(name)
+    key = None if ":" in entry else (timm.model_entrypoint(entry), repr(sorted(keywords.items())))
+    if key in _bares:
+        return _bares[key]
     state = torch.get_rng_state()
     with torch.device("meta"):
-        bare = _told(name, lambda: timm.create_model(_entry(name), **keywords))
+        bare = _told(name, lambda: timm.create_model(entry, **keywords))
     torch.set_rng_state(state)
+    if key is not None:
+        _bares[key] = bare
     return bare
 
 

@@ -38,10 +38,10 @@ SLOW = (
 )
 
 
-def network(name, classes=7):
+def network(name, classes=7, side=32):
     torch.manual_seed(0)
     names = tuple(f"class {k}" for k in range(classes))
-    return models.create(name, DataSpec("toy", classes, names, 32, torch.arange(classes)))
+    return models.create(name, DataSpec("toy", classes, names, side, torch.arange(classes)))
 
 
 def view(of):
@@ -70,11 +70,12 @@ def assert_same(found, wanted):
 )
 @torch.no_grad()
 def test_stages_one_after_the_other_give_the_bits_of_the_plain_pass(name, images):
-    net = network(name).eval()
+    side = 16 if name in CIFAR else 32
+    images, net = images[:, :, :side, :side], network(name, side=side).eval()
     assert not net.inseparable
-    for narrow in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            assert_same(view(net).run_from(0, images), net(images, Show()))
+    for some in (images, images[:1]):  # one for bf16, which many processors only emulate
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(some) == 1):
+            assert_same(view(net).run_from(0, some), net(some, Show()))
     training, same = net.train(), copy.deepcopy(net)
     torch.manual_seed(3)  # for dropout
     found = view(training).run_from(0, images)
