@@ -76,6 +76,7 @@ def test_any_text_for_any_key_of_the_command_line(key, value):
     one_line_or_a_run(BASE, [f"{key}={value}"])
 
 
+@pytest.mark.slow(reason="tries hundreds of values")
 @given(key=st.sampled_from(KEYS), value=VALUES)
 @example(key="output.log", value=[[]])
 @example(key="output.log", value=["mlflow", {"mlflow": 1}])
@@ -90,6 +91,7 @@ def test_any_value_for_any_key_from_python_or_a_suite(key, value):
     one_line_or_a_run(values, [])
 
 
+@pytest.mark.slow(reason="tries hundreds of values")
 @given(
     recipe=st.dictionaries(st.sampled_from([*keys_of(Settings().protocol.__class__), "unheard"]), VALUES, max_size=4)
 )
@@ -100,6 +102,7 @@ def test_any_recipe_in_a_file(tmp_path_factory, recipe):
     one_line_or_a_run({**BASE, "protocol": {"name": str(file), "epochs": 3}}, [])
 
 
+@pytest.mark.slow(reason="tries hundreds of values")
 @given(content=st.binary(max_size=64))
 @example(content="epochs: 3 # é".encode("latin-1"))
 @example(content="epochs: 3".encode("utf-16"))
@@ -110,6 +113,7 @@ def test_any_bytes_in_the_file_of_a_recipe(tmp_path_factory, content):
     one_line_or_a_run({**BASE, "protocol": {"name": str(file)}}, ["protocol.epochs=3"])
 
 
+@pytest.mark.slow(reason="tries hundreds of values")
 @given(text=st.text(max_size=20))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_any_text_as_an_override(text):
@@ -123,6 +127,7 @@ def keywords_of(name):
 KEYWORDS = sorted((name, keyword) for name in registry.names() for keyword in keywords_of(name))
 
 
+@pytest.mark.slow(reason="tries hundreds of values")
 @given(keyword=st.sampled_from(KEYWORDS), value=VALUES)
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_value_for_any_keyword_of_any_method(keyword, value):
@@ -173,6 +178,7 @@ COMMANDS = sorted((name, option) for name, command in cli.commands.items() for o
 ARGUMENTS = {"run": [], "bench": ["digits"], "list": ["data"]}
 
 
+@pytest.mark.slow(reason="tries hundreds of values")
 @given(
     command=st.sampled_from(COMMANDS), value=st.one_of(NUMBERS.map(str), WORDS.filter(lambda text: "\0" not in text))
 )

@@ -85,6 +85,7 @@ def test_every_check_has_a_distiller_that_fails_it():
     assert {distiller.fails for distiller in BROKEN} == set(BY_NAME)
 
 
+@pytest.mark.slow(reason="runs every check")
 def test_results_come_in_the_order_of_the_checks():
     results = kdzoo.check(broken.Sound)
     assert [result.name for result in results] == list(BY_NAME)

@@ -88,6 +88,7 @@ def test_a_set_is_described_without_being_loaded_where_its_file_says_enough(tmp_
     assert outline(giving(tmp_path, "raise RuntimeError", "num_classes = 3; image_size = 5")).num_classes == 3
 
 
+@pytest.mark.slow(reason="starts a process")
 def test_no_room_knows_a_set_by_name() -> None:
     package = Path(kdzoo.__file__).parent
     for path in package.rglob("*.py"):

@@ -16,6 +16,7 @@ def example(tmp_path, monkeypatch):
     return lambda name: __import__(name)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_loop_of_ones_own_trains_a_student(example):
     assert example("own_loop").main(epochs=4) > 30  # of ten classes; chance is 10
 
@@ -32,6 +33,7 @@ def test_three_methods_are_compared_with_a_verdict_each(example):
     assert table["verdict"].astype(bool).all()
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_ones_own_pictures_and_network_make_a_run(example):
     result = example("own_data").main(images=32, epochs=1)
     assert result.student == "own_data:small"

@@ -54,7 +54,12 @@ def outcome_of(test):
     return runner.run(test, out=said.append), "".join(said)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+SEARCHES = pytest.mark.slow(reason="a whole search")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[SEARCHES] if name.lower().startswith("recommend") else []) for name in PUBLIC]
+)
 def test_the_example_of_a_public_name_prints_what_it_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     test = examples_of(getattr(kdzoo, name))

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def imported(tree: ast.AST, modules: Iterable[str]) -> Iterator[str]:
         yield from imported(node, known)
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """What each module of kdzoo imports of kdzoo."""
     files = {

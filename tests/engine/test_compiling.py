@@ -85,6 +85,7 @@ def test_a_switch_says_whether_networks_are_compiled_and_a_short_run_is_left_alo
     assert said == []
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_teacher_whose_logits_come_from_disk_is_not_compiled(tmp_path, dataset, teacher, code, monkeypatch):
     monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "cache"))
     keeping = "teacher.keep=logits", "engine.compile=on"
@@ -95,6 +96,7 @@ def test_a_teacher_whose_logits_come_from_disk_is_not_compiled(tmp_path, dataset
     assert code.made == ["resnet8"]
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_left_to_itself_it_compiles_where_the_rest_of_the_run_is_worth_it(
     tmp_path, dataset, teacher, code, monkeypatch
 ):
@@ -123,6 +125,7 @@ def with_other_gradients(output):
     return output._replace(logits=2 * output.logits - output.logits.detach())
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize(
     ("change", "refused"), [(with_other_logits, ["teacher", "student"]), (with_other_gradients, ["student"])]
 )
@@ -136,6 +139,7 @@ def test_code_that_gives_other_outputs_or_gradients_is_not_kept(tmp_path, datase
     assert same(wrong, plain)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_code_that_differs_by_rounding_is_kept(tmp_path, dataset, teacher, code):
     code.change = lambda output: output._replace(logits=(1 + 1e-6) * output.logits)
     rounded, said = trained(tmp_path / "rounded", dataset, teacher, "engine.compile=on")
@@ -144,6 +148,7 @@ def test_code_that_differs_by_rounding_is_kept(tmp_path, dataset, teacher, code)
     assert not same(rounded, plain)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, dataset, teacher, monkeypatch):
     def compiled(*_):
         raise RuntimeError("no C++ compiler\nmore")

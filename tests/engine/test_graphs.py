@@ -61,6 +61,7 @@ def trained(out, names, dataset, teacher, *more):
 AGAIN = pytest.mark.slow(reason="trains what others train too, with one more setting each")
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize(
     ("names", "more"),
     [
@@ -83,6 +84,7 @@ def test_steps_on_tensors_that_stay_in_place_end_with_the_bits_of_plain_ones(
     assert captured.said == []
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_the_teacher_still_sees_each_batch_once(tmp_path, dataset, teacher, captured):
     shown, captured.checked = [], 0
     teacher.network.register_forward_hook(lambda _network, images, _output: shown.append(images[0]))
@@ -90,6 +92,7 @@ def test_the_teacher_still_sees_each_batch_once(tmp_path, dataset, teacher, capt
     assert len(shown) == 2 * (320 // 64)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_the_teacher_sees_each_part_of_a_batch_once(tmp_path, dataset, teacher, captured):
     shown, captured.checked = [], 0
     teacher.network.register_forward_hook(lambda _network, images, _output: shown.append(len(images[0])))
@@ -97,6 +100,7 @@ def test_the_teacher_sees_each_part_of_a_batch_once(tmp_path, dataset, teacher, 
     assert shown == [16] * (4 * 2 * (320 // 64))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_lane_that_cannot_be_captured_goes_on_plainly_and_says_why(tmp_path, dataset, teacher, captured):
     calls = []
 
@@ -118,6 +122,7 @@ def test_a_lane_that_cannot_be_captured_goes_on_plainly_and_says_why(tmp_path, d
         assert same(one, other)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_teacher_that_cannot_be_captured_leaves_all_lanes_plain(tmp_path, dataset, teacher, captured):
     def record(work, stream):
         raise RuntimeError("no")
@@ -155,6 +160,7 @@ def twice(work):
 WRONG = [("nothing", nothing), ("the first alone", the_first_again), ("twice", twice)]
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize(("title", "wrong"), WRONG)
 def test_a_lane_whose_graph_is_wrong_ends_with_the_bits_of_plain_steps(
     tmp_path, dataset, teacher, captured, title, wrong
@@ -177,6 +183,7 @@ def test_a_lane_whose_graph_is_wrong_ends_with_the_bits_of_plain_steps(
     assert captured.said == []
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_teacher_whose_graph_is_wrong_leaves_all_lanes_plain(tmp_path, dataset, teacher, captured):
     calls = []
 
@@ -202,6 +209,7 @@ def test_without_checks_a_wrong_graph_is_not_noticed(tmp_path, dataset, teacher,
     assert not same(*students([wrong, right]))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_lane_that_fails_in_a_captured_step_stops_alone(tmp_path, dataset, teacher, captured):
     runs = [settings(tmp_path, "kd", *TRIED), settings(tmp_path, "kd", *TRIED, "distiller.kd=1e300")]
     good, bad = train_lanes(runs, dataset, teacher, Progress(quiet=True))
@@ -210,6 +218,7 @@ def test_a_lane_that_fails_in_a_captured_step_stops_alone(tmp_path, dataset, tea
     assert same(*students([good, alone]))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_muon_is_not_captured(tmp_path, dataset, teacher, captured):
     run = settings(tmp_path, "kd", "protocol.optimizer=muon", "protocol.lr=0.001", student="vit_pico")
     train_lanes([run], dataset, teacher, Progress(quiet=True))

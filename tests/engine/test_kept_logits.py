@@ -17,6 +17,8 @@ from kdzoo.losses import softened_kl
 
 from ..short_runs import interrupted_at, settings
 
+pytestmark = pytest.mark.slow(reason="trains runs with kept logits and without")
+
 STEPS = 320 // 64  # of an epoch
 EPOCH = 32 + 2 * STEPS * 64 * 10  # bytes: a checksum, and a number of float16 for each image and class
 KEEP = "teacher.keep=logits"

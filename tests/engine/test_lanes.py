@@ -82,6 +82,7 @@ def test_a_phase_before_training_keeps_no_more_than_one_batch_of_the_teachers_ou
     assert [ref() is not None for ref in kept] == [False] * 4 + [True]
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_the_teacher_sees_each_batch_once_whatever_the_number_of_lanes(tmp_path, dataset, teacher):
     shown = []
     teacher.network.register_forward_hook(lambda _network, images, _output: shown.append(images[0]))

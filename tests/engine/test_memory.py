@@ -148,6 +148,7 @@ def test_the_division_does_not_change_any_result(tmp_path):
     assert len(results[0]) == 5
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_runs_that_memory_did_not_hold_are_tried_again_half_as_many_at_a_time(tmp_path, monkeypatch):
     tried = []
 
@@ -163,6 +164,7 @@ def test_runs_that_memory_did_not_hold_are_tried_again_half_as_many_at_a_time(tm
     assert not report.failed
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_nothing_of_a_try_that_did_not_fit_is_left_at_the_next(tmp_path, monkeypatch):
     class Cycle:
         def __init__(self):
@@ -197,6 +199,7 @@ def test_a_process_with_a_limit_keeps_a_reserve_for_libraries(monkeypatch):
     assert is_shortage(error.value)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_run_that_does_not_fit_alone_has_failed(tmp_path, monkeypatch):
     def train(runs, *rest):
         full = [run.settings.distiller.name == "dist" for run in runs]

@@ -45,6 +45,7 @@ def test_parts_are_the_batch_cut_in_order():
     assert micro_batches(batch, 1) == [batch]
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_without_norms_over_the_batch_accumulated_gradients_are_the_batchs(tmp_path, dataset, teacher):
     sgd = ["protocol.optimizer=sgd", "protocol.lr=0.05"]  # whose step is the gradient, but for a factor
     plain = settings(tmp_path, "kd", *sgd, student="vit_tiny_patch16_224")
@@ -56,6 +57,7 @@ def test_without_norms_over_the_batch_accumulated_gradients_are_the_batchs(tmp_p
     torch.testing.assert_close(cut - begun, whole - begun, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_shown_terms_are_means_over_the_parts(tmp_path, dataset, teacher):
     whole, _ = after_a_step(settings(tmp_path, "kd", student="vit_tiny_patch16_224"), dataset, teacher, tmp_path)
     run = settings(tmp_path, "kd", "engine.accumulate=4", student="vit_tiny_patch16_224")

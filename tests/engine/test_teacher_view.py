@@ -62,6 +62,7 @@ def test_a_phase_before_training_is_shown_the_same_view(train, dataset, shown):
     assert all(torch.equal(seen, view) for seen, view in zip(shown, expected[:STEPS] + expected, strict=True))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_students_differ_by_what_their_teacher_sees(train):
     students = [train(view, "kd", *WEAK[:2], f"protocol.teacher_view={view}") for view in ("same", "weak", "strong")]
     assert not same(students[0], students[1])
@@ -69,11 +70,13 @@ def test_students_differ_by_what_their_teacher_sees(train):
     assert same(train("plain", "kd", *WEAK[:2], "protocol.teacher_view=plain"), students[0])  # nothing else changes
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize("method", ["tfkd", "none"])
 def test_a_method_without_a_teacher_is_the_same_under_every_view(train, method):
     assert same(train("a", method, *WEAK[:2]), train("b", method, *WEAK))
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize("method", ["kd", "nd", "crld"])
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(train, method):
     with interrupted_at(STEPS + 2):
@@ -81,6 +84,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(train, method
     assert same(train("a", method, *WEAK), train("b", method, *WEAK))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_kept_logits_are_those_of_the_teachers_pictures(train, shown):
     keep = "teacher.keep=logits"
     keeping = train("a", "kd", *WEAK, keep)

@@ -87,6 +87,7 @@ def test_a_phase_before_training_is_of_each_teacher_alone(dataset, pair):
         assert torch.equal(copy.directions, alone.directions)
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize("method", ["fitnet", "nd"])
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path, dataset, pair, method):
     with interrupted_at(STEPS + 2):
@@ -95,6 +96,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path, dat
     assert same(resumed, whole)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_lanes_take_the_same_turns_as_a_run_alone(tmp_path, dataset, pair):
     names = ("fitnet", "kd", "none")
     outcomes = train_lanes([settings(tmp_path / "a", name) for name in names], dataset, pair, Progress(quiet=True))
@@ -102,6 +104,7 @@ def test_lanes_take_the_same_turns_as_a_run_alone(tmp_path, dataset, pair):
         assert same(student(beside), student(train(tmp_path / "b", name, dataset, pair)))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_turns_change_what_a_method_of_features_learns_and_nothing_of_a_method_of_logits(tmp_path, dataset, pair):
     still = Teacher(Ensemble(pair.network.each), 10.0)
     for method, differs in (("fitnet", True), ("kd", False)):

@@ -241,6 +241,7 @@ def test_a_disk_that_fills_stops_the_bench_and_no_run_has_failed(suite, tmp_path
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "full"))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_what_one_group_lacks_does_not_stop_the_others(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(SUITE.replace("data: {name: digits, limit: 320}", "data: ['folder:/nowhere', digits]"))
@@ -283,6 +284,7 @@ def test_an_edit_of_a_method_trains_nothing_under_the_name_of_its_old_self(two, 
         report.check()
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_run_whose_owner_on_another_machine_gives_no_sign_is_taken_over(two, tmp_path, monkeypatch):
     first = RunFolder.of(placed(two, tmp_path / "runs")[0]).path
     first.mkdir(parents=True)

@@ -47,6 +47,7 @@ def test_every_student_is_asked_about():
     ]
 
 
+@pytest.mark.slow(reason="makes every method")
 def test_all_installed_methods_are_tried_where_none_is_named_each_with_settings_that_it_takes():
     found = candidates("resnet14", ["resnet8"], [], 3, "digits", "quick")
     assert {one.method for one in found} == set(registry.names())

@@ -20,6 +20,8 @@ from kdzoo.store.result import Result
 
 from .. import made_runs
 
+pytestmark = pytest.mark.slow(reason="trains a run for each state of the data")
+
 TINY = ["protocol.epochs=1", "protocol.batch_size=8", "protocol.augmentation.crop=0", "teacher.epochs=1"]
 TINY += ["teacher.allow_weak=true", "engine.device=cpu", "engine.precision=float32"]
 

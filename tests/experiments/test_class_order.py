@@ -123,6 +123,7 @@ def test_a_weak_teacher_of_the_right_order_is_not_accused(seed: int) -> None:
     check_order("mine", NUMBERS, always_the_first)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_weights_of_another_order_are_refused_and_the_run_keeps_its_own(tree: Path, tmp_path: Path) -> None:
     data = f"folder:{tree}"
     one = kdzoo.run("none", "resnet8", data=data, out=tmp_path, overrides=QUICK, quiet=True)

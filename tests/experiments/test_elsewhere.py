@@ -120,6 +120,7 @@ def test_the_command_takes_where_and_on_what(project, tmp_path):
     assert f"top-1 {measured[0]:.2f} %" in result.output
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize("more", [["--data-root", ".", "--trust-code"], ["--precision", "bf16"]])
 def test_a_spectrum_elsewhere_takes_the_teacher_that_was_trained(project, tmp_path, cache, more, monkeypatch):
     folder, _, _ = project
@@ -136,6 +137,7 @@ def test_a_spectrum_elsewhere_takes_the_teacher_that_was_trained(project, tmp_pa
     assert found["resnet8 by kd"] == pytest.approx(made.top1, abs=10 if more[-1:] == ["bf16"] else 1e-3)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_spectrum_of_other_data_has_another_teacher_and_says_so(project, cache, monkeypatch, capsys):
     folder, _, _ = project
     monkeypatch.chdir(folder)

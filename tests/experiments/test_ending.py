@@ -76,6 +76,7 @@ def same(one, other):
     return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_who_asks_a_run_to_end_finds_its_last_step_saved_and_the_same_bits_in_the_end(tmp_path, train, name):
     with pytest.raises(SystemExit) as end:
@@ -111,6 +112,7 @@ def test_a_signal_that_is_ignored_ends_nothing(tmp_path, train):
     assert len(find_runs([tmp_path])) == 1
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize(
     ("event", "more"),
     [("shutil.rmtree({})", ["engine.checkpoint_seconds=0"]), ("Path({}).rename({} + '-moved')", [])],
@@ -125,6 +127,7 @@ def test_a_folder_that_is_taken_away_stops_the_run_and_does_not_come_back_half(t
     assert same(train(out, "", *more), train(tmp_path / "whole"))
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_disk_that_fails_is_no_failure_of_the_method(tmp_path, train, monkeypatch):
     unlink, left = os.unlink, 2
 

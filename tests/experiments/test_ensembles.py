@@ -16,6 +16,8 @@ from kdzoo.results.last_screen import next_steps, result_table
 from kdzoo.store import predictions
 from kdzoo.store.folder import RunFolder
 
+pytestmark = pytest.mark.slow(reason="trains several teachers")
+
 SHORT = ["protocol.epochs=1", "data.limit=320", "teacher.epochs=1", "teacher.allow_weak=true", "engine.device=cpu"]
 SHORT += ["engine.precision=float32", "protocol.batch_size=64"]
 SECOND = "teacher.others=[{name: resnet14, seed: 1}]"

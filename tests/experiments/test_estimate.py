@@ -104,6 +104,7 @@ def test_what_is_finished_is_no_longer_left(tmp_path):
     assert all(group.left == group.teaching == 0 < group.seconds for group in after)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_failed_run_is_left_only_where_it_is_to_be_tried_again(tmp_path):
     found = suite(tmp_path)
     folder = RunFolder.of(placed(found, tmp_path / "runs", Local(), Progress(quiet=True))[0])
@@ -139,6 +140,7 @@ def test_the_listing_holds_groups_runs_estimates_and_their_limits(dry_run):
     assert "It is no more than an estimate" in out
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_data_that_is_not_there_is_listed_with_the_reason(dry_run):
     missing = SUITE.replace("data: {name: digits, limit: 320}", "data: [digits, 'folder:/nowhere']")
     code, out = dry_run(missing)

@@ -71,6 +71,7 @@ def exported(made, style, out, *more):
     return done.stdout
 
 
+@pytest.mark.slow(reason="trains a student and exports it")
 def test_timm_reads_a_students_folder_where_kdzoo_cannot_be_imported(transformer, tmp_path):
     said = exported(transformer, "timm", tmp_path / "out")
     assert said.splitlines()[0].startswith("wrote ")
@@ -89,6 +90,7 @@ def test_timm_reads_a_students_folder_where_kdzoo_cannot_be_imported(transformer
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "export.json"}
 
 
+@pytest.mark.slow(reason="trains a student and exports it")
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of torch 2.11
 def test_what_timm_cannot_say_is_a_program_and_the_line_says_so(resnet, tmp_path):
     said = exported(resnet, "timm", tmp_path / "out")
@@ -100,6 +102,7 @@ def test_what_timm_cannot_say_is_a_program_and_the_line_says_so(resnet, tmp_path
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.pt2", "export.json"}
 
 
+@pytest.mark.slow(reason="trains a student and exports it")
 def test_a_stem_that_was_shrunk_is_noticed_though_all_shapes_agree(tmp_path):
     name = "resnet10t"  # its stem has three small convolutions, whose strides alone differ
     folder = write(tmp_path, 50.0, 0, f"student.name={name}", student=name, image_size=32)
@@ -112,6 +115,7 @@ def test_a_stem_that_was_shrunk_is_noticed_though_all_shapes_agree(tmp_path):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.slow(reason="trains a student and exports it")
 def test_onnx_answers_as_the_student_does_also_in_8_bits(resnet, tmp_path):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     said = exported(resnet, "onnx", tmp_path / "out", "--quantize", "int8", "--images", "100")
@@ -135,6 +139,7 @@ def test_onnx_answers_as_the_student_does_also_in_8_bits(resnet, tmp_path):
     assert small < size
 
 
+@pytest.mark.slow(reason="trains a student and exports it")
 def test_a_program_is_compared_with_the_student(transformer, tmp_path):
     made = kdzoo.export(transformer.folder, "torch", tmp_path / "out", images=0)
     found = json.loads((made.folder / "export.json").read_text())["model.pt2"]

@@ -217,6 +217,7 @@ def failing(tmp_path):
     return file
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_method_that_fails_drops_out_with_its_reason_and_stops_no_other(failing, tmp_path, monkeypatch):
     train, finalists = Trainer.train, []
 
@@ -271,6 +272,7 @@ def test_a_method_whose_file_changed_is_another_question_since_the_plan_was_made
         search(question, out, quiet=True)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = tried(QUESTION, quiet=True)
@@ -404,6 +406,7 @@ def test_the_command_answers_and_kdzoo_run_takes_the_answer(found, tmp_path, mon
     assert (settings.distiller.name, settings.seed, settings.data.limit) == (best.method, 7, 160)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_the_dry_run_says_what_it_would_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--dry-run")
@@ -472,6 +475,7 @@ def test_a_plan_names_no_folder_outside_of_its_own(found):
     assert made.run(found, outside).path == found / "final" / "elsewhere"
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_method_with_a_longer_phase_before_training_than_training_itself_is_left_out():
     made = tried(replace(QUESTION, methods=("sskd", "ofd")), quiet=True)
     assert made.left_out == [

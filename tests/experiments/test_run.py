@@ -100,6 +100,7 @@ def test_a_student_without_a_teacher_has_predictions_of_its_own_alone(tmp_path):
     assert len(predictions.read(result.folder / "predictions.safetensors", 10).teacher) == 0
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_student_may_be_measured_in_some_epochs_only_and_always_in_the_last(finished, tmp_path):
     seldom = distil(tmp_path, "output.measure_every=5", "output.log=[tensorboard]")
     assert [record["top1"] for record in RunFolder(seldom.folder).read_history()] == [None, finished.top1]
@@ -165,6 +166,7 @@ def test_the_same_seed_gives_the_same_student(finished, tmp_path):
     assert len({(run.folder / "predictions.safetensors").read_bytes() for run in (finished, again)}) == 1
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_another_seed_gives_another(finished, tmp_path):
     other = load_file(distil(tmp_path, seed=1).folder / "student.safetensors")
     one = load_file(finished.folder / "student.safetensors")
@@ -222,6 +224,7 @@ def test_a_damaged_newest_checkpoint_does_not_change_the_end(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_good_checkpoint_kept(tmp_path):
     method = tmp_path / "bad.py"
     method.write_text(
@@ -248,6 +251,7 @@ def test_a_teacher_near_chance_is_refused_unless_one_insists(tmp_path):
     assert distil(tmp_path, *more, "teacher.allow_weak=true").teacher_top1 < near_chance(10, 360)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_teacher_comes_from_a_file_of_weights(finished, tmp_path, cache):
     folders = map(RunFolder, cache.glob("teachers/digits-resnet14-none-s0-*"))
     weights = next(folder.student for folder in folders if folder.read_config()["data"]["limit"] is None)
@@ -273,6 +277,7 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
         distil(tmp_path / "file")
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_finished_run_stays_until_the_one_that_replaces_it_is_finished(tmp_path, monkeypatch):
     whole = distil(tmp_path)
     folder = RunFolder(whole.folder)

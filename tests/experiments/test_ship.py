@@ -45,6 +45,7 @@ def falling(monkeypatch):
     return measure
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_the_student_of_the_best_epoch_is_kept_averaged_where_the_protocol_averages(tmp_path, falling):
     best = run(tmp_path / "best", "output.ship=best", "protocol.ema=0.5")
     first = run(tmp_path / "first", "protocol.ema=0.5", epochs=1)
@@ -54,6 +55,7 @@ def test_the_student_of_the_best_epoch_is_kept_averaged_where_the_protocol_avera
     assert (best.shipped_top1, best.shipped_top5) == (90.0, 95.0)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_run_that_is_interrupted_keeps_the_best_student_with_the_same_bits(tmp_path, falling):
     whole = run(tmp_path / "whole", "output.ship=best")
     falling.interrupted = (40.0,)  # the third measurement from here
@@ -63,6 +65,7 @@ def test_a_run_that_is_interrupted_keeps_the_best_student_with_the_same_bits(tmp
     assert same(run(tmp_path / "broken", "output.ship=best"), whole)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_what_a_method_adds_to_the_student_is_kept_with_it(tmp_path, falling):
     both = {"distiller": "simkd", "teacher": "resnet14"}
     best = run(tmp_path / "best", "output.ship=best", **both, epochs=2)
@@ -75,6 +78,7 @@ def test_what_is_kept_is_what_is_measured_again(tmp_path):
     assert evaluate_run(kept.folder) == (kept.best_top1, kept.best_top5)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_the_average_is_kept_where_the_protocol_averages_and_refused_elsewhere(tmp_path):
     average = run(tmp_path / "ema", "output.ship=ema", "protocol.ema=0.5", epochs=1)
     assert same(average, run(tmp_path / "last", "protocol.ema=0.5", epochs=1))

@@ -249,6 +249,7 @@ def command(*arguments):
     return result
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_finished_runs_become_a_table_and_a_picture(runs, tmp_path):
     result = command(runs, "--out", tmp_path / "new" / "seen")
     assert result.exit_code == 0, result.output
@@ -267,6 +268,7 @@ def test_finished_runs_become_a_table_and_a_picture(runs, tmp_path):
     assert (tmp_path / "new" / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_untrained_networks_need_no_run(tmp_path):
     out = tmp_path / "seen"
     assert command("--teacher", "resnet14", "--student", "resnet8", "--batches", 1, "--out", out).exit_code == 0

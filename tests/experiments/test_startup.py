@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from kdzoo import registry
 from kdzoo.files import cache_folder
 
@@ -19,6 +21,7 @@ print("sklearn" in imported())
 """
 
 
+@pytest.mark.slow(reason="starts a process that trains")
 def test_a_run_on_digits_imports_no_library_that_it_has_no_use_for(tmp_path):
     registry.data_sets.load("digits")().load(tmp_path)  # from now on in the cache
     assert (cache_folder() / "data" / "digits.npz").is_file()

@@ -12,6 +12,8 @@ from kdzoo.experiments.bench import bench
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
 
+pytestmark = pytest.mark.slow(reason="trains each run in parts and in one")
+
 SUITE = (
     "{data: {name: digits, limit: 192}, protocol: {name: quick, epochs: 3, batch_size: 64}, "
     "pairs: [[resnet14, resnet8]], distillers: [none, kd, dkd], teacher: {epochs: 1, allow_weak: true}}"

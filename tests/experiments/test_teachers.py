@@ -90,6 +90,7 @@ def test_a_teacher_near_chance_that_was_given_is_to_be_read_as_it_was_trained(tm
     assert "give --teacher-weights" not in str(caught.value)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_weights_that_fit_the_network_adapted_to_the_data_only_are_read_in_it(tmp_path):
     adapted = create("resnet18", DATA).eval()
     torch.save(adapted.body.state_dict(), tmp_path / "mine")
@@ -163,6 +164,7 @@ def test_a_teachers_settings_reach_the_run_that_trains_it(dataset):
     assert (student.name, student.image_size, list(student.mean), list(student.std)) == ("resnet18", 16, [0.5], [0.25])
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_weights_with_another_head_start_a_network_with_a_new_one(published):
     _, file = published
     wanted = StudentSettings(name="resnet10t", weights=str(file))

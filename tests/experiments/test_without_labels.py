@@ -115,6 +115,7 @@ def test_weights_of_several_teachers_are_not_learned_without_labels(pictures, we
         run(tmp_path, *given, "teacher.combine=learned")
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize("kind", ["agreement", "neighbours"])
 def test_an_interrupted_run_ends_with_the_same_bits(pictures, weights, runs, tmp_path, monkeypatch, kind):
     more = [f"teacher.weights={weights}"] + ["teacher.classifier=false"] * (kind == "neighbours")
@@ -175,6 +176,7 @@ def test_a_student_without_a_classifier_names_no_classes(runs, pictures):
         list(predict(runs["knn"].folder, [pictures / "test"], device="cpu"))
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize("kind", ["agreement", "neighbours"])
 def test_an_exported_program_is_compared_without_the_teacher(runs, kind, tmp_path, monkeypatch):
     monkeypatch.setattr("kdzoo.experiments.run.teachers", None)
@@ -195,6 +197,7 @@ def test_an_onnx_model_is_compared_without_the_teacher(runs, kind, tmp_path):
     assert json.loads((made.folder / "export.json").read_text())["model.onnx"]["max_difference"] < 1e-3
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_timm_reads_a_student_without_a_classifier_and_its_card_says_what_it_is(pictures, weights, tmp_path):
     bare = [f"teacher.weights={weights}", "teacher.classifier=false", "protocol.image_size=32", "protocol.epochs=1"]
     result = run(tmp_path / "runs", f"images:{pictures}", *bare, student="test_vit", distiller="rkd")
@@ -210,6 +213,7 @@ def test_timm_reads_a_student_without_a_classifier_and_its_card_says_what_it_is(
     assert "nearest neighbour" in card
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_tables_reports_and_screens_never_call_it_accuracy(runs, tmp_path):
     root = runs["agreement"].folder.parent
     sections = layout.long(table.rows(find_runs([root])), "kd")
@@ -310,6 +314,7 @@ def test_micro_batches_and_mixing_work_without_labels(pictures, weights, tmp_pat
     assert run(tmp_path, f"images:{pictures}", given, "protocol.epochs=1", *more, distiller=method).epochs == 1
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_kept_logits_are_those_of_pictures_without_labels(pictures, weights, tmp_path):
     given = [f"teacher.weights={weights}", "teacher.keep=logits"]
     first, again = (run(tmp_path / place, f"images:{pictures}", *given) for place in ("one", "other"))

@@ -24,6 +24,7 @@ def outputs(network, images, dtype=torch.bfloat16):
     return [output.logits, output.embedding, *output.features, *output.preactivations, *final]
 
 
+@pytest.mark.slow(reason="passes through large networks")
 @pytest.mark.parametrize(
     "name",
     ["resnet8x4", "vit_tiny_patch16_224", "swin_pico_patch4_window7_224", "test_convnext", "torchvision:resnet18"],

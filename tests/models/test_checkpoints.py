@@ -265,6 +265,7 @@ def test_weights_that_timm_would_resample_are_refused(tmp_path):
         load_weights(create("vit_pico", DATA), tmp_path / "vit.pth")
 
 
+@pytest.mark.slow(reason="passes through large networks")
 def test_torchvisions_names_load_into_torchvisions_network(tmp_path):
     state = torchvision.models.resnet18(num_classes=10).state_dict()
     torch.save({"model": state}, tmp_path / "resnet.pth")

@@ -117,6 +117,7 @@ def test_torchvisions_weights_get_a_new_head_for_other_classes(name, head, publi
     assert kept == {key for key in state if not key.startswith(head) and "num_batches" not in key}
 
 
+@pytest.mark.slow(reason="passes through large networks")
 def test_torchvisions_architecture_is_made_without_its_weights_where_they_are_not_fetched(published):
     state = create("torchvision:resnet18", DATA, pretrained=True, fetch=False).body.state_dict()
     assert not state["conv1.weight"].equal(published["resnet18"]["conv1.weight"])

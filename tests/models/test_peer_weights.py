@@ -305,6 +305,7 @@ def test_a_mobilenet_of_other_activations_is_refused_and_loads_where_they_agree(
     assert distance(network.body(pictures()).detach(), EXPECTED["MobileNetV1"]) < 1e-6
 
 
+@pytest.mark.slow(reason="passes through large networks")
 def test_a_file_of_the_network_as_timm_has_it_is_refused_where_the_stem_keeps_resolution(tmp_path):
     timms = create("mobilenetv2", DATA._replace(image_size=224)).body.state_dict()
     torch.save(timms, tmp_path / "weights.pth")

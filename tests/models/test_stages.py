@@ -15,16 +15,16 @@ from kdzoo.outputs import NetworkView, Show
 CIFAR = ("resnet8", "shufflenetv1", "shufflenetv2", "wrn_16_2", "vgg8_cifar", "mobilenetv2_half")
 CIFAR = (*CIFAR, "resnet8x4", "resnet50_cifar", "wrn_40_1", "resnet20", "vgg13_cifar", "resnet32x4")
 TIMM = (
-    "resnet18",
     "convnext_atto",
     "mobilenetv3_small_050",
     "regnety_002",
     "vit_pico_patch16_224",  # a class token
     "swin_pico_patch4_window7_224",  # (B, H, W, C)
-    "levit_128s",  # blocks that change nothing at first, batch norms in its heads
     "pvt_v2_b0",
 )
 SLOW = (
+    "resnet18",
+    "levit_128s",  # blocks that change nothing at first, batch norms in its heads
     "ghostnet_050",
     "edgenext_xx_small",
     "poolformer_s12",

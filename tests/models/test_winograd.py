@@ -169,6 +169,7 @@ def test_a_convolution_learns_with_the_gradients_of_float64(images, channels, wi
         assert torch.allclose(one.double(), other, rtol=0, atol=1e-5 * other.abs().max().item())
 
 
+@pytest.mark.slow(reason="passes through large networks")
 def test_a_network_learns_by_it_and_is_measured_and_kept_as_it_was():
     network = create("resnet8x4", DATA).to(memory_format=torch.channels_last)
     other = copy.deepcopy(network)

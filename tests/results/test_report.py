@@ -219,6 +219,7 @@ def test_every_choice_of_a_figure_shows_something(html):
                 assert any(trace["meta"][select["name"]] == option for trace in figure["traces"])
 
 
+@pytest.mark.slow(reason="trains runs and makes their page")
 def test_a_page_of_runs_of_other_data_has_sections_that_are_never_averaged(tmp_path):
     pytest.importorskip("plotly")
     many(tmp_path, ["none", "kd"], seeds=2)
@@ -485,6 +486,7 @@ def shown(html):
     return [" ".join(re.sub(r"<[^>]*>", " ", part).split()) for part in body.split("<section")[1:]]
 
 
+@pytest.mark.slow(reason="trains runs and makes their page")
 def test_a_page_begins_with_the_answer_of_a_search(tmp_path):
     pytest.importorskip("plotly")
     a_search(tmp_path)

@@ -206,6 +206,7 @@ def test_an_address_beyond_this_machine_is_noticed(asked):
     assert len(asked) == 2
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_lanes_side_by_side_have_a_record_each_and_the_results_that_they_have_without(tmp_path, dataset, teacher):
     pytest.importorskip("tensorboard")
     log = ["tensorboard"]
