@@ -161,6 +161,7 @@ def harmed(finished_suite, tmp_path):
     return suite, first, second
 
 
+@pytest.mark.slow(reason="trains several runs")
 @pytest.mark.parametrize(
     ("harm", "said"),
     [

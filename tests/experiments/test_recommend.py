@@ -102,6 +102,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n][k], other[n][k]) for n in one for k in one[n])
 
 
+@pytest.mark.slow(reason="trains a whole search")
 def test_the_worse_half_stops_at_each_rung_and_the_best_are_finalists(found):
     made = Search.read(found)
     assert [one.title for one in made.candidates] == ["none", "kd", "logitmse", *METHODS]

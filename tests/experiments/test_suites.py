@@ -84,6 +84,7 @@ def test_every_shipped_suite_is_valid_and_its_networks_can_be_built(name):
             assert timm.create_model(models.short_names().get(network, network), num_classes=7)
 
 
+@pytest.mark.slow(reason="makes every run of the suites")
 @pytest.mark.parametrize("name", [name for name in suites.shipped() if name not in ("bands", "controls", "heart")])
 def test_the_suites_of_the_tables_stand_on_baselines_pairs_and_seeds(name):
     runs = load(name).runs

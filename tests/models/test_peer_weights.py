@@ -266,6 +266,7 @@ def distance(logits, expected):
     return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
+@pytest.mark.slow(reason="passes through large networks")
 @pytest.mark.parametrize("peer", PEERS)
 def test_weights_of_other_libraries_give_the_logits_that_their_code_gives(peer, tmp_path):
     name, shapes = PEERS[peer]

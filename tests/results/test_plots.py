@@ -21,6 +21,7 @@ def made(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow(reason="loads what draws, and draws")
 @pytest.mark.parametrize("kind", ["forest", "curves", "cost", "ranks"])
 def test_every_kind_is_drawn(made, tmp_path, kind):
     plots.draw([made], tmp_path / "plot.png", kind, cost="parameters")
@@ -29,6 +30,7 @@ def test_every_kind_is_drawn(made, tmp_path, kind):
         assert min(drawn.size) > 300
 
 
+@pytest.mark.slow(reason="loads what draws, and draws")
 @pytest.mark.parametrize("ending", BEGINS)
 def test_the_ending_decides_the_format(made, tmp_path, ending):
     file = tmp_path / f"new/plot.{ending}"

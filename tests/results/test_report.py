@@ -602,6 +602,7 @@ def test_a_search_whose_finalists_are_at_work_or_all_failed_says_so(tmp_path):
     assert failed.sentences == ["every finalist of resnet_8 failed: out of memory"]
 
 
+@pytest.mark.slow(reason="trains a search and makes its page")
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"format": 1}', '{"format": 9}', "\x1b[31m"])
 def test_a_damaged_search_is_a_line_and_the_page_is_made(tmp_path, text):
     pytest.importorskip("plotly")

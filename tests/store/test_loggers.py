@@ -166,6 +166,7 @@ def test_tensorboard_holds_every_number_once_after_two_starts(tmp_path):
     assert len(points) == len(expected())
 
 
+@pytest.mark.slow(reason="loads mlflow")
 def test_mlflow_holds_settings_curves_result_and_student(store, tmp_path, asked):
     folder = recorded(tmp_path, "mlflow", HISTORY[:2], HISTORY)
     run, points = in_mlflow(store)
