@@ -57,6 +57,15 @@ def test_a_network_is_left_as_it_was():
     assert {count for count, _ in network.seen} == {1, 64}
 
 
+@pytest.mark.parametrize("fewest", [1, 3])
+def test_a_batch_passes_once_to_warm_up_and_then_as_often_as_it_must(monkeypatch, fewest):
+    monkeypatch.setattr(cost, "FEWEST", fewest)
+    monkeypatch.setattr(cost, "SECONDS", 0.0)
+    network = Bare()
+    cost.measure(network, SIDE, CPU)
+    assert [count for count, _ in network.seen].count(64) == 1 + fewest
+
+
 def test_what_a_network_cannot_do_is_left_out():
     found = cost.measure(Bare(fewest=2), SIDE, CPU)
     assert (found.flops, found.latency_1) == (None, None)
