@@ -26,7 +26,9 @@ COMMAS = "NAME[,NAME]..."
 @click.option("--data-root", help="Folder of downloaded data sets (default: data).")
 @click.option("--protocol", default="quick", help="Training recipe, named as in 'kdzoo run' (default: quick).")
 @click.option(
-    "--epochs", type=click.IntRange(min=1), help="Epochs of a training at full length (default: the recipe's)."
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="Epochs of a training at full length (default: the recipe's, or more where all candidates need more rungs).",
 )
 @click.option(
     "--methods", default="", help="Methods to try, besides none, kd and logitmse (default: all).", metavar=COMMAS

@@ -258,11 +258,14 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
         raise UserError(f"no method fits {question.teacher} -> {student}: {left_out[0][2]}")
     places = {(one.student, one.method): i for i, one in enumerate(usual)}
     lanes = [cost.lanes[places[one.student, one.method]] for one in fitting]
+    most = question.epochs
+    if "epochs" not in question.protocol:  # a recipe may be shorter than its search
+        most = max(most, halving.fewest_epochs(max(counts)))
     epochs = halving.longest(
         question.budget,
         counts,
         len(REFERENCES),
-        question.epochs,
+        most,
         lambda: Prices.of(cost, lanes, sum(teaching.values())),
     )
     return Search(

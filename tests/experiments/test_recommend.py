@@ -19,6 +19,7 @@ from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import Trainer, search, tried
 from kdzoo.experiments.workers import Local
+from kdzoo.resolve import read_protocol
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.store.search import FILE, Search, ranked
@@ -405,6 +406,21 @@ def test_the_command_answers_and_kdzoo_run_takes_the_answer(found, tmp_path, mon
     settings = RunFolder(folder.path).run().settings
     best = Recommendation.read(found).answers[0].best.candidate
     assert (settings.distiller.name, settings.seed, settings.data.limit) == (best.method, 7, 160)
+
+
+@pytest.mark.parametrize(("given", "most"), [({}, 6), ({"epochs": 9}, 9)])
+def test_a_recipe_that_is_shorter_than_its_search_is_made_as_long_as_that_needs(given, most):
+    question = replace(QUESTION, settings=9, protocol={"name": "quick"} | given)
+    made = tried(question, quiet=True)
+    assert (len(made.candidates), read_protocol("quick").epochs) == (55, 5)
+    assert (made.epochs, made.rungs[-1] < most) == (most, True)
+
+
+def test_epochs_that_were_asked_for_and_are_too_few_are_refused():
+    with pytest.raises(
+        UserError, match="epochs: 5, too few to halve 55 candidates until 3 are left; set --epochs 6 or"
+    ):
+        tried(replace(QUESTION, settings=9, protocol={"name": "quick", "epochs": 5}), quiet=True)
 
 
 @pytest.mark.slow(reason="trains several runs")
