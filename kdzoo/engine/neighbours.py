@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdzoo.errors import UserError
+
 NEIGHBOURS = 20  # that vote for a class
 TEMPERATURE = 0.07  # of their votes
 BLOCK = 1024  # images whose cosines with all others are in memory at once
@@ -46,7 +48,15 @@ def closest(rows: Tensor, others: Tensor, count: int, own: bool) -> tuple[Tensor
     """Find the others (M, D) of the highest cosine with each row (N, D): cosines and places (N, count), highest first.
 
     With ``own``, row i of both is the same image, which is not its own neighbour. There may be fewer than ``count``.
+
+    Raises:
+        UserError: there is no other.
     """
+    if len(others) <= own:
+        raise UserError(
+            "one test image has no other beside it, and a network without a classifier is measured by the images that "
+            "lie nearest; expected two test images or more, as by data.val=0.1 of 20 images"
+        )
     left, right = (F.normalize(each.float(), dim=1) for each in (rows, others))
     found = []
     for start in range(0, len(left), BLOCK):
@@ -58,8 +68,10 @@ def closest(rows: Tensor, others: Tensor, count: int, own: bool) -> tuple[Tensor
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
-def probe(rows: Tensor, labels: Tensor, known: Tensor | None = None, known_labels: Tensor | None = None) -> float:
-    """Measure how well a linear classifier of embeddings does: top-1 in percent.
+def probe(
+    rows: Tensor, labels: Tensor, known: Tensor | None = None, known_labels: Tensor | None = None
+) -> float | None:
+    """Measure how well a linear classifier of embeddings does: top-1 in percent; None if it has one class to learn.
 
     Args:
         rows: (N, D) embeddings that are classified.
@@ -73,11 +85,14 @@ def probe(rows: Tensor, labels: Tensor, known: Tensor | None = None, known_label
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    most, second = torch.bincount(labels if known_labels is None else known_labels, minlength=2).topk(2).values.tolist()
+    if not second or (known is None and second < 2 <= most):  # then some four fifths are of one class
+        return None
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     x, y = rows.float().cpu().numpy(), labels.cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes of few images, and of the last digit of weights
         if known is None or known_labels is None:
-            folds = min(5, int(torch.bincount(labels).max()))
+            folds = min(5, most)
             return 100 * float(cross_val_score(linear, x, y, cv=folds).mean()) if folds > 1 else 0.0
         return 100 * float(linear.fit(known.float().cpu().numpy(), known_labels.cpu().numpy()).score(x, y))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdzoo import Output
+from kdzoo import Output, UserError
 from kdzoo.engine import neighbours
 from kdzoo.engine.measure import Answers, compare, evaluate, joined, measured
 
@@ -67,6 +67,22 @@ def test_a_linear_probe_tells_apart_what_is_apart_and_no_noise():
 
 def test_a_probe_needs_two_images_of_some_class():
     assert neighbours.probe(torch.eye(3), torch.arange(3)) == 0
+
+
+@pytest.mark.parametrize("labels", [[1] * 6, [0, 0, 0, 0, 0, 1]])
+def test_a_probe_that_learns_one_class_alone_is_not_measured(labels):
+    rows, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(labels)
+    assert neighbours.probe(rows, labels) is None
+    assert neighbours.probe(rows, labels, rows, torch.ones_like(labels)) is None
+    assert neighbours.probe(rows, torch.arange(6) % 2) is not None
+
+
+def test_an_image_without_another_has_no_neighbour_in_one_line():
+    with pytest.raises(UserError, match="one test image has no other beside it") as caught:
+        neighbours.nearest(torch.ones(1, 4), 5)
+    assert "\n" not in str(caught.value)
+    assert neighbours.nearest(torch.ones(2, 4), 5)[0].tolist() == [[1], [0]]
+    assert neighbours.closest(torch.ones(1, 4), torch.ones(1, 4), 5, own=False)[1].tolist() == [[0]]
 
 
 class Linear(nn.Module):
