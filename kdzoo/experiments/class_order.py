@@ -28,7 +28,8 @@ def check_order(teacher: str, class_names: Sequence[str], confusion: NDArray[np.
     images = confusion.sum()
     right, renamed = confusion.trace() / images, confusion[rows, columns].sum() / images
     error = np.sqrt(renamed * (1 - renamed) / images)
-    if renamed < 0.5 or renamed - right < max(0.01, 3 * error):
+    commonest = confusion.sum(axis=1).max() / images  # which a teacher that knows nothing may be renamed to reach
+    if renamed < 0.5 or renamed - max(right, commonest) < max(0.01, 3 * error):
         return
     first = int(np.flatnonzero(rows != columns)[0])
     # Its output ``columns[k]`` answers for class k, so its own k-th class is the one whose images it answers k for.

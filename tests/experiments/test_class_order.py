@@ -111,6 +111,15 @@ def test_two_classes_that_changed_places_are_noticed() -> None:
         check_order("mine", NUMBERS, permuted(swapped))
 
 
+@pytest.mark.parametrize("tested", [1, 2])
+def test_a_teacher_that_answers_one_class_to_all_is_weak_and_not_accused(tested: int) -> None:
+    counts = np.zeros((4, 4), np.int64)
+    counts[:tested, 3] = 20  # images of so many classes, all taken for the last
+    check_order("mine", NUMBERS[:4], counts)
+    with pytest.raises(UserError, match="another order"):  # negative control: two classes that are told apart
+        check_order("mine", NUMBERS[:4], np.array([[0, 20, 0, 0], [20, 0, 0, 0], [0] * 4, [0] * 4]))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_weak_teacher_of_the_right_order_is_not_accused(seed: int) -> None:
     random = np.random.default_rng(seed)
