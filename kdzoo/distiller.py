@@ -216,21 +216,22 @@ class Distiller(nn.Module):
         Raises:
             UserError: without them nothing is left to learn, or the method does not say that it can do without.
         """
-        if not labels and not logits:
-            return []
-        name = type(self).__name__
-        off = {*(self.label_terms if labels else ()), *(self.logit_terms if logits else ())}
-        left = [term for term, weight in self.weights.items() if weight and term not in off]
-        if labels and (self.needs.labels or not left):
-            raise UserError(f"{name} learns from labels, and the data have none; choose another method, such as kd")
-        if logits and (self.needs.logits or not left):
-            raise UserError(
-                f"{name} learns from logits, and the teacher has no classifier that gives any; choose another method, "
-                "such as fitnet or pkt"
-            )
-        dropped = [term for term, weight in self.weights.items() if weight and term in off]
-        self.weights |= dict.fromkeys(dropped, 0.0)
-        self._settle()
+        name, other = type(self).__name__, "fitnet or pkt" if logits else "kd"
+        lacks = [
+            (labels, self.label_terms, self.needs.labels, "labels, and the data have none"),
+            (logits, self.logit_terms, self.needs.logits, "logits, and the teacher has no classifier that gives any"),
+        ]
+        dropped: list[str] = []
+        for is_lacking, terms, needed, said in lacks:
+            if not is_lacking:
+                continue
+            active = [term for term, weight in self.weights.items() if weight and term not in dropped]
+            if needed or not set(active) - set(terms):
+                raise UserError(f"{name} learns from {said}; choose another method, such as {other}")
+            dropped += [term for term in active if term in terms]
+        if dropped:
+            self.weights |= dict.fromkeys(dropped, 0.0)
+            self._settle()
         return dropped
 
     def assemble(self, student: Output, teacher: Output, data: DataSpec) -> Self:

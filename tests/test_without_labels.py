@@ -56,6 +56,15 @@ def test_kd_has_nothing_left_without_its_term_or_without_logits():
         KD().leave_out(logits=True)
 
 
+def test_without_labels_and_without_logits_the_message_names_what_is_lacking_to_the_method():
+    with pytest.raises(UserError, match=r"KD learns from logits, .* such as fitnet or pkt"):
+        KD().leave_out(labels=True, logits=True)
+    with pytest.raises(UserError, match=r"DKD learns from labels, .* such as fitnet or pkt"):
+        registry.load("dkd")().leave_out(labels=True, logits=True)
+    both = registry.load("uhkd")(kd=1.0)
+    assert sorted(both.leave_out(labels=True, logits=True)) == ["ce", "kd"]
+
+
 def test_a_method_that_reads_labels_in_its_own_term_fails_by_a_clear_message():
     batch = Batch.of(torch.rand(4, 3, 8, 8))
     assert batch.labels is None

@@ -190,16 +190,20 @@ def _train_lanes(
 
 def say_left_out(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> None:
     """Say once which terms of the methods are left out, and why."""
-    names = sorted({name for lane in lanes for name in lane.distillation.left_out})
-    if not names:
-        return
-    lacking = "the data have no labels" if not dataset.is_labelled else "the teacher has no classifier"
-    progress.say(f"{', '.join(names)} left out of the loss: {lacking}")
+    lacking: dict[str, set[str]] = {}
+    for distillation in (lane.distillation for lane in lanes):
+        for name in distillation.left_out:
+            unlabelled = not dataset.is_labelled and name in distillation.distiller.label_terms
+            why = "the data have no labels" if unlabelled else "the teacher has no classifier"
+            lacking.setdefault(why, set()).add(name)
+    for why, names in lacking.items():
+        progress.say(f"{', '.join(sorted(names))} left out of the loss: {why}")
     for lane in lanes:
         student = lane.distillation.student
-        if getattr(student, "has_classifier", True) and not lane.distillation.distiller.trains_classifier:
+        left_out = lane.distillation.left_out
+        if left_out and getattr(student, "has_classifier", True) and not lane.distillation.distiller.trains_classifier:
             progress.say(
-                f"{lane.title}: without {', '.join(lane.distillation.left_out)} nothing trains the student's "
+                f"{lane.title}: without {', '.join(left_out)} nothing trains the student's "
                 "classifier, so only its embedding is worth something; teacher.classifier=false leaves it out"
             )
 
