@@ -100,10 +100,13 @@ class Distillation(nn.Module):
         teacher = student if self.teacher is None or not self.distiller.needs.teacher else _shapes(self.teacher)
         classes = student.logits.shape[1] if num_classes is None else num_classes
         for role, output in (("student", student), ("teacher", teacher)):
-            if output.logits.shape[1] != classes:
+            if (given := output.logits.shape[1]) != classes:
+                todo = "give it that many classes"
+                if not given:
+                    todo = "give it a classifier, or leave out that of the teacher: teacher.classifier=false"
                 raise UserError(
-                    f"the {role} gives {output.logits.shape[1]} logits, expected {classes}, one for each class"
-                    f"{f' of {data.name}' if data else ''}; give it that many classes"
+                    f"the {role} gives {given} logits, expected {classes}, one for each class"
+                    f"{f' of {data.name}' if data else ''}; {todo}"
                 )
         self.left_out = self.distiller.leave_out(labels=not labelled, logits=not classes)
         for role, network in (("student", self.student), ("teacher", self.teacher)):

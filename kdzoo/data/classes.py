@@ -44,7 +44,7 @@ def listed(order: str) -> tuple[str, ...]:
     """Read the class names of a file, one a line.
 
     Raises:
-        UserError: there is no such file, or it names a class twice.
+        UserError: there is no such file, or it names no class or one twice.
     """
     path = path_of(order)
     if not path.is_file():
@@ -53,4 +53,6 @@ def listed(order: str) -> tuple[str, ...]:
     names = tuple(line.strip() for line in lines if line.strip())
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"data.classes={order} lists the class '{twice}' twice; remove one")
+    if not names:
+        raise UserError(f"data.classes={order} lists no class; expected one name a line")
     return names

@@ -125,7 +125,8 @@ def places_of(known: Sequence[str], wanted: Sequence[str]) -> list[int]:
         return list(range(len(known)))
     raise UserError(
         f"data.test has {len(lacking)} classes that are none of the {len(wanted)} of the outputs, such as "
-        f"'{lacking[0]}'; name the outputs in a file, one name a line: data.classes=FILE"
+        f"'{lacking[0]}'; leave their images out of it or, where outputs are named otherwise, name them in a file, one "
+        "name a line: data.classes=FILE"
     )
 
 

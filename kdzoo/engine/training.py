@@ -28,7 +28,7 @@ from kdzoo.precision import PRECISIONS
 from kdzoo.process_state import unchanged
 from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.resolve import changed_files
-from kdzoo.settings import NetworkSettings, Run, Settings, StudentSettings
+from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.loggers import Loggers
 from kdzoo.store.result import Result
@@ -36,17 +36,12 @@ from kdzoo.store.result import Result
 Outcome = Result | UserError | None  # of a run: its result, why it failed, or neither where it stopped on the way
 
 
-def is_headless(wanted: NetworkSettings) -> bool:
-    """Tell whether a network has no classifier: it is to have none, or its published weights have none."""
-    return not wanted.classifier or (wanted.pretrained and models.pretrained_classes(wanted.name) == 0)
-
-
 def network_of(wanted: StudentSettings, spec: DataSpec, fetch: bool = True) -> models.Network:
     """Make a network with the weights it starts from.
 
     Without ``fetch`` a pretrained network is only made to fit its weights, as in ``models.create``.
     """
-    if is_headless(wanted):
+    if not wanted.classifier:
         spec = spec._replace(num_classes=0)
     if wanted.weights:
         return models.load_given(wanted.name, spec, wanted.weights, drop_head=True, role="student", **wanted.making())

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kdzoo import models
 from kdzoo.data import Dataset
-from kdzoo.data.classes import listed
+from kdzoo.data.classes import ORDERS, listed
 from kdzoo.distiller import DataSpec
 from kdzoo.engine.measure import Answers, evaluate, joined, show, test_rows
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
-from kdzoo.engine.training import is_headless, network_of, train_one
+from kdzoo.engine.training import network_of, train_one
 from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order
 from kdzoo.files import cache_folder, path_of, read_text
@@ -48,14 +48,20 @@ def obtain(run: Run, dataset: Dataset, progress: Progress, made: Settings | None
             f"data {dataset.spec.name} have no labels to train teacher {trainings[0].settings.student.name} on; give "
             "--teacher-weights FILE, or teacher.pretrained=true"
         )
+    if len(run.settings.teacher.parts) > 1 and any(map(is_headless, run.settings.teacher.parts)):
+        raise _without_classifier()
     kept = [None] if made is None else [replace(made, teacher=part) for part in made.teacher.parts]
     each = [_obtained(part, dataset, progress, then) for part, then in zip(alone(run), cycle(kept), strict=False)]
     if len(each) > 1 and not all(teacher.network.has_classifier for teacher in each):
-        raise UserError("several teachers answer together only where each has a classifier; give one teacher")
+        raise _without_classifier()
     found = each[0] if len(each) == 1 else _together(run, each, dataset, progress)
     if not dataset.is_judged and found.classes is not None:
         dataset.answered_by(found.classes.numpy())
     return found
+
+
+def _without_classifier() -> UserError:
+    return UserError("several teachers answer together only where each has a classifier; give one teacher")
 
 
 def output_names(run: Run) -> tuple[str, ...]:
@@ -72,6 +78,11 @@ def output_names(run: Run) -> tuple[str, ...]:
         raise UserError(f"data {data.name} have no labels, and no teacher is named to learn from; pass --teacher NAME")
     if is_headless(wanted):
         return ()
+    if data.classes in ORDERS:
+        raise UserError(
+            f"data.classes={data.classes} orders the classes of labels, and data {data.name} have none; give a file "
+            "that names the teacher's outputs, one name a line"
+        )
     if data.classes is not None:
         return listed(data.classes)
     if wanted.weights:
@@ -217,7 +228,7 @@ def recipe(run: Run, dataset: Dataset) -> Run:
     own = resolve(
         {
             "distiller": {"name": "none"},
-            "student": asdict(wanted.untrained()),
+            "student": asdict(replace(wanted.untrained(), classifier=True)),  # by which it learns, wanted or not
             "data": settings.data.opening(),
             "protocol": protocol,
             "seed": wanted.seed,
@@ -265,12 +276,21 @@ def _is_given(wanted: TeacherSettings) -> bool:
     return bool(wanted.weights) and not wanted.finetune
 
 
+def is_headless(wanted: TeacherSettings) -> bool:
+    """Tell whether a teacher has no classifier: it is to have none, or its published weights have none."""
+    return not wanted.classifier or (_as_published(wanted) and models.pretrained_classes(str(wanted.name)) == 0)
+
+
 def is_published(run: Run, dataset: Dataset) -> bool:
-    """Tell whether timm's weights are the teacher as they are, not only where it starts for other classes."""
+    """Tell whether published weights are the teacher as they are, not only where it starts for other classes."""
     wanted = run.settings.teacher
-    assert wanted.name is not None
-    classes = models.pretrained_classes(wanted.name) if wanted.pretrained and not wanted.finetune else None
-    return classes is not None and classes in (0, dataset.spec.num_classes)
+    classes = models.pretrained_classes(str(wanted.name)) if _as_published(wanted) else None
+    return classes is not None and (is_headless(wanted) or classes == dataset.spec.num_classes)
+
+
+def _as_published(wanted: TeacherSettings) -> bool:
+    """Tell whether a teacher's published weights are not to be trained on, unless the classes differ."""
+    return wanted.pretrained and not wanted.finetune
 
 
 def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network:
@@ -278,7 +298,8 @@ def untrained(run: Run, dataset: Dataset, fetch: bool = False) -> models.Network
     networks = []
     for wanted in run.settings.teacher.parts:
         seed_torch(seed_of(wanted.seed, "student"))
-        networks.append(network_of(wanted.untrained(), dataset.spec, fetch))
+        student = replace(wanted.untrained(), classifier=not is_headless(wanted))
+        networks.append(network_of(student, dataset.spec, fetch))
     return networks[0] if len(networks) == 1 else ensemble(run.settings.teacher, networks)
 
 

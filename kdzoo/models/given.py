@@ -56,7 +56,7 @@ def load_given(
         name: as in ``create``.
         data: the same.
         file: the weights.
-        drop_head: whether a head of other classes is left out.
+        drop_head: whether a head of other classes is left out; a network whose weights have none then gets a new one.
         role: which network of a file that holds both student and teacher.
         image_size: side in pixels that it reads, if another than its own.
         mean: per channel of images in [0, 1], if another than its own.
@@ -68,7 +68,7 @@ def load_given(
     """
     path = find_file(Path(file))
     written = written_facts(path)
-    if not written.get("classifier", True):
+    if not drop_head and not written.get("classifier", True):
         data = data._replace(num_classes=0)
     drop_head = drop_head or not data.num_classes
     own = {key: written.get(key) for key in ("image_size", "mean", "std")}

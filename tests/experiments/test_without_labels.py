@@ -388,6 +388,98 @@ def test_a_search_without_labels_ranks_by_agreement(pictures, weights, tmp_path)
     assert "as by its teacher" in found.sentences()[0]
 
 
+def test_one_test_image_without_a_classifier_is_one_line_and_with_one_is_measured(pictures, weights, tmp_path):
+    (tmp_path / "few").mkdir()
+    for i, file in enumerate(sorted((pictures / "train").rglob("*.png"))[:9]):
+        shutil.copy(file, tmp_path / "few" / f"{i}.png")
+    data, given = f"images:{tmp_path / 'few'}", [f"teacher.weights={weights}", "data.val=0.1"]
+    with pytest.raises(UserError, match="one test image has no other beside it"):
+        run(tmp_path, data, *given, "teacher.classifier=false", distiller="pkt")
+    assert run(tmp_path, data, *given).measured == "agreement"
+
+
+@pytest.mark.parametrize("images", [1, 8])
+def test_test_images_of_one_class_are_measured_and_their_embedding_is_not_probed(pictures, weights, tmp_path, images):
+    other = tmp_path / "other"
+    for split in ("train", "test"):
+        shutil.copytree(pictures / split / "ant", other / split / "ant")
+    for i in range(images, 8):
+        (other / "test" / "ant" / f"{i}.png").unlink()
+    found = run(tmp_path, f"images:{pictures}", f"teacher.weights={weights}", f"data.test=folder:{other}")
+    assert (found.measured, found.probe, found.knn is None) == ("accuracy", None, images == 1)
+
+
+def test_a_teacher_that_lacks_its_classifier_is_trained_with_one(pictures, tmp_path, capfd):
+    bare = run(tmp_path, f"folder:{pictures}", "teacher.classifier=false", "teacher.seed=7", distiller="pkt")
+    assert bare.measured == "knn"
+    run(tmp_path, f"folder:{pictures}", "teacher.seed=7", distiller="pkt")
+    capfd.readouterr()
+    kdzoo.run(
+        "pkt", "resnet8", "resnet8", data=f"folder:{pictures}", out=tmp_path, fresh=True,
+        overrides=[*TINY, "teacher.classifier=false", "teacher.seed=7"],
+    )  # fmt: skip
+    assert "not trained yet" not in capfd.readouterr().err  # with and without its classifier it is the same one
+
+
+def test_published_weights_without_their_classifier_are_the_teacher_on_any_data(pictures, tmp_path):
+    out = tmp_path / "runs"
+    made = run(out, f"folder:{pictures}", "protocol.image_size=32", student="test_vit", distiller="none", teacher=None)
+    folder = kdzoo.export(made.folder, "timm", out=tmp_path / "published").folder
+    given, two = ("teacher.pretrained=true", "protocol.image_size=32"), tmp_path / "two"
+    for split in ("train", "test"):
+        shutil.copytree(pictures / split, two / split, ignore=shutil.ignore_patterns("cat"))
+    for data, measured in ((f"images:{pictures}", "neighbours"), (f"folder:{two}", "knn")):
+        found = run(out, data, *given, "teacher.classifier=false", teacher=f"local-dir:{folder}", distiller="pkt")
+        assert found.measured == measured
+    assert run(out, f"images:{pictures}", *given, teacher=f"local-dir:{folder}").measured == "agreement"
+
+
+def test_several_teachers_of_which_one_lacks_a_classifier_are_refused_before_any_is_trained(pictures, tmp_path, capfd):
+    new = "teacher.others=[{name: resnet14, classifier: false, seed: 11}]"
+    with pytest.raises(UserError, match="only where each has a classifier"):
+        kdzoo.run(
+            "pkt",
+            "resnet8",
+            "resnet8",
+            data=f"folder:{pictures}",
+            out=tmp_path,
+            overrides=[*TINY, new, "teacher.seed=11"],
+        )
+    assert "not trained yet" not in capfd.readouterr().err
+
+
+def test_a_student_alone_cannot_lack_its_classifier(pictures, weights, tmp_path):
+    with pytest.raises(UserError, match=r"the student gives 0 logits, expected 3.*teacher\.classifier=false"):
+        run(tmp_path, f"folder:{pictures}", f"teacher.weights={weights}", "student.classifier=false")
+
+
+def test_a_student_without_a_classifier_is_trained_on_with_one(runs, pictures, tmp_path):
+    begun = f"student.weights={runs['knn'].folder / 'student.safetensors'}"
+    found = run(tmp_path, f"folder:{pictures}", begun, distiller="none", teacher=None)
+    assert found.measured == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", "lists no class; expected one name a line"), ("text", "orders the classes of labels"), ("ant\nbee\n", "fit")],
+)
+def test_names_of_outputs_that_cannot_be_are_one_line(pictures, weights, tmp_path, content, said):
+    file = tmp_path / "names.txt"
+    file.write_text(content)
+    names = "text" if content == "text" else file
+    with pytest.raises(UserError, match=said) as caught:
+        run(tmp_path, f"images:{pictures}", f"teacher.weights={weights}", f"data.classes={names}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_left_out_for_want_of_labels_and_of_a_classifier_is_told_apart(pictures, weights, tmp_path, capfd):
+    given = [*TINY, f"teacher.weights={weights}", "teacher.classifier=false"]
+    kdzoo.run("uhkd", "resnet8", "resnet8", data=f"images:{pictures}", out=tmp_path, overrides=given)
+    said = capfd.readouterr().err
+    assert "ce left out of the loss: the data have no labels" in said
+    assert "kd left out of the loss: the teacher has no classifier" in said
+
+
 def test_a_result_of_an_earlier_version_is_read_and_a_damaged_measure_is_refused(runs, tmp_path):
     folder = RunFolder(shutil.copytree(runs["accuracy"].folder, tmp_path / "moved"))
     found = json.loads(folder.result.read_text())

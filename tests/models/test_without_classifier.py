@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kdzoo import DataSpec, UserError
 from kdzoo.models import create, frozen, load_given, save_weights
@@ -46,6 +47,18 @@ def test_it_is_written_and_read_as_it_is(name, tmp_path):
     assert torch.equal(again(images).embedding, bare(images).embedding)
     with pytest.raises(UserError, match=r"holds no classifier; pass weights with one, or set teacher\.classifier"):
         classes_in(name, DATA, file)
+
+
+@pytest.mark.parametrize("kind", ["kdzoo", "plain"])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_may_begin_from_a_network_without_a_classifier_by_a_new_one(name, kind, tmp_path):
+    bare, file, images = filled(name, BARE), tmp_path / "x.safetensors", torch.rand(2, 3, 32, 32)
+    save_weights(bare, file, bare.facts()) if kind == "kdzoo" else save_file(bare.body.state_dict(), file)
+    begun = load_given(name, DATA, file, drop_head=True, image_size=32).eval()
+    output = begun(images)
+    assert output.logits.shape == (2, 5)
+    if kind == "kdzoo":  # the other file does not say what its network reads
+        assert torch.allclose(output.embedding, bare(images).embedding, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
