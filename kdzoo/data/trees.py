@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
+from kdzoo.data.pictures import warn_once
 from kdzoo.errors import UserError
 
 TRAIN = "train"
@@ -22,6 +23,12 @@ class Tree:
     images: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by their suffix
+
+    def say_left_out(self, root: Path, unused: str = "") -> None:
+        """Say once which files below ``root`` take no part: those that are no images, and ``unused`` ones."""
+        parts = [f"{count} {suffix}" for suffix, count in self.left_out.most_common() if count] + [unused]
+        if any(parts):
+            warn_once(f"'{root}': left out: {', '.join(filter(None, parts))}")
 
 
 def split_of(name: str) -> str:

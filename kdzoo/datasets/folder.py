@@ -8,7 +8,6 @@ from unicodedata import normalize
 
 from kdzoo import ImageSet
 from kdzoo.data.labels import Table, read_annotations, read_table, rows_of
-from kdzoo.data.pictures import warn_once
 from kdzoo.data.trees import TESTS, TRAIN, Tree, split_of, walk
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import path_of
@@ -68,7 +67,8 @@ class Folder(ImageSet):
         for images in (found.get(split, []) for split in filter(None, (TRAIN, test))):
             if images and not any(label for label, _ in images):
                 raise _without_class(path, [image for _, image in images])
-        _tell(path, tree, [image for images in found.values() for label, image in images if not label])
+        homeless = sum(not label for images in found.values() for label, _ in images)
+        tree.say_left_out(path, f"{homeless} images of no class" if homeless else "")
         classes = sorted({label for label, _ in found.get(TRAIN, ()) if label})
         self._check_folders(path, tree, splits, classes)
         places = {name: place for place, name in enumerate(classes)}
@@ -138,11 +138,3 @@ def _without_class(path: Path, images: list[str]) -> UserError:
         todo += "; for ImageNet: sed '1s/.*/path,label/; s/ .*//' LOC_val_solution.csv > FILE"
     folder = (path / images[0]).parent
     return UserError(f"'{folder}' holds images in no class folder, {len(images)} in all, such as '{first}'; {todo}")
-
-
-def _tell(path: Path, tree: Tree, homeless: list[str]) -> None:
-    """Say which files below ``path`` take no part."""
-    parts = [f"{count} {suffix}" for suffix, count in tree.left_out.most_common() if count]
-    parts += [f"{len(homeless)} images of no class" if homeless else ""]
-    if any(parts):
-        warn_once(f"'{path}': left out: {', '.join(filter(None, parts))}")

@@ -44,6 +44,8 @@ class Images(ImageSet):
             found.setdefault(split, []).append(f"{path}{os.sep}{image}")
         if not found.get(TRAIN):
             raise UserError(f"no images to train on below '{path}'; expected files such as .png or .jpg")
+        unused = len(found.get("", ()))
+        tree.say_left_out(path, f"{unused} images beside the folder '{TRAIN}'" if unused else "")
         test = next((split for split in TESTS if split in found), "")
         train: Split = (found[TRAIN], None)
         return (), train, (found[test], None) if test else None

@@ -107,6 +107,19 @@ def test_damaged_files_are_left_out_where_that_is_asked_for(flat, caplog):
         open_dataset(f"images:{flat}", val=0.25, image_size=8, skip_damaged=True)
 
 
+def test_what_takes_no_part_is_said_once(split, flat, caplog):
+    (flat / "notes.csv").write_text("a,b")
+    open_source(f"images:{flat}", Path(), val=0.25)
+    assert f"'{flat}': left out: 1 .csv" in caplog.text
+    caplog.clear()
+    paint(split / "car" / "0.png")  # a class beside that of trains
+    open_source(f"images:{split}", Path())
+    assert f"'{split}': left out: 2 images beside the folder 'train'" in caplog.text
+    caplog.clear()
+    open_source(f"images:{split / 'train'}", Path(), val=0.25)
+    assert "left out" not in caplog.text  # negative control
+
+
 def labelled(root: Path, names=("ant", "bee"), split="test") -> Path:
     paint(*(root / part / name / f"{i}.png" for part in ("train", split) for name in names for i in range(3)))
     return root
