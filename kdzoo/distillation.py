@@ -142,7 +142,9 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the weighted loss terms, float32 scalars by name; minimise their sum."""
-        device = batch.images.device.type
+        device, distiller = batch.images.device.type, self.distiller
+        if batch.labels is None and any(distiller.weights.get(term) for term in distiller.label_terms):
+            raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")
         student, teacher = self._views_on(device)
         with autocast(device, FLOAT32):
             return self.distiller(student, _shown(teacher, batch), batch)

@@ -76,6 +76,13 @@ def test_a_method_that_reads_labels_in_its_own_term_fails_by_a_clear_message():
     assert terms.keys() == {"kd"}
 
 
+def test_a_batch_without_labels_in_a_loop_with_labels_is_one_line():
+    batch = Batch.of(torch.rand(4, 3, 8, 8))
+    with pytest.raises(UserError, match=r"the batch has no labels.*pass labelled=False"):
+        toys.distillation(KD)(batch)
+    assert toys.distillation(KD, {"ce": 0.0})(batch).keys() == {"kd"}
+
+
 def test_a_batch_without_labels_is_cut_as_others_are():
     parts = micro_batches(Batch.of(torch.rand(4, 3, 8, 8)), 2)
     assert [(len(part.images), part.labels, part.targets) for part in parts] == [(2, None, None)] * 2
