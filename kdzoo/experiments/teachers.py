@@ -172,7 +172,12 @@ def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | N
         network.origin = str(folder.path)
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    top1, (labels, classes, _) = _measured(run, network, dataset, progress)
+    top1, (labels, classes, confidence) = _measured(run, network, dataset, progress)
+    if wrong := int((~confidence.isfinite()).sum()):
+        raise UserError(
+            f"teacher {wanted.name} gives outputs that are not finite for {wrong} of {len(labels)} test images "
+            f"({network.origin}); take other weights, or engine.precision=float32"
+        )
     how = "top-1" if network.has_classifier else "top-1 by nearest neighbours"
     reached = f"answers for {len(labels)} test images" if top1 is None else f"{how} {top1:.2f} %"
     progress.say(f"teacher {wanted.name}: {reached} on {spec.name}, reads {network.reads}  ({network.origin})")

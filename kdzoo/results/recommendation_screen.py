@@ -32,9 +32,10 @@ def plan(made: Search) -> str:
         left = sum(halving.left(count, rung) for count in counts)
         lines.append(f"epochs {begin + 1} to {end}: {left} candidates")
     finalists = sum(halving.left(count, len(made.rungs)) for count in counts)
+    beside = " and ".join(name for name in REFERENCES if any(one.method == name for one in made.candidates))
     lines.append(
-        f"then {finalists} finalists, with {' and '.join(REFERENCES)} beside them, for {made.epochs} epochs with seeds "
-        f"{', '.join(map(str, made.seeds))}"
+        f"then {finalists} finalists{f', with {beside} beside them,' if beside else ''} for {made.epochs} epochs with "
+        f"seeds {', '.join(map(str, made.seeds))}"
     )
     if made.left_out:
         lines += ["", "These do not fit:"]

@@ -9,7 +9,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import kdzoo
 from kdzoo import UserError
@@ -375,6 +375,7 @@ def test_a_recommendation_is_planned_without_labels(pictures, weights, tmp_path)
     assert done.exit_code == 0, done.output
     assert "kd, logitmse, at" in done.output
     assert "none: NoDistillation learns from labels" in done.output
+    assert "finalists, with kd beside them, for 2 epochs" in " ".join(done.output.split())
 
 
 @pytest.mark.slow(reason="a whole search")
@@ -432,6 +433,19 @@ def test_published_weights_without_their_classifier_are_the_teacher_on_any_data(
         found = run(out, data, *given, "teacher.classifier=false", teacher=f"local-dir:{folder}", distiller="pkt")
         assert found.measured == measured
     assert run(out, f"images:{pictures}", *given, teacher=f"local-dir:{folder}").measured == "agreement"
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("kind", ["images", "folder"])
+def test_a_teacher_of_outputs_that_are_not_finite_is_named_before_training(
+    pictures, weights, tmp_path, monkeypatch, kind, bare
+):
+    state = load_file(weights)
+    state["stem.0.weight"] *= 1e38  # finite as it is, and not what follows
+    save_file(state, tmp_path / "large.safetensors")
+    given = [f"teacher.weights={tmp_path / 'large.safetensors'}"] + ["teacher.classifier=false"] * bare
+    with pytest.raises(UserError, match=r"teacher resnet8 gives outputs that are not finite for \d+ of 24 test images"):
+        run(tmp_path, f"{kind}:{pictures}", *given, distiller="pkt")
 
 
 def test_several_teachers_of_which_one_lacks_a_classifier_are_refused_before_any_is_trained(pictures, tmp_path, capfd):
