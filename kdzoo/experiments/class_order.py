@@ -44,3 +44,23 @@ def check_order(teacher: str, class_names: Sequence[str], confusion: NDArray[np.
         f"one, such as '{class_names[columns[first]]}' to '{class_names[first]}': it was trained with its classes in "
         f"another order; {todo}"
     )
+
+
+def check_same(one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:
+    """Check that outputs of two teachers, given by their names and the classes of their outputs, mean the same.
+
+    Raises:
+        UserError: their classes are others, or stand in another order.
+    """
+    (first, classes), (second, others) = one, other
+    if list(classes) == list(others):
+        return
+    place = next((k for k, (a, b) in enumerate(zip(classes, others, strict=False)) if a != b), None)
+    if place is None:
+        said = f"{len(classes)} and {len(others)} classes"
+    else:
+        said = f"'{classes[place]}' and '{others[place]}' as output {place}"
+    raise UserError(
+        f"teachers {first} and {second} were trained with {said}: their common answer would mean nothing; give weights "
+        "that were trained with the same classes in the same order"
+    )

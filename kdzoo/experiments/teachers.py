@@ -18,7 +18,7 @@ from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import network_of, train_one
 from kdzoo.errors import UserError
-from kdzoo.experiments.class_order import check_order
+from kdzoo.experiments.class_order import check_order, check_same
 from kdzoo.files import cache_folder, path_of, read_text
 from kdzoo.models.weight_files import find_file
 from kdzoo.randomness import seed_of, seed_torch
@@ -83,13 +83,15 @@ def output_names(run: Run) -> tuple[str, ...]:
             f"data.classes={data.classes} orders the classes of labels, and data {data.name} have none; give a file "
             "that names the teacher's outputs, one name a line"
         )
+    known = [(str(part.name), names) for part in wanted.parts if (names := _written_names(part))]
+    for name, names in known[1:]:
+        check_same(known[0], (name, names))
     if data.classes is not None:
         return listed(data.classes)
+    if known:
+        return known[0][1]
     if wanted.weights:
         file = find_file(path_of(wanted.weights))
-        kept = file.with_name("classes.txt")
-        if kept.is_file() and models.written_facts(file):
-            return tuple(read_text(kept).splitlines())
         size = run.settings.protocol.image_size or wanted.image_size or models.written_facts(file).get("image_size")
         spec = DataSpec(data.name, 2, (), size or 224, torch.zeros(0, dtype=torch.int64))
         count = models.classes_in(wanted.name, spec, file, **wanted.making())
@@ -101,6 +103,15 @@ def output_names(run: Run) -> tuple[str, ...]:
             "teacher.pretrained=true"
         )
     return tuple(f"class {number}" for number in range(count))
+
+
+def _written_names(wanted: TeacherSettings) -> tuple[str, ...]:
+    """Read what a teacher's outputs stand for beside its weights; nothing where kdzoo did not write them."""
+    if not wanted.weights:
+        return ()
+    file = find_file(path_of(wanted.weights))
+    kept = file.with_name("classes.txt")
+    return tuple(read_text(kept).splitlines()) if kept.is_file() and models.written_facts(file) else ()
 
 
 def alone(run: Run) -> list[Run]:

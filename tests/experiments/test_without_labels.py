@@ -448,6 +448,24 @@ def test_a_teacher_of_outputs_that_are_not_finite_is_named_before_training(
         run(tmp_path, f"{kind}:{pictures}", *given, distiller="pkt")
 
 
+@pytest.mark.parametrize(
+    ("classes", "said"), [(NAMES, ""), (NAMES[::-1], "'ant' and 'cat' as output 0"), (NAMES[:2], "3 and 2 classes")]
+)
+def test_teachers_whose_outputs_stand_for_other_classes_do_not_answer_together(
+    pictures, weights, tmp_path, classes, said
+):
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(weights, tmp_path / "other" / "student.safetensors")
+    (tmp_path / "other" / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    given = f"teacher.weights={weights}", f"teacher.others=[{{name: resnet8, weights: {other}}}]"
+    if not said:
+        assert run(tmp_path, f"images:{pictures}", *given).measured == "agreement"
+        return
+    with pytest.raises(UserError, match=f"teachers resnet8 and resnet8 were trained with {said}") as caught:
+        run(tmp_path, f"images:{pictures}", *given)
+    assert "\n" not in str(caught.value)
+
+
 def test_several_teachers_of_which_one_lacks_a_classifier_are_refused_before_any_is_trained(pictures, tmp_path, capfd):
     new = "teacher.others=[{name: resnet14, classifier: false, seed: 11}]"
     with pytest.raises(UserError, match="only where each has a classifier"):
