@@ -23,12 +23,10 @@ def evaluate(folder: Path, **here: Any) -> None:
     come from another machine: its relative paths are looked up in the folder where it was made, if that is there, else
     in the working folder.
     """
-    from kdzoo.experiments.run import Here, evaluate_run
-    from kdzoo.store.folder import RunFolder
+    from kdzoo.experiments.run import Here, measure_run
     from kdzoo.store.result import MEASURED
 
-    top1, top5 = evaluate_run(folder, Here(**here))
-    measured = RunFolder(folder).finished().measured
+    top1, top5, measured = measure_run(folder, Here(**here))
     of = "" if measured == "accuracy" else f"  of the {MEASURED[measured]}"
     click.echo(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %{of}")
 

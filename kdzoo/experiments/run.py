@@ -14,7 +14,7 @@ from kdzoo import data
 from kdzoo.data import option_settings
 from kdzoo.engine import ranks as processes
 from kdzoo.engine.device import find_device, resolve_auto, use
-from kdzoo.engine.measure import evaluate
+from kdzoo.engine.measure import evaluate, measured
 from kdzoo.engine.memory import check_reserve
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
@@ -221,12 +221,22 @@ def open_data(run: Run, device: torch.device, progress: Progress, finished: RunF
         return dataset
 
 
-@out_of_memory_told(lambda: "measuring a run again")
 def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
     """Measure a finished run's shipped student again, on this machine: top-1 and top-5 in percent.
 
     Raises:
-        UserError: there is no finished run at ``path``, or its data are not where they were.
+        UserError: as by ``measure_run``.
+    """
+    return measure_run(path, here)[:2]
+
+
+@out_of_memory_told(lambda: "measuring a run again")
+def measure_run(path: Path, here: Here = HERE) -> tuple[float, float, str]:
+    """Measure a finished run's shipped student as ``evaluate_run`` does, and name what is measured, as a result does.
+
+    Raises:
+        UserError: there is no finished run at ``path``, its data are not where they were, or they are other images than
+            its teacher answered for.
     """
     folder = RunFolder(path.resolve())
     result = folder.finished()
@@ -235,18 +245,25 @@ def evaluate_run(path: Path, here: Here = HERE) -> tuple[float, float]:
         settings = run.settings
         with folder.home():
             dataset = open_data(run, use(run.place), progress, folder)
-            compare_data(run, folder, dataset, progress)
+            differ = compare_data(run, folder, dataset, progress)
+            if differ and not dataset.is_judged:
+                raise UserError(
+                    f"{folder.path.name} was measured by its teacher's answers, which are for other images than data "
+                    f"{settings.data.name} have now; bring back the data that the run was trained with, or pass "
+                    "--data with labelled images"
+                )
             deployed = shipped_of(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
             deployed.to(dataset.device).to(memory_format=torch.channels_last)
             top1, top5 = evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
         known = result.shipped_top1, result.top5 if result.shipped_top5 is None else result.shipped_top5
-        if (round(top1, 2), round(top5, 2)) != tuple(round(share, 2) for share in known):
+        kind = measured(dataset, deployed)
+        if kind == result.measured and (round(top1, 2), round(top5, 2)) != tuple(round(share, 2) for share in known):
             progress.say(
                 f"{folder.result} says top-1 {known[0]:.2f} %, top-5 {known[1]:.2f} %: that differs from what is "
                 "measured now, as it may a little on another device or in another precision, and by more on other data"
             )
-        return top1, top5
+        return top1, top5, kind
 
 
 def shipped_of(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Progress) -> nn.Module:
@@ -257,17 +274,19 @@ def shipped_of(run: Run, dataset: data.Dataset, folder: RunFolder, progress: Pro
     return shipped(run.settings, dataset.spec, folder)
 
 
-def compare_data(run: Run, folder: RunFolder, dataset: data.Dataset, progress: Progress) -> None:
-    """Say so where the data of a finished run have changed since.
+def compare_data(run: Run, folder: RunFolder, dataset: data.Dataset, progress: Progress) -> bool:
+    """Tell whether the data of a finished run have changed since, and say so.
 
     Raises:
         UserError: the outputs of its student stand for other classes, or in another order.
     """
     made, class_names = stored(folder.read_config()).settings.data, dataset.spec.class_names
-    if made.fingerprint not in ("", run.settings.data.fingerprint):
+    differ = made.fingerprint not in ("", run.settings.data.fingerprint)
+    if differ:
         progress.say(f"data differ from those of {folder.path}: its own numbers are of other images")
     if folder.classes.is_file() and read_text(folder.classes).splitlines() != list(class_names):
         raise UserError(
             f"the classes of the data are not those of {folder.classes}, or stand in another order; bring back the "
             "data, or the file of data.classes, that the run was trained with"
         )
+    return differ

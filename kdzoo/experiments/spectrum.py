@@ -130,9 +130,10 @@ class Measured:
             both = zip(band_passed(maps, self.edges), band_passed(teacher.features[stage], self.edges), strict=True)
             for band, (ours, theirs) in enumerate(both):
                 self.agreement[stage, band].add(ours, theirs)
-        for part, (ours, theirs) in enumerate(zip(self.split(seen.logits), self.split(teacher.logits), strict=True)):
+        for part, ours in enumerate(self.split(seen.logits)):
             self.logits[part] += ours.square().sum().cpu()
-            self.agreement[4, part].add(ours, theirs)
+            if teacher.logits.shape[1]:
+                self.agreement[4, part].add(ours, self.split(teacher.logits)[part])
 
     def split(self, logits: Tensor) -> list[Tensor]:
         """Part logits (B, K), less each row's mean, which no softmax sees, into content (B, M) and detail (B, N)."""

@@ -160,6 +160,18 @@ def test_a_run_is_not_measured_again_by_answers_for_other_images(runs, pictures,
         evaluate_run(runs["agreement"].folder, Here(data=f"images:{other}"))
 
 
+def test_answers_for_other_images_measure_nothing_and_labels_are_told_of(runs, pictures, tmp_path):
+    other = shutil.copytree(pictures, tmp_path / "other")
+    for name in ("0.png", "1.png"):  # as many images as before
+        Image.new("RGB", (16, 16)).save(other / "test" / "ant" / name)
+    command = ["eval", str(runs["agreement"].folder), "--device", "cpu", "--data"]
+    refused, judged = (CliRunner().invoke(cli, [*command, f"{kind}:{other}"]) for kind in ("images", "folder"))
+    assert "which are for other images than data" in str(refused.exception)
+    assert judged.exit_code == 0, judged.output
+    assert "top-1" in judged.output
+    assert "take for the same class" not in judged.output  # it is accuracy
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_is_used_by_its_folder_alone(runs, kind):
     student, images = kdzoo.load(runs[kind].folder), torch.rand(2, 3, 16, 16)
@@ -255,6 +267,19 @@ def test_spectra_are_measured_of_such_runs_too(runs, kind):
 
     found = spectrum.of_runs([runs[kind].folder], batches=1)
     assert ("top1" in set(found["measure"])) is (kind in ("agreement", "accuracy"))
+    draw(found)
+
+
+def test_spectra_compare_a_student_alone_with_a_teacher_that_has_no_classifier(runs, pictures, tmp_path):
+    from kdzoo.experiments import spectrum
+    from kdzoo.results.spectrum_plot import draw
+
+    alone = run(tmp_path, f"folder:{pictures}", distiller="none", teacher=None)
+    found = spectrum.of_runs([alone.folder, runs["knn"].folder], batches=1)
+    logits = found[found["stage"] == "logits"]
+    assert set(logits["network"]) == {"resnet8 alone"}
+    assert logits[logits["measure"] == "cka"]["value"].isna().all()
+    assert logits[logits["measure"] == "top1"]["value"].notna().all()
     draw(found)
 
 
