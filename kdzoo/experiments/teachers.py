@@ -76,6 +76,8 @@ def output_names(run: Run) -> tuple[str, ...]:
     data, wanted = run.settings.data, run.settings.teacher
     if wanted.name is None:
         raise UserError(f"data {data.name} have no labels, and no teacher is named to learn from; pass --teacher NAME")
+    for part in wanted.parts:
+        models.check_name(str(part.name))
     if is_headless(wanted):
         return ()
     if data.classes in ORDERS:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from kdzoo.errors import UserError, is_shortage
 from kdzoo.files import path_of
 
-IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as the Hugging Face hub names them
+IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "student.safetensors")  # of the hub, and of kdzoo's own runs
 
 
 class Extra:

@@ -50,7 +50,8 @@ def load_weights(
 
     Args:
         network: what to load into.
-        file: safetensors or what ``torch.save`` wrote, or a folder with ``model.safetensors`` or ``pytorch_model.bin``.
+        file: safetensors or what ``torch.save`` wrote, or a folder with ``model.safetensors`` or ``pytorch_model.bin``,
+            or that of a finished run.
         drop_head: whether the classifier stays as it is.
         role: which network of a file that holds both student and teacher.
 

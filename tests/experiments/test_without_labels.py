@@ -505,6 +505,11 @@ def test_several_teachers_of_which_one_lacks_a_classifier_are_refused_before_any
     assert "not trained yet" not in capfd.readouterr().err
 
 
+def test_a_teacher_that_nothing_is_known_of_is_one_line(pictures, tmp_path):
+    with pytest.raises(UserError, match="unknown model 'resnt8'; did you mean resnet8"):
+        run(tmp_path, f"images:{pictures}", teacher="resnt8")
+
+
 def test_a_student_alone_cannot_lack_its_classifier(pictures, weights, tmp_path):
     with pytest.raises(UserError, match=r"the student gives 0 logits, expected 3.*teacher\.classifier=false"):
         run(tmp_path, f"folder:{pictures}", f"teacher.weights={weights}", "student.classifier=false")

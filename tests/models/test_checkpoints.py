@@ -114,7 +114,7 @@ def test_of_student_and_teacher_of_two_architectures_the_one_that_fits_is_taken(
     assert same(loaded(both, tmp_path, "resnet14")[0], larger)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "student.safetensors"])
 def test_a_folder_gives_the_weights_in_it(name, trained, tmp_path):
     folder = tmp_path / "exported"
     folder.mkdir()
