@@ -68,7 +68,7 @@ class Distillation(nn.Module):
     ):
         super().__init__()
         if teacher is None and distiller.needs.teacher:
-            raise UserError(f"{type(distiller).__name__} needs a teacher and got None; pass one")
+            raise UserError(f"{distiller.title} needs a teacher and got None; pass one")
         if data is not None:
             num_classes, image_size = data.num_classes, data.image_size
         if num_classes is not None or not distiller.is_assembled:  # which was assembled from the outputs of networks
@@ -113,19 +113,19 @@ class Distillation(nn.Module):
             why = getattr(network, "stageless", "")
             if why and self.distiller.needs.features:
                 raise UserError(
-                    f"{type(self.distiller).__name__} reads four stages of the {role}, and none were found ({why}); "
+                    f"{self.distiller.title} reads four stages of the {role}, and none were found ({why}); "
                     f"pass {role}.taps=[...], or taps=[...] to kdzoo.models.wrap: four submodules, shallow to deep"
                 )
             why = getattr(network, "inseparable", "") if role in self.distiller.needs.stages else ""
             if why:
                 raise UserError(
-                    f"{type(self.distiller).__name__} calls the {role}'s stages one by one, and this {role} cannot be "
+                    f"{self.distiller.title} calls the {role}'s stages one by one, and this {role} cannot be "
                     f"cut into them ({why}); choose another {role}, such as a ResNet, or another method"
                 )
         if data is None:
             if labels is None and self.distiller.needs.labels:
                 raise UserError(
-                    f"{type(self.distiller).__name__} reads the labels of the training set; pass labels=..., one for "
+                    f"{self.distiller.title} reads the labels of the training set; pass labels=..., one for "
                     "each of its images, and give each batch its index"
                 )
             names = tuple(f"class {k}" for k in range(classes))

@@ -198,6 +198,11 @@ class Distiller(nn.Module):
             self.needs = replace(fewer, embedding=False, labels=False)
 
     @property
+    def title(self) -> str:
+        """The name by which errors call the method: that of its class."""
+        return type(self).__name__
+
+    @property
     def trains_classifier(self) -> bool:
         """Whether a term with a weight reads the student's logits, so that its classifier learns."""
         own = {name for name, weight in self.weights.items() if weight}
@@ -216,7 +221,7 @@ class Distiller(nn.Module):
         Raises:
             UserError: without them nothing is left to learn, or the method does not say that it can do without.
         """
-        name, other = type(self).__name__, "fitnet or pkt" if logits else "kd"
+        name, other = self.title, "fitnet or pkt" if logits else "kd"
         lacks = [
             (labels, self.label_terms, self.needs.labels, "labels, and the data have none"),
             (logits, self.logit_terms, self.needs.logits, "logits, and the teacher has no classifier that gives any"),
@@ -247,7 +252,7 @@ class Distiller(nn.Module):
         """
         if 0 < data.num_classes < self.fewest_classes:
             raise UserError(
-                f"{type(self).__name__} teaches nothing with {data.num_classes} classes: what it compares is then the "
+                f"{self.title} teaches nothing with {data.num_classes} classes: what it compares is then the "
                 f"same for every network; expected at least {self.fewest_classes}, so choose another method, such as kd"
             )
         if self.is_active and not self.is_assembled:

@@ -49,6 +49,10 @@ class Turns(Distiller):
         return super().leave_out(labels=labels, logits=logits)
 
     @property
+    def title(self) -> str:
+        return self.copies[0].title
+
+    @property
     def copies(self) -> list[Distiller]:
         """The copies of the method, in the order of the teachers."""
         return list(self.methods)  # type: ignore[arg-type]  # all are methods

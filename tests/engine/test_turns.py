@@ -162,3 +162,10 @@ def test_by_turns_too_a_method_learns_without_labels(dataset, pair):
     for turn in range(2):
         pair.network.take_turn(turn)
         assert together(Batch.of(images)).keys() == {"hint"}
+
+
+def test_errors_name_the_method_and_not_its_turns(dataset, pair):
+    turns, student = Turns(partial(registry.load("fcfd")), pair.network), models.create("test_vit", dataset.spec)
+    assert student.inseparable
+    with pytest.raises(UserError, match="FCFD calls the student's stages one by one"):
+        Distillation(student, pair.network, turns, data=dataset.spec)
