@@ -283,6 +283,19 @@ def switch_or_auto(**keyword: bool | str) -> bool | str:
     return value
 
 
+def names(**keyword: str | Sequence[str]) -> tuple[str, ...]:
+    """Check one name, or a list of names; return all of them."""
+    [(key, given)] = keyword.items()
+    found = (given,) if isinstance(given, str) else given
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        kind = type(given).__name__
+        raise UserError(
+            f"{key} is of type {kind}; expected a name or a list of names, such as 'package.module:factory' for a "
+            "network of your own"
+        )
+    return tuple(found)
+
+
 def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:
     """Apply one of the checks above to each of several values; there must be at least one."""
     ((name, values),) = keyword.items()

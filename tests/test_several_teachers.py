@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import yaml
+from torch import nn
 
 import kdzoo
 from kdzoo.cli import main
@@ -234,3 +235,11 @@ def test_an_unknown_teacher_of_a_suite_gets_the_nearest(tmp_path):
     file.write_text("pairs: [[[resnet14, resnet200x], resnet8]]\ndistillers: [kd]\n")
     with pytest.raises(UserError, match="unknown model 'resnet200x'; did you mean"):
         suites.load(str(file))
+
+
+@pytest.mark.parametrize("teacher", [3, nn.Linear(2, 2), [None, "resnet8"], [["resnet8"]]])
+def test_a_teacher_that_is_no_name_is_one_line(teacher):
+    for asked in (lambda: kdzoo.run("kd", "resnet8", teacher), lambda: kdzoo.recommend(teacher, "resnet8")):
+        with pytest.raises(UserError, match=r"teacher is of type \w+; expected a name or a list of names") as caught:
+            asked()
+        assert "\n" not in str(caught.value)

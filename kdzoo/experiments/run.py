@@ -23,6 +23,7 @@ from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import teachers
 from kdzoo.experiments.students import shipped
 from kdzoo.files import path_of, read_text
+from kdzoo.keywords import names
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, several, stored
 from kdzoo.settings import EnginePlace, Run
@@ -127,7 +128,7 @@ def run(
     values: dict[str, Any] = {
         "distiller": {"name": distiller},
         "student": {"name": student},
-        "teacher": several([teacher] if isinstance(teacher, str) else teacher or []),
+        "teacher": several(names(teacher=teacher or ())),
         "data": {"name": data},
         "protocol": {"name": protocol},
         "output": {"root": str(out)},

@@ -13,6 +13,7 @@ from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import search
 from kdzoo.experiments.workers import Executor
 from kdzoo.files import read_text, slug, write_text
+from kdzoo.keywords import names
 from kdzoo.resolve import merged, several
 from kdzoo.results import statistics
 from kdzoo.results.table import visible
@@ -243,12 +244,10 @@ def recommend(
         >>> [answer.student for answer in found.answers]
         ['resnet8']
     """
-    teachers, names, files = (
-        (given,) if isinstance(given, str) else tuple(given) for given in (teacher, students, weights)
-    )
+    teachers, pupils, files = names(teacher=teacher), names(students=students), names(weights=weights)
     recipe = {"name": protocol} | ({} if epochs is None else {"epochs": epochs})
     question = Question(
-        teachers, names, tuple(methods), settings, budget, {"name": data}, recipe, files, seed,
+        teachers, pupils, tuple(methods), settings, budget, {"name": data}, recipe, files, seed,
         tuple(overrides),
     )  # fmt: skip
     found = Recommendation.read(search(question, out, executor, quiet))
