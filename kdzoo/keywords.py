@@ -18,6 +18,10 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from kdzoo.errors import UserError, unknown
 
 Number = TypeVar("Number", int, float)
+PLAIN = {  # parts of OmegaConf's messages that name its own types, and what is said instead
+    " is not a TupleConfig, ListConfig": "expected a list, such as [1, 2]",
+    " to Dict[": "expected keys with their values, such as {key: 1}",
+}
 
 
 def keyword_settings(
@@ -170,6 +174,7 @@ def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
         raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError, OverflowError) as error:
         said = str(error).split("\n")[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value in it")
+        said = next((plain for theirs, plain in PLAIN.items() if theirs in said), said)
         key = getattr(error, "full_key", None)
         raise UserError(f"{prefix}{key}: {said}" if key else said) from error
 

@@ -7,7 +7,7 @@ continue is a function of what lies on disk: a search that was stopped continues
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,6 +111,12 @@ def references(made: Search, student: str) -> list[int]:
     return [
         number for number in usual if made.candidates[number].method in REFERENCES and not made.courses[number].reason
     ]
+
+
+def beside(some: Iterable[Candidate]) -> list[str]:
+    """Name the methods that every answer is compared with, as far as they are among the candidates."""
+    methods = {one.method for one in some}
+    return [name for name in REFERENCES if name in methods]
 
 
 def follow(course: Course, run: Run, epoch: int) -> None:
@@ -264,7 +270,7 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     epochs = halving.longest(
         question.budget,
         counts,
-        len(REFERENCES),
+        len(beside(fitting)),
         most,
         lambda: Prices.of(cost, lanes, sum(teaching.values())),
     )
@@ -303,7 +309,7 @@ def check_data(run: Run, progress: Progress) -> None:
 def outline(made: Search) -> str:
     """Say in a line what the search does."""
     counts = [len(made.of(student)) for student in made.students]
-    search, final = halving.epochs_of(counts, len(REFERENCES), made.epochs)
+    search, final = halving.epochs_of(counts, len(beside(made.candidates)), made.epochs)
     whole = SEEDS * made.epochs * sum(counts)
     unfit = f" ({len(made.left_out)} more do not fit)" if made.left_out else ""
     after = f"epoch{'s' * (len(made.rungs) > 1)} {', '.join(map(str, made.rungs))}"

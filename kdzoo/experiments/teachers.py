@@ -89,7 +89,7 @@ def output_names(run: Run) -> tuple[str, ...]:
     for name, names in known[1:]:
         check_same(known[0], (name, names))
     if data.classes is not None:
-        return listed(data.classes)
+        return _renamed(data.classes, *known[:1])
     if known:
         return known[0][1]
     if wanted.weights:
@@ -105,6 +105,23 @@ def output_names(run: Run) -> tuple[str, ...]:
             "teacher.pretrained=true"
         )
     return tuple(f"class {number}" for number in range(count))
+
+
+def _renamed(file: str, *written: tuple[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Read the names that a file gives to outputs, where a teacher's own may be ``written`` beside its weights."""
+    names = listed(file)
+    for teacher, known in written:
+        if len(names) != len(known):
+            raise UserError(
+                f"data.classes={file} names {len(names)} outputs, and teacher {teacher} has {len(known)}; name each of "
+                "them, or leave data.classes out"
+            )
+        if names != known and set(names) == set(known):
+            raise UserError(
+                f"data.classes={file} has the classes of teacher {teacher} in another order than the file beside its "
+                "weights; leave data.classes out"
+            )
+    return names
 
 
 def _written_names(wanted: TeacherSettings) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from kdzoo.experiments import halving
-from kdzoo.experiments.recommend import REFERENCES, outline
+from kdzoo.experiments.recommend import beside, outline
 from kdzoo.results.last_screen import shortened
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.results.table import visible
@@ -32,11 +32,10 @@ def plan(made: Search) -> str:
         left = sum(halving.left(count, rung) for count in counts)
         lines.append(f"epochs {begin + 1} to {end}: {left} candidates")
     finalists = sum(halving.left(count, len(made.rungs)) for count in counts)
-    beside = " and ".join(name for name in REFERENCES if any(one.method == name for one in made.candidates))
-    lines.append(
-        f"then {finalists} finalists{f', with {beside} beside them,' if beside else ''} for {made.epochs} epochs with "
-        f"seeds {', '.join(map(str, made.seeds))}"
-    )
+    references = " and ".join(beside(made.candidates))
+    others = f", with {references} beside them," if references else ""
+    seeds = ", ".join(map(str, made.seeds))
+    lines.append(f"then {finalists} finalists{others} for {made.epochs} epochs with seeds {seeds}")
     if made.left_out:
         lines += ["", "These do not fit:"]
         lines += [f"  {student}, {method}: {reason}" for student, method, reason in made.left_out]
