@@ -146,13 +146,6 @@ def distillation(
     return together
 
 
-def replayed(distiller: type[Distiller]) -> Distillation:
-    """Make a method ready to train with networks that return stored outputs."""
-    seed_torch(0)
-    student, teacher = Replay(STUDENT, torch.randn, 1.0), Replay(TEACHER, torch.randn, 1.0)
-    return distillation(distiller, student=student, teacher=teacher)
-
-
 def data(classes: int = 4) -> DataSpec:
     """Describe the toy data set; beside networks without a classifier it has four classes all the same."""
     names = tuple(f"class {k}" for k in range(classes or 4))

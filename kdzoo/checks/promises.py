@@ -310,7 +310,7 @@ def check_meta(distiller: type[Distiller]) -> None:
 def check_compiles(distiller: type[Distiller]) -> None:
     """The method compiles as one graph, once for all batches, with the same results as without compilation."""
     torch.compiler.reset()
-    plain, inner = toys.replayed(distiller), toys.replayed(distiller)  # whose networks are compiled in no time
+    plain, inner = toys.distillation(distiller), toys.distillation(distiller)
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     for step in (1, 2, 3):
         terms = toys.seeded(plain, step)

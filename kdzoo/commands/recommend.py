@@ -28,7 +28,8 @@ COMMAS = "NAME[,NAME]..."
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    help="Epochs of a training at full length (default: the recipe's, or more where all candidates need more rungs).",
+    help="Epochs of a training at full length (default: the recipe's, or as many as it takes to halve all candidates "
+    "until three are left).",
 )
 @click.option(
     "--methods", default="", help="Methods to try, besides none, kd and logitmse (default: all).", metavar=COMMAS

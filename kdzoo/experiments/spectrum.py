@@ -130,10 +130,11 @@ class Measured:
             both = zip(band_passed(maps, self.edges), band_passed(teacher.features[stage], self.edges), strict=True)
             for band, (ours, theirs) in enumerate(both):
                 self.agreement[stage, band].add(ours, theirs)
+        answers = self.split(teacher.logits) if teacher.logits.shape[1] else []
         for part, ours in enumerate(self.split(seen.logits)):
             self.logits[part] += ours.square().sum().cpu()
-            if teacher.logits.shape[1]:
-                self.agreement[4, part].add(ours, self.split(teacher.logits)[part])
+            if answers:
+                self.agreement[4, part].add(ours, answers[part])
 
     def split(self, logits: Tensor) -> list[Tensor]:
         """Part logits (B, K), less each row's mean, which no softmax sees, into content (B, M) and detail (B, N)."""

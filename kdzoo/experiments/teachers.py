@@ -89,7 +89,7 @@ def output_names(run: Run) -> tuple[str, ...]:
     for name, names in known[1:]:
         check_same(known[0], (name, names))
     if data.classes is not None:
-        return _renamed(data.classes, *known[:1])
+        return _renamed(data.classes, known)
     if known:
         return known[0][1]
     if wanted.weights:
@@ -107,16 +107,20 @@ def output_names(run: Run) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(count))
 
 
-def _renamed(file: str, *written: tuple[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """Read the names that a file gives to outputs, where a teacher's own may be ``written`` beside its weights."""
+def _renamed(file: str, known: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
+    """Read the names that a file gives to outputs, some teachers' own of which are ``known`` from beside their weights.
+
+    Raises:
+        UserError: the file names more or fewer outputs than a teacher has, or gives its own names in another order.
+    """
     names = listed(file)
-    for teacher, known in written:
-        if len(names) != len(known):
+    for teacher, own in known:
+        if len(names) != len(own):
             raise UserError(
-                f"data.classes={file} names {len(names)} outputs, and teacher {teacher} has {len(known)}; name each of "
+                f"data.classes={file} names {len(names)} outputs, and teacher {teacher} has {len(own)}; name each of "
                 "them, or leave data.classes out"
             )
-        if names != known and set(names) == set(known):
+        if names != own and set(names) == set(own):
             raise UserError(
                 f"data.classes={file} has the classes of teacher {teacher} in another order than the file beside its "
                 "weights; leave data.classes out"

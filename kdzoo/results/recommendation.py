@@ -223,7 +223,7 @@ def recommend(
         settings: how many settings of its main weight are tried of each method.
         budget: a time, such as ``4h``, or a number of epochs of all trainings together, such as ``600epochs``; empty:
             the recipe's own epochs for each finalist.
-        epochs: of a training at full length; None: the recipe's, or more where all candidates need more rungs.
+        epochs: of a training at full length; None: the recipe's, or as many as halving all candidates takes.
         data: a data set of ``kdzoo list data``, or the path of a Python file that holds one.
         protocol: a recipe's name, or the path of a YAML file.
         weights: the teacher's, a file or folder, or one for each of several; empty: they are trained.

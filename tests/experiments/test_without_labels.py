@@ -538,7 +538,11 @@ def test_a_student_without_a_classifier_is_trained_on_with_one(runs, pictures, t
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "lists no class; expected one name a line"), ("text", "orders the classes of labels")],
+    [
+        ("", "lists no class; expected one name a line"),
+        ("text", "orders the classes of labels"),
+        ("ant\nbee\n", "names 2 outputs, and teacher resnet8 has 3"),
+    ],
 )
 def test_names_of_outputs_that_cannot_be_are_one_line(pictures, weights, tmp_path, content, said):
     file = tmp_path / "names.txt"
