@@ -11,6 +11,7 @@ from kdzoo.distiller import Batch, DataSpec, Distiller
 from kdzoo.errors import UserError
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast
+from kdzoo.quantities import counted
 
 
 class Distillation(nn.Module):
@@ -105,7 +106,7 @@ class Distillation(nn.Module):
                 if not given:
                     todo = "give it a classifier, or leave out that of the teacher: teacher.classifier=false"
                 raise UserError(
-                    f"the {role} gives {given} logits, expected {classes}, one for each class"
+                    f"the {role} gives {counted(given, 'logit')}, expected {classes}, one for each class"
                     f"{f' of {data.name}' if data else ''}; {todo}"
                 )
         self.left_out = self.distiller.leave_out(labels=not labelled, logits=not classes)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kdzoo.errors import UserError
 from kdzoo.keywords import not_negative
 from kdzoo.outputs import NetworkView, Output, Show
+from kdzoo.quantities import counted
 
 
 class Fidelity(StrEnum):
@@ -252,7 +253,7 @@ class Distiller(nn.Module):
         """
         if 0 < data.num_classes < self.fewest_classes:
             raise UserError(
-                f"{self.title} teaches nothing with {data.num_classes} classes: what it compares is then the "
+                f"{self.title} teaches nothing with {counted(data.num_classes, 'class')}: what it compares is then the "
                 f"same for every network; expected at least {self.fewest_classes}, so choose another method, such as kd"
             )
         if self.is_active and not self.is_assembled:

@@ -1,4 +1,10 @@
-"""Readable quantities: durations and bytes."""
+"""Readable quantities: numbers of things, durations and bytes."""
+
+
+def counted(number: int, thing: str) -> str:
+    """Write ``1 run``, ``2 runs`` or ``12,000 classes``; ``thing`` is one of them."""
+    several = f"{thing}es" if thing.endswith("s") else f"{thing}s"
+    return f"{number:,} {thing if number == 1 else several}"
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from kdzoo import own_code, registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import digest, path_of, read_text, shipped_folder
 from kdzoo.keywords import explained, keyword_settings, read_yaml, refuse_markers, typed
+from kdzoo.quantities import counted
 from kdzoo.recipe import Protocol
 from kdzoo.settings import (
     DECISIVE,
@@ -211,8 +212,8 @@ def several(names: Sequence[str], weights: Sequence[str] = ()) -> dict[str, Any]
     """
     if weights and len(weights) != max(len(names), 1):
         raise UserError(
-            f"--teacher names {len(names)} networks, and --teacher-weights {len(weights)}; give weights for each, in "
-            "the order of the teachers, or for none"
+            f"--teacher names {counted(len(names), 'network')}, and --teacher-weights {len(weights)}; give weights for "
+            "each, in the order of the teachers, or for none"
         )
     if not names:
         return {"weights": weights[0]} if weights else {}

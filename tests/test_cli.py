@@ -197,7 +197,7 @@ def test_runs_that_another_process_holds_are_named_and_have_an_exit_code(kdzoo, 
     with RunLock(folder) as lock:
         code, _, err = kdzoo(*arguments)
         assert code == 3
-        assert f"not finished: 1 runs that other processes are at work on ({folder.name}: {lock.who()})" in err
+        assert f"not finished: other processes are at work on 1 run ({folder.name}: {lock.who()})" in err
 
 
 def test_a_method_beside_the_script_takes_no_name_of_kdzoos(tmp_path):

@@ -11,6 +11,7 @@ import click
 
 from kdzoo.commands.options import DEBUG, TRUST_CODE, computing, with_data
 from kdzoo.errors import UserError
+from kdzoo.quantities import counted
 
 if TYPE_CHECKING:
     from kdzoo.experiments.predictions import Prediction
@@ -68,7 +69,9 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
     for line in _table(readable()) if style == "csv" else _array(readable()):
         click.echo(line, nl=False)
     if failures:
-        raise UserError(f"{len(failures)} of {count} images cannot be read and are left out; replace or remove them")
+        raise UserError(
+            f"{len(failures)} of {counted(count, 'image')} left out, unreadable; replace or remove those named above"
+        )
 
 
 def _table(found: "Iterator[Prediction]") -> Iterator[str]:

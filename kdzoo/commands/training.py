@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from kdzoo.commands.options import DEBUG, OVERRIDES, TEACHER_WEIGHTS, TEACHERS, show_rich
+from kdzoo.quantities import counted
 
 UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
 
@@ -271,12 +272,12 @@ def bench(
     if report.elsewhere:
         owners = engine.by_reason({path: RunLock(path).who() for path in report.elsewhere})
         click.echo(
-            f"not finished: {len(report.elsewhere)} runs that other processes are at work on ({owners})", err=True
+            f"not finished: other processes are at work on {counted(len(report.elsewhere), 'run')} ({owners})", err=True
         )
     if report.on_the_way:
         click.echo(
-            f"stopped as engine.stop_after asks: {len(report.on_the_way)} runs; without it the same command continues "
-            "them",
+            f"stopped as engine.stop_after asks: {counted(len(report.on_the_way), 'run')}; the same command without it "
+            "continues",
             err=True,
         )
     report.check()

@@ -21,6 +21,7 @@ from torchvision import transforms
 from kdzoo.data.pictures import Files, Pixels
 from kdzoo.errors import UserError
 from kdzoo.files import is_file, make_folder, read_json, write_atomically, write_text
+from kdzoo.quantities import counted
 
 FORMAT = 1  # of the facts; those of another version are measured again
 _CHUNK = 256  # images decoded before they are written
@@ -64,7 +65,7 @@ def _build(
             npy.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for start in range(0, len(files), _CHUNK):
                 if report is not None:
-                    report(f"decoding {files.split}: {start} of {len(files)} images")
+                    report(f"decoding {files.split}: {start} of {counted(len(files), 'image')}")
                 rows = range(start, min(start + _CHUNK, len(files)))
                 chunk = np.stack(list(pool.map(lambda row: square(files, row, shape[1]), rows)))
                 checksum = zlib.crc32(chunk.data, checksum)

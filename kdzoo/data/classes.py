@@ -7,6 +7,7 @@ from unicodedata import normalize
 
 from kdzoo.errors import UserError
 from kdzoo.files import path_of, read_text
+from kdzoo.quantities import counted
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -36,7 +37,7 @@ def in_order(names: Sequence[str], order: str) -> tuple[str, ...]:
     for given, others, said in ((known, names_in_file, "lacks"), (names_in_file, known, "lists")):
         if extra := [name for name in given if name not in others]:
             other = "" if said == "lacks" else ", which the data do not have"
-            raise UserError(f"data.classes={order} {said} {len(extra)} classes, such as '{extra[0]}'{other}")
+            raise UserError(f"data.classes={order} {said} {counted(len(extra), 'class')}, such as '{extra[0]}'{other}")
     return tuple(known[name] for name in names_in_file)
 
 

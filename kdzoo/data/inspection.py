@@ -17,6 +17,7 @@ from kdzoo.data.cache import read_facts, write_facts
 from kdzoo.data.pictures import Files, Pictures, reason_of, warn_once
 from kdzoo.data.sources import Source
 from kdzoo.errors import UserError
+from kdzoo.quantities import counted
 
 WIDTH, HEIGHT = 9, 8  # of a thumbnail: its neighbours side by side make 64 bits
 CLOSE_BITS = 6  # of 64 that may differ between images that are nearly the same
@@ -93,7 +94,7 @@ def look(pictures: Pictures, split: str, workers: int = 0, report: Report | None
     found = []
     for number, some in enumerate(loader if len(chunks) else ()):
         if report is not None:
-            report(f"looking at {split} images: {number * _CHUNK} of {len(pictures)}")
+            report(f"looking at {split} images: {number * _CHUNK} of {counted(len(pictures), 'image')}")
         found.append(some)
     return Looks.joined(found)
 

@@ -10,6 +10,7 @@ from unicodedata import normalize
 
 from kdzoo.errors import UserError
 from kdzoo.files import read_text
+from kdzoo.quantities import counted
 
 COLUMNS = ("path", "label", "split")
 LARGEST = 2**32  # bytes of a table, which may name tens of millions of images
@@ -52,8 +53,8 @@ class Table:
                 found[image] = row
         if missing:
             raise UserError(
-                f"{self.title} names {len(missing)} images that are not there, such as '{missing[0]}'; expected paths "
-                "relative to the data's folder"
+                f"{self.title} names {counted(len(missing), 'image')} not there, such as '{missing[0]}'; expected "
+                "paths relative to the data's folder"
             )
         return found
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kdzoo.data.pictures import USUAL, Files, Pictures, Pixels, Reading
 from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
+from kdzoo.quantities import counted
 
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: controls, halves of characters, and ends of lines
 
@@ -67,7 +68,8 @@ def checked(
 
 def _labels(name: str, split: str, labels: NDArray[Any], images: int, classes: int) -> NDArray[np.int64]:
     if not images or labels.shape != (images,) or labels.dtype.kind not in "iu":
-        raise _wrong(name, f"{images} {split} images with labels {_kind(labels)}", "a whole number for each image")
+        found = f"{counted(images, f'{split} image')} with labels {_kind(labels)}"
+        raise _wrong(name, found, "a whole number for each image")
     if labels.min() < 0 or labels.max() >= classes:
         found = f"{split} labels from {labels.min()} to {labels.max()}"
         raise _wrong(name, found, f"0 to {classes - 1}, positions in the class names")

@@ -13,6 +13,7 @@ from kdzoo.data.stream import DRAWN_AS, PLAIN, Streamed, left_for_the_device, si
 from kdzoo.data.targets import Targets
 from kdzoo.distiller import Batch, DataSpec
 from kdzoo.errors import UserError, unknown
+from kdzoo.quantities import counted
 from kdzoo.randomness import seed_of
 from kdzoo.recipe import Augmentation, Protocol
 
@@ -102,7 +103,7 @@ class Loader:
         self.mixes = augmentation.mixup > 0 or augmentation.cutmix > 0
         if self.batch_size % world:
             raise UserError(
-                f"a batch of {self.batch_size} images cannot be shared evenly by {world} devices; "
+                f"a batch of {counted(self.batch_size, 'image')} cannot be shared evenly by {world} devices; "
                 f"set protocol.batch_size to a multiple of {world}"
             )
         self.rows = self.batch_size // world  # of a batch that are given here

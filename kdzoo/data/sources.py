@@ -20,6 +20,7 @@ from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
 from kdzoo.keywords import keyword_settings
 from kdzoo.process_state import foreign
+from kdzoo.quantities import counted
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,14 @@ class Source:
         held = stratified(self.train.labels, max(1, round(len(self.train) * share)))
         kept = np.delete(np.arange(len(self.train)), held)
         if not len(kept):
-            raise UserError(f"{key}={share:g} of {len(self.train)} images leaves none to train on")
+            raise UserError(f"{key}={share:g} of {counted(len(self.train), 'image')} leaves none to train on")
         test = self.train.take(held)
         absent = [name for label, name in enumerate(self.class_names) if label not in test.labels]
         if absent:
             some = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
             warn_once(
                 f"data '{self.name}': {key}={share:g} holds out images of {len(self.class_names) - len(absent)} of "
-                f"{len(self.class_names)} classes, none of {some}; a larger share has some of each"
+                f"{counted(len(self.class_names), 'class')}, none of {some}; a larger share has some of each"
             )
         if isinstance(test, Files):
             test = replace(test, split="test")
@@ -124,8 +125,8 @@ def places_of(known: Sequence[str], wanted: Sequence[str]) -> list[int]:
     if len(lacking) == len(known) == len(wanted):
         return list(range(len(known)))
     raise UserError(
-        f"data.test has {len(lacking)} classes that are none of the {len(wanted)} of the outputs, such as "
-        f"'{lacking[0]}'; leave their images out of it or, where outputs are named otherwise, name them in a file, one "
+        f"data.test has {counted(len(lacking), 'class')} not among the {len(wanted)} of the outputs, such as "
+        f"'{lacking[0]}'; leave such images out of it or, where outputs are named otherwise, name them in a file, one "
         "name a line: data.classes=FILE"
     )
 

@@ -12,6 +12,7 @@ from kdzoo.data.trees import TESTS, TRAIN, Tree, split_of, walk
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import path_of
 from kdzoo.image_set import Loaded, Split
+from kdzoo.quantities import counted
 
 ARCHIVES = {".tar", ".zip", ".gz", ".tgz", ".7z"}
 EXPECTED = "expected train/CLASS/* with val or test beside train, or CLASS/* with data.val=0.1"
@@ -68,7 +69,7 @@ class Folder(ImageSet):
             if images and not any(label for label, _ in images):
                 raise _without_class(path, [image for _, image in images])
         homeless = sum(not label for images in found.values() for label, _ in images)
-        tree.say_left_out(path, f"{homeless} images of no class" if homeless else "")
+        tree.say_left_out(path, f"{counted(homeless, 'image')} of no class" if homeless else "")
         classes = sorted({label for label, _ in found.get(TRAIN, ()) if label})
         self._check_folders(path, tree, splits, classes)
         places = {name: place for place, name in enumerate(classes)}

@@ -8,6 +8,7 @@ from kdzoo.data.trees import TESTS, TRAIN, split_of, walk
 from kdzoo.errors import UserError
 from kdzoo.files import path_of
 from kdzoo.image_set import Loaded, Split
+from kdzoo.quantities import counted
 
 
 class Images(ImageSet):
@@ -45,7 +46,7 @@ class Images(ImageSet):
         if not found.get(TRAIN):
             raise UserError(f"no images to train on below '{path}'; expected files such as .png or .jpg")
         unused = len(found.get("", ()))
-        tree.say_left_out(path, f"{unused} images beside the folder '{TRAIN}'" if unused else "")
+        tree.say_left_out(path, f"{counted(unused, 'image')} beside the folder '{TRAIN}'" if unused else "")
         test = next((split for split in TESTS if split in found), "")
         train: Split = (found[TRAIN], None)
         return (), train, (found[test], None) if test else None

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdzoo.errors import out_of_memory_told
-from kdzoo.quantities import duration
+from kdzoo.quantities import counted, duration
 
 FIRST, EVERY = 5.0, 13.0  # seconds without a line, when something begins and later; a ticker adds one at most
 
@@ -207,10 +207,9 @@ class Progress:
     def announce(self) -> None:
         """Say what is trained, and about how long it takes where steps were timed."""
         self.announced = True
-        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         step = self.seconds_of_step()
         self.say(
-            f"{self.text}: {epochs} of {self.per_epoch} steps"
+            f"{self.text}: {counted(self.epochs, 'epoch')} of {counted(self.per_epoch, 'step')}"
             + (f", from step {self.first}" if self.first else "")
             + ("" if step is None else f", about {duration(max(1.0, step * (self.total - self.first)))}")
         )

@@ -32,6 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdzoo.errors import AskedToEnd, UserError
 from kdzoo.own_code import script_hidden
+from kdzoo.quantities import counted
 from kdzoo.settings import Run
 
 Forward = Callable[..., dict[str, Tensor]]
@@ -147,8 +148,8 @@ def check(run: Run) -> Run:
     batch_size = run.settings.protocol.batch_size
     if batch_size % devices:
         raise UserError(
-            f"a batch of {batch_size} images cannot be shared evenly by {devices} devices; set protocol.batch_size, "
-            f"which counts all devices' images, to a multiple of {devices}"
+            f"a batch of {counted(batch_size, 'image')} cannot be shared evenly by {devices} devices; set "
+            f"protocol.batch_size, which counts all devices' images, to a multiple of {devices}"
         )
     return run._replace(settings=replace(run.settings, engine=replace(run.settings.engine, devices=devices)))
 

@@ -12,6 +12,7 @@ from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
 from kdzoo.experiments.workers import Executor, Local
 from kdzoo.files import make_folder, read_json, read_text, write_text
+from kdzoo.quantities import counted
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
@@ -51,10 +52,10 @@ class Report:
         """
         if self.stopped:
             lines = by_reason(self.stopped)
-            raise UserError(f"{len(self.stopped)} runs stopped ({lines}); the same command continues with them")
+            raise UserError(f"{counted(len(self.stopped), 'run')} stopped ({lines}); the same command continues")
         if self.failed:
             lines = by_reason(self.failed)
-            raise UserError(f"{len(self.failed)} runs failed ({lines}); --retry tries them again")
+            raise UserError(f"{counted(len(self.failed), 'run')} failed ({lines}); --retry tries again")
 
 
 def bench(

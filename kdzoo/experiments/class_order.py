@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from kdzoo.data.classes import ORDERS, in_order
 from kdzoo.errors import UserError
+from kdzoo.quantities import counted
 
 
 def check_order(teacher: str, class_names: Sequence[str], confusion: NDArray[np.int64]) -> None:
@@ -57,7 +58,7 @@ def check_same(one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]])
         return
     place = next((k for k, (a, b) in enumerate(zip(classes, others, strict=False)) if a != b), None)
     if place is None:
-        said = f"{len(classes)} and {len(others)} classes"
+        said = f"{len(classes)} and {counted(len(others), 'class')}"
     else:
         said = f"'{classes[place]}' and '{others[place]}' as output {place}"
     raise UserError(

@@ -28,6 +28,7 @@ from kdzoo.errors import OutOfMemory, UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.run import open_data
 from kdzoo.precision import PRECISIONS, autocast
+from kdzoo.quantities import counted
 from kdzoo.settings import Run, Settings
 from kdzoo.store.folder import RunFolder
 
@@ -118,9 +119,9 @@ def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -
         key = json.dumps([{**run.plain(), "seed": 0} for run in group], sort_keys=True)
         if key not in known:
             first = group[0].settings
-            progress.say(f"measuring {first.teacher.title} on {first.data.name}: {len(group)} runs")
+            progress.say(f"measuring {first.teacher.title} on {first.data.name}: {counted(len(group), 'run')}")
             try:
-                with progress.doing(f"timing a few steps of {len(group)} runs"):
+                with progress.doing(f"timing a few steps of {counted(len(group), 'run')}"):
                     known[key] = measure(group, progress)
             except UserError as error:
                 known[key] = error
@@ -193,7 +194,8 @@ def cost_of(
             phase = Counted(batch)
             lane.distillation.prepare(phase)
             lanes[i] = LaneCost(step, tests[architecture], weight, phase.epochs)
-            report(f"measured {len(lanes)} of {len(runs)} methods, the last {runs[i].settings.distiller.name}")
+            method = runs[i].settings.distiller.name
+            report(f"measured {len(lanes)} of {counted(len(runs), 'method')}, the last {method}")
         if lane.failure is not None:
             failed[i] = lane.failure
     loader = dataset.loader(first.protocol, seed=first.seed)
@@ -267,7 +269,7 @@ def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progre
     lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
     weights: dict[int, Cost] = {}
     full = set(range(len(runs)))  # where memory does not even hold what is measured, each is tried alone
-    with suppress(OutOfMemory), progress.doing(f"measuring the memory of {len(runs)} runs"):
+    with suppress(OutOfMemory), progress.doing(f"measuring the memory of {counted(len(runs), 'run')}"):
         for i, lane, batch in lanes:
             with lane.failing_alone():
                 weights[i] = memory.weigh(lane, batch)

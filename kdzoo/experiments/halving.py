@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kdzoo.engine import memory
 from kdzoo.errors import UserError
 from kdzoo.experiments.estimate import GroupCost, LaneCost
-from kdzoo.quantities import duration
+from kdzoo.quantities import counted, duration
 
 FINALISTS = 3  # of each student, beside the references
 SEEDS = 3  # of each finalist
@@ -122,10 +122,10 @@ def longest(budget: str, candidates: Sequence[int], references: int, most: int, 
         least = price(*epochs_of(candidates, references, epochs))
         if least <= amount:
             return epochs
-    need = f"{least:.0f} epochs" if unit == "epochs" else duration(least)
+    need = counted(round(least), "epoch") if unit == "epochs" else duration(least)
     raise UserError(
-        f"a budget of {budget} cannot pay the shortest search: {sum(candidates)} candidates take about {need}; raise "
-        "--budget, name fewer --methods, or lower --settings"
+        f"a budget of {budget} cannot pay the shortest search, of {counted(sum(candidates), 'candidate')}: it takes "
+        f"about {need}; raise --budget, name fewer --methods, or lower --settings"
     )
 
 

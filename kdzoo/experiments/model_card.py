@@ -11,6 +11,7 @@ from kdzoo import __version__
 from kdzoo.errors import UserError
 from kdzoo.models import Student
 from kdzoo.naming import ALONE
+from kdzoo.quantities import counted
 from kdzoo.store.folder import find_runs
 from kdzoo.store.result import MEASURED, MEASURED_BY, Result
 
@@ -59,18 +60,18 @@ def card(result: Result, student: Student, program: bool) -> str:
         library_name=None if program else "timm",
     )
     spread = f" ± {stdev(top1):.2f}" if len(top1) > 1 else ""
-    counted = f"{mean(top1):.2f}{spread} % over {len(top1)} seed{'s' if len(top1) > 1 else ''}"
+    reached = f"{mean(top1):.2f}{spread} % over {counted(len(top1), 'seed')}"
     rows = [
         ("student", names.student),
         ("teacher", "none" if names.teacher == ALONE else names.teacher),
         ("teacher's top-1", "" if result.teacher_top1 is None else f"{result.teacher_top1:.2f} %"),
         ("method", f"{names.method} ({result.fidelity})"),
         ("data", names.data),
-        ("protocol", f"{names.protocol}, {result.epochs} epochs, seed {result.seed}"),
+        ("protocol", f"{names.protocol}, {counted(result.epochs, 'epoch')}, seed {result.seed}"),
         ("weights of", KEPT.get(result.ship, "the last epoch")),
         ("top-1 of this file", f"{result.shipped_top1:.2f} %"),
         ("top-1 is the share of", "" if accurate else MEASURED[result.measured]),
-        ("top-1 of the recipe", f"{counted} ({', '.join(str(run.seed) for run in seeds)})"),
+        ("top-1 of the recipe", f"{reached} ({', '.join(str(run.seed) for run in seeds)})"),
         ("classes", str(len(student.classes) or "none: it gives embeddings")),
         ("parameters", "" if result.parameters is None else f"{result.parameters:,}"),
         ("operations of one image", "" if result.flops is None else f"{result.flops / 1e9:.3g} GFLOPs"),

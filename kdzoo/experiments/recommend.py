@@ -28,6 +28,7 @@ from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.workers import Executor, Local
 from kdzoo.files import digest, make_folder, read_text, write_text
+from kdzoo.quantities import counted
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
@@ -74,7 +75,7 @@ def search(
             best = ranked(made, some, epoch)[: halving.left(len(made.of(student)), rung + 1)]
             if not best:
                 reasons = dict.fromkeys(made.courses[number].reason for number in some)
-                raise UserError(f"no method is left for {student}: {'; '.join(reasons)}; --retry tries them again")
+                raise UserError(f"no method is left for {student}: {'; '.join(reasons)}; --retry tries again")
             for number in set(some) - set(best):
                 made.courses[number].stopped = epoch
             chosen[student] = best
@@ -99,7 +100,7 @@ def compare_costs(made: Search, runs: Mapping[int, Run], quiet: bool) -> None:
     """
     if not runs:
         return
-    doing = f"comparing the cost of {len(runs)} finalists"
+    doing = f"comparing the cost of {counted(len(runs), 'finalist')}"
     with suppress(UserError), Progress(quiet) as progress, progress.doing(doing):
         for i, seconds in by_turns(list(runs.values()), progress).items():
             made.costs[list(runs)[i]] = seconds
@@ -167,7 +168,8 @@ class Trainer:
         if report.stopped or report.elsewhere:
             report.check()
             raise UserError(
-                f"other processes are still at work on {len(report.elsewhere)} runs; the same command continues"
+                f"other processes are still at work on {counted(len(report.elsewhere), 'run')}; the same command "
+                "continues"
             )
         numbers = [number for group in chosen.values() for _ in seeds for number in group]
         yield from zip(numbers, suite.runs, strict=True)
@@ -242,7 +244,7 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     here = replace(trainer, executor=Local())  # methods are measured on this machine, as by a dry run
     runs = here.suite("alone", by_student, question.epochs, [question.seed], [], progress).runs
     check_data(runs[0], progress)
-    with progress.doing(f"measuring a few steps of {len(runs)} methods") as rename:
+    with progress.doing(f"measuring a few steps of {counted(len(runs), 'method')}") as rename:
         cost, teaching = measure(runs, progress, rename)
     left_out = [(one.student, one.method, str(cost.failed[i])) for i, one in enumerate(usual) if i in cost.failed]
     unasked = {one.method for one in usual if not registry.load(one.method).needs.teacher}
@@ -254,7 +256,7 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
     for i, one in enumerate(usual):
         if i in cost.lanes and cost.lanes[i].phase > question.epochs:
             phase = cost.lanes[i].phase
-            reason = f"its phase before training takes {phase} epochs, and a training {question.epochs}"
+            reason = f"its phase before training takes {counted(phase, 'epoch')}, and a training {question.epochs}"
             left_out.append((one.student, one.method, f"{reason}; it is tried with --epochs {phase} or more"))
             del steps[one.student, one.method]
     fitting = [one for one in found if (one.student, one.method) in steps]
@@ -315,6 +317,7 @@ def outline(made: Search) -> str:
     after = f"epoch{'s' * (len(made.rungs) > 1)} {', '.join(map(str, made.rungs))}"
     halved = f"; the worse half stops after {after}" if made.rungs else ""
     return (
-        f"{sum(counts)} candidates{unfit}{halved}; finalists are trained anew for {made.epochs} epochs with {SEEDS} "
-        f"seeds: {search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds)"
+        f"{counted(sum(counts), 'candidate')}{unfit}{halved}; finalists are trained anew for "
+        f"{counted(made.epochs, 'epoch')} with {SEEDS} seeds: "
+        f"{search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds)"
     )

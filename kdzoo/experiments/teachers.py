@@ -21,6 +21,7 @@ from kdzoo.errors import UserError
 from kdzoo.experiments.class_order import check_order, check_same
 from kdzoo.files import cache_folder, path_of, read_text
 from kdzoo.models.weight_files import find_file
+from kdzoo.quantities import counted
 from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.resolve import resolve
 from kdzoo.settings import TURNS, OutputPlace, Run, Settings, TeacherSettings
@@ -117,8 +118,8 @@ def _renamed(file: str, known: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[s
     for teacher, own in known:
         if len(names) != len(own):
             raise UserError(
-                f"data.classes={file} names {len(names)} outputs, and teacher {teacher} has {len(own)}; name each of "
-                "them, or leave data.classes out"
+                f"data.classes={file} names {counted(len(names), 'output')}, and teacher {teacher} has {len(own)}; "
+                "name each of them, or leave data.classes out"
             )
         if names != own and set(names) == set(own):
             raise UserError(

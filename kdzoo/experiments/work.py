@@ -21,6 +21,7 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.estimate import packs
 from kdzoo.experiments.run import open_data
 from kdzoo.files import write_text
+from kdzoo.quantities import counted
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
@@ -95,7 +96,7 @@ def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wa
         mine = [run for run in mine if not is_done(run) and not changed_files(run.settings)]
         if not mine:
             return 0
-        progress.group(number, f"{title(group)}: {len(mine)} of {len(group)} runs to do")
+        progress.group(number, f"{title(group)}: {len(mine)} of {counted(len(group), 'run')} to do")
         device = use(mine[0].place)
         with current(device), torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
             try:

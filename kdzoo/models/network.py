@@ -18,6 +18,7 @@ from kdzoo.models.preactivations import Preactivations
 from kdzoo.models.stages import Stages
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
 from kdzoo.outputs import LOGITS, Output, Show, StageOutput
+from kdzoo.quantities import counted
 
 PROBE_BATCH = 2
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, by ITU-R BT.601
@@ -244,7 +245,7 @@ def wrap(
     if isinstance(module, Network):
         return module
     if taps is not None and len(taps) != 4:
-        raise UserError(f"taps of '{name}' are {len(taps)} names, expected four, from shallow to deep")
+        raise UserError(f"taps of '{name}' are {counted(len(taps), 'name')}, expected four, from shallow to deep")
     made = partial(Network, module, name=name, image_size=image_size, mean=mean, std=std, classifier=num_classes > 0)
     try:
         try:
@@ -263,7 +264,8 @@ def wrap(
         ) from error
     classes = network.shapes().logits.shape[1]
     if classes != num_classes:
-        raise UserError(f"'{name}' gives {classes} logits, expected {num_classes}; give it that many classes")
+        gives = counted(classes, "logit")
+        raise UserError(f"'{name}' gives {gives}, expected {num_classes}; give it that many classes")
     return network
 
 

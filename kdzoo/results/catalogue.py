@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kdzoo import registry
 from kdzoo.errors import UserError
+from kdzoo.quantities import counted
 
 if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
@@ -65,7 +66,7 @@ def model_page(name: str, data: str) -> RenderableType:
         elif key == "taps":
             value = "\n".join(" x ".join(map(str, shape)) for shape in value)
         facts.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    return Group(Text(f"{name} on {data} ({spec.num_classes} classes, {spec.image_size} px)"), Text(), facts)
+    return Group(Text(f"{name} on {data} ({counted(spec.num_classes, 'class')}, {spec.image_size} px)"), Text(), facts)
 
 
 def listing(kind: str, style: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from kdzoo.data.inspection import Inspection, inspect
 from kdzoo.data.pictures import Reading
 from kdzoo.data.sources import open_source
+from kdzoo.quantities import counted
 from kdzoo.settings import Run
 
 
@@ -35,7 +36,7 @@ def page(name: str, found: Inspection) -> str:
     """Write what was found, one fact a line."""
     totals = {split: int(counts.sum()) for split, counts in found.counts.items()}
     small, large = (" x ".join(map(str, size)) for size in (found.smallest, found.largest))
-    kinds = f"{len(found.class_names)} classes" if found.class_names else "no labels"
+    kinds = f"{counted(len(found.class_names), 'class')}" if found.class_names else "no labels"
     lines = [
         f"data {name}: {kinds}, {totals['train']} training and {totals['test']} test images",
         f"size: {small} pixels" + ("" if small == large else f" to {large}"),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from kdzoo import registry
+from kdzoo.quantities import counted
 from kdzoo.results import published, statistics
 from kdzoo.results.render import Cell, Grid, Section, latex, markdown, no_formula, page
 from kdzoo.results.table import (
@@ -215,7 +216,7 @@ def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, fam
     if preset := sorted(set(runs.loc[runs["preset"], "method"])):
         notes.append(f"With the keywords that the field uses for each pair (presets): {', '.join(preset)}.")
     if count := repeated(runs):
-        notes.append(f"{count} runs repeat a row and seed that has one: a seed counts once, by the mean of its runs.")
+        notes.append(f"{counted(count, 'run')} beside another of the same row and seed: a seed counts as their mean.")
     for what, harm in (("precision", "part of a difference may be theirs"), ("device", "times are not comparable")):
         if runs[what].nunique() > 1:
             notes.append(f"Runs of more than one {what} ({', '.join(sorted(set(runs[what])))}): {harm}.")

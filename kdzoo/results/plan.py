@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kdzoo.quantities import duration, size
+from kdzoo.quantities import counted, duration, size
 
 if TYPE_CHECKING:
     from kdzoo.experiments.estimate import Estimate
@@ -11,11 +11,13 @@ if TYPE_CHECKING:
 
 def plan(name: str, groups: list[list["Run"]], estimates: list["Estimate"]) -> str:
     """List a suite's runs by group, with the time and memory that each group is expected to take."""
-    lines = [f"{name}: {sum(map(len, groups))} runs in {len(groups)} groups that each share a teacher and its batches"]
+    runs, parts = counted(sum(map(len, groups)), "run"), counted(len(groups), "group")
+    lines = [f"{name}: {runs} in {parts}; a group shares a teacher and its batches"]
     for group, found in zip(groups, estimates, strict=True):
         first = group[0].settings
-        title = f"{first.teacher.title} on {first.data.name}, {first.protocol.name}"
-        lines.append(f"- {title}, {first.protocol.epochs} epochs, seed {first.seed}: {_expected(found, len(group))}")
+        epochs = counted(first.protocol.epochs, "epoch")
+        title = f"{first.teacher.title} on {first.data.name}, {first.protocol.name}, {epochs}"
+        lines.append(f"- {title}, seed {first.seed}: {_expected(found, len(group))}")
         for i, run in enumerate(run.settings for run in group):
             keywords = " ".join(f"{key}={value}" for key, value in run.distiller.keywords.items())
             failed = f"  cannot be trained: {found.failed[i]}" if i in found.failed else ""
@@ -30,7 +32,7 @@ def _expected(found: "Estimate", runs: int) -> str:
     said = f"about {duration(found.seconds)}, {size(found.memory)}"
     said += f", in {found.packs} parts" if found.packs > 1 else ""
     said += f", after {duration(found.teaching)} for the teacher's own training" if found.teaching else ""
-    return said + (f"; {found.finished} of {runs} runs are done" if found.finished else "")
+    return said + (f"; {found.finished} of {counted(runs, 'run')} done" if found.finished else "")
 
 
 def _total(groups: list[list["Run"]], estimates: list["Estimate"]) -> list[str]:
@@ -38,7 +40,7 @@ def _total(groups: list[list["Run"]], estimates: list["Estimate"]) -> list[str]:
     known = [found for found in estimates if not found.missing]
     if not known:
         return ["Nothing could be measured, so there is no estimate."]
-    of = f" of the {len(known)} groups that could be measured" if len(known) < len(groups) else ""
+    of = f" of the {counted(len(known), 'group')} that could be measured" if len(known) < len(groups) else ""
     runs, left, taught = (sum(getattr(found, part) for found in known) for part in ("seconds", "left", "teaching"))
     teachers = f", and {duration(taught)} for teachers that are not trained yet" if taught else ""
     settings, place = groups[0][0]

@@ -7,6 +7,7 @@ import pandas as pd
 
 from kdzoo.errors import UserError
 from kdzoo.files import make_folder, write_atomically
+from kdzoo.quantities import counted
 from kdzoo.results import statistics
 from kdzoo.results.layout import MARKS, title
 from kdzoo.results.table import SECTION, average_ranks, groups, observations, scores
@@ -69,8 +70,9 @@ def _rankable(runs: pd.DataFrame) -> tuple[list[tuple[str, dict[str, float], int
             found.append((title(key), ranks, pairs))
     if not found:
         raise UserError(
-            f"too little to rank: {most[0]} pairs with all of {most[1]} methods; expected at least "
-            f"{statistics.ENOUGH_PAIRS} pairs and {statistics.ENOUGH_METHODS} methods of one data set and protocol"
+            f"too little to rank: {counted(most[0], 'pair')} with all of {counted(most[1], 'method')}; expected at "
+            f"least {statistics.ENOUGH_PAIRS} pairs and {statistics.ENOUGH_METHODS} methods of one data set and "
+            "protocol"
         )
     return found, [f"{mark} {fidelity}" for fidelity, mark in MARKS.items() if fidelity in marks]
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from kdzoo.experiments import halving
 from kdzoo.experiments.recommend import beside, outline
+from kdzoo.quantities import counted
 from kdzoo.results.last_screen import shortened
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.results.table import visible
@@ -30,12 +31,13 @@ def plan(made: Search) -> str:
     begins = [0, *made.rungs]
     for rung, (begin, end) in enumerate(zip(begins, made.rungs, strict=False)):
         left = sum(halving.left(count, rung) for count in counts)
-        lines.append(f"epochs {begin + 1} to {end}: {left} candidates")
+        lines.append(f"epochs {begin + 1} to {end}: {counted(left, 'candidate')}")
     finalists = sum(halving.left(count, len(made.rungs)) for count in counts)
     references = " and ".join(beside(made.candidates))
     others = f", with {references} beside them," if references else ""
     seeds = ", ".join(map(str, made.seeds))
-    lines.append(f"then {finalists} finalists{others} for {made.epochs} epochs with seeds {seeds}")
+    length = counted(made.epochs, "epoch")
+    lines.append(f"then {counted(finalists, 'finalist')}{others} for {length} with seeds {seeds}")
     if made.left_out:
         lines += ["", "These do not fit:"]
         lines += [f"  {student}, {method}: {reason}" for student, method, reason in made.left_out]

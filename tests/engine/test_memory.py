@@ -265,7 +265,7 @@ def test_every_library_has_its_words_for_a_full_memory(error):
     [
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         OSError(errno.ENOENT, "No such file"),
-        UserError("2 runs failed (kd-0: out of memory with batches of 64); --retry tries them again"),
+        UserError("2 runs failed (kd-0: out of memory with batches of 64); --retry tries again"),
     ],
 )
 def test_other_errors_stay_what_they_are(error):

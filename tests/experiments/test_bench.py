@@ -186,7 +186,7 @@ def test_a_harmed_run_is_left_as_it_is_and_stops_no_other(harmed, harm, said):
     assert "\n" not in report.stopped[second.path]
     after = {file.name: file.read_bytes() for file in second.path.iterdir() if file.is_file()}
     assert after == before
-    with pytest.raises(UserError, match="1 runs stopped"):
+    with pytest.raises(UserError, match="1 run stopped"):
         report.check()
 
 
@@ -281,7 +281,7 @@ def test_an_edit_of_a_method_trains_nothing_under_the_name_of_its_old_self(two, 
     report = bench(two, tmp_path / "runs", quiet=True)
     assert len(report.finished) == 1
     assert list(report.stopped.values()) == [f"{tmp_path}/mine.py changed since the suite was read"]
-    with pytest.raises(UserError, match="1 runs stopped"):
+    with pytest.raises(UserError, match="1 run stopped"):
         report.check()
 
 

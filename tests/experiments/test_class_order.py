@@ -57,8 +57,8 @@ def test_every_image_keeps_its_class(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (NUMBERS[:-1], "lacks 1 classes, such as '11'"),
-        ([*NUMBERS, "12"], "lists 1 classes, such as '12', which the data do not have"),
+        (NUMBERS[:-1], "lacks 1 class, such as '11'"),
+        ([*NUMBERS, "12"], "lists 1 class, such as '12', which the data do not have"),
         ([*NUMBERS, "3"], "lists the class '3' twice"),
         (None, "expected text, natural, or a file with one class name a line"),
     ],

@@ -134,7 +134,7 @@ def test_the_listing_holds_groups_runs_estimates_and_their_limits(dry_run):
     code, out = dry_run(SUITE)
     assert code == 0
     assert out.startswith("mine: 4 runs in 2 groups")
-    assert "resnet14 on digits, quick, 1 epochs, seed 0: about " in out
+    assert "resnet14 on digits, quick, 1 epoch, seed 0: about " in out
     assert "resnet8  kd  ce=0.1 kd=0.9 temperature=4.0" in out
     assert "for all runs, of which" in out
     assert "It is no more than an estimate" in out
@@ -146,7 +146,7 @@ def test_data_that_is_not_there_is_listed_with_the_reason(dry_run):
     code, out = dry_run(missing)
     assert code == 0
     [line] = [
-        line for line in out.splitlines() if line.startswith("- resnet14 on folder:/nowhere, quick, 1 epochs, seed 1")
+        line for line in out.splitlines() if line.startswith("- resnet14 on folder:/nowhere, quick, 1 epoch, seed 1")
     ]
     assert "no estimate: no folder '/nowhere'" in line
     assert "Estimate of the 2 groups that could be measured" in out

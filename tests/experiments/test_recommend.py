@@ -522,7 +522,7 @@ def test_what_failed_is_tried_again_where_that_is_asked_for(failing, tmp_path, m
     train = work.train_lanes
     full = UserError("out of luck")
     monkeypatch.setattr(work, "train_lanes", lambda runs, *given: [full for _ in runs])
-    with pytest.raises(UserError, match="no method is left for resnet8: out of luck; --retry tries them again"):
+    with pytest.raises(UserError, match="no method is left for resnet8: out of luck; --retry tries again"):
         search(question, tmp_path / "out", quiet=True)
     monkeypatch.setattr(work, "train_lanes", train)
     with pytest.raises(UserError, match="no method is left"):

@@ -398,7 +398,7 @@ def test_names_that_only_partly_fit_the_labelled_set_are_refused(pictures, weigh
     order = tmp_path / "names.txt"
     order.write_text("ant\nbee\ncow\n")
     made = wanted(pictures, f"teacher.weights={weights}", f"data.classes={order}", f"data.test=folder:{pictures}")
-    with Progress(quiet=True) as progress, pytest.raises(UserError, match="1 classes that are none of the 3"):
+    with Progress(quiet=True) as progress, pytest.raises(UserError, match="1 class not among the 3"):
         open_data(made, torch.device("cpu"), progress)
 
 

@@ -212,7 +212,7 @@ def test_a_repeated_seed_counts_once_and_is_said_to():
     found = runs(("t", "s", "kd", 0, 70.0), ("t", "s", "kd", 0, 72.0), ("t", "s", "kd", 1, 74.0))
     row = one(table.summary(found), method="kd")
     assert (row.seeds, row.top1_mean) == (2, 72.5)
-    assert "1 runs repeat a row and seed" in layout.render(found, "markdown")
+    assert "1 run beside another of the same row and seed" in layout.render(found, "markdown")
 
 
 def test_runs_of_two_machines_are_said_to_be():
