@@ -165,7 +165,7 @@ def test_classes_are_matched_by_name_else_by_number_and_never_by_guess():
     assert places_of(("b", "a"), ("a", "b", "c")) == [1, 0]
     assert places_of(("b", "a"), ("class 0", "class 1")) == [0, 1]
     for known in (("a", "x"), ("x", "y", "z")):
-        with pytest.raises(UserError, match=r"1 class not among the 2 of the outputs, such as 'x'.*data\.classes"):
+        with pytest.raises(UserError, match=r"class(es)? not among the 2 of the outputs, such as 'x'.*data\.classes"):
             places_of(known, ("a", "b"))
 
 
