@@ -13,7 +13,7 @@ from kdzoo.results import table
 from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.store.predictions import Predictions, mistakes
 from kdzoo.store.result import Result
-from kdzoo.store.search import Candidate, Course, Search, Trained
+from kdzoo.store.search import Candidate, Course, Point, Search, Trained
 
 
 def write(root: Path, top1: float, seed: int, *overrides: str, distiller: str = "kd", **found: Any) -> RunFolder:
@@ -172,8 +172,8 @@ def search(
             if isinstance(scores, str) and seed == 1:
                 folder.result.unlink()
                 folder.failure.write_text(f"{scores}\n", encoding="utf-8")
-    ends = [Course([(1, 10.0, 50.0), (2, 30.0 - i, 70.0)]) for i in range(len(finalists))]
-    begun = [Course([] if why else [(1, 9.0 - i, 40.0)], 1, why) for i, (_, why) in enumerate(stopped)]
+    ends = [Course([Point(1, 10.0, 50.0, 2.5), Point(2, 30.0 - i, 70.0, 1.5 + i)]) for i in range(len(finalists))]
+    begun = [Course([] if why else [Point(1, 9.0 - i, 40.0, 2.6 + i)], 1, why) for i, (_, why) in enumerate(stopped)]
     candidates = [*(one for one, *_ in finalists), *(one for one, _ in stopped)]
     values: dict[str, Any] = {
         "asked": {
@@ -188,6 +188,7 @@ def search(
         "epochs": 4,
         "rungs": [1, 2],
         "seeds": [1, 2, 3],
+        "average": 0.0,
         "share": 0.2,
         "candidates": candidates,
         "costs": [*(cost for *_, cost in finalists), *([0.01] * len(stopped))],

@@ -166,17 +166,18 @@ def record_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     """Measure a lane's student, where it is due, and write the epoch down."""
     settings, place = lane.run
     terms, epoch = lane.meter.read(), (step + 1) // lane.steps_per_epoch
-    top1 = top5 = None
+    found = None
     if epoch % place.output.measure_every == 0 or epoch == lane.run.last_epoch:
         with progress.doing(f"measuring {settings.student.name} ({lane.title}) after epoch {epoch}"):
-            top1, top5 = evaluate(lane.deployed(), dataset, settings.engine.precision, settings.protocol.test_crop)
+            found = evaluate(lane.deployed(), dataset, settings.engine.precision, settings.protocol.test_crop)
     record = {
         "epoch": epoch,
         "step": step + 1,
         "lr": lane.rate(step),
         "loss": terms,
-        "top1": top1,
-        "top5": top5,
+        "top1": found and found.top1,
+        "top5": found and found.top5,
+        "nll": found and found.nll,
         "images_per_second": round(speed, 1),
     }
     lane.record(record)

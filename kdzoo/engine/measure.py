@@ -1,5 +1,7 @@
 """Measure networks on the test images: what share they get right, how alike they are, what an embedding is worth."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,16 @@ from kdzoo.engine.memory import check_reserve
 from kdzoo.errors import UserError
 from kdzoo.outputs import Output
 from kdzoo.precision import PRECISIONS, autocast
+
+TEMPERATURES = tuple(2.0 ** (k / 2) for k in range(-16, 17))  # of logits, from 1/256 to 256
+
+
+class Measures(NamedTuple):
+    """How often a network is right on the test images, and how likely it takes the right answers to be."""
+
+    top1: float  # percent
+    top5: float  # percent
+    nll: float | None  # mean, in nats; None: it has no classifier, or a logit is no number
 
 
 class Answers(NamedTuple):
@@ -30,12 +42,15 @@ def evaluate(
     test_crop: float = 1.0,
     batch_size: int | None = None,
     answers: list[Answers] | None = None,
-) -> tuple[float, float]:
-    """Measure the share of test images whose first answer is right, and that of those with one right of five: percents.
+) -> Measures:
+    """Measure the share of test images whose first answer is right, that of those with one right of five, and the NLL.
 
     A network answers with classes, and right is the image's label or, where test images have none, the teacher's
     answer; of fewer than five classes all count. A network without a classifier answers by the nearest embeddings: with
     the classes of labelled images, or with the test images that lie nearest. The device is waited for once, at the end.
+
+    The NLL, the negative log-likelihood of the right answers, is that at the temperature of the logits that suits the
+    network best (Guo et al. 2017, "On calibration of modern neural networks"): their scale alone changes nothing.
 
     Args:
         network: shows an ``Output`` of the images (B, 3, H, W).
@@ -50,6 +65,7 @@ def evaluate(
     network.eval()
     best = min(5, dataset.spec.num_classes)
     hits = torch.zeros(2, device=dataset.device, dtype=torch.int64)
+    surprise = torch.zeros(len(TEMPERATURES), device=dataset.device)  # sums of negative log-likelihoods
     count = 0
     embedded: list[tuple[Tensor, Tensor]] = []
 
@@ -67,8 +83,11 @@ def evaluate(
             if not output.logits.shape[1]:
                 embedded.append((output.embedding, labels))
                 continue
+            logits = output.logits.float()
             classes = output.logits.topk(best).indices
-            note(labels, classes, output.logits.float().softmax(dim=1).gather(1, classes[:, :1])[:, 0])
+            each = [F.cross_entropy(logits / scale, labels, reduction="sum") for scale in TEMPERATURES]
+            surprise += torch.stack(each)
+            note(labels, classes, logits.softmax(dim=1).gather(1, classes[:, :1])[:, 0])
         if embedded:
             rows, labels = (torch.cat(parts) for parts in zip(*embedded, strict=True))
             if dataset.is_judged:
@@ -78,8 +97,19 @@ def evaluate(
             else:
                 note(labels, *neighbours.nearest(rows, 5))
     network.train(training)
-    top1, top5 = (100 * hit / count for hit in hits.tolist())  # Apple's GPUs have no float64
-    return top1, top5
+    (right, among), sums = hits.tolist(), surprise.tolist()  # Apple's GPUs have no float64
+    nll = None if embedded or not all(map(math.isfinite, sums)) else least(sums) / count
+    return Measures(100 * right / count, 100 * among / count, nll)
+
+
+def least(values: Sequence[float]) -> float:
+    """Return the least of a curve that is known at even steps: that of the parabola through its three lowest points."""
+    k = values.index(min(values))
+    if not 0 < k < len(values) - 1:
+        return values[k]
+    before, here, after = values[k - 1 : k + 2]
+    bend = before - 2 * here + after
+    return here - (before - after) ** 2 / (8 * bend) if bend > 0 else here
 
 
 def show(network: nn.Module, images: Tensor, precision: str, classes: int) -> Output:

@@ -209,9 +209,9 @@ def say_origins(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> 
     for lane in starting.values():
         (settings, _), student = lane.run, lane.distillation.student
         with progress.doing(f"measuring student {settings.student.name} before training"):
-            top1, _ = evaluate(student, dataset, settings.engine.precision, settings.protocol.test_crop)
+            found = evaluate(student, dataset, settings.engine.precision, settings.protocol.test_crop)
         progress.say(
-            f"student {settings.student.name}: top-1 {top1:.2f} % before training, reads {student.reads}  "
+            f"student {settings.student.name}: top-1 {found.top1:.2f} % before training, reads {student.reads}  "
             f"({student.origin})"
         )
 

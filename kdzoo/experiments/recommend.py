@@ -32,9 +32,10 @@ from kdzoo.quantities import counted
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
-from kdzoo.store.search import FILE, Candidate, Course, Search, Trained, ranked
+from kdzoo.store.search import FILE, Candidate, Course, Point, Search, Trained, ranked
 
 REFERENCES = ("none", "kd")  # are always trained anew, so that the answer says what a method gains
+AVERAGE = 0.97  # decay of the average of weights that candidates are ranked by, where the recipe keeps none
 MARK = "recommend"  # stands for a suite's name in the folder of a search
 
 
@@ -68,8 +69,9 @@ def search(
         progress.say(outline(made))
     made.courses = [Course() for _ in made.candidates]
     chosen = {student: made.of(student) for student in made.students}
+    average = [f"protocol.ema={made.average}"] if made.average else []
     for rung, epoch in enumerate(made.rungs):
-        for number, run in trainer.train(made, f"rung-{rung + 1}", chosen, [f"engine.stop_after={epoch}"]):
+        for number, run in trainer.train(made, f"rung-{rung + 1}", chosen, [f"engine.stop_after={epoch}", *average]):
             follow(made.courses[number], run, epoch)
         for student, some in chosen.items():
             best = ranked(made, some, epoch)[: halving.left(len(made.of(student)), rung + 1)]
@@ -124,7 +126,7 @@ def follow(course: Course, run: Run, epoch: int) -> None:
     """Read how far a candidate came, up to an epoch."""
     folder = RunFolder.of(run)
     history = folder.read_history()[:epoch]
-    course.curve = [(record["epoch"], record["top1"], record["top5"]) for record in history]
+    course.curve = [Point(*(record[name] for name in Point._fields)) for record in history]
     if folder.failure.is_file() and not folder.has_reached(epoch):  # else it failed later, and was ranked here
         course.reason = read_text(folder.failure).strip()
 
@@ -282,6 +284,7 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Se
         rungs=halving.rungs(max(counts), epochs),
         seeds=list(range(question.seed + 1, question.seed + 1 + SEEDS)),
         share=SHARE,
+        average=0.0 if runs[0].settings.protocol.ema else AVERAGE,
         candidates=fitting,
         costs=[steps[one.student, one.method] for one in fitting],
         left_out=left_out,

@@ -256,7 +256,7 @@ def measure_run(path: Path, here: Here = HERE) -> tuple[float, float, str]:
             deployed = shipped_of(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
             deployed.to(dataset.device).to(memory_format=torch.channels_last)
-            top1, top5 = evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
+            top1, top5, _ = evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
         known = result.shipped_top1, result.top5 if result.shipped_top5 is None else result.shipped_top5
         kind = measured(dataset, deployed)
         if kind == result.measured and (round(top1, 2), round(top5, 2)) != tuple(round(share, 2) for share in known):

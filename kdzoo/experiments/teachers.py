@@ -189,7 +189,7 @@ def _measured(run: Run, network: models.Network, dataset: Dataset, progress: Pro
     with progress.doing(f"measuring teacher {network.name} on {dataset.spec.name}"):
         answers: list[Answers] = []
         precision, test_crop = run.settings.engine.precision, run.settings.protocol.test_crop
-        top1, _ = evaluate(network, dataset, precision, test_crop, answers=answers)
+        top1 = evaluate(network, dataset, precision, test_crop, answers=answers).top1
         return top1 if dataset.is_judged else None, joined(answers)
 
 

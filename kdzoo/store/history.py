@@ -19,13 +19,14 @@ def check_history(history: Any, step: int, steps_per_epoch: int) -> None:
 
 
 def _is_sound(record: Any, epoch: int, steps_per_epoch: int) -> bool:
-    keys = {"epoch", "step", "lr", "loss", "top1", "top5", "images_per_second"}
-    if not isinstance(record, Mapping) or record.keys() != keys or not isinstance(record["loss"], Mapping):
+    keys = {"epoch", "step", "lr", "loss", "top1", "top5", "images_per_second"}  # and nll, since that is measured
+    if not isinstance(record, Mapping) or record.keys() - {"nll"} != keys or not isinstance(record["loss"], Mapping):
         return False
     if (record["epoch"], record["step"]) != (epoch, epoch * steps_per_epoch):
         return False
     measured = [record[name] for name in ("top1", "top5") if record[name] is not None]
-    numbers = [record["lr"], record["images_per_second"], *measured, *record["loss"].values()]
+    likely = [record["nll"]] if record.get("nll") is not None else []
+    numbers = [record["lr"], record["images_per_second"], *measured, *likely, *record["loss"].values()]
     return all(is_number(number) for number in numbers) and all(0 <= share <= 100 for share in measured)
 
 

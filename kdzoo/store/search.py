@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdzoo.errors import UserError
 from kdzoo.files import read_json, write_text
 from kdzoo.store.folder import RunFolder
 
-FORMAT = 2
+FORMAT = 3
 FILE = "search.json"
 MOST_EPOCHS = 10**6
 
@@ -36,17 +36,31 @@ class Candidate:
         return {"name": self.method, **self.keywords}
 
 
+class Point(NamedTuple):
+    """What was measured after an epoch on the part that was held out, see ``kdzoo.engine.measure.Measures``."""
+
+    epoch: int
+    top1: float  # percent
+    top5: float  # percent
+    nll: float | None = None  # nats; None: the student has no classifier
+
+    @property
+    def standing(self) -> tuple[float, float, float]:
+        """What candidates are compared by: more is better."""
+        return -math.inf if self.nll is None else -self.nll, self.top1, self.top5
+
+
 @dataclass
 class Course:
-    """How far a candidate came: each epoch with its top-1 and top-5, in percent, on the part that was held out."""
+    """How far a candidate came."""
 
-    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    curve: list[Point] = field(default_factory=list)  # its epochs, all from the first on
     stopped: int | None = None  # the rung's epoch after which it did not continue; None: it did to the end
     reason: str = ""  # why it failed; empty: it did not
 
-    def at(self, epoch: int) -> tuple[float, float]:
-        """Return top-1 and top-5 after an epoch."""
-        return next((top1, top5) for found, top1, top5 in self.curve if found == epoch)
+    def at(self, epoch: int) -> Point:
+        """Return what was measured after an epoch."""
+        return next(point for point in self.curve if point.epoch == epoch)
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,7 @@ class Search:
     rungs: list[int]  # epochs after which the worse half stops
     seeds: list[int]  # of the finalists
     share: float  # of the training images, which candidates are ranked on
+    average: float  # decay of the average of weights that they are ranked by; 0: the recipe's own average
     candidates: list[Candidate]
     costs: list[float]  # seconds of a step of each candidate trained alone, as measured before
     left_out: list[tuple[str, str, str]]  # student, method, and why it does not fit
@@ -110,7 +125,10 @@ class Search:
             found.candidates = [Candidate(**_texts(one, "student", "method")) for one in values["candidates"]]
             found.courses = [
                 Course(
-                    [(int(e), float(top1), float(top5)) for e, top1, top5 in one["curve"]],
+                    [
+                        Point(int(epoch), float(top1), float(top5), None if nll is None else float(nll))
+                        for epoch, top1, top5, nll in one["curve"]
+                    ],
                     one["stopped"],
                     str(one["reason"]),
                 )
@@ -148,14 +166,18 @@ def _check(found: Search) -> None:
         raise ValueError("it names no files of weights")
     if not all(isinstance(epoch, int) and 1 <= epoch <= MOST_EPOCHS for epoch in [found.epochs, *found.rungs]):
         raise ValueError("an epoch is none")
+    if not 0 <= found.average < 1:
+        raise ValueError("an average has no such decay")
     if not all(0 < cost < math.inf for cost in found.costs):
         raise ValueError("a cost is no time")
     last = max((course.stopped or 0 for course in courses), default=0)
     for course in courses:
         if [epoch for epoch, *_ in course.curve] != list(range(1, len(course.curve) + 1)):
             raise ValueError("a curve lacks an epoch")
-        if not all(0 <= share <= 100 for _, *shares in course.curve for share in shares):
+        if not all(0 <= share <= 100 for point in course.curve for share in (point.top1, point.top5)):
             raise ValueError("an accuracy is no percentage")
+        if not all(0 <= point.nll < math.inf for point in course.curve if point.nll is not None):
+            raise ValueError("a likelihood is none")
         if not course.reason and len(course.curve) < (last if course.stopped is None else course.stopped):
             raise ValueError("a curve is too short")
     seeds: dict[int, set[int]] = {}
@@ -168,6 +190,6 @@ def _check(found: Search) -> None:
 
 
 def ranked(search: Search, chosen: Sequence[int], epoch: int) -> list[int]:
-    """Order candidates by top-1, then top-5, after an epoch, the best first; those that failed are left out."""
+    """Order candidates by their standing after an epoch, the best first; those that failed are left out."""
     sound = [number for number in chosen if not search.courses[number].reason]
-    return sorted(sound, key=lambda number: search.courses[number].at(epoch), reverse=True)
+    return sorted(sound, key=lambda number: search.courses[number].at(epoch).standing, reverse=True)

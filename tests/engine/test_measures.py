@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from torch import nn
 
 from kdzoo import Output, UserError
@@ -117,7 +118,7 @@ def unlabelled(tmp_path):
 
 def answers_of(network, data):
     found = []
-    top1, top5 = evaluate(network, data, "float32", answers=found)
+    top1, top5, _ = evaluate(network, data, "float32", answers=found)
     return top1, top5, joined(found)
 
 
@@ -166,3 +167,37 @@ def test_labelled_images_are_classified_by_the_training_images_that_lie_nearest(
     assert compare(network, None, dataset, "float32", 1.0).knn == pytest.approx(top1)
     labels = next(dataset.test_batches(dataset.test_size))[1]
     assert found.labels.tolist() == labels.tolist()
+
+
+def best_likelihood(logits, labels):
+    """The least mean negative log-likelihood over all temperatures, in float64."""
+
+    def at(log_scale):
+        rows = logits.double() * np.exp(log_scale)
+        return nn.functional.cross_entropy(rows, labels).item()
+
+    return minimize_scalar(at, bounds=(-5, 5), method="bounded").fun
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 20.0])
+def test_the_likelihood_is_that_at_the_temperature_that_suits_best(dataset, scale):
+    images, labels = (torch.cat(parts) for parts in zip(*dataset.test_batches(64), strict=True))
+    network = Linear(0)  # of the mean images of five of ten classes
+    means = torch.stack([images[(labels == k) & (k < 5)].sum(0).flatten() for k in range(10)])
+    network.weight.data = (means - means.mean(0)).T
+    with torch.no_grad():
+        network.weight *= scale / network(images).logits.std()
+        logits = network(images).logits
+    found = evaluate(network, dataset, "float32", batch_size=50)
+    assert found.nll == pytest.approx(best_likelihood(logits, labels), rel=2e-3)
+    assert found.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+
+
+def test_logits_that_are_no_numbers_have_no_likelihood(dataset):
+    network = Linear(0)
+    network.weight.data[0, 0] = float("nan")
+    assert evaluate(network, dataset, "float32").nll is None
+
+
+def test_a_network_without_a_classifier_has_no_likelihood(dataset):
+    assert evaluate(Linear(0, classes=0), dataset, "float32").nll is None

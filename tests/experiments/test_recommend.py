@@ -17,7 +17,7 @@ from kdzoo.errors import UserError
 from kdzoo.experiments import recommend, work
 from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns
 from kdzoo.experiments.question import Question
-from kdzoo.experiments.recommend import Trainer, search, tried
+from kdzoo.experiments.recommend import AVERAGE, Trainer, search, tried
 from kdzoo.experiments.workers import Local
 from kdzoo.resolve import read_protocol
 from kdzoo.results.recommendation import Recommendation
@@ -95,6 +95,11 @@ def accuracies(out):
     }
 
 
+def decay_of(run):
+    """Of the average of weights that a run keeps."""
+    return yaml.safe_load((run / "config.yaml").read_text())["protocol"]["ema"]
+
+
 def weights(out):
     return {file.parent.name: load_file(file) for file in out.glob("final/*/student.safetensors")}
 
@@ -116,8 +121,8 @@ def test_the_worse_half_stops_at_each_rung_and_the_best_are_finalists(found):
         order = ranked(made, there, epoch)
         left = [n for n in there if stopped[n] != epoch]
         assert set(order[: len(left)]) == set(left)
-        worst = min(made.courses[n].at(epoch) for n in left)
-        assert all(made.courses[n].at(epoch) <= worst for n in set(there) - set(left))
+        least = max(made.courses[n].at(epoch).nll for n in left)
+        assert all(made.courses[n].at(epoch).nll >= least for n in set(there) - set(left))
 
 
 def test_candidates_are_ranked_on_images_that_nobody_is_measured_on_in_the_end(found):
@@ -135,6 +140,7 @@ def test_finalists_and_references_are_trained_anew_on_three_other_seeds(found):
     made = Search.read(found)
     finalists = {n for n, course in enumerate(made.courses) if course.stopped is None} | {0, 1}
     assert {(one.candidate, one.seed) for one in made.finals} == {(n, seed) for n in finalists for seed in (1, 2, 3)}
+    assert {decay_of(path) for stage in ("search", "final") for path in found.glob(f"{stage}/*/")} == {0.97}
     for one in made.finals:
         settings = made.run(found, one).run().settings
         assert (settings.distiller.name, settings.seed) == (made.candidates[one.candidate].method, one.seed)
@@ -295,8 +301,17 @@ def test_the_cost_of_a_method_without_a_teacher_holds_no_pass_of_it(monkeypatch)
 def test_several_students_are_each_given_an_answer(tmp_path):
     students = ("resnet8", "resnet14")
     found = kdzoo.recommend(
-        "resnet14", students, methods=["dkd"], settings=1, out=tmp_path, quiet=True, overrides=PLAIN, budget="70epochs"
+        "resnet14",
+        students,
+        methods=["dkd"],
+        settings=1,
+        out=tmp_path,
+        quiet=True,
+        overrides=(*PLAIN, "protocol.ema=0"),
+        budget="70epochs",
     )
+    assert {decay_of(path) for path in tmp_path.glob("search/*/")} == {AVERAGE}
+    assert {decay_of(path) for path in tmp_path.glob("final/*/")} == {0.0}  # the recipe as it was asked for
     assert found.search.epochs == 2
     assert [answer.student for answer in found.answers] == list(students)
     assert {one.candidate.student for one in found.answers[1].finalists} == {"resnet14"}

@@ -30,7 +30,7 @@ from kdzoo.results.report.serve import server
 from kdzoo.results.report.style import styles
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.predictions import Predictions
-from kdzoo.store.search import Search
+from kdzoo.store.search import Point, Search
 
 from ..made_runs import candidate, fill, many, runs
 from ..made_runs import search as searched
@@ -510,6 +510,7 @@ def test_the_rungs_are_curves_that_end_where_a_candidate_stopped(tmp_path):
     assert list(lines) == ["at", "sp", "dkd", "kd", "none"]  # those in front are drawn last
     assert [lines[name]["x"] for name in lines] == [[1], [1], [1, 2], [1, 2], [1, 2]]
     assert lines["dkd"]["y"] == [10.0, 30.0]
+    assert lines["dkd"]["customdata"] == [", NLL 2.500", ", NLL 1.500"]
     looks = styles(list(SCORES), "kd")
     assert all(lines[name]["line"]["color"] == looks[name]["color"] for name in SCORES)
     assert [name for name in lines if lines[name]["showlegend"]] == list(SCORES)
@@ -523,7 +524,7 @@ def test_the_rungs_are_curves_that_end_where_a_candidate_stopped(tmp_path):
 def test_a_candidate_that_failed_on_its_way_says_why_at_its_line(tmp_path):
     pytest.importorskip("plotly")
     made = a_search(tmp_path)
-    made.courses[-1].curve = [(1, 5.0, 20.0)]
+    made.courses[-1].curve = [Point(1, 5.0, 20.0, 3.0)]
     made.write(tmp_path)
     _, data = parsed(page([tmp_path]))
     line = next(trace for trace in data["figures"]["search-0"]["traces"] if trace["meta"]["method"] == "crd")
@@ -639,7 +640,7 @@ def test_names_and_reasons_of_a_search_are_text(tmp_path):
     made.asked["teacher"] = evil
     for number in (0, 3, 5):
         made.candidates[number] = candidate(evil, stage=evil)
-    made.courses[5].curve, made.courses[5].reason = [(1, 1.0, 1.0)], evil
+    made.courses[5].curve, made.courses[5].reason = [Point(1, 1.0, 1.0, 4.0)], evil
     made.write(tmp_path)
     html = page([tmp_path])
     assert "<img" not in html.partition('id="plotly"')[0]

@@ -161,6 +161,7 @@ HISTORIES = {
     "a tensor": [record(1), record(2, lr=torch.ones(()))],
     "no loss": [record(1), record(2, loss=None)],
     "a key too many": [record(1), record(2, more=1)],
+    "a likelihood that is NaN": [record(1), record(2, nll=float("nan"))],
 }
 
 
@@ -169,3 +170,4 @@ def test_a_history_that_is_not_that_of_its_steps_is_refused(harm):
     with pytest.raises(ValueError, match=r"history|record"):
         check_history(HISTORIES[harm], 9, 4)
     check_history([record(1), record(2, top1=None)], 9, 4)
+    check_history([record(1, nll=None), record(2, nll=1.5)], 9, 4)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kdzoo.errors import UserError
-from kdzoo.store.search import FILE, Course, Search, ranked
+from kdzoo.store.search import FILE, Course, Point, Search, ranked
 
 from ..made_runs import candidate, search
 
@@ -23,13 +23,24 @@ def test_a_search_is_read_back_as_it_was_written(out):
     found.write(out)
     assert (out / FILE).read_text() == before
     assert [one.title for one in found.candidates] == ["kd", "dkd (dkd=3.0)", "at", "sp"]
-    assert found.courses[0].at(2) == (30.0, 70.0)
+    assert found.courses[0].at(2) == Point(2, 30.0, 70.0, 1.5)
 
 
-def test_candidates_are_ordered_by_top1_then_top5_and_those_that_failed_are_left_out(out):
+def at_first(*measured):
+    """Courses of one epoch; the last failed."""
+    return [Course([Point(1, *one)], reason="out of memory" * (one is measured[-1])) for one in measured]
+
+
+def test_candidates_are_ordered_by_likelihood_and_those_that_failed_are_left_out(out):
     found = Search.read(out)
-    curves = [(1, 50.0, 80.0)], [(1, 50.0, 90.0)], [(1, 60.0, 70.0)], [(1, 99.0, 99.0)]
-    found.courses = [Course(curve, reason="out of memory" * (i == 3)) for i, curve in enumerate(curves)]
+    found.courses = at_first((60.0, 80.0, 1.5), (50.0, 90.0, 1.4), (40.0, 70.0, 1.2), (99.0, 99.0, 0.1))
+    assert ranked(found, range(4), 1) == [2, 1, 0]
+    assert ranked(found, [0, 3], 1) == [0]
+
+
+def test_candidates_without_a_classifier_are_ordered_by_top1_then_top5(out):
+    found = Search.read(out)
+    found.courses = at_first((50.0, 80.0), (50.0, 90.0), (60.0, 70.0), (99.0, 99.0))
     assert ranked(found, range(4), 1) == [2, 1, 0]
     assert ranked(found, [0, 3], 1) == [0]
 
@@ -50,10 +61,13 @@ HARMS = [
     (("epochs", "4"), "an epoch is none"),
     (("epochs", 10**9), "an epoch is none"),
     (("rungs", [0]), "an epoch is none"),
-    (("courses", 0, "curve", [[2, 1, 1]]), "a curve lacks an epoch"),
-    (("courses", 0, "curve", [[1, 101, 1]]), "an accuracy is no percentage"),
-    (("courses", 0, "curve", [[1, "nan", 1]]), "an accuracy is no percentage"),
-    (("courses", 0, "curve", [[1, 10**400, 1]]), "damaged"),
+    (("courses", 0, "curve", [[2, 1, 1, 1]]), "a curve lacks an epoch"),
+    (("courses", 0, "curve", [[1, 101, 1, 1]]), "an accuracy is no percentage"),
+    (("courses", 0, "curve", [[1, "nan", 1, 1]]), "an accuracy is no percentage"),
+    (("courses", 0, "curve", [[1, 1, 1, -1]]), "a likelihood is none"),
+    (("courses", 0, "curve", [[1, 1, 1, "nan"]]), "a likelihood is none"),
+    (("courses", 0, "curve", [[1, 1, 1]]), "damaged"),
+    (("courses", 0, "curve", [[1, 10**400, 1, 1]]), "damaged"),
     (("courses", 0, "curve", []), "a curve is too short"),
     (("courses", 2, "curve", []), "a curve is too short"),
     (("courses", 2, "stopped", "1"), "damaged"),
