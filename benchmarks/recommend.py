@@ -39,7 +39,7 @@ from kdzoo.experiments.workers import Local
 from kdzoo.recipe import Protocol
 from kdzoo.results import statistics
 from kdzoo.results.recommendation import Recommendation
-from kdzoo.store.folder import RunFolder
+from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.store.search import Search
 
 METHODS = ("at", "dist", "dkd", "figkd", "fitnet", "lfcc", "nkd", "pkt", "rkd", "sp", "spectralkd", "ttm", "uhkd")
@@ -66,7 +66,7 @@ class Case:
     protocol: Mapping[str, Any]
     settings: int = 2
     grid_seeds: int = USUAL_SEEDS
-    teacher_keys: tuple[str, ...] = ()  # of its own training
+    teacher_keys: tuple[str, ...] = ()  # of the teacher's training
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -115,9 +115,12 @@ def train(case: Case, data: str, out: Path, repeats: int, parts: list[str]) -> N
         for name, overrides in SCHEDULES.items():
             decays = partial(with_decays, made.rungs) if "decays" in name else learning_rate
             with patch.object(lanes, "learning_rate", decays):
-                bench_of(
-                    case, data, made, out / name.replace(", ", "-").replace(" ", "-"), SCHEDULE_SEEDS, False, overrides
-                )
+                bench_of(case, data, made, folder_of(out, name), SCHEDULE_SEEDS, False, overrides)
+
+
+def folder_of(out: Path, schedule: str) -> Path:
+    """Where the runs of a schedule lie."""
+    return out / schedule.replace(", ", "-").replace(" ", "-")
 
 
 def read_or_ask(case: Case, data: str, out: Path) -> Search:
@@ -144,18 +147,21 @@ def asked(case: Case, data: str, out: Path, number: int) -> None:
 
 def bench_of(
     case: Case, data: str, made: Search, out: Path, seeds: tuple[int, ...], final: bool, overrides: tuple[str, ...] = ()
-) -> dict[tuple[str, int], RunFolder]:
-    """Train every candidate with these seeds; return the runs' folders by title and seed."""
+) -> None:
+    """Train every candidate with these seeds."""
     everyone = {case.student: list(range(len(made.candidates)))}
-    found: dict[tuple[str, int], RunFolder] = {}
     for seed in seeds:  # a group at a time
         question = case.question(data, seed)
         question = replace(question, overrides=(*question.overrides, *overrides))
         trainer = Trainer(question, out, Local(), quiet=False)
         stage, own = ("final", [f"output.measure_every={made.epochs}"]) if final else ("whole", [])
-        for number, run in trainer.train(replace(made, seeds=[seed]), stage, everyone, own):
-            found[made.candidates[number].title, seed] = RunFolder.of(run)
-    return found
+        list(trainer.train(replace(made, seeds=[seed]), stage, everyone, own))
+
+
+def runs_in(folder: Path) -> dict[tuple[str, int], RunFolder]:
+    """The finished runs in a folder, by their methods' titles and seeds."""
+    results = {run: run.finished() for run in find_runs([folder])}
+    return {(result.names.method, result.seed): run for run, result in results.items() if result.names}
 
 
 def with_decays(rungs: list[int], protocol: Protocol, base: float, step: int, steps_per_epoch: int) -> float:
@@ -167,13 +173,10 @@ def with_decays(rungs: list[int], protocol: Protocol, base: float, step: int, st
     return learning_rate(protocol, base, step, steps_per_epoch) * min(1.0, falling)
 
 
-def tables(case: Case, data: str, out: Path, title: str, results: Path) -> None:
+def tables(case: Case, out: Path, title: str, results: Path) -> None:
     """Write what was found."""
     made = Search.read(out / "repeat-0")
-    grid = {
-        key: folder.finished().top1
-        for key, folder in bench_of(case, data, made, out / "grid", case.seeds, True).items()
-    }
+    grid = {key: run.finished().top1 for key, run in runs_in(out / "grid").items()}
     sizes = sorted({USUAL_SEEDS, case.grid_seeds})
     means = {
         n: {one.title: fmean(grid[one.title, seed] for seed in case.seeds[:n]) for one in made.candidates}
@@ -220,10 +223,10 @@ def tables(case: Case, data: str, out: Path, title: str, results: Path) -> None:
                     claim[f"{n} seeds show it"] = seen.p < statistics.ALPHA and seen.mean > 0
                 claims.append(claim)
     correlations = [
-        {"schedule": name, "epoch": epoch, "seed": seed, "rank correlation": found, "is rung": epoch in made.rungs}
-        for name, overrides in SCHEDULES.items()
-        if (out / name.replace(", ", "-").replace(" ", "-")).is_dir()
-        for (epoch, seed), found in correlated(case, data, made, out, name, overrides, means[case.grid_seeds]).items()
+        {"schedule": name, **row, "is rung": row["epoch"] in made.rungs}
+        for name in SCHEDULES
+        if folder_of(out, name).is_dir()
+        for row in correlated(runs_in(folder_of(out, name)), means[case.grid_seeds])
     ]
     machine = this_machine()
     for name, part in (("repeats", rows), ("claims", claims), ("schedules", correlations)):
@@ -231,23 +234,25 @@ def tables(case: Case, data: str, out: Path, title: str, results: Path) -> None:
             publish(pd.DataFrame(part), file_of(results, f"recommend-{title}-{name}", machine))
 
 
-def correlated(
-    case: Case, data: str, made: Search, out: Path, name: str, overrides: tuple[str, ...], means: Mapping[str, float]
-) -> dict[tuple[int, int], float]:
-    """Spearman's correlation of each epoch's ranks with those of the grid's means, by epoch and seed."""
-    folder = out / name.replace(", ", "-").replace(" ", "-")
-    runs = bench_of(case, data, made, folder, SCHEDULE_SEEDS, False, overrides)
-    histories = {key: [record["top1"] for record in run.read_history()] for key, run in runs.items()}
-    titles = [
-        one.title for one in made.candidates if all(len(histories[one.title, s]) == made.epochs for s in SCHEDULE_SEEDS)
-    ]
-    return {
-        (epoch + 1, seed): float(
-            stats.spearmanr([histories[t, seed][epoch] for t in titles], [means[t] for t in titles]).statistic
-        )
-        for seed in SCHEDULE_SEEDS
-        for epoch in range(made.epochs)
-    }
+def correlated(runs: Mapping[tuple[str, int], RunFolder], means: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Spearman's correlation of the ranks after each epoch with those of the grid's means, for each seed.
+
+    Ranks are by negative log-likelihood, and for comparison by top-1.
+    """
+    rows = []
+    for seed in sorted({seed for _, seed in runs}):
+        histories = {title: run.read_history() for (title, found), run in runs.items() if found == seed}
+        for epoch, records in enumerate(zip(*histories.values(), strict=True)):
+            truth = [means[title] for title in histories]
+            row: dict[str, Any] = {"epoch": epoch + 1, "seed": seed}
+            for name, sign in (("nll", -1), ("top1", 1)):
+                values = [record.get(name) for record in records]
+                if None not in values:
+                    row[f"rank correlation by {name}"] = float(
+                        stats.spearmanr([sign * value for value in values], truth).statistic
+                    )
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -264,7 +269,7 @@ def main() -> None:
         train(case, given.data, out, given.repeats, given.part)
     else:
         title = f"{case.teacher}-{case.student}-{given.case}-{case.protocol['epochs']}epochs"
-        tables(case, given.data, out, title, given.results)
+        tables(case, out, title, given.results)
 
 
 if __name__ == "__main__":
