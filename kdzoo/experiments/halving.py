@@ -12,6 +12,7 @@ from kdzoo.quantities import counted, duration
 
 FINALISTS = 3  # of each student, beside the references
 SEEDS = 3  # of each finalist
+LAST = 0.75  # of a training: where the last rung lies
 SHARE = 0.2  # of the training images: the part that candidates are ranked on
 UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -35,16 +36,17 @@ def left(candidates: int, rung: int) -> int:
 
 
 def rungs(candidates: int, epochs: int) -> list[int]:
-    """Choose the epochs after which the worse half stops: half of ``epochs`` for the last, and half again before it.
+    """Choose the epochs after which the worse half stops: at LAST of ``epochs``, half of that, and so on, rounded up.
 
     >>> rungs(40, 32)
-    [2, 4, 8, 16]
+    [3, 6, 12, 24]
     >>> rungs(40, 5)
     [1, 2, 3, 4]
     """
     cuts, found = len(counts(candidates)) - 1, list[int]()
-    for i in range(cuts):
-        found.append(max(round(epochs / 2 ** (cuts - i)), found[-1] + 1 if found else 1))
+    for i in range(1, cuts + 1):
+        wanted = math.ceil(LAST * epochs / 2 ** (cuts - i))
+        found.append(max(min(wanted, epochs - 1 - cuts + i), i))
     return found
 
 

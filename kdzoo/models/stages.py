@@ -271,7 +271,7 @@ def _cut(body: nn.Module, method: str, taps: Sequence[str]) -> list[list[Operati
     nodes = list(graph.nodes)
     called = {node.target: node for node in nodes if node.op == "call_module"}
     if missing := [tap for tap in taps if f"body.{tap}" not in called]:
-        raise CannotRead(f"'{missing[0]}' is not called in its trace")
+        raise CannotRead(f"its {method} does not call '{missing[0]}', where a stage ends")
     ends = [called[f"body.{tap}"] for tap in taps]
     [result] = [node.args[0] for node in nodes if node.op == "output"]
     if not isinstance(result, fx.Node):

@@ -24,14 +24,14 @@ def test_the_worse_half_stops_until_three_are_left(candidates, expected):
 
 @pytest.mark.parametrize("candidates", [1, 2, 4, 9, 40, 216])
 @pytest.mark.parametrize("epochs", [8, 9, 30, 240])
-def test_rungs_rise_and_end_at_half_of_a_training(candidates, epochs):
+def test_rungs_rise_and_end_at_three_quarters_of_a_training(candidates, epochs):
     rungs = halving.rungs(candidates, epochs)
     assert rungs == sorted(set(rungs))
     assert len(rungs) == len(halving.counts(candidates)) - 1
     assert all(1 <= epoch <= epochs for epoch in rungs)
     if rungs and epochs >= 2 ** len(rungs):
-        assert rungs[-1] == round(epochs / 2)
-        assert rungs[0] == round(epochs / 2 ** len(rungs))
+        assert rungs[-1] == math.ceil(0.75 * epochs)
+        assert rungs[0] == math.ceil(1.5 * epochs / 2 ** len(rungs))
 
 
 def test_the_shortest_training_has_room_for_every_rung():
@@ -42,12 +42,12 @@ def test_the_shortest_training_has_room_for_every_rung():
 
 
 def test_epochs_are_counted_rung_by_rung():
-    # 7 candidates, 8 epochs: all for 2, 4 for 2 more; then 3 and 2 references with 3 seeds for 8.
-    assert halving.rungs(7, 8) == [2, 4]
-    assert halving.epochs_of([7], 2, 8) == (7 * 2 + 4 * 2, 3 * 8 * 5)
+    # 7 candidates, 8 epochs: all for 3, 4 for 3 more; then 3 and 2 references with 3 seeds for 8.
+    assert halving.rungs(7, 8) == [3, 6]
+    assert halving.epochs_of([7], 2, 8) == (7 * 3 + 4 * 3, 3 * 8 * 5)
     # A second student with 3 candidates is down to its finalists from the first rung on, and trains all the same; its
     # references are among these.
-    assert halving.epochs_of([7, 3], 2, 8) == (7 * 2 + 4 * 2 + 3 * 4, 3 * 8 * (5 + 3))
+    assert halving.epochs_of([7, 3], 2, 8) == (7 * 3 + 4 * 3 + 3 * 6, 3 * 8 * (5 + 3))
 
 
 @pytest.mark.parametrize("candidates", [1, 3, 4, 5, 6])

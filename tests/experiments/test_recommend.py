@@ -28,7 +28,7 @@ PLAIN = ("engine.device=cpu", "engine.precision=float32", "data.limit=160", "pro
 PLAIN += ("teacher.epochs=1", "teacher.allow_weak=true", "engine.lanes=99")
 METHODS = ("dkd", "dist", "sp", "at")
 QUESTION = Question(
-    ("resnet14",), ("resnet8",), METHODS, 1, "", protocol={"name": "quick", "epochs": 4}, overrides=PLAIN
+    ("resnet14",), ("resnet8",), METHODS, 1, "", protocol={"name": "quick", "epochs": 3}, overrides=PLAIN
 )
 
 FAILING = """
@@ -132,7 +132,7 @@ def test_candidates_are_ranked_on_images_that_nobody_is_measured_on_in_the_end(f
     for folder in find_runs([found / "final"]):
         assert folder.read_config()["data"]["select"] == 0
         measured = [record["epoch"] for record in folder.read_history() if record["top1"] is not None]
-        assert measured == [4]  # once
+        assert measured == [3]  # once
     assert not list(found.glob("search/*/result.json"))
 
 
@@ -247,7 +247,7 @@ def test_a_method_that_fails_drops_out_with_its_reason_and_stops_no_other(failin
 
 @pytest.mark.slow(reason="trains a whole search")
 def test_a_failure_in_a_later_rung_does_not_change_who_came_through_an_earlier_one(failing, tmp_path, monkeypatch):
-    failing.write_text(FAILING.replace("0.25", "0.3"))  # in the first step of the second rung
+    failing.write_text(FAILING.replace("0.25", "0.34"))  # in the second rung
     question = replace(QUESTION, methods=(*METHODS, str(failing)))
     made = Search.read(search(question, tmp_path / "out", quiet=True))
     late = [one.method for one in made.candidates].index(str(failing))
@@ -403,7 +403,7 @@ def command(monkeypatch, capsys, *words):
 
 
 ASKED = ["--teacher", "resnet14", "--students", "resnet8", "--methods", ",".join(METHODS), "--settings", "1",
-         "--epochs", "4", *PLAIN]  # fmt: skip
+         "--epochs", "3", *PLAIN]  # fmt: skip
 
 
 def test_the_command_answers_and_kdzoo_run_takes_the_answer(found, tmp_path, monkeypatch, capsys):
@@ -514,7 +514,7 @@ def test_a_method_with_a_longer_phase_before_training_than_training_itself_is_le
         (
             "resnet8",
             "sskd",
-            "its phase before training takes 60 epochs, and a training 4; it is tried with --epochs 60 or more",
+            "its phase before training takes 60 epochs, and a training 3; it is tried with --epochs 60 or more",
         )
     ]
     assert "ofd" in {one.method for one in made.candidates}
