@@ -89,34 +89,42 @@ def output_names(run: Run) -> tuple[str, ...]:
     known = [(str(part.name), names) for part in wanted.parts if (names := _written_names(part))]
     for name, names in known[1:]:
         check_same(known[0], (name, names))
-    if data.classes is not None:
-        return _renamed(data.classes, known)
-    if known:
-        return known[0][1]
+    if not known:
+        known = [(wanted.name, _numbered(run, wanted.name))]
+    return known[0][1] if data.classes is None else _renamed(data.classes, known)
+
+
+def _numbered(run: Run, name: str) -> tuple[str, ...]:
+    """Number the outputs of the teacher of this name, which has no names for them; none where none are known.
+
+    Raises:
+        UserError: nothing tells how many they are.
+    """
+    data, wanted = run.settings.data, run.settings.teacher
     if wanted.weights:
         file = find_file(path_of(wanted.weights))
         size = run.settings.protocol.image_size or wanted.image_size or models.written_facts(file).get("image_size")
         spec = DataSpec(data.name, 2, (), size or 224, torch.zeros(0, dtype=torch.int64))
-        count = models.classes_in(wanted.name, spec, file, **wanted.making())
+        count = models.classes_in(name, spec, file, **wanted.making())
     elif wanted.pretrained:
-        count = models.pretrained_classes(wanted.name) or 0
+        count = models.pretrained_classes(name) or 0
     else:
         raise UserError(
-            f"data {data.name} have no labels to train teacher {wanted.name} on; give --teacher-weights FILE, or "
+            f"data {data.name} have no labels to train teacher {name} on; give --teacher-weights FILE, or "
             "teacher.pretrained=true"
         )
     return tuple(f"class {number}" for number in range(count))
 
 
 def _renamed(file: str, known: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
-    """Read the names that a file gives to outputs, some teachers' own of which are ``known`` from beside their weights.
+    """Read the names that a file gives to the outputs of teachers, each with the names that are ``known`` without it.
 
     Raises:
         UserError: the file names more or fewer outputs than a teacher has, or gives its own names in another order.
     """
     names = listed(file)
     for teacher, own in known:
-        if len(names) != len(own):
+        if own and len(names) != len(own):
             raise UserError(
                 f"data.classes={file} names {counted(len(names), 'output')}, and teacher {teacher} has {len(own)}; "
                 "name each of them, or leave data.classes out"

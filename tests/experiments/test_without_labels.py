@@ -361,6 +361,10 @@ def test_outputs_are_named_by_the_file_beside_the_weights_by_a_file_or_by_number
     network = kdzoo.models.create("resnet8", kdzoo.DataSpec("x", 3, NAMES, 16, torch.zeros(0)))
     torch.save(network.body.state_dict(), plain)
     assert output_names(wanted(pictures, f"teacher.weights={plain}")) == ("class 0", "class 1", "class 2")
+    assert output_names(wanted(pictures, f"teacher.weights={plain}", f"data.classes={order}")) == ("x", "y", "z")
+    order.write_text("x\ny\n")
+    with pytest.raises(UserError, match=re.escape("names 2 outputs, and teacher resnet8 has 3; name each of them")):
+        output_names(wanted(pictures, f"teacher.weights={plain}", f"data.classes={order}"))
     assert output_names(wanted(pictures, f"teacher.weights={plain}", "teacher.classifier=false")) == ()
     torch.save({k: v for k, v in network.body.state_dict().items() if not k.startswith("fc")}, plain)
     with pytest.raises(UserError, match="classifier"):
