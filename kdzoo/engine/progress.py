@@ -243,6 +243,8 @@ class Progress:
 
         ``text`` says what is trained. It is announced as soon as a few steps were timed.
         """
+        if self.here and not self.trained:
+            self.begun = self.clock()  # what was done before, such as the teacher's training, tells nothing of the rest
         self.text, self.announced = text, start == total
         self.total, self.done, self.first, self.since, self.mark = total, start, start, self.clock(), None
         self.due = min(self.due, self.since + FIRST)

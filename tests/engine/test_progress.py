@@ -124,10 +124,11 @@ def test_a_teachers_training_counts_nothing_and_what_was_done_before_says_nothin
     progress.begin("training kd", 10, 20, 0, ["none"])
     progress.show(20, {}, 1.0, "none")
     assert progress.left() == ""
+    clock.now = 600.0
     progress.count_next(8)
     progress.begin("training kd", 10, 40, 20, ["kd"])  # resumed half-way
     assert progress.left() == ""
-    clock.now = 60.0
+    clock.now = 660.0
     progress.show(30, {}, 1.0, "kd")
     assert progress.left() == ", about 60 s left in all"
 
