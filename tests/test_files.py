@@ -112,3 +112,4 @@ def test_a_file_where_a_folder_belongs_is_named(tmp_path):
 
 def test_an_error_lists_each_known_name_once():
     assert str(unknown("key", "xyz", ["data", "data", "seed"])) == "unknown key 'xyz'; known: data, seed"
+    assert str(unknown("key", "xyz", map(str, range(32)))).endswith(", 6, 7 and 2 more")

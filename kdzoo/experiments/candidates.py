@@ -52,10 +52,10 @@ def variants(name: str, usual: dict[str, Any], settings: int) -> list[dict[str, 
         usual: the preset's keywords; those that it does not name have their defaults.
         settings: how many are wanted.
     """
+    method = registry.load(name)
     if settings == 1:
         return [{}]
     keywords = distiller_settings({"name": name, **usual}).keywords
-    method = registry.load(name)
     found = method.search or main_weight(method, keywords)
     if not found:
         return [{}]

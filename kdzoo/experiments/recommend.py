@@ -194,6 +194,8 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
         UserError: as by ``search``.
     """
     lock, question = RunLock(trainer.out), trainer.question
+    names = str(question.data["name"]), str(question.protocol["name"])
+    found = candidates(question.teacher, question.students, question.methods, question.settings, *names)
     lock.acquire(wait=True)
     try:
         own(trainer.out, MARK)
@@ -208,7 +210,7 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
             )
         )
         if not (trainer.out / FILE).is_file():
-            made = made_plan(trainer, asked, progress)
+            made = made_plan(trainer, asked, found, progress)
             made.write(trainer.out)
             return made
         made = Search.read(trainer.out)
@@ -236,11 +238,9 @@ def files(question: Question) -> dict[str, str]:
     return {name: digest(file) for part in parts for name, file in part.items()}
 
 
-def made_plan(trainer: Trainer, asked: dict[str, Any], progress: Progress) -> Search:
+def made_plan(trainer: Trainer, asked: dict[str, Any], found: Sequence[Candidate], progress: Progress) -> Search:
     """Find the candidates that fit, by a few steps of each method, and how many epochs the budget pays."""
     question = trainer.question
-    names = str(question.data["name"]), str(question.protocol["name"])
-    found = candidates(question.teacher, question.students, question.methods, question.settings, *names)
     usual = [one for one in found if not one.keywords]
     by_student = {student: [one for one in usual if one.student == student] for student in question.students}
     here = replace(trainer, executor=Local())  # methods are measured on this machine, as by a dry run

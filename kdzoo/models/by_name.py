@@ -93,7 +93,7 @@ def check_name(name: str) -> None:
     if not colon and name.endswith(".py"):
         raise UserError(f"'{name}' names no network; expected {path_of(name).stem}:FACTORY, the function that makes it")
     if not colon and not timm.is_model(names.resolve(name)):
-        raise unknown("model", name, names.known())
+        raise unknown("model", name, names.known(), hint="(all: kdzoo list models)")
     if colon and origin == "torchvision" and member not in (known := _torchvision_models()):
         raise unknown("torchvision model", member, known)
     if colon and origin == "hf-hub" and "/" not in member:

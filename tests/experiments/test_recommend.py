@@ -169,6 +169,11 @@ def test_another_question_in_the_same_folder_is_one_line(found, changed, said):
     assert said in str(caught.value)
 
 
+def test_a_mistyped_method_is_told_of_before_the_question_is_compared(found):
+    with pytest.raises(UserError, match="unknown distiller 'dkdd'; did you mean dkd"):
+        search(replace(QUESTION, methods=("dkdd",)), found, quiet=True)
+
+
 def test_a_folder_holds_a_search_or_a_suite_and_not_both(found, tmp_path):
     suite = tmp_path / "mine.yaml"
     suite.write_text("{pairs: [[resnet14, resnet8]], distillers: [none]}")
