@@ -8,7 +8,7 @@ from kdzoo.engine import graphs, kept_logits
 from kdzoo.engine.compiling import Compiling
 from kdzoo.engine.faults import Shared, check_finite
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.measure import evaluate, measured
+from kdzoo.engine.measure import Measures, evaluate, measured
 from kdzoo.engine.micro_batches import check_micro_batches
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
@@ -166,18 +166,17 @@ def record_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     """Measure a lane's student, where it is due, and write the epoch down."""
     settings, place = lane.run
     terms, epoch = lane.meter.read(), (step + 1) // lane.steps_per_epoch
-    found = None
+    found: dict[str, float | None] = dict.fromkeys(Measures._fields)
     if epoch % place.output.measure_every == 0 or epoch == lane.run.last_epoch:
         with progress.doing(f"measuring {settings.student.name} ({lane.title}) after epoch {epoch}"):
-            found = evaluate(lane.deployed(), dataset, settings.engine.precision, settings.protocol.test_crop)
+            student, crop = lane.deployed(), settings.protocol.test_crop
+            found = evaluate(student, dataset, settings.engine.precision, crop)._asdict()
     record = {
         "epoch": epoch,
         "step": step + 1,
         "lr": lane.rate(step),
         "loss": terms,
-        "top1": found and found.top1,
-        "top5": found and found.top5,
-        "nll": found and found.nll,
+        **found,
         "images_per_second": round(speed, 1),
     }
     lane.record(record)
