@@ -10,7 +10,6 @@ from typing import Any
 
 from kdzoo.data import option_settings
 from kdzoo.errors import UserError
-from kdzoo.quantities import counted
 from kdzoo.resolve import distiller_settings, files_by_part, preset, read_protocol
 from kdzoo.settings import DataSettings, Settings, StudentSettings, TeacherSettings
 
@@ -108,7 +107,7 @@ def _data(settings: Mapping[str, Any]) -> str:
     with suppress(UserError):  # a set that is not there any more is named with all its options
         usual = option_settings(settings["name"], {}) if given else {}
     changed = [f"{key}={value}" for key, value in given.items() if value != usual.get(key)]
-    changed += [f"{counted(limit, 'image')}"] if limit else []
+    changed += [f"{limit} images"] if limit else []
     others = {key: value for key, value in settings.items() if key not in ("name", "limit", "options", "fingerprint")}
     changed += _changes(others, asdict(DataSettings()))
     return f"{settings['name']} ({', '.join(changed)})" if changed else str(settings["name"])

@@ -70,7 +70,7 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
         click.echo(line, nl=False)
     if failures:
         raise UserError(
-            f"{len(failures)} of {counted(count, 'image')} left out, unreadable; replace or remove those named above"
+            f"{len(failures)} of {counted(count, 'image')} cannot be read, see above; replace or remove what is damaged"
         )
 
 

@@ -52,7 +52,7 @@ def test_data_without_test_images_need_them_all_the_same(mine):
 
 
 def test_a_share_that_leaves_nothing_to_train_on_names_the_setting():
-    with pytest.raises(UserError, match=r"data\.select=0\.9999 of 1437 images leaves none to train on"):
+    with pytest.raises(UserError, match=r"data\.select=0\.9999 of 1,437 images leaves none to train on"):
         open_dataset("digits", select=0.9999)
 
 
