@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import kdzoo
+from kdzoo.engine.measure import Measures
 from kdzoo.errors import UserError
 from kdzoo.experiments.run import evaluate_run
 from kdzoo.results import layout, table
@@ -38,7 +39,7 @@ def falling(monkeypatch):
         numbers.append(90.0 - 10 * len(numbers))
         if numbers[-1] in measure.interrupted:
             raise KeyboardInterrupt
-        return numbers[-1], 95.0
+        return Measures(numbers[-1], 95.0, None)
 
     measure.interrupted = ()
     monkeypatch.setattr("kdzoo.engine.loop.evaluate", measure)
