@@ -7,8 +7,9 @@
 they tell. ``repeats`` asks the question so many times, with other seeds each time. ``schedules`` trains every
 candidate to its end on the search's part of the images, by several schedules of the learning rate and with and without
 an average of the weights, to see from which epoch on, and by which, ranks tell those of the grid. All of it can be
-stopped and started again. The tables: a row for each repeat (its choice, how far the grid sees it from the best, its
-cost), a row for each claim of a difference, and a row for each schedule and epoch with its rank correlation.
+stopped and started again. The tables: a row for each run of the grid, a row for each repeat (its choice, how far the
+grid sees it from the best, its cost), a row for each claim of a difference, and a row for each schedule and epoch with
+its rank correlation.
 
 Settings: digits (resnet14 -> resnet8), and of CIFAR-100 as a folder of pictures (--data) cifar (resnet20 -> resnet8)
 and transformer (resnet8x4 -> vit_pico).
@@ -229,7 +230,8 @@ def tables(case: Case, out: Path, title: str, results: Path) -> None:
         for row in correlated(runs_in(folder_of(out, name)), means[case.grid_seeds])
     ]
     machine = this_machine()
-    for name, part in (("repeats", rows), ("claims", claims), ("schedules", correlations)):
+    whole = [{"method": title, "seed": seed, "top1": top1} for (title, seed), top1 in sorted(grid.items())]
+    for name, part in (("grid", whole), ("repeats", rows), ("claims", claims), ("schedules", correlations)):
         if part:
             publish(pd.DataFrame(part), file_of(results, f"recommend-{title}-{name}", machine))
 

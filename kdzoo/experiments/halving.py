@@ -36,7 +36,7 @@ def left(candidates: int, rung: int) -> int:
 
 
 def rungs(candidates: int, epochs: int) -> list[int]:
-    """Choose the epochs after which the worse half stops: at LAST of ``epochs``, half of that, and so on, rounded up.
+    """Choose the epochs after which the worse half stops: three quarters of all, half of that, and so on, rounded up.
 
     >>> rungs(40, 32)
     [3, 6, 12, 24]

@@ -36,7 +36,7 @@ def page(name: str, found: Inspection) -> str:
     """Write what was found, one fact a line."""
     totals = {split: int(counts.sum()) for split, counts in found.counts.items()}
     small, large = (" x ".join(map(str, size)) for size in (found.smallest, found.largest))
-    kinds = f"{counted(len(found.class_names), 'class')}" if found.class_names else "no labels"
+    kinds = counted(len(found.class_names), "class") if found.class_names else "no labels"
     lines = [
         f"data {name}: {kinds}, {totals['train']} training and {totals['test']} test images",
         f"size: {small} pixels" + ("" if small == large else f" to {large}"),

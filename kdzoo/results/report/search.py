@@ -20,7 +20,8 @@ BACKGROUND = {"color": GRAY, "dash": "solid", "named": False}
 HELP = (
     "Top-1 on the part of the training images that is held out. A line ends where its candidate stopped; dotted lines "
     "are the epochs after which the worse half stops: those that take the right classes for less likely (higher NLL), "
-    "which tells more of few images than top-1. Point at a line to see its NLL, and at a gray one its name and place."
+    "which tells more of few images than top-1, or have a lower top-1 where students have no classifier. Point at a "
+    "line to see its NLL, and at a gray one its name and place."
 )
 
 
