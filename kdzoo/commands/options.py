@@ -17,8 +17,7 @@ TEACHERS = click.option(
     "--teacher",
     "teachers",
     multiple=True,
-    help="Network to learn from, named as the student; several times for several that answer together (not needed by "
-    "--distiller none).",
+    help="Network to learn from, named as the student; several times for several that answer together.",
 )
 TEACHER_WEIGHTS = click.option(
     "--teacher-weights",

@@ -29,7 +29,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
     "--distiller",
     "distiller.name",
     help="Distillation method: a name of 'kdzoo list distillers', or the path of a Python file that holds one; none "
-    "trains the student on labels alone.",
+    "trains the student on labels alone, and needs no teacher.",
 )
 @flag(
     "--student",
