@@ -1,13 +1,15 @@
 """The command line: quick to start, one line and exit code 2 for the user's mistakes."""
 
 import json
+import re
 import subprocess
 import sys
 
+import click
 import pytest
 from PIL import Image
 
-from kdzoo.cli import main
+from kdzoo.cli import COMMANDS, main
 from kdzoo.experiments import suites
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
@@ -128,6 +130,24 @@ def test_nothing_heavy_is_imported_for_help_and_lists():
             "assert not {'torch', 'timm', 'pandas', 'numpy', 'omegaconf'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_command_is_told_in_a_whole_sentence(kdzoo):
+    _, out, _ = kdzoo("--help")
+    told = out.partition("Commands:\n")[2].splitlines()
+    assert len(told) == len(COMMANDS)
+    assert all(re.fullmatch(r"  \w+ +[A-Z].*\w\.", line) for line in told)
+
+
+def test_an_option_that_may_be_left_out_names_its_default():
+    options = [
+        option
+        for command in COMMANDS
+        for option in command.params
+        if isinstance(option, click.Option) and not option.is_flag and option.to_info_dict()["default"]
+    ]
+    assert len(options) > 10
+    assert [option.opts for option in options if "(default: " not in (option.help or "")] == []
 
 
 def test_show_explains_methods_and_networks(kdzoo):

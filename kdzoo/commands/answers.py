@@ -39,9 +39,15 @@ def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
         )
 
 
-@click.command("list")
+@click.command("list", short_help="List methods, models, data, protocols, suites or settings.")
 @click.argument("kind", type=click.Choice(["distillers", "models", "data", "protocols", "suites", "settings"]))
-@click.option("--format", "style", type=click.Choice(["text", "markdown"]), default="text")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "markdown"]),
+    default="text",
+    help="Form of the list (default: text).",
+)
 @DEBUG
 def list_names(kind: str, style: str) -> None:
     """List the names of methods, models, data sets, protocols or suites, or every setting with its default."""

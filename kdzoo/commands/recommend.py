@@ -11,7 +11,7 @@ from kdzoo.commands.training import spread
 COMMAS = "NAME[,NAME]..."
 
 
-@click.command()
+@click.command(short_help="Find the best method for your teacher, student and data.")
 @TEACHERS
 @TEACHER_WEIGHTS
 @click.option(

@@ -31,9 +31,15 @@ def evaluate(folder: Path, **here: Any) -> None:
     click.echo(f"top-1 {top1:.2f} %  top-5 {top5:.2f} %{of}")
 
 
-@click.command()
+@click.command(short_help="Print a table of finished runs.")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
-@click.option("--format", "style", type=click.Choice(["markdown", "csv", "latex", "html"]), default="markdown")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["markdown", "csv", "latex", "html"]),
+    default="markdown",
+    help="Form of the table (default: markdown).",
+)
 @click.option("--baseline", metavar="METHOD", help="Method that the others are compared with (default: kd).")
 @click.option(
     "--pivot",
@@ -72,7 +78,7 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
         click.echo(" ".join(line.split()), err=True)
 
 
-@click.command()
+@click.command(short_help="Show what feature maps hold in each frequency band.")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
 @click.option("--teacher", help="Compare this untrained network with --student, instead of finished runs.")
 @click.option("--student", help="Untrained student to compare with --teacher.")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGES...")
-@click.option("--format", "style", type=click.Choice(["csv", "json"]), default="csv", help="Form of the output.")
+@click.option(
+    "--format", "style", type=click.Choice(["csv", "json"]), default="csv", help="Form of the output (default: csv)."
+)
 @click.option(
     "--top",
     type=click.IntRange(min=1),

@@ -38,11 +38,12 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
     "package.module:factory.",
 )
 @TEACHERS
+@TEACHER_WEIGHTS
 @flag(
     "--data",
     "data.name",
-    help="Data set: a name of 'kdzoo list data', folder:PATH, or the path of a Python file that holds one "
-    "(default: digits).",
+    help="Data set: a name of 'kdzoo list data', folder:PATH, images:PATH for pictures without classes, or the path of "
+    "a Python file that holds one (default: digits).",
 )
 @flag("--data-root", "data.root", help="Folder of downloaded data sets (default: data).")
 @flag(
@@ -78,7 +79,6 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 )
 @flag("--devices", "engine.devices", type=int, help="Number of devices for one run, one process each (default: 1).")
 @flag("--out", "output.root", help="Folder that holds the runs (default: runs).")
-@TEACHER_WEIGHTS
 @flag(
     "--allow-weak-teacher",
     "teacher.allow_weak",
@@ -194,14 +194,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["local", "ray"]),
             default="local",
             help="Train on this machine, or on a Ray cluster: the one at RAY_ADDRESS, else this machine's, else a new "
-            "one.",
+            "one (default: local).",
         ),
     ):
         command = option(command)
     return command
 
 
-@click.command()
+@click.command(short_help="Train all runs of a suite, then print their table.")
 @click.argument("suite")
 @click.option(
     "--seeds", type=click.IntRange(min=1), help="Number of seeds, counted from 0 (default: the suite's own seeds)."
