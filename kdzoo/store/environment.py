@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _revision() -> str | None:
-    """Find the commit of kdzoo's checkout, with ``+`` where files differ from it; None for an installed package."""
+    """Find the commit of kdzoo's checkout, with ``+`` where files differ from it; None for an installed package.
+
+    It is looked up once: a process runs the code that it imported, though the checkout may change meanwhile.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
