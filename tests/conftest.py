@@ -1,5 +1,6 @@
 """Every test session has its own cache of data and teachers, and runs the same on any number of cores."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, one core each
@@ -40,6 +41,15 @@ def hurried():
     """A student's latency is measured by one pass after the first, so that runs of tests end sooner."""
     with patch.multiple("kdzoo.engine.cost", FEWEST=1, SECONDS=0.0):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_garbage():
+    """What was imported is never searched for garbage, which is done before each group of runs."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 COUNTED = Path(__file__).with_name("counted.py")
