@@ -100,9 +100,9 @@ def read_file(path: Path) -> Any:
     try:
         if _is_safetensors(path):
             return load_file(path)
-        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # of pickle protocols, which either load or do not
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged files, torch's reader raises errors of many kinds
         raise UserError(_refusal(path, str(error))) from error
 
@@ -119,8 +119,8 @@ def written_by_kdzoo(path: Path) -> bool:
 
 
 def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+    with path.open("rb") as file:  # its header is JSON, whichever suffix the file was given
+        return file.read(9)[8:] == b"{"
 
 
 def _refusal(path: Path, said: str) -> str:

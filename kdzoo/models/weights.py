@@ -19,6 +19,7 @@ from kdzoo.models.peers import known_as
 from kdzoo.models.unwrap import Found, candidates, choose, misfit, tensors_of
 from kdzoo.models.weight_files import find_file, read_file, written_by_kdzoo
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # numbers of 8 bits mean nothing without a scale
 SHOWN = 3  # mismatching tensors named in an error
 
 
@@ -172,9 +173,11 @@ def _check_kind(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, 
         if kind != "sparse" or value.layout != torch.strided:
             raise UserError(f"'{path}': {name} is a {kind} tensor; expected dense ones, as state_dict() gives them")
         if name in expected and expected[name].is_floating_point():
-            if not value.is_floating_point():
+            if value.dtype not in FLOATS:
                 kind = str(value.dtype).removeprefix("torch.")
-                raise UserError(f"'{path}': {name} is a tensor of {kind}; expected floats, as state_dict() gives them")
+                raise UserError(
+                    f"'{path}': {name} is a tensor of {kind}; expected floats of 16 bits or more, as state_dict() gives"
+                )
             if value.sum().isnan() and value.isnan().any():  # the sum alone reads the weights once
                 raise UserError(f"'{path}': {name} holds NaN; the training that it comes from failed, take another")
 

@@ -192,6 +192,7 @@ def test_weights_of_any_precision_become_those_of_the_network(dtype, trained, tm
         ("quantised", lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)),
         ("tensor of complex64", lambda value: value.to(torch.complex64)),
         ("tensor of bool", lambda value: value > 0),
+        ("tensor of float8_e4m3fn", lambda value: value.to(torch.float8_e4m3fn)),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -218,6 +219,15 @@ def test_files_that_are_no_checkpoints_say_what_they_are(content, said, suffix, 
     with pytest.raises(UserError, match=said) as error:
         load_weights(create("resnet8", DATA), file)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("save", "suffix"), [(torch.save, ".safetensors"), (save_file, ".pth")])
+def test_a_file_is_read_for_what_it_holds_and_not_for_its_suffix(save, suffix, trained, tmp_path):
+    file = tmp_path / f"weights{suffix}"
+    save(dict(trained), file)
+    network = create("resnet8", DATA)
+    load_weights(network, file)
+    assert same(network.body.state_dict(), trained)
 
 
 def test_a_truncated_file_is_refused_in_one_line(trained, tmp_path):
