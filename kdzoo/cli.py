@@ -1,6 +1,7 @@
 """The command line: its commands, and how a mistake is said."""
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -37,6 +38,7 @@ for command in COMMANDS:
 def main() -> None:
     """The entry point: the user's mistakes are one line and exit code 2."""
     try:
+        check_working_folder()
         with out_of_memory_told(lambda: " ".join(["running kdzoo", *sys.argv[1:2]])):
             code = cli(standalone_mode=False)
     except AskedToEnd:
@@ -58,6 +60,20 @@ def main() -> None:
         click.echo("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def check_working_folder() -> None:
+    """Check that the working folder is still there; without one, libraries end the process while they are imported.
+
+    Raises:
+        UserError: it was removed.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError(
+            "the working folder was removed; change to another one (cd) and run the same command"
+        ) from error
 
 
 if __name__ == "__main__":

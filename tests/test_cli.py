@@ -89,6 +89,17 @@ def test_a_disk_or_a_memory_that_fails_is_one_line_too(kdzoo, tmp_path, monkeypa
         main()
 
 
+def test_a_working_folder_that_was_removed_is_one_line(kdzoo, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = kdzoo("list", "suites")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: the working folder was removed; change to another one")
+    monkeypatch.chdir(tmp_path)
+    assert kdzoo("list", "suites")[0] == 0
+
+
 def test_debug_shows_where_it_went_wrong(monkeypatch):
     from kdzoo.errors import UserError
 
