@@ -84,7 +84,12 @@ def appearing(target: Path) -> Iterator[Path]:
             yield folder
             if target.exists():
                 target.rename(former)
-            folder.rename(target)
+            try:
+                folder.rename(target)
+            except BaseException:  # another process was faster, or this one is interrupted
+                with suppress(OSError):
+                    former.rename(target)
+                raise
             remove_parts(target.parent, older_than=DAY)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -120,8 +125,15 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     Raises:
         StorageError: that is not possible.
     """
-    with storing(folder if folder.exists() else folder.parent):
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    try:
+        with storing(folder if folder.exists() else folder.parent):
+            folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    except StorageError as error:
+        for path in (folder, *folder.parents):
+            if os.path.lexists(path) and not os.path.isdir(path):
+                what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no folder"
+                raise StorageError(f"{path} cannot be written (it is {what}); choose another folder") from error
+        raise
 
 
 def remove_parts(folder: Path, older_than: float = -inf) -> None:
@@ -234,7 +246,10 @@ def cache_folder() -> Path:
         UserError: others can write to it.
     """
     folder = path_of(os.environ.get("KDZOO_CACHE") or "~/.cache/kdzoo")
-    make_folder(folder, mode=0o700)
+    try:
+        make_folder(folder, mode=0o700)
+    except StorageError as error:
+        raise StorageError(f"no cache: {error} (KDZOO_CACHE names the cache, by default ~/.cache/kdzoo)") from error
     if os.name == "posix" and folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(
             f"other users can write to the cache {folder}, and could put teachers of theirs there; "

@@ -31,10 +31,11 @@ def test_a_cache_that_others_can_write_to_is_refused_with_the_remedy(tmp_path, m
     assert cache_folder() == tmp_path
 
 
-def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["file", "file/cache"])
+def test_a_cache_that_cannot_be_made_is_one_line_that_says_what_names_it(name, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(StorageError, match="cannot be written"):
+    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / name))
+    with pytest.raises(StorageError, match=rf"{tmp_path / 'file'} cannot be written .*KDZOO_CACHE"):
         cache_folder()
 
 
@@ -107,7 +108,37 @@ def test_a_file_where_a_folder_belongs_is_named(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(StorageError, match=rf"{tmp_path / 'mine'} cannot be written"):
         make_folder(tmp_path / "mine")
+    with pytest.raises(StorageError, match=rf"{tmp_path / 'mine'} cannot be written \(it is no folder"):
+        make_folder(tmp_path / "mine" / "below" / "it")
     make_folder(tmp_path)
+
+
+def test_a_link_to_a_disk_that_is_gone_is_named(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "gone" / "disk")
+    for folder in ("runs", "runs/suite"):
+        with pytest.raises(StorageError, match=rf"{tmp_path / 'runs'} cannot be written .* link that leads nowhere"):
+            make_folder(tmp_path / folder)
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_former_one(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "before").touch()
+    rename = Path.rename
+
+    def stopped(self, target):
+        if self.name.endswith(".part") and Path(target).name == "out" and (self / "new").exists():
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+
+    def replaced():
+        with appearing(tmp_path / "out") as folder:
+            (folder / "new").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        replaced()
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "before"]
 
 
 def test_an_error_lists_each_known_name_once():

@@ -106,6 +106,7 @@ def export(
                 lines, found = _program(student, source, folder, format, quantize, images, here, progress)
         text = json.dumps({**record, **found}, indent=2)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        check_target(target, overwrite)  # once more: somebody may have made it meanwhile
     return Export(target, tuple(lines))
 
 

@@ -17,6 +17,7 @@ from kdzoo import models
 from kdzoo.cli import cli
 from kdzoo.data import open_dataset
 from kdzoo.errors import UserError
+from kdzoo.experiments import exports
 
 from ..made_runs import write
 
@@ -234,6 +235,20 @@ def test_a_folder_that_is_there_is_replaced_only_if_it_is_an_export_and_one_asks
     assert (other / "README.md").exists()
     assert not (other / "left.txt").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_folder_that_somebody_makes_meanwhile_is_not_replaced(transformer, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", exports.write_timm
+
+    def write_and_meet(*arguments):
+        write(*arguments)
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+
+    monkeypatch.setattr(exports, "write_timm", write_and_meet)
+    with pytest.raises(UserError, match="is there, and no export of kdzoo"):
+        kdzoo.export(transformer.folder, "timm", out)
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "precious.txt"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(transformer, tmp_path):
