@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
+from io import StringIO
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -186,9 +187,11 @@ def read_yaml(text: str, title: str) -> dict[str, Any]:
         UserError: the text of ``title`` is no YAML, holds no mapping, or a key twice.
     """
     try:
-        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
+        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+    except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{title} is no valid YAML: {' '.join(str(error).split())}") from error
+    except OSError:  # OmegaConf's error for a single value, such as a number
+        content = None
     if not isinstance(content, dict):
         raise UserError(f"{title} holds no mapping; expected keys with their values")
     return {str(key): value for key, value in content.items()}

@@ -87,6 +87,30 @@ def test_a_protocol_file_of_ones_own(tmp_path):
         read_protocol(str(tmp_path / "other.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("3\n", "holds no mapping"),
+        ("true\n", "holds no mapping"),
+        ("[1, 2]\n", "holds no mapping"),
+        (f"epochs: 1{'0' * 5000}\n", "no valid YAML"),
+        ("epochs: 1\nepochs: 2\n", "duplicate key"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_one_line(text, said, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        read_protocol(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_as_windows_does(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes("\ufeffepochs: 3\r\nlr: 0.001\r\n".encode())
+    assert read_protocol(str(file)).epochs == 3
+
+
 def test_yaml_cannot_build_objects(tmp_path):
     file = tmp_path / "evil.yaml"
     file.write_text("epochs: !!python/object/apply:os.getpid []\n")
