@@ -208,8 +208,10 @@ def several(names: Sequence[str], weights: Sequence[str] = ()) -> dict[str, Any]
     """Write the settings of one teacher or of several, by their names and the files of their weights.
 
     Raises:
-        UserError: there are weights of some of them only.
+        UserError: there are weights of some of them only, or a file without a name.
     """
+    if "" in weights:
+        raise UserError("--teacher-weights is empty; expected a file or a folder, or leave it out to train the teacher")
     if weights and len(weights) != max(len(names), 1):
         raise UserError(
             f"--teacher names {counted(len(names), 'network')}, and --teacher-weights {len(weights)}; give weights for "

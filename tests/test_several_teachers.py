@@ -120,6 +120,12 @@ def test_weights_are_given_for_each_teacher_or_for_none():
             several(names, weights)
 
 
+@pytest.mark.parametrize(("names", "weights"), [([], [""]), (["a"], [""]), (["a", "b"], ["x", ""])])
+def test_an_empty_name_of_weights_is_refused_and_trains_no_teacher(names, weights):
+    with pytest.raises(UserError, match="--teacher-weights is empty; expected a file or a folder, or leave it out"):
+        several(names, weights)
+
+
 def test_what_a_further_teacher_leaves_out_of_its_training_is_as_of_the_first():
     first, second, third = resolved(
         "teacher.epochs=7",
