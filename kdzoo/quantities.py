@@ -21,6 +21,11 @@ def duration(seconds: float) -> str:
     return f"{days} d {hours:02d} h"
 
 
+def short(number: float) -> str:
+    """Write a number in three digits, or in whole ones where it is larger: ``0.318``, ``25.1``, ``7820``."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+
+
 def size(count: float) -> str:
     """Write a number of bytes as ``512 MiB`` or ``1.5 GiB``."""
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdzoo.quantities import counted, duration, size
+from kdzoo.quantities import counted, duration, short, size
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ def test_a_duration_has_the_unit_of_its_size(seconds, said):
 
 def test_bytes_are_mebibytes_until_a_gibibyte():
     assert [size(2**29), size(3 * 2**29)] == ["512 MiB", "1.5 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0.31847, "0.318"), (25.1, "25.1"), (999.4, "999"), (999.6, "1000"), (7820.3, "7820"), (0, "0")],
+)
+def test_a_number_has_three_digits_and_no_exponent_where_it_is_large(number, said):
+    assert short(number) == said

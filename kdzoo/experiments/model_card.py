@@ -11,7 +11,7 @@ from kdzoo import __version__
 from kdzoo.errors import UserError
 from kdzoo.models import Student
 from kdzoo.naming import ALONE
-from kdzoo.quantities import counted
+from kdzoo.quantities import counted, short
 from kdzoo.store.folder import find_runs
 from kdzoo.store.result import MEASURED, MEASURED_BY, Result
 
@@ -74,7 +74,7 @@ def card(result: Result, student: Student, program: bool) -> str:
         ("top-1 of the recipe", f"{reached} ({', '.join(str(run.seed) for run in seeds)})"),
         ("classes", str(len(student.classes) or "none: it gives embeddings")),
         ("parameters", "" if result.parameters is None else f"{result.parameters:,}"),
-        ("operations of one image", "" if result.flops is None else f"{result.flops / 1e9:.3g} GFLOPs"),
+        ("operations of one image", "" if result.flops is None else f"{short(result.flops / 1e9)} GFLOPs"),
     ]
     usage = FOR_TORCH.replace("{side}", str(student.image_size)) if program else FOR_TIMM
     usage = usage if student.classes else usage.replace("logits =", "embedding =")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kdzoo.errors import UserError
 from kdzoo.keywords import flat
-from kdzoo.quantities import duration
+from kdzoo.quantities import duration, short
 
 if TYPE_CHECKING:
     from kdzoo.store.result import Result
@@ -51,7 +51,7 @@ def result_table(result: "Result") -> Table:
     if cost := cost_of(result):
         table.add_row("its size", cost)
     if result.latency_1 is not None and result.latency_64 is not None:
-        table.add_row("its latency", f"{result.latency_1:.3g} ms, {result.latency_64:.3g} ms for 64")
+        table.add_row("its latency", f"{short(result.latency_1)} ms, {short(result.latency_64)} ms for 64")
     table.add_row("protocol, seed", f"{result.protocol}, {result.seed}")
     table.add_row("time", duration(result.seconds))
     table.add_row("images per second", f"{result.images_per_second:.0f}")
@@ -62,8 +62,8 @@ def cost_of(result: "Result") -> str:
     """Write the size of a run's student, as far as it is known."""
     parts = [
         (result.parameters, lambda count: f"{count:,} parameters"),
-        (result.file_bytes, lambda size: f"{size / 1e6:.3g} MB"),
-        (result.flops, lambda flops: f"{flops / 1e9:.3g} GFLOPs"),
+        (result.file_bytes, lambda size: f"{short(size / 1e6)} MB"),
+        (result.flops, lambda flops: f"{short(flops / 1e9)} GFLOPs"),
     ]
     return ", ".join(text(value) for value, text in parts if value is not None)
 

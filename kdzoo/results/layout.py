@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from kdzoo import registry
-from kdzoo.quantities import counted
+from kdzoo.quantities import counted, short
 from kdzoo.results import published, statistics
 from kdzoo.results.render import Cell, Grid, Section, latex, markdown, no_formula, page
 from kdzoo.results.table import (
@@ -89,8 +89,8 @@ def long(runs: pd.DataFrame, baseline: str = BASELINE) -> list[Section]:
                 Cell(sources.cell(number, value)) for number, value in zip(found, rows[ours], strict=True)
             ]
         columns["ms for 1, 64"] = _latencies(rows)
-        columns["GFLOPs"] = _cells(rows["flops"], lambda flops: f"{flops / 1e9:.3g}")
-        columns["MB"] = _cells(rows["file_bytes"], lambda size: f"{size / 1e6:.3g}")
+        columns["GFLOPs"] = _cells(rows["flops"], lambda flops: short(flops / 1e9))
+        columns["MB"] = _cells(rows["file_bytes"], lambda size: short(size / 1e6))
         columns["seconds"] = _cells(rows["seconds"], "{:.0f}".format)
         columns["images/s"] = _cells(rows["images_per_second"], "{:.0f}".format)
         columns["parameters"] = _cells(rows["parameters"], "{:,}".format)
@@ -279,7 +279,7 @@ def _interval(rows: pd.DataFrame, name: str, show: Callable[[float], str]) -> li
 def _latencies(rows: pd.DataFrame) -> list[Cell]:
     """Milliseconds of a batch of 1 and of 64, side by side."""
     pairs = zip(rows["latency_1"], rows["latency_64"], strict=True)
-    known = [", ".join(f"{ms:.3g}" for ms in pair if pd.notna(ms)) for pair in pairs]
+    known = [", ".join(short(ms) for ms in pair if pd.notna(ms)) for pair in pairs]
     return [Cell(text) for text in known]
 
 

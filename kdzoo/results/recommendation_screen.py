@@ -9,7 +9,7 @@ from rich.table import Table
 
 from kdzoo.experiments import halving
 from kdzoo.experiments.recommend import beside, outline
-from kdzoo.quantities import counted
+from kdzoo.quantities import counted, short
 from kdzoo.results.last_screen import shortened
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.results.table import visible
@@ -98,7 +98,7 @@ def front(found: Recommendation) -> list[str]:
     if len(best) == 1 or len(speed) < len(best):
         return []
     kept = [
-        f"{name} ({one.mean:.2f} %, {speed[name]:.3g} ms)"
+        f"{name} ({one.mean:.2f} %, {short(speed[name])} ms)"
         for name, one in best
         if not any(other.mean >= one.mean and speed[rival] < speed[name] for rival, other in best if rival != name)
     ]
@@ -106,4 +106,4 @@ def front(found: Recommendation) -> list[str]:
 
 
 def _latency(milliseconds: float | None) -> str:
-    return "" if milliseconds is None else f"{milliseconds:.3g} ms"
+    return "" if milliseconds is None else f"{short(milliseconds)} ms"
