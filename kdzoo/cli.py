@@ -1,7 +1,10 @@
 """The command line: its commands, and how a mistake is said."""
 
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +18,17 @@ from kdzoo.commands.training import bench, run
 from kdzoo.errors import AskedToEnd, UserError, out_of_memory_told
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """A group of commands that says when the reader of its output, such as ``head``, is gone; click forgets it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise SystemExit(1) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kdzoo")
 def cli() -> None:
     """Distil any teacher into any student with any method, and compare methods fairly.
@@ -47,7 +60,11 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        if isinstance(error, SystemExit):  # click returns its own
+        if isinstance(error.__context__, BrokenPipeError):  # of click or rich
+            message = "the output is read no further (broken pipe)"
+            with suppress(OSError):  # what is still in its buffer goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif isinstance(error, SystemExit):  # click returns its own
             message = f"code of a method, a network or a data set called exit({error}); --debug shows where"
         click.echo(f"error: {' '.join(message.split())}", err=True)
         sys.exit(2)

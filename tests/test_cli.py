@@ -89,6 +89,20 @@ def test_a_disk_or_a_memory_that_fails_is_one_line_too(kdzoo, tmp_path, monkeypa
         main()
 
 
+def test_a_reader_that_has_read_enough_is_named_and_no_code_of_others(kdzoo, tmp_path, monkeypatch):
+    def fail(error):
+        def find_runs(paths):
+            raise error
+
+        monkeypatch.setattr("kdzoo.store.folder.find_runs", find_runs)
+        return kdzoo("table", tmp_path)
+
+    assert fail(BrokenPipeError(32, "Broken pipe")) == (2, "", "error: the output is read no further (broken pipe)\n")
+    code, _, err = fail(SystemExit(1))  # of code that is not kdzoo's
+    assert code == 2
+    assert "called exit(1)" in err
+
+
 def test_a_working_folder_that_was_removed_is_one_line(kdzoo, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
