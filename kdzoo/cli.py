@@ -74,7 +74,7 @@ def main() -> None:
         click.echo(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command continues where it stopped", err=True)
+        click.echo("interrupted; the same command continues a training where it stopped", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

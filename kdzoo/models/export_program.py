@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,11 +145,20 @@ def _batch() -> tuple[dict[int, Any]]:
 
 
 def _require(*packages: str) -> None:
-    """Check that packages are installed, and name the extra that they come with."""
+    """Check that packages are installed and can be imported, and name the extra that they come with."""
     from importlib.util import find_spec
 
     if missing := [package for package in packages if find_spec(package) is None]:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install 'kdzoo[export]'")
+    for package in packages:
+        try:
+            with _silent():
+                import_module(package)
+        except ImportError as error:  # of a library below it, or another version of numpy
+            raise UserError(
+                f"ONNX needs {package}, which is installed and cannot be imported ({told(error)}); install it again: "
+                f"pip install --force-reinstall {package}"
+            ) from error
 
 
 @contextmanager

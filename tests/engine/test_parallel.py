@@ -166,7 +166,9 @@ def test_a_run_whose_processes_were_killed_ends_with_the_bits_of_one_that_torchr
     root = tmp_path / "killed"
     interrupted = in_shell(*command, "--devices", "2", "--out", str(root), INTERRUPTS=str(process))
     assert interrupted.returncode == 130
-    assert interrupted.stderr.split("\n")[-2:-1] == ["interrupted; the same command continues where it stopped"]
+    assert interrupted.stderr.split("\n")[-2:-1] == [
+        "interrupted; the same command continues a training where it stopped"
+    ]
     assert "Traceback" not in interrupted.stderr
     assert is_gone(int(process.read_text()))
     [killed] = root.iterdir()

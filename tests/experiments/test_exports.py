@@ -217,6 +217,18 @@ def test_a_missing_package_is_named_with_its_extra(resnet, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_package_that_is_installed_and_broken_is_one_line(resnet, tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open it')\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "onnxruntime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"onnxruntime, which is installed and cannot be imported .*libgomp") as caught:
+        kdzoo.export(resnet.folder, "onnx", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(transformer, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
