@@ -50,6 +50,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """The entry point: the user's mistakes are one line and exit code 2."""
+    open_streams()
     try:
         check_working_folder()
         with out_of_memory_told(lambda: " ".join(["running kdzoo", *sys.argv[1:2]])):
@@ -77,6 +78,13 @@ def main() -> None:
         click.echo("interrupted; the same command continues a training where it stopped", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def open_streams() -> None:
+    """Lead to nowhere the standard streams that are closed, or the next files to be opened would stand in for them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def check_working_folder() -> None:

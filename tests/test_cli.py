@@ -89,6 +89,30 @@ def test_a_disk_or_a_memory_that_fails_is_one_line_too(kdzoo, tmp_path, monkeypa
         main()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", ""],
+        ["predict", "run", ""],
+        ["export", "run", "--format", "timm", "--out", ""],
+        ["table", "runs", ""],
+        ["run", "--out", ""],
+    ],
+)
+def test_an_empty_path_is_no_working_folder(kdzoo, arguments):
+    code, _, err = kdzoo(*arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the path is empty; the working folder is '.'" in err
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_run_whose_streams_are_closed_is_finished(closed, tmp_path):
+    words = [sys.executable, "-m", "kdzoo.cli", "run", "--distiller", "none", *TINY, "--out", str(tmp_path)]
+    subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], check=True)
+    [run] = tmp_path.iterdir()
+    assert RunFolder(run).read_result() is not None
+
+
 def test_a_reader_that_has_read_enough_is_named_and_no_code_of_others(kdzoo, tmp_path, monkeypatch):
     def fail(error):
         def find_runs(paths):

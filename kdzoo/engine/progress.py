@@ -100,6 +100,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         ticker: Ticker = every_second,
     ):
+        quiet = quiet or (console is None and sys.stderr is None)  # a process without a stream for errors
         self.console = console or plain_console(file=Heard(sys.stderr), quiet=quiet)
         self.quiet, self.ticker = quiet, ticker
         has_cursor = self.console.is_terminal and not self.console.is_dumb_terminal
