@@ -1,10 +1,22 @@
 """What several commands share: options, and how something rich is printed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
+
+class GivenPath(click.Path):
+    """A path that is not empty: the working folder is '.', and an empty text comes of a variable that is not set."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty; the working folder is '.'", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH, FILE = GivenPath(path_type=Path), GivenPath(path_type=Path, dir_okay=False)
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 TRUST_CODE = click.option(
@@ -33,7 +45,12 @@ def with_data(command: Command) -> Command:
     """Options that say where the data of a finished run lie now, and whether its code is trusted."""
     for option in (
         TRUST_CODE,
-        click.option("--data-root", "root", help="Folder of downloaded data sets (default: the one of the run)."),
+        click.option(
+            "--data-root",
+            "root",
+            type=GivenPath(),
+            help="Folder of downloaded data sets (default: the one of the run).",
+        ),
         click.option(
             "--data",
             help="Data set, or where it lies now, such as folder:PATH (default: that of the run).",

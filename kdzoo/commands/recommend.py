@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, OVERRIDES, TEACHER_WEIGHTS, TEACHERS, show_rich
+from kdzoo.commands.options import DEBUG, OVERRIDES, PATH, TEACHER_WEIGHTS, TEACHERS, GivenPath, show_rich
 from kdzoo.commands.training import spread
 
 COMMAS = "NAME[,NAME]..."
@@ -23,7 +23,7 @@ COMMAS = "NAME[,NAME]..."
     metavar=COMMAS,
 )
 @click.option("--data", default="digits", help="Data set, named as in 'kdzoo run' (default: digits).")
-@click.option("--data-root", help="Folder of downloaded data sets (default: data).")
+@click.option("--data-root", type=GivenPath(), help="Folder of downloaded data sets (default: data).")
 @click.option("--protocol", default="quick", help="Training recipe, named as in 'kdzoo run' (default: quick).")
 @click.option(
     "--epochs",
@@ -54,7 +54,7 @@ COMMAS = "NAME[,NAME]..."
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).",
 )
 @click.option("--retry", is_flag=True, help="Train runs again that failed before.")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from kdzoo.commands.options import DEBUG
+from kdzoo.commands.options import DEBUG, FILE, PATH
 
-RUNS = click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
+RUNS = click.argument("folders", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 BASELINE = click.option(
     "--baseline", metavar="METHOD", help="Method that the others are compared with (default: kd, or none without it)."
 )
@@ -16,7 +16,7 @@ BASELINE = click.option(
 @RUNS
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="File to write (default: report.html, and no file with --serve).",
 )
 @BASELINE
@@ -55,7 +55,7 @@ def report(folders: tuple[Path, ...], out: Path | None, baseline: str | None, se
 @RUNS
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     required=True,
     metavar="FILE",
     help="File to write; its ending is the format: png, pdf or svg.",

@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, elsewhere
+from kdzoo.commands.options import DEBUG, FILE, PATH, elsewhere
 from kdzoo.errors import UserError
 
 
 @click.command("eval")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("folder", type=PATH, metavar="RUN")
 @elsewhere
 @DEBUG
 def evaluate(folder: Path, **here: Any) -> None:
@@ -32,7 +32,7 @@ def evaluate(folder: Path, **here: Any) -> None:
 
 
 @click.command(short_help="Print a table of finished runs.")
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUNS...")
+@click.argument("folders", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 @click.option(
     "--format",
     "style",
@@ -48,7 +48,7 @@ def evaluate(folder: Path, **here: Any) -> None:
 )
 @click.option(
     "--ranks",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     metavar="FILE.png",
     help="Also draw a diagram of average ranks over pairs into this file.",
 )
@@ -79,7 +79,7 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
 
 
 @click.command(short_help="Show what feature maps hold in each frequency band.")
-@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@click.argument("folders", nargs=-1, type=PATH, metavar="[RUN]...")
 @click.option("--teacher", help="Compare this untrained network with --student, instead of finished runs.")
 @click.option("--student", help="Untrained student to compare with --teacher.")
 @click.option(
@@ -90,7 +90,7 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default="spectrum",
     help="Path of the files to write, OUT.csv and OUT.png (default: spectrum).",
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, TRUST_CODE, computing, with_data
+from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, with_data
 from kdzoo.errors import UserError
 from kdzoo.quantities import counted
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGES...")
+@click.argument("folder", type=PATH, metavar="RUN")
+@click.argument("images", nargs=-1, required=True, type=PATH, metavar="IMAGES...")
 @click.option(
     "--format", "style", type=click.Choice(["csv", "json"]), default="csv", help="Form of the output (default: csv)."
 )
@@ -109,7 +109,7 @@ def _array(found: "Iterator[Prediction]") -> Iterator[str]:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("folder", type=PATH, metavar="RUN")
 @click.option(
     "--format",
     "style",
@@ -117,7 +117,7 @@ def _array(found: "Iterator[Prediction]") -> Iterator[str]:
     type=click.Choice(["timm", "onnx", "torch", "hub"]),
     help="Folder for timm; ONNX model; program of torch.export; or folder for timm with a model card for the hub.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write (default: exports/RUN-FORMAT).")
+@click.option("--out", type=PATH, help="Folder to write (default: exports/RUN-FORMAT).")
 @click.option("--overwrite", is_flag=True, help="Replace an export that is there (default: refuse).")
 @click.option(
     "--quantize", type=click.Choice(["int8"]), help="Also write an ONNX model of 8 bits, and measure its accuracy."

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, OVERRIDES, TEACHER_WEIGHTS, TEACHERS, show_rich
+from kdzoo.commands.options import DEBUG, FILE, OVERRIDES, PATH, TEACHER_WEIGHTS, TEACHERS, GivenPath, show_rich
 from kdzoo.quantities import counted
 
 UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
@@ -21,7 +21,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 @click.command()
 @click.option(
     "--config",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="YAML file with settings by section, such as the recommended.yaml of 'kdzoo recommend'; settings on the "
     "command line take precedence (default: none).",
 )
@@ -45,7 +45,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
     help="Data set: a name of 'kdzoo list data', folder:PATH, images:PATH for pictures without classes, or the path of "
     "a Python file that holds one (default: digits).",
 )
-@flag("--data-root", "data.root", help="Folder of downloaded data sets (default: data).")
+@flag("--data-root", "data.root", type=GivenPath(), help="Folder of downloaded data sets (default: data).")
 @flag(
     "--protocol",
     "protocol.name",
@@ -78,7 +78,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
     help="Precision of the networks: float32, tf32 (CUDA only) or bf16 (default: bf16 where the hardware has it).",
 )
 @flag("--devices", "engine.devices", type=int, help="Number of devices for one run, one process each (default: 1).")
-@flag("--out", "output.root", help="Folder that holds the runs (default: runs).")
+@flag("--out", "output.root", type=GivenPath(), help="Folder that holds the runs (default: runs).")
 @flag(
     "--allow-weak-teacher",
     "teacher.allow_weak",
@@ -206,7 +206,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--seeds", type=click.IntRange(min=1), help="Number of seeds, counted from 0 (default: the suite's own seeds)."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite's runs (default: runs/SUITE).")
+@click.option("--out", type=PATH, help="Folder of the suite's runs (default: runs/SUITE).")
 @click.option("--retry", is_flag=True, help="Train runs again that failed before.")
 @click.option(
     "--dry-run", is_flag=True, help="List the groups of runs and estimate their time and memory, without training."
