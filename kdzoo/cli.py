@@ -19,7 +19,7 @@ from kdzoo.errors import AskedToEnd, UserError, out_of_memory_told
 
 
 class Commands(click.Group):
-    """A group of commands that says when the reader of its output, such as ``head``, is gone; click forgets it."""
+    """A group of commands that keeps the reason why it exits when ``head`` has read enough, which click drops."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -60,12 +60,12 @@ def main() -> None:
     except (UserError, click.ClickException, SystemExit) as error:
         if "--debug" in sys.argv:
             raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if isinstance(error.__context__, BrokenPipeError):  # of click or rich
-            message = "the output is read no further (broken pipe)"
-            with suppress(OSError):  # what is still in its buffer goes nowhere
+            with suppress(OSError):  # what is still in the buffer goes nowhere
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        elif isinstance(error, SystemExit):  # click returns its own
+            sys.exit(1)
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        if isinstance(error, SystemExit):  # click returns its own
             message = f"code of a method, a network or a data set called exit({error}); --debug shows where"
         click.echo(f"error: {' '.join(message.split())}", err=True)
         sys.exit(2)

@@ -113,7 +113,7 @@ def test_a_run_whose_streams_are_closed_is_finished(closed, tmp_path):
     assert RunFolder(run).read_result() is not None
 
 
-def test_a_reader_that_has_read_enough_is_named_and_no_code_of_others(kdzoo, tmp_path, monkeypatch):
+def test_a_reader_that_has_read_enough_ends_the_command_without_a_word(kdzoo, tmp_path, monkeypatch):
     def fail(error):
         def find_runs(paths):
             raise error
@@ -121,7 +121,7 @@ def test_a_reader_that_has_read_enough_is_named_and_no_code_of_others(kdzoo, tmp
         monkeypatch.setattr("kdzoo.store.folder.find_runs", find_runs)
         return kdzoo("table", tmp_path)
 
-    assert fail(BrokenPipeError(32, "Broken pipe")) == (2, "", "error: the output is read no further (broken pipe)\n")
+    assert fail(BrokenPipeError(32, "Broken pipe")) == (1, "", "")
     code, _, err = fail(SystemExit(1))  # of code that is not kdzoo's
     assert code == 2
     assert "called exit(1)" in err
