@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdzoo.distiller import Batch, DataSpec, Distiller
+from kdzoo.distiller import Batch, DataSpec, Distiller, Needs
 from kdzoo.errors import UserError
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast
@@ -68,6 +68,7 @@ class Distillation(nn.Module):
         passes: Callable[[Tensor, Show], Output] | None = None,
     ):
         super().__init__()
+        _check_distiller(distiller)
         if teacher is None and distiller.needs.teacher:
             raise UserError(f"{distiller.title} needs a teacher and got None; pass one")
         if data is not None:
@@ -238,6 +239,20 @@ class _Shown:
         for batch in self.batches:
             self.teacher.other = None if batch.teacher_images is None else (batch.images, batch.teacher_images)
             yield batch
+
+
+def _check_distiller(distiller: Distiller) -> None:
+    """Check that a method's constructor and its needs are those of a distiller."""
+    if not hasattr(distiller, "weights"):
+        raise UserError(
+            f"the constructor of {distiller.title} does not call super().__init__; pass that the weight of each term, "
+            "such as super().__init__(ce=ce)"
+        )
+    if not isinstance(distiller.needs, Needs):
+        raise UserError(
+            f"needs of {distiller.title} is of type {type(distiller.needs).__name__}; expected kdzoo.Needs, such as "
+            "needs = Needs(final=True)"
+        )
 
 
 def _network(role: str, module: nn.Module, num_classes: int | None, image_size: int | None) -> nn.Module:

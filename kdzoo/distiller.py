@@ -269,7 +269,15 @@ class Distiller(nn.Module):
 
         Args:
             terms: functions without arguments, by the name of the term, each of which returns a scalar.
+
+        Raises:
+            UserError: the constructor gave no weight for a term.
         """
+        if missing := [name for name in terms if name not in self.weights]:
+            raise UserError(
+                f"{self.title} has no weight for its term '{missing[0]}'; pass one to "
+                f"super().__init__({missing[0]}=...), from a keyword of that name"
+            )
         return {name: self.weights[name] * term() for name, term in terms.items() if self.weights[name]}
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import MISSING, asdict, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
 from io import StringIO
 from itertools import pairwise
@@ -16,12 +16,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError, told, unknown
 
 Number = TypeVar("Number", int, float)
+SETTABLE = "bool, int, float, str, Literal[...], or a list, tuple or dict of them"
 PLAIN = {  # parts of OmegaConf's messages that name its own types, and what is said instead
     " is not a TupleConfig, ListConfig": "expected a list, such as [1, 2]",
     " to Dict[": "expected keys with their values, such as {key: 1}",
+    "Unexpected type annotation": f"its type can be no setting; expected {SETTABLE}",
 }
 
 
@@ -38,7 +40,19 @@ def keyword_settings(
     Raises:
         UserError: an unknown keyword, a value of another type, or a keyword that lacks a type or a default.
     """
-    return asdict(typed(_schema(factory), given, prefix))
+    values: dict[str, Any] = vars(typed(_schema(factory), given, prefix))
+    for name, value in values.items():
+        if strange := _not_plain(value):
+            raise UserError(f"{prefix}{name} is of type {strange}, which can be no setting; expected {SETTABLE}")
+    return values
+
+
+def _not_plain(value: Any) -> str:
+    """Name the type of the first part of a value that YAML and JSON cannot hold as it is; empty where they can."""
+    if isinstance(value, dict | list | tuple):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, map(_not_plain, parts)), "")
+    return "" if value is None or type(value) in (bool, int, float, str) else type(value).__name__
 
 
 def typed(schema: type, values: Mapping[str, Any], prefix: str, also: type | None = None) -> Any:
@@ -324,7 +338,11 @@ def _checked(keyword: dict[str, Any], holds: Callable[[Any], bool], expected: st
 def _schema(factory: Callable[..., Any]) -> type:
     """Make the dataclass whose fields are the keyword-only arguments of ``factory``."""
     columns: list[Any] = []
-    for parameter in inspect.signature(factory, eval_str=True).parameters.values():
+    try:
+        signature = inspect.signature(factory, eval_str=True)
+    except (NameError, SyntaxError, AttributeError) as error:  # of an annotation that is a text
+        raise UserError(f"the type of a keyword is not known ({told(error)}); import or correct it") from error
+    for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
                 raise UserError(

@@ -75,6 +75,10 @@ IN_LOSS = {
     "terms of the teacher": ("terms = dict.fromkeys(terms, teacher.logits.sum())", "depend on no trained weight"),
     "NaN": ("terms['match'] = terms['match'] * float('nan')", "'match' is not finite at step 1"),
     "a gradient of NaN": ("terms['match'].register_hook(lambda g: g * float('nan'))", "is not finite: student.body"),
+    "a term without a weight": (
+        "self.weigh(other=lambda: terms['match'])",
+        r"has no weight for its term 'other'; pass one to super\(\).__init__\(other=...\)",
+    ),
     "a backward pass": (
         "sum(terms.values()).backward()",
         "RuntimeError: Trying to backward through the graph a second",
@@ -132,6 +136,13 @@ IN_DEPLOY = {
 }
 ELSEWHERE = {
     "no copies": ("def __deepcopy__(self, memo): raise ValueError('no copies')", "set up: ValueError: no copies"),
+    "no fidelity": ("del fidelity", "has no fidelity; set it, as in fidelity = Fidelity.EXACT"),
+    "an unknown fidelity": ("fidelity = 'faithful'", "has no fidelity; set it"),
+    "no weights": (
+        "def __init__(self, *, ce: float = 1.0, match: float = 1.0): self.steps = 0",
+        r"the constructor of Foreign does not call super\(\).__init__",
+    ),
+    "needs of another type": ("needs = {'teacher': True}", "needs of Foreign is of type dict; expected kdzoo.Needs"),
     "no state": ("def state_dict(self, *_, **__): raise ValueError('no state')", "ValueError: no state"),
 }
 SOUND = {"build": "pass", "prepare": "pass", "deploy": "return student", "loss": "pass", "more": ""}

@@ -81,6 +81,16 @@ def test_a_method_that_leaves_or_changes_the_process_fails_a_check(harm, said):
     assert (torch.get_default_dtype(), os.getcwd()) == (torch.float32, here)
 
 
+def test_an_error_of_a_method_is_told_with_its_file_and_line():
+    class Careless(broken.Sound):
+        def changed(self, term, student, teacher, batch):
+            raise IndexError("beyond the end")
+
+    line = Careless.changed.__code__.co_firstlineno + 1
+    with pytest.raises(AssertionError, match=rf"got IndexError: beyond the end; look at test_checks\.py, line {line}$"):
+        BY_NAME["check_terms"](Careless)
+
+
 def test_every_check_has_a_distiller_that_fails_it():
     assert {distiller.fails for distiller in BROKEN} == set(BY_NAME)
 

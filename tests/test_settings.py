@@ -206,6 +206,40 @@ def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
         resolve({**BASE, "distiller": {"name": str(file)}})
 
 
+@pytest.mark.parametrize(
+    ("keyword", "said"),
+    [
+        ("mode: Mode = Mode.A", "distiller.mode is of type Mode, which can be no setting; expected bool, int, float"),
+        ("place: Path = Path()", "distiller.place is of type PosixPath, which can be no setting"),
+        ("options: Options = Options()", "distiller.options is of type Options, which can be no setting"),
+        ("modes: list[Mode] = [Mode.A]", "distiller.modes is of type Mode, which can be no setting"),
+        ("raw: bytes = b''", "distiller.raw is of type bytes, which can be no setting"),
+        ("call: Callable = print", "distiller.call: its type can be no setting; expected bool, int, float"),
+        ("level: 'Level' = 1", r"the type of a keyword is not known \(NameError: name 'Level' is not defined"),
+    ],
+)
+def test_a_keyword_whose_type_no_file_can_hold_is_refused_in_one_line(tmp_path, keyword, said):
+    file = tmp_path / "mine.py"
+    file.write_text(f'''"""Mine."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from kdzoo import Distiller
+class Mode(StrEnum):
+    A = "a"
+@dataclass(frozen=True)
+class Options:
+    a: float = 1.0
+class Mine(Distiller):
+    def __init__(self, *, ce: float = 1.0, {keyword}):
+        super().__init__(ce=ce)
+''')
+    with pytest.raises(UserError, match=said) as caught:
+        resolve({**BASE, "distiller": {"name": str(file)}})
+    assert "\n" not in str(caught.value)
+
+
 def test_the_fields_own_weights_for_a_pair_are_the_defaults_there():
     pair = {
         "distiller": {"name": "dkd"},

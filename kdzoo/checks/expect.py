@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from kdzoo import toys
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller
-from kdzoo.errors import told
+from kdzoo.errors import UserError, place, told
 from kdzoo.outputs import Output
 
 Terms = Mapping[str, Tensor]
@@ -29,11 +29,12 @@ def promising(promise: str) -> Iterator[None]:
     except AssertionError as error:
         if str(error).startswith("expected"):
             raise
-        raise AssertionError(f"expected {promise}; got a failed assertion: {error}; see the traceback") from error
+        raise AssertionError(f"expected {promise}; got a failed assertion: {error}; look at {place(error)}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an exit too
-        raise AssertionError(f"expected {promise}; got {told(error)}; see the traceback") from error
+        said = f"{error}; correct that" if isinstance(error, UserError) else f"{told(error)}; look at {place(error)}"
+        raise AssertionError(f"expected {promise}; got {said}") from error
 
 
 def expect(ok: bool, expected: str, got: object, remedy: str) -> None:

@@ -4,6 +4,7 @@ import click
 
 from kdzoo.commands.options import DEBUG, OVERRIDES, show_rich
 from kdzoo.errors import UserError
+from kdzoo.quantities import counted
 
 
 @click.command("data")
@@ -98,4 +99,4 @@ def check(name: str) -> None:
         click.echo(f"{result.outcome:8}  {result.name}" + (f": {result.message}" if result.message else ""))
         failed += result.outcome is Outcome.FAILED
     if failed:
-        raise UserError(f"{name} fails {failed} checks")
+        raise UserError(f"{name} fails {counted(failed, 'check')}")

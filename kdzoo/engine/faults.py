@@ -1,9 +1,7 @@
 """What goes wrong in one run's own work, told in a line, so that the runs beside it continue."""
 
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from kdzoo.distiller import Batch
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses, writes
-from kdzoo.errors import StorageError, UserError, told
+from kdzoo.errors import StorageError, UserError, place, told
 from kdzoo.process_state import process_state, put_back
 from kdzoo.settings import Run
 from kdzoo.tensors import leaves
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from kdzoo.engine.lane import Lane
 
 WEIGHTS = "the teacher's weights"
-LIBRARY = str(Path(torch.__file__).parent)
 
 
 def fault(error: BaseException, run: Run, when: str) -> UserError:
@@ -36,9 +33,7 @@ def fault(error: BaseException, run: Run, when: str) -> UserError:
         return error
     if full := out_of_memory(error, run):
         return full
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((LIBRARY, "<"))] or frames
-    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    where = f" ({found})" if (found := place(error)) else ""
     failed = UserError(f"distiller '{run.settings.distiller.name}' failed {when}: {told(error)}{where}")
     failed.__cause__ = error  # which --debug shows
     return failed
@@ -145,7 +140,8 @@ def _described(value: object) -> str:
         kind = str(value.dtype).removeprefix("torch.")
         place = f"{str(value.layout).removeprefix('torch.')} on {value.device.type}"
         return f"a tensor of shape {tuple(value.shape)} and {kind} ({place})"
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 class Shared:

@@ -71,6 +71,9 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     seed_torch(seed_of(settings.seed, "distiller"))
     make = partial(registry.load(settings.distiller.name), **settings.distiller.keywords)
     distiller = make()
+    if getattr(distiller, "fidelity", None) not in registry.FIDELITIES:  # which a result says of itself
+        name = settings.distiller.name
+        raise UserError(f"the class of distiller '{name}' has no fidelity; set it, as in fidelity = Fidelity.EXACT")
     if teacher is None and distiller.needs.teacher:
         raise UserError(f"distiller '{settings.distiller.name}' needs a teacher; pass --teacher NAME")
     network = None if teacher is None else teacher.network
