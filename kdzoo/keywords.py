@@ -22,6 +22,8 @@ Number = TypeVar("Number", int, float)
 SETTABLE = "bool, int, float, str, Literal[...], or a list, tuple or dict of them"
 PLAIN = {  # parts of OmegaConf's messages that name its own types, and what is said instead
     " is not a TupleConfig, ListConfig": "expected a list, such as [1, 2]",
+    " of type 'ListConfig'": "expected one value, not a list",
+    " of type 'DictConfig'": "expected one value, not keys with values",
     " to Dict[": "expected keys with their values, such as {key: 1}",
     "Unexpected type annotation": f"its type can be no setting; expected {SETTABLE}",
 }

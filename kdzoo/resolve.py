@@ -54,7 +54,9 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
     """
     given = merged(values, overrides)
     keywords = given.pop("distiller", {}) or {}
-    if not isinstance(keywords, dict) or not keywords.get("name"):
+    if not isinstance(keywords, dict):
+        raise UserError(f"distiller={keywords}: expected distiller.KEY=value, or --distiller NAME")
+    if not keywords.get("name"):
         raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
     recipe = given.pop("protocol", {})
     if "files" in given:
@@ -330,8 +332,8 @@ def distiller_settings(given: Mapping[str, Any]) -> DistillerSettings:
     given = dict(given)
     name = str(given.pop("name"))
     method = registry.load(name)
-    keywords = keyword_settings(method, given)
     try:
+        keywords = keyword_settings(method, given)
         method(**keywords)
     except UserError as error:
         raise UserError(f"distiller {name}: {error}") from error

@@ -273,7 +273,8 @@ def _spread(rows: pd.DataFrame, name: str, marks: Sequence[str]) -> list[Cell]:
 
 def _interval(rows: pd.DataFrame, name: str, show: Callable[[float], str]) -> list[Cell]:
     ends = zip(rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
-    return [Cell(f"{show(low)} to {show(high)}" if pd.notna(low) else "") for low, high in ends]
+    said = (f"{show(low)} to {show(high)}" if pd.notna(low) else "" for low, high in ends)
+    return [Cell(text.replace("-", "\N{MINUS SIGN}")) for text in said]
 
 
 def _latencies(rows: pd.DataFrame) -> list[Cell]:

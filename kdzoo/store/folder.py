@@ -294,14 +294,15 @@ def _unknown(config: Mapping[str, Any], known: Mapping[str, Any] = KNOWN, prefix
 
 
 def find_runs(paths: list[Path]) -> list[RunFolder]:
-    """Find the finished runs in or below ``paths``.
+    """Find the finished runs in or below ``paths``, each once.
 
     Raises:
         UserError: a path is not there.
     """
-    found = []
+    found: dict[Path, RunFolder] = {}
     for path in paths:
         if not path.exists():
             raise UserError(f"no folder {path}; expected a run or a folder of runs")
-        found += [RunFolder(file.parent) for file in sorted(path.rglob("result.json"))]
-    return found
+        for file in sorted(path.rglob("result.json")):
+            found.setdefault(file.parent.resolve(), RunFolder(file.parent))
+    return list(found.values())

@@ -31,6 +31,12 @@ def test_teacher_last_and_best_epoch_have_columns_and_grids_of_their_own():
     assert pivot.index("| kd | 73.50 |") > best
 
 
+def test_an_interval_below_zero_has_the_minus_sign_of_all_numbers():
+    found = runs(("t", "s", "kd", 0, 10.0), ("t", "s", "kd", 1, 14.0))  # 12 ± 12.71 * 2
+    assert "| \N{MINUS SIGN}13.41 to 37.41 |" in layout.render(found, "markdown")
+    assert "$-$13.41 to 37.41" in layout.render(found, "latex")
+
+
 @pytest.mark.parametrize("pivot", [False, True])
 def test_published_numbers_stand_beside_ours_with_difference_source_and_status(pivot):
     pair = ("resnet32x4", "resnet8x4")

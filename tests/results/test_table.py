@@ -41,6 +41,14 @@ def test_seeds_are_averaged_with_the_deviation_of_a_sample(found):
     assert row.best_top1_mean == pytest.approx(83)
 
 
+def test_a_run_below_several_of_the_folders_counts_once(tmp_path, found, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path, tmp_path.relative_to(tmp_path), *(path for path in tmp_path.iterdir() if path.is_dir())]
+    again = table.rows(find_runs(folders))
+    assert len(again) == len(found)
+    assert table.repeated(again) == 0
+
+
 def test_what_differs_is_another_row_and_says_how(found):
     summary = table.summary(found)
     assert set(summary.method) == {"kd", "kd (temperature=1.0)", "none"}
