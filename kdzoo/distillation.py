@@ -143,8 +143,21 @@ class Distillation(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the weighted loss terms, float32 scalars by name; minimise their sum."""
+        """Compute the weighted loss terms, float32 scalars by name; minimise their sum.
+
+        Raises:
+            UserError: the batch is of another type, or lacks labels or views that the method reads.
+        """
+        if not isinstance(batch, Batch):
+            kind = type(batch).__name__
+            raise UserError(f"the batch is of type {kind}; expected Batch.of(images, labels, num_classes=...)")
         device, distiller = batch.images.device.type, self.distiller
+        missing = [view for view in distiller.needs.views if view not in batch.views]
+        if missing and distiller.is_active:
+            raise UserError(
+                f"{distiller.title} reads {', '.join(missing)} of the batch's views, and it has none; give it those as "
+                "batch._replace(views={...}), which kdzoo run makes by itself"
+            )
         if batch.labels is None and any(distiller.weights.get(term) for term in distiller.label_terms):
             raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")
         student, teacher = self._views_on(device)
@@ -216,9 +229,9 @@ def distill(
         True
     """
     from kdzoo import registry
-    from kdzoo.keywords import keyword_settings
+    from kdzoo.keywords import keyword_settings, name
 
-    kind = registry.load(method)
+    kind = registry.load(name(method=method))
     distiller = kind(**keyword_settings(kind, keywords, prefix=""))
     given = {"num_classes": num_classes, "image_size": image_size, "labels": labels, "labelled": labelled}
     return Distillation(student, teacher, distiller, **given)  # type: ignore[arg-type]  # of the types that it takes
@@ -241,8 +254,13 @@ class _Shown:
             yield batch
 
 
-def _check_distiller(distiller: Distiller) -> None:
+def _check_distiller(distiller: object) -> None:
     """Check that a method's constructor and its needs are those of a distiller."""
+    if not isinstance(distiller, Distiller):
+        kind = (
+            f"the class {distiller.__name__}" if isinstance(distiller, type) else f"of type {type(distiller).__name__}"
+        )
+        raise UserError(f"the distiller is {kind}; expected a method with its keywords, such as KD(temperature=2.0)")
     if not hasattr(distiller, "weights"):
         raise UserError(
             f"the constructor of {distiller.title} does not call super().__init__; pass that the weight of each term, "

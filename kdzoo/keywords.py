@@ -10,6 +10,7 @@ from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
 from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -305,6 +306,15 @@ def switch_or_auto(**keyword: bool | str) -> bool | str:
     if value not in (True, False, "on", "off", "auto"):
         raise UserError(f"{name}={value}: expected on, off or auto")
     return value
+
+
+def name(**keyword: str | Path) -> str:
+    """Check that a value is a name, or the path of a file; return it as a text."""
+    [(key, given)] = keyword.items()
+    if not isinstance(given, str | Path):
+        kind = f"the class {given.__name__}" if isinstance(given, type) else f"of type {type(given).__name__}"
+        raise UserError(f"{key} is {kind}; expected a name, or the path of a file, such as ./mine.py")
+    return str(given)
 
 
 def names(**keyword: str | Sequence[str]) -> tuple[str, ...]:

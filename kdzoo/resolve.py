@@ -104,8 +104,11 @@ def merged(
     values: Mapping[str, Any], overrides: Sequence[str], others: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Join nested values, ``others`` of the same kind, and ``key=value`` strings, the latter winning."""
+    if isinstance(overrides, str | Mapping):
+        kind = type(overrides).__name__
+        raise UserError(f"overrides is of type {kind}; expected a list of key=value, such as ['protocol.epochs=30']")
     for override in overrides:
-        if "=" not in override:
+        if not isinstance(override, str) or "=" not in override:
             raise UserError(f"'{override}' is no setting; expected key=value, such as protocol.epochs=30")
     refuse_markers(values, "")
     refuse_markers(others, "")

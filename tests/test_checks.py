@@ -138,6 +138,12 @@ def test_all_checks_run_where_a_failure_is_not_to_be_raised(two_checks):
     assert "check_terms" in {result.name for result in results if result.outcome is Outcome.FAILED}
 
 
+@pytest.mark.parametrize("given", [3, None, dict, broken.Sound()], ids=["number", "None", "dict", "instance"])
+def test_what_is_no_distillers_class_is_an_error(given):
+    with pytest.raises(UserError, match="is no distiller; expected the class of one"):
+        kdzoo.check(given)
+
+
 def test_a_name_of_no_method_is_an_error():
     with pytest.raises(UserError, match="did you mean kd"):
         kdzoo.check("kdd")

@@ -308,6 +308,50 @@ def test_a_mistake_in_words_is_one_line(method, keywords, said):
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (KD, "method is the class KD; expected a name, or the path of a file"),
+        (KD(), "method is of type KD; expected a name, or the path of a file"),
+        (None, "method is of type NoneType; expected a name"),
+    ],
+    ids=["class", "instance", "None"],
+)
+def test_a_class_where_a_name_belongs_is_one_line(given, said):
+    with pytest.raises(UserError, match=said):
+        kdzoo.distill(cnn(), cnn(), given, num_classes=5, image_size=32)
+    with pytest.raises(UserError, match=said.replace("method is", "distiller is")):
+        kdzoo.run(given, "resnet8", "resnet14")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(KD, "the class KD"), ("kd", "of type str"), (None, "of type NoneType")], ids=repr
+)
+def test_a_class_or_a_name_where_a_method_belongs_is_one_line(given, said):
+    with pytest.raises(UserError, match=f"the distiller is {said}; expected a method with its keywords"):
+        Distillation(cnn(), cnn(), given, num_classes=5, image_size=32)
+
+
+def test_a_batch_of_another_type_is_one_line(pictures):
+    distillation = Distillation(cnn(4), cnn(6), KD(), num_classes=5, image_size=32)
+    with pytest.raises(UserError, match=r"the batch is of type tuple; expected Batch.of"):
+        distillation((pictures.images, pictures.labels))
+
+
+def test_a_batch_without_the_views_of_a_method_is_one_line_that_names_them(pictures):
+    distillation = kdzoo.distill(cnn(4), cnn(6), "crld", num_classes=5, image_size=32)
+    with pytest.raises(UserError, match=r"CRLD reads weak, strong of the batch's views, and it has none"):
+        distillation(pictures)
+    views = dict.fromkeys(("weak", "strong"), pictures.images)
+    assert all(term.isfinite() for term in distillation(pictures._replace(views=views)).values())
+
+
+@pytest.mark.parametrize("given", ["protocol.epochs=1", {"protocol.epochs": 1}], ids=["text", "mapping"])
+def test_overrides_that_are_no_list_are_one_line(given):
+    with pytest.raises(UserError, match=r"overrides is of type \w+; expected a list of key=value"):
+        kdzoo.run("none", "resnet8", overrides=given)
+
+
+@pytest.mark.parametrize(
     ("method", "keywords"),
     [
         ("lskd", {}),

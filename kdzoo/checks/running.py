@@ -10,7 +10,7 @@ import torch
 from kdzoo import registry, toys
 from kdzoo.checks.expect import promising
 from kdzoo.distiller import Distiller
-from kdzoo.errors import unknown
+from kdzoo.errors import UserError, unknown
 from kdzoo.process_state import unchanged
 
 Check = Callable[[type[Distiller]], None]
@@ -82,6 +82,8 @@ def check(
         {'passed'}
     """
     kind = registry.load(distiller) if isinstance(distiller, str) else distiller
+    if not (isinstance(toys.class_of(kind), type) and issubclass(toys.class_of(kind), Distiller)):
+        raise UserError(f"{kind!r} is no distiller; expected the class of one, a method's name, or the path of a file")
     reasons = {**getattr(toys.class_of(kind), "expected_failures", {}), **expected_failures}
     known = {check.__name__: check for check in CHECKS}
     for name in reasons.keys() - known.keys():

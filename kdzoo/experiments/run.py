@@ -23,7 +23,7 @@ from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import teachers
 from kdzoo.experiments.students import shipped
 from kdzoo.files import path_of, read_text
-from kdzoo.keywords import names
+from kdzoo.keywords import name, names
 from kdzoo.precision import PRECISIONS
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, several, stored
 from kdzoo.settings import EnginePlace, Run
@@ -126,11 +126,11 @@ def run(
         ('kd', True)
     """
     values: dict[str, Any] = {
-        "distiller": {"name": distiller},
-        "student": {"name": student},
+        "distiller": {"name": name(distiller=distiller)},
+        "student": {"name": name(student=student)},
         "teacher": several(names(teacher=teacher or ())),
-        "data": {"name": data},
-        "protocol": {"name": protocol},
+        "data": {"name": name(data=data)},
+        "protocol": {"name": name(protocol=protocol)},
         "output": {"root": str(out)},
         "seed": seed,
     }

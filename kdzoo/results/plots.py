@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -168,9 +168,15 @@ def _curve(found: pd.DataFrame, looks: Mapping[str, dict[str, Any]]) -> Any:
         ax.set_ylim(late.min() - 1, late.max() + 1)
         ax.set_xlabel("epoch")
         ax.set_ylabel(f"{ACCURACY.partition(' (')[0]} (%)")
-        ax.legend(frameon=False, fontsize=8, loc="lower right")
+        _legend(ax, "lower right")
 
     return paint
+
+
+def _legend(ax: "Axes", place: Literal["best", "lower right"]) -> None:
+    """Name the methods of a panel that have a name of their own; none of them may be the panel's."""
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False, fontsize=8, loc=place)
 
 
 def _costs(runs: pd.DataFrame, cost: str, baseline: str) -> list[Panel]:
@@ -195,6 +201,6 @@ def _cost(known: pd.DataFrame, cost: str, name: str, unit: float, looks: Mapping
             ax.errorbar(x, y, half, fmt=SYMBOLS[look["symbol"]], color=look["color"], label=label, elinewidth=1, **mark)
         ax.set_xlabel(name)
         ax.set_ylabel("top-1 (%), mean and 95 % interval")
-        ax.legend(frameon=False, fontsize=8)
+        _legend(ax, "best")
 
     return paint

@@ -69,6 +69,13 @@ def test_a_folder_that_cannot_be_written_is_a_line(made, tmp_path):
         plots.draw([made], tmp_path / "file" / "plot.png", "forest")
 
 
+def test_a_pair_of_background_methods_alone_is_drawn_without_a_legend(tmp_path):
+    many(tmp_path, ["vid"], ["resnet14"], seeds=1)
+    many(tmp_path, ["kd", "dkd", "dist", "at", "crd", "rkd", "pkt", "cc", "sp", "ft"], seeds=1)
+    plots.draw([tmp_path], tmp_path / "plot.png", "curves")
+    assert (tmp_path / "plot.png").is_file()
+
+
 def test_names_are_no_formulas(tmp_path):
     for seed in range(2):
         for distiller in ("none", "kd"):
