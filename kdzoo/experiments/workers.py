@@ -24,6 +24,8 @@ from kdzoo.experiments.suites import Suite
 from kdzoo.settings import Run
 
 Groups = Sequence[Sequence[Run]]
+# Modules come from where they do here: with "-m", a file in the working folder would stand in for one of Python's.
+START = "import sys; sys.path[:] = {!r}; from kdzoo.cli import main; main()"
 
 
 class Executor(Protocol):
@@ -91,7 +93,7 @@ class Local:
         threads = engine.threads or max(1, torch.get_num_threads() // len(devices))
         commands = [
             [
-                *(sys.executable, "-m", "kdzoo.cli", "bench", *suite.arguments(), "--out", out, "--worker"),
+                *(sys.executable, "-c", START.format(sys.path), "bench", *suite.arguments(), "--out", out, "--worker"),
                 *(f"engine.device={device}", f"engine.threads={threads}"),
                 f"engine.memory={engine.memory / devices.count(device)}",
             ]

@@ -34,6 +34,14 @@ def test_what_a_killed_worker_leaves_is_trained_by_another(counted, tmp_path, no
 
 
 @pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
+def test_a_file_in_the_working_folder_stands_in_for_none_of_pythons(counted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glob.py").write_text("raise RuntimeError('this is not the glob that you look for')")
+    report = bench(counted(2), tmp_path / "runs", quiet=True, executor=Local(jobs=2))
+    assert (len(report.finished), report.stopped) == (4, {})
+
+
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 def test_a_mistake_in_one_process_comes_back_as_one_line(counted, tmp_path):
     suite = counted(2)
     (tmp_path / "runs").mkdir()
