@@ -179,8 +179,7 @@ class Progress:
 
     def state(self) -> str:
         """Say in one line what is done now."""
-        if self.activities:
-            text, begun = self.activities[-1]
+        for text, begun in self.activities[-1:]:  # read once: the main thread may end it meanwhile
             return f"{text}, {duration(self.clock() - begun)} so far"
         if not self.total:
             return f"at work, {duration(self.clock() - self.begun)} so far"
@@ -188,6 +187,8 @@ class Progress:
         if self.done < self.total and (waited >= EVERY or not self.losses):
             return f"still in step {self.done + 1}/{self.total}, {duration(waited)} so far"
         losses, found = list(self.losses.values()), dict(self.top1)
+        if not losses:  # it was taken up at its end
+            return f"step {self.done}/{self.total}{self.left()}"
         if len(self.lanes) > 1:
             said = f"{len(self.lanes)} runs, mean loss {fmean(losses):.3f}"
         else:

@@ -91,7 +91,8 @@ def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wa
     group = groups[number]
     locks = {i: RunLock(RunFolder.of(run).path) for i, run in enumerate(group) if not is_done(run)}
     try:
-        mine = [group[i] for i, lock in locks.items() if lock.acquire(wait)]
+        with progress.doing(f"waiting for the locks of {counted(len(locks), 'run')}"):
+            mine = [group[i] for i, lock in locks.items() if lock.acquire(wait)]
         # While we waited, another process may have been there, and the user's files may have been edited.
         mine = [run for run in mine if not is_done(run) and not changed_files(run.settings)]
         if not mine:

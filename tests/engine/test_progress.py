@@ -231,6 +231,14 @@ def test_a_line_tells_step_loss_speed_and_the_time_left(plain, clock):
     assert max(map(len, printed(plain))) < 80
 
 
+@pytest.mark.parametrize("titles", [["kd"], ["kd", "none"]])
+def test_a_training_that_is_taken_up_at_its_end_has_a_line_without_a_loss(plain, clock, titles):
+    plain.begin("training kd", 10, 20, 20, titles)
+    clock.now = FIRST
+    plain.tick()
+    assert plain.console.file.getvalue() == "  step 20/20\n"
+
+
 def test_lines_reset_the_wait_so_that_nothing_is_said_twice(plain, clock):
     plain.say("teacher vit_s: top-1 95.00 %")
     clock.now = EVERY - 0.1
