@@ -91,6 +91,10 @@ def appearing(target: Path) -> Iterator[Path]:
                     former.rename(target)
                 raise
             remove_parts(target.parent, older_than=DAY)
+        except BaseException:
+            if former.exists() and not target.exists():
+                former.rename(target)
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(former, ignore_errors=True)

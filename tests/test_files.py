@@ -1,5 +1,6 @@
 """The cache is its owner's alone, paths are what users mean, and what was left half written goes."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -102,6 +103,22 @@ def test_a_folder_whose_writing_is_stopped_leaves_nothing_and_keeps_what_was_the
     with appearing(tmp_path / "out") as folder:
         (folder / "whole").touch()
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "before").touch()
+    rename = Path.rename
+
+    def failing(path, target):
+        if (path / "whole").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(StorageError, match="Input/output error"), appearing(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "before"]
 
 
 def test_a_file_where_a_folder_belongs_is_named(tmp_path):
