@@ -197,9 +197,9 @@ class Files:
         return replace(self, names=self.names[rows], labels=self.labels[rows], split=f"{self.split}-{len(rows)}")
 
     def digest(self) -> str:
-        """Hash every file's path, size, time of change and label."""
+        """Hash every file's path, size, times of change of content and of state, and label."""
         digest = blake2b(b"\0".join(self.names.tolist()), digest_size=16)
-        digest.update(states_of(self.root, self.names)[:, :2].tobytes())
+        digest.update(states_of(self.root, self.names)[:, :3].tobytes())
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
 

@@ -214,6 +214,18 @@ def test_the_time_of_a_change_counts(make_tree: MakeTree, caplog: pytest.LogCapt
     assert "outdated" in caplog.text
 
 
+def test_a_file_put_back_with_its_former_time_and_size_is_decoded_again(make_tree: MakeTree) -> None:
+    root = make_tree()
+    victim = root / "test" / "ant" / "0.png"
+    state, content = victim.stat(), victim.read_bytes()
+    victim.write_bytes(bytes(len(content)))
+    os.utime(victim, ns=(state.st_atime_ns, state.st_mtime_ns))
+    damaged = open_dataset(f"folder:{root}", skip_damaged=True)
+    victim.write_bytes(content)
+    os.utime(victim, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert open_dataset(f"folder:{root}", skip_damaged=True).test_size == damaged.test_size + 1
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(make_tree: MakeTree, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
