@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdzoo.modes import evaluating
+
 BATCHES = (1, 64)  # images, whose latency is measured
 FEWEST = 3  # passes of a batch after one to warm up
 SECONDS = 0.05  # after which no further pass begins beyond these
@@ -42,16 +44,10 @@ def measure(network: nn.Module, image_size: int, device: torch.device) -> Cost:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(max(BATCHES), 3, image_size, image_size, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module, _ in modes)
-    try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            one, many = (_tried(partial(_latency, network, images[:count])) for count in BATCHES)
-            return Cost(_tried(partial(_flops, network, images[:1])), one, many)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules())
+    with evaluating(network), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        one, many = (_tried(partial(_latency, network, images[:count])) for count in BATCHES)
+        return Cost(_tried(partial(_flops, network, images[:1])), one, many)
 
 
 def _flops(network: nn.Module, images: Tensor) -> int:

@@ -13,6 +13,7 @@ from kdzoo.distiller import DataSpec
 from kdzoo.engine import neighbours
 from kdzoo.engine.memory import check_reserve
 from kdzoo.errors import UserError
+from kdzoo.modes import evaluating
 from kdzoo.outputs import Output
 from kdzoo.precision import PRECISIONS, autocast
 
@@ -61,8 +62,6 @@ def evaluate(
         answers: a list that gets the answers of each batch, see ``joined``.
     """
     check_reserve()
-    training = network.training
-    network.eval()
     best = min(5, dataset.spec.num_classes)
     hits = torch.zeros(2, device=dataset.device, dtype=torch.int64)
     surprise = torch.zeros(len(TEMPERATURES), device=dataset.device)  # sums of negative log-likelihoods
@@ -77,7 +76,7 @@ def evaluate(
         hits.add_(torch.stack([found[:, 0].sum(), found.sum()]))
         count += len(labels)
 
-    with torch.inference_mode():
+    with evaluating(network), torch.inference_mode():
         for images, labels in dataset.test_batches(batch_size or test_rows(dataset.spec), test_crop=test_crop):
             output = show(network, images, precision, dataset.spec.num_classes)
             if not output.logits.shape[1]:
@@ -96,20 +95,23 @@ def evaluate(
                 note(labels, *neighbours.vote(rows, *known, kinds, min(5, kinds), own=not dataset.is_labelled))
             else:
                 note(labels, *neighbours.nearest(rows, 5))
-    network.train(training)
     (right, among), sums = hits.tolist(), surprise.tolist()  # Apple's GPUs have no float64
     nll = None if embedded or not all(map(math.isfinite, sums)) else least(sums) / count
     return Measures(100 * right / count, 100 * among / count, nll)
 
 
 def least(values: Sequence[float]) -> float:
-    """Return the least of a curve that is known at even steps: that of the parabola through its three lowest points."""
+    """Return the least of a curve of numbers from 0 that is known at even steps.
+
+    It is that of the parabola through the logarithms of the three lowest points. A parabola through the numbers
+    themselves falls below 0 where the curve comes near it, and rises by factors from one step to the next.
+    """
     k = values.index(min(values))
-    if not 0 < k < len(values) - 1:
+    if not 0 < k < len(values) - 1 or values[k] <= 0:
         return values[k]
-    before, here, after = values[k - 1 : k + 2]
+    before, here, after = map(math.log, values[k - 1 : k + 2])
     bend = before - 2 * here + after
-    return here - (before - after) ** 2 / (8 * bend) if bend > 0 else here
+    return math.exp(here - (before - after) ** 2 / (8 * bend)) if bend > 0 else values[k]
 
 
 def show(network: nn.Module, images: Tensor, precision: str, classes: int) -> Output:
@@ -158,11 +160,10 @@ def compare(
     student: nn.Module, teacher: nn.Module | None, dataset: Dataset, precision: str, test_crop: float
 ) -> Likeness:
     """Measure what a student took over from its teacher, by one pass of both over the test images."""
-    student.eval()
     alike, divergence, count = 0, 0.0, 0
     embedded: list[tuple[Tensor, Tensor]] = []
     compares = teacher is not None
-    with torch.inference_mode():
+    with evaluating(student), torch.inference_mode():
         for images, labels in dataset.test_batches(test_rows(dataset.spec), test_crop=test_crop):
             ours = show(student, images, precision, dataset.spec.num_classes)
             embedded.append((ours.embedding.float(), labels))

@@ -27,6 +27,7 @@ from kdzoo.engine.training import build_all, common_loader, shared_passes
 from kdzoo.errors import OutOfMemory, UserError
 from kdzoo.experiments import teachers
 from kdzoo.experiments.run import open_data
+from kdzoo.modes import evaluating
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.quantities import counted
 from kdzoo.settings import Run, Settings
@@ -325,15 +326,15 @@ def look(network: nn.Module, images: Tensor, precision: str) -> None:
 
 def test_seconds(network: nn.Module, dataset: Dataset, settings: Settings) -> float:
     """Estimate the seconds of a pass over the test set by those of its first batch."""
-    network.eval()
 
     def first_batch() -> None:
         images, _ = next(dataset.test_batches(TEST_BATCH, settings.protocol.test_crop))
         look(network, images, settings.engine.precision)
 
-    first_batch()
     batches = dataset.test_size / min(TEST_BATCH, dataset.test_size)
-    return batches * seconds(first_batch, dataset.device)
+    with evaluating(network):
+        first_batch()
+        return batches * seconds(first_batch, dataset.device)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -17,6 +17,7 @@ from kdzoo.models.maps import FAILURES, CannotRead, logits_in
 from kdzoo.models.preactivations import Preactivations
 from kdzoo.models.stages import Stages
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
+from kdzoo.modes import evaluating
 from kdzoo.outputs import LOGITS, Output, Show, StageOutput
 from kdzoo.quantities import counted
 
@@ -298,12 +299,6 @@ def _reader(body: nn.Module, images: Tensor, taps: Sequence[str] | None, classif
 @contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
     """Evaluation without gradients; generators and each module's mode are put back."""
-    modes = [(module, module.training) for module in network.modules()]
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
-    network.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        yield

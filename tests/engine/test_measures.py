@@ -8,7 +8,7 @@ from torch import nn
 
 from kdzoo import Output, UserError
 from kdzoo.engine import neighbours
-from kdzoo.engine.measure import Answers, compare, evaluate, joined, measured
+from kdzoo.engine.measure import TEMPERATURES, Answers, compare, evaluate, joined, least, measured
 
 
 def brute_force(rows, known, labels, classes, own):
@@ -191,6 +191,25 @@ def test_the_likelihood_is_that_at_the_temperature_that_suits_best(dataset, scal
     found = evaluate(network, dataset, "float32", batch_size=50)
     assert found.nll == pytest.approx(best_likelihood(logits, labels), rel=2e-3)
     assert found.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+
+
+@pytest.mark.parametrize("margin", [1.0, 2.0, 4.0, 8.0])
+def test_the_likelihood_of_answers_that_are_nearly_all_right_is_above_0_and_close_to_the_best(margin):
+    logits = torch.zeros(10_000, 100, dtype=torch.float64)
+    logits[:, 0] = 10.0
+    logits[0, 1] = 10.0 + margin  # the one mistake
+    labels = torch.zeros(10_000, dtype=torch.int64)
+    curve = [nn.functional.cross_entropy(logits / scale, labels).item() for scale in TEMPERATURES]
+    assert least(curve) == pytest.approx(best_likelihood(logits, labels), rel=0.2)
+
+
+def test_every_module_of_a_measured_network_has_its_own_mode_again(dataset):
+    network = nn.Sequential(Linear(0), nn.Dropout(), nn.Dropout())
+    network.forward = lambda images: network[0](images)
+    network.train()[1].eval()
+    evaluate(network, dataset, "float32")
+    compare(network, None, dataset, "float32", 1.0)
+    assert [module.training for module in network.modules()] == [True, True, False, True]
 
 
 def test_logits_that_are_no_numbers_have_no_likelihood(dataset):
