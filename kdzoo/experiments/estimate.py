@@ -19,6 +19,7 @@ from kdzoo.data import Dataset, Loader
 from kdzoo.distiller import Batch
 from kdzoo.engine import memory
 from kdzoo.engine.device import use
+from kdzoo.engine.faults import caught
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.memory import Cost
 from kdzoo.engine.passes import Teacher
@@ -292,7 +293,7 @@ def stepped(
 ) -> Iterator[tuple[int, Lane, Batch]]:
     """Yield the number of each run, its lane after two steps, and their batch; one lane at a time.
 
-    Runs that cannot be built or make no step are put into ``failed``, with the reason.
+    Runs that cannot be built or set up, or make no step, are put into ``failed``, with the reason.
     """
     shared = None if teacher is None else shared_passes(teacher, runs[0])
     built, reasons = build_all(runs, dataset, shared)
@@ -301,8 +302,12 @@ def stepped(
         return
     loader = common_loader(runs[0].settings, built.values(), dataset)
     batch = next(loader.batches())
+    device, per_epoch = batch.images.device, loader.steps_per_epoch
     for i in list(built):
-        lane = Lane(runs[i], built.pop(i), RunFolder.of(runs[i]), batch.images.device, loader.steps_per_epoch)
+        with caught(runs[i], lambda: "while its training was set up", partial(failed.__setitem__, i)):
+            lane = Lane(runs[i], built.pop(i), RunFolder.of(runs[i]), device, per_epoch)
+        if i in failed:
+            continue
         with lane.failing_alone():
             for step in range(2):  # optimisers take their memory at the end of the first
                 lane.step(batch, step)

@@ -160,3 +160,36 @@ def test_a_method_that_does_not_fit_the_pair_is_known_before_anything_is_trained
     [line] = [line for line in out.splitlines() if "stages" in line][:1]
     assert line.strip().startswith("resnet8  lfcc")
     assert "cannot be trained: stages" in line
+
+
+HOLDS_A_LOCK = """
+from threading import Lock
+
+from kdzoo import Distiller, Fidelity, Needs
+from kdzoo.losses import cross_entropy
+
+
+class Mine(Distiller):
+    paper, fidelity = "none", Fidelity.EXACT
+    needs = Needs(teacher=False, features=False)
+
+    def __init__(self, *, ce: float = 1.0):
+        super().__init__(ce=ce)
+        self.lock = Lock()
+
+    def loss(self, student, teacher, batch):
+        return self.weigh(ce=lambda: cross_entropy(student.logits, batch.targets))
+"""
+
+
+def test_a_method_that_cannot_be_set_up_fails_alone_and_is_measured_beside_no_other(tmp_path):
+    (tmp_path / "mine.py").write_text(HOLDS_A_LOCK)  # which the average of weights cannot copy
+    text = SUITE.replace("[none, kd]", f"[none, '{tmp_path / 'mine.py'}']").replace("[[resnet14", "[[null")
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.replace("[0, 1]", "[0]"))
+    found = suites.load(str(file), overrides=[*QUICK, "protocol.ema=0.9"])
+    [cost] = expected(found, tmp_path / "dry")
+    assert "while its training was set up" in str(cost.failed[1])
+    report = bench(found, tmp_path / "out", quiet=True)
+    assert len(report.finished) == 1
+    assert "cannot pickle" in " ".join(report.failed.values())
