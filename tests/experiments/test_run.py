@@ -300,5 +300,19 @@ def test_a_finished_run_stays_until_the_one_that_replaces_it_is_finished(tmp_pat
     assert again.top1 == whole.top1
 
 
+def test_what_a_finished_run_was_made_on_stays_beside_it_until_it_is_replaced(tmp_path, monkeypatch):
+    folder = RunFolder(
+        kdzoo.run("none", "resnet8", out=tmp_path, overrides=[*QUICK, "data.limit=64"], quiet=True).folder
+    )
+    folder.environment.write_text('{"folder": "/where/it/was/made"}')
+    for moment, home in (("experiments.run.open_data", folder), ("engine.loop.finish_epoch", RunFolder(folder.before))):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kdzoo.{moment}", gone)
+            with pytest.raises(KeyboardInterrupt):
+                kdzoo.run("none", "resnet8", out=tmp_path, overrides=[*QUICK, "data.limit=64"], quiet=True, fresh=True)
+        assert home.result.is_file()
+        assert home.read_environment() == {"folder": "/where/it/was/made"}
+
+
 def gone(*_, **__):
     raise KeyboardInterrupt
