@@ -183,6 +183,7 @@ def _train_lanes(
                         outcomes[i] = finish(lane, dataset, teacher, costs)
                 if lane.failure is not None:
                     outcomes[i] = lane.failure
+                    lane.loggers.fail()
     return [outcomes[i] for i in range(len(runs))]
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from filelock import FileLock
@@ -52,7 +51,7 @@ class Loggers:
     def __init__(
         self, run: Run | None = None, folder: RunFolder | None = None, say: Callable[[str], object] = print
     ) -> None:
-        self.say, self.is_finished, self.opened = say, False, dict[str, Logger]()
+        self.say, self.state, self.opened = say, "stopped", dict[str, Logger]()
         if run is not None and folder is not None:
             for name in run.place.output.log:
                 self._alone(name, partial(self._open, name, run, folder))
@@ -65,16 +64,17 @@ class Loggers:
         """Add what is left of the history, the result, and the student as it lies in the run's folder."""
         self.write(history)
         self._each(lambda logger: logger.finish(result))
-        self.is_finished = True
+        self.state = "finished"
+
+    def fail(self) -> None:
+        """Note that the run failed, and did not only stop on the way."""
+        self.state = "failed"
 
     def __enter__(self) -> "Loggers":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        state = "finished" if self.is_finished else "failed" if error is None else "stopped"
-        self._each(lambda logger: logger.close(state))
+    def __exit__(self, *_: object) -> None:
+        self._each(lambda logger: logger.close(self.state))
 
     def _open(self, name: str, run: Run, folder: RunFolder) -> None:
         self.opened[name] = LOGGERS[name](run, folder)

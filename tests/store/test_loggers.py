@@ -7,6 +7,7 @@ import struct
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,8 +18,9 @@ from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
-from kdzoo.store.loggers import Loggers
+from kdzoo.store.loggers import LOGGERS, Loggers
 from tests.made_runs import write
+from tests.misbehaving import write_method
 from tests.short_runs import settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries among themselves
@@ -51,6 +53,7 @@ def made_store(tmp_path_factory):
     folder = write(root, 75.0, 0)
     with Loggers(folder.run().within(output={"log": ("mlflow",)}), folder, print) as loggers:
         loggers.write(HISTORY[:1])
+        loggers.fail()
     return folder
 
 
@@ -277,6 +280,20 @@ def test_a_run_whose_lane_failed_is_marked_so(made_store):
     run, _ = in_mlflow(mlflow.MlflowClient(f"sqlite:///{made_store.path.parent / 'mlflow.db'}"))
     assert run.info.status == "FAILED"
     assert (run.info.run_name, run.data.metrics["loss/ce"]) == (made_store.path.name, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "state"),
+    [("kd", [], "finished"), ("kd", ["engine.stop_after=1"], "stopped"), ("bad", [], "failed")],
+)
+def test_a_record_ends_as_its_run_does(tmp_path, dataset, teacher, monkeypatch, method, more, state):
+    closed = []
+    logger = SimpleNamespace(write=lambda _: None, finish=lambda _: None, close=closed.append)
+    monkeypatch.setitem(LOGGERS, "tensorboard", lambda run, folder: logger)
+    file = write_method(tmp_path, 0, "NaN") if method == "bad" else method
+    run = settings(tmp_path, file, "output.log=[tensorboard]", *more)
+    train_lanes([run], dataset, teacher, Progress(quiet=True))
+    assert closed == [state]
 
 
 def test_a_run_that_a_store_does_not_know_begins_anew_in_it(store, tmp_path):
