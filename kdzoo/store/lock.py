@@ -140,11 +140,13 @@ def await_signs(locks: Iterable[RunLock]) -> None:
 
 
 def _beat(owner: Path, released: Event) -> None:
+    def beat(file: Path | int) -> None:
+        while not released.wait(HEARTBEAT):
+            with suppress(OSError):  # a file system may fail for a moment
+                os.utime(file)
+
     if os.utime not in os.supports_fd:  # Windows, where a file that is open cannot be removed either
-        with suppress(OSError):
-            while not released.wait(HEARTBEAT):
-                os.utime(owner)
+        beat(owner)
         return
     with suppress(OSError), owner.open() as file:  # this very file, even if another owner puts its own in its place
-        while not released.wait(HEARTBEAT):
-            os.utime(file.fileno())
+        beat(file.fileno())

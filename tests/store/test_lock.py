@@ -99,6 +99,22 @@ def test_the_heart_of_an_owner_beats_until_it_gives_the_lock_up(tmp_path, monkey
 
 
 @pytest.mark.parametrize("by_handle", [True, False])
+def test_a_heart_beats_on_after_a_file_system_failed_for_a_moment(tmp_path, monkeypatch, by_handle):
+    beats, failures = Semaphore(0), iter([OSError("stale file handle")])
+
+    def utime(_):
+        if failure := next(failures, None):
+            raise failure
+        beats.release()
+
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.001)
+    monkeypatch.setattr(os, "utime", utime)
+    monkeypatch.setattr(os, "supports_fd", {utime} if by_handle else set())
+    with RunLock(tmp_path):
+        assert beats.acquire(timeout=60)
+
+
+@pytest.mark.parametrize("by_handle", [True, False])
 def test_an_owner_shows_that_it_lives_by_an_open_file_or_by_its_path(tmp_path, monkeypatch, by_handle):
     beaten, touched = Event(), []
 
