@@ -88,7 +88,8 @@ class Local:
         return slots(device, torch.cuda.device_count(), self.jobs)
 
     def start(self, suite: Suite, groups: Groups, progress: Progress) -> list[str]:
-        engine, out = groups[0][0].place.engine, groups[0][0].place.output.root
+        (settings, place), out = groups[0][0], groups[0][0].place.output.root
+        engine = place.engine
         devices = self.devices(groups[0])[: len(groups)]
         threads = engine.threads or max(1, torch.get_num_threads() // len(devices))
         commands = [
@@ -96,6 +97,7 @@ class Local:
                 *(sys.executable, "-c", START.format(sys.path), "bench", *suite.arguments(), "--out", out, "--worker"),
                 *(f"engine.device={device}", f"engine.threads={threads}"),
                 f"engine.memory={engine.memory / devices.count(device)}",
+                f"engine.precision={settings.engine.precision}",  # of a run's name, and another GPU may lack it
             ]
             for device in devices
         ]

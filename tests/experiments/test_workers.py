@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
 from kdzoo.errors import UserError
+from kdzoo.experiments import workers
 from kdzoo.experiments.bench import bench
 from kdzoo.experiments.workers import Local, find, slots
 from kdzoo.store.folder import RunFolder
@@ -96,6 +98,23 @@ def test_workers_end_with_their_bench_and_the_same_command_continues(
 )
 def test_as_many_groups_at_a_time_as_there_are_gpus_unless_told_otherwise(device, gpus, jobs, expected):
     assert slots(device, gpus, jobs) == expected
+
+
+def test_workers_compute_in_the_precision_that_was_found_for_the_suite_whatever_their_gpu(tmp_path, monkeypatch):
+    file, commands = tmp_path / "mine.yaml", []
+    file.write_text("{pairs: [[resnet14, resnet8]], distillers: [kd], seeds: [0, 1]}")
+    monkeypatch.setattr("kdzoo.engine.device.bf16_is_fast", lambda device: True)
+
+    @contextmanager
+    def started(command):
+        commands.append(command)
+        yield None
+
+    monkeypatch.setattr(workers, "started", started)
+    monkeypatch.setattr(workers, "watched", lambda worker, name, progress: "")
+    bench(file, tmp_path / "runs", quiet=True, executor=Local(jobs=2), overrides=["engine.device=cpu"])
+    assert len(commands) == 2
+    assert all("engine.precision=bf16" in command for command in commands)
 
 
 def test_settings_of_the_other_executor_are_refused():
