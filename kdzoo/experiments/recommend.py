@@ -167,8 +167,9 @@ class Trainer:
         with Progress(self.quiet) as progress:
             suite = self.suite(stage, some, made.epochs, seeds, overrides, progress)
         report = bench(suite, self.out / suite.name, self.retry, self.quiet, self.executor, wait=True)
-        if report.stopped or report.elsewhere:
+        if report.stopped:
             report.check()
+        if report.elsewhere:
             raise UserError(
                 f"other processes are still at work on {counted(len(report.elsewhere), 'run')}; the same command "
                 "continues"

@@ -15,6 +15,7 @@ from kdzoo.engine.memory import Cost
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import recommend, work
+from kdzoo.experiments.bench import Report
 from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import AVERAGE, Trainer, search, tried
@@ -535,6 +536,13 @@ def test_costs_of_finalists_are_those_of_steps_by_turns(found):
 
 
 @pytest.mark.slow(reason="trains a whole search")
+def test_a_search_that_others_are_at_work_on_says_so_though_candidates_failed(found, tmp_path, monkeypatch):
+    report = Report(elsewhere=[tmp_path / "one"], failed={tmp_path / "two": "the loss term 'kd' is not finite"})
+    monkeypatch.setattr(recommend, "bench", lambda *given, **named: report)
+    with pytest.raises(UserError, match="other processes are still at work on 1 run; the same command continues"):
+        search(QUESTION, found, quiet=True)
+
+
 def test_what_failed_is_tried_again_where_that_is_asked_for(failing, tmp_path, monkeypatch):
     monkeypatch.setattr(recommend, "REFERENCES", ())
     question = replace(QUESTION, methods=(str(failing),))
