@@ -237,12 +237,13 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
         raise AskedToEnd from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
+        left = failure.error_file_data["message"]
+        if failure.exitcode < 0 or isinstance(left, str):  # it left no error behind
+            by = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
             raise UserError(
-                f"process {rank} of {devices} was ended by {failure.signal_name()}; the same command continues from "
-                "the last checkpoint"
+                f"process {rank} of {devices} {by}; the same command continues from the last checkpoint"
             ) from error
-        said = str(failure.error_file_data["message"]["message"])
+        said = str(left["message"])
         if said.startswith("UserError: "):
             raise UserError(said.removeprefix("UserError: ")) from error
         raise

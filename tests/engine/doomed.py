@@ -3,11 +3,11 @@
 import os
 import signal
 
-from kdzoo.errors import UserError
+from kdzoo.errors import AskedToEnd, UserError
 
 
 def fail(_: object, pipe: str, how: str) -> None:
-    """The first process ends by an error or is killed, once it knows that the second is there."""
+    """The first process ends by an error, is killed or is asked to end, once it knows that the second is there."""
     if os.environ["RANK"] == "1":
         with open(pipe + ".number", "w") as file:
             file.write(str(os.getpid()))
@@ -19,4 +19,6 @@ def fail(_: object, pipe: str, how: str) -> None:
     with open(pipe, "w"):  # waits for the reader
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "end":
+            raise AskedToEnd
         raise UserError("this is missing; ask for that")

@@ -188,6 +188,7 @@ def test_a_run_whose_processes_were_killed_ends_with_the_bits_of_one_that_torchr
     [
         ("error", "this is missing; ask for that"),
         ("kill", "process 0 of 2 was ended by SIGKILL; the same command"),
+        ("end", "process 0 of 2 exited with 143; the same command"),
     ],
 )
 def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, how, said):
