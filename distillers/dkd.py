@@ -43,7 +43,6 @@ class DKD(Distiller):
     fidelity = Fidelity.EXACT
     label_terms = ("ce", "dkd")
     fewest_classes = 3
-    label_terms = ("ce", "dkd")
     needs = Needs(features=False, embedding=False)
 
     def __init__(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdzoo.distiller import Batch, DataSpec, Distiller, Needs
 from kdzoo.errors import UserError
 from kdzoo.outputs import NetworkView, Output, Show
-from kdzoo.precision import FLOAT32, Precision, ambient, autocast
+from kdzoo.precision import FLOAT32, Precision, ambient, autocast, casting_anew
 from kdzoo.quantities import counted
 
 
@@ -169,7 +169,7 @@ class Distillation(nn.Module):
         device = next((p.device.type for p in self.student.parameters()), "cpu")
         student, teacher = self._views_on(device)
         teacher = copy(teacher)  # without a teacher it is the student's own view
-        with autocast(device, FLOAT32):
+        with autocast(device, FLOAT32), casting_anew():  # a phase may train the student
             self.distiller.prepare(student, teacher, _Shown(batches, teacher))
 
     def pass_student_through(self, passes: Callable[[Tensor, Show], Output]) -> Callable[[Tensor, Show], Output]:

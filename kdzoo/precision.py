@@ -44,6 +44,20 @@ def autocast(device: str, precision: Precision) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def casting_anew() -> Iterator[None]:
+    """Cast weights anew in each pass inside the context.
+
+    Autocast keeps casts until its outermost context ends, and does not notice that an optimiser changed the weights.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def matmul_precision(device: str, precision: Precision) -> AbstractContextManager[None]:
     """Multiply float32 numbers in this precision inside the context, and leave autocast unchanged.
 

@@ -192,6 +192,22 @@ def test_the_phase_before_training_sees_the_networks_as_training_does(batch):
     assert not phased.shown.requires_grad
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_phase_before_training_sees_the_weights_that_it_changed(batch, precision):
+    shown = []
+
+    class Phased(Probe):
+        def prepare(self, student, teacher, batches):
+            for batch in batches:
+                shown.append(student(batch.images).logits.detach())
+                for parameter in student.network.head.parameters():
+                    parameter.data.zero_()
+
+    Distillation(Net(), Net(), Phased(), precision=PRECISIONS[precision]).prepare([batch] * 2)
+    assert shown[0].any()
+    assert not shown[1].any()
+
+
 def test_what_ships_is_the_student():
     student = Net()
     assert Distillation(student, Net(), Probe()).deploy() is student
