@@ -23,6 +23,14 @@ def seed_torch(seed: int) -> None:
 
 
 @contextmanager
+def restored(device: torch.device) -> Iterator[None]:
+    """Restore the state of torch's generators on exit: of the CPU's and of ``device``'s; no other device is touched."""
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        yield
+
+
+@contextmanager
 def globally_seeded(*name: int | str) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch, and restore their state on exit.
 

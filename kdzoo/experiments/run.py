@@ -25,6 +25,7 @@ from kdzoo.experiments.students import shipped
 from kdzoo.files import path_of, read_text
 from kdzoo.keywords import name, names
 from kdzoo.precision import PRECISIONS
+from kdzoo.randomness import restored
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, several, stored
 from kdzoo.settings import EnginePlace, Run
 from kdzoo.store import checkpoint, predictions
@@ -158,13 +159,7 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
     device = use(run.place)
     with processes.joined(run) as ranks, Progress(quiet or not ranks.first) as progress:
         device = ranks.device(device)
-        with (
-            RunLock(folder.path) if ranks.first else nullcontext(),
-            torch.random.fork_rng(
-                devices=[device] if device.type == "cuda" else None,  # a process touches no other's device
-                device_type=device.type if device.type != "cpu" else "cuda",
-            ),
-        ):
+        with RunLock(folder.path) if ranks.first else nullcontext(), restored(device):
             with ranks.in_turn():
                 folder.check_config(run) if fresh and folder.config.is_file() else folder.check(run)
                 finished = None if fresh else folder.read_result()
@@ -242,11 +237,11 @@ def measure_run(path: Path, here: Here = HERE) -> tuple[float, float, str]:
     """
     folder = RunFolder(path.resolve())
     result = folder.finished()
-    with torch.random.fork_rng(), Progress() as progress:
-        run = here.place(folder)
-        settings = run.settings
+    run = here.place(folder)
+    settings, device = run.settings, use(run.place)
+    with restored(device), Progress() as progress:
         with folder.home():
-            dataset = open_data(run, use(run.place), progress, folder)
+            dataset = open_data(run, device, progress, folder)
             differ = compare_data(run, folder, dataset, progress)
             if differ and not dataset.is_judged:
                 raise UserError(

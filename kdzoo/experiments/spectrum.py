@@ -23,7 +23,7 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.run import HERE, Here, compare_data, open_data, shipped_of
 from kdzoo.outputs import Output, Show
 from kdzoo.precision import PRECISIONS, autocast
-from kdzoo.randomness import seed_of, seed_torch
+from kdzoo.randomness import restored, seed_of, seed_torch
 from kdzoo.resolve import resolve, stored
 from kdzoo.settings import Run, Settings
 from kdzoo.spectral import band_basis, cycles, radial_basis, spectral_power, wavelet_basis
@@ -230,8 +230,9 @@ def of_networks(teacher: str, student: str, data: str = "digits", batches: int =
         )
     )
     networks: dict[str, nn.Module] = {}
-    with torch.random.fork_rng(), Progress() as progress:
-        dataset = open_data(run, use(run.place), progress)
+    device = use(run.place)
+    with restored(device), Progress() as progress:
+        dataset = open_data(run, device, progress)
         for role, name in (("teacher", teacher), ("student", student)):
             seed_torch(seed_of(run.settings.seed, role))
             networks[f"{role} {name}, untrained"] = models.create(name, dataset.spec)
@@ -261,9 +262,10 @@ def of_runs(paths: Sequence[Path], batches: int = 0, here: Here = HERE) -> pd.Da
             raise UserError(f"{folder.path.name} has other data than {shared.data.name} here; give runs that share it")
         if settings.teacher.name and _teacher(settings) != _teacher(shared):
             raise UserError(f"{folder.path.name} has another teacher than the rest; give runs that share one")
-    with torch.random.fork_rng(), Progress() as progress:
+    device = use(first.place)
+    with restored(device), Progress() as progress:
         with home.home():
-            dataset = open_data(first, use(first.place), progress)
+            dataset = open_data(first, device, progress)
             teacher = teachers.obtain(first, dataset, progress, made=stored(home.read_config()).settings)
         networks: dict[str, nn.Module] = {f"teacher {shared.teacher.title}": teacher.network}
         for name, (folder, run) in zip(_names(runs), runs, strict=True):

@@ -187,8 +187,8 @@ def _learned(run: Run, networks: Sequence[models.Network], dataset: Dataset) -> 
     with torch.inference_mode():
         for images, labels in dataset.sample("train", LEARNED_ON, test_rows(spec), settings.protocol.test_crop):
             outputs = [show(one, images, settings.engine.precision, spec.num_classes) for one in networks]
-            seen.append(torch.stack([output.logits for output in outputs]))
-            right.append(labels)
+            seen.append(torch.stack([output.logits for output in outputs]).cpu())  # mps knows no float64
+            right.append(labels.cpu())
     return models.learned_shares(torch.cat(seen, dim=1), torch.cat(right))
 
 

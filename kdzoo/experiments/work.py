@@ -9,8 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from kdzoo.data import Dataset
 from kdzoo.engine.device import current, use
 from kdzoo.engine.passes import Teacher
@@ -22,6 +20,7 @@ from kdzoo.experiments.estimate import packs
 from kdzoo.experiments.run import open_data
 from kdzoo.files import write_text
 from kdzoo.quantities import counted
+from kdzoo.randomness import restored
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
 from kdzoo.store import checkpoint
@@ -99,7 +98,7 @@ def work_on(groups: Sequence[Sequence[Run]], number: int, progress: Progress, wa
             return 0
         progress.group(number, f"{title(group)}: {len(mine)} of {counted(len(group), 'run')} to do")
         device = use(mine[0].place)
-        with current(device), torch.random.fork_rng(device_type="cuda" if device.type == "cpu" else device.type):
+        with current(device), restored(device):
             try:
                 with out_of_memory_told(lambda: "getting data and teacher"):
                     dataset = open_data(mine[0], device, progress)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kdzoo.errors import UserError
+from kdzoo.files import make_folder, write_atomically, write_text
 from kdzoo.results.render import no_formula
 
 if TYPE_CHECKING:
@@ -100,15 +101,12 @@ def title(table: pd.DataFrame) -> str:
 
 
 def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
-    """Save the table as ``stem``.csv and its plot as ``stem``.png."""
+    """Save the table as ``stem``.csv and its plot as ``stem``.png, each completely or not at all."""
     csv, png = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".png"))
     figure = draw(table)
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        table.map(no_formula).to_csv(csv, index=False, lineterminator="\n", float_format="%.6g")
-        figure.savefig(png, dpi=130)
-    except OSError as error:
-        raise UserError(f"{stem.parent} cannot be written ({error.strerror or error}); choose another --out") from error
+    make_folder(stem.parent)
+    write_text(csv, table.map(no_formula).to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    write_atomically(png, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     return csv, png
 
 

@@ -1,9 +1,15 @@
-"""The precision that ``auto`` means: decided by what the hardware can do, and the same at every start."""
+"""The precision that ``auto`` means, decided by what the hardware can do; and a device that others are beside."""
 
 import pytest
 import torch
 
 from kdzoo.engine.device import bf16_is_fast, find_precision
+from kdzoo.engine.progress import Progress
+from kdzoo.experiments import spectrum
+from kdzoo.experiments.run import Here, evaluate_run, execute
+from kdzoo.experiments.work import work_on
+
+from .. import short_runs
 
 CPU = torch.device("cpu")
 WITH_BF16 = {"avx512_bf16": True}
@@ -78,3 +84,16 @@ def test_another_kind_of_device_computes_in_float32():
 def test_a_precision_that_is_named_is_taken(name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert find_precision(name, CPU) == name
+
+
+def test_what_runs_on_a_cpu_touches_no_gpu(tmp_path, monkeypatch):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: touched.append(args) or torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: touched.append(args))
+    run = short_runs.settings(tmp_path, "none", "protocol.epochs=1")
+    folder = execute(run, quiet=True).folder
+    evaluate_run(folder)
+    spectrum.of_networks("resnet14", "resnet8", batches=1, here=Here(device="cpu"))
+    work_on([[short_runs.settings(tmp_path, "none", "protocol.epochs=1", "seed=1")]], 0, Progress(), wait=False)
+    assert not touched

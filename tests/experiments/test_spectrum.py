@@ -1,5 +1,6 @@
 """``kdzoo spectrum``: waves of known frequency land where they belong, and agreement is what CKA promises."""
 
+import errno
 import itertools
 import math
 
@@ -7,12 +8,13 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from torch import nn
 
 import kdzoo
 from kdzoo import DataSpec, Output
 from kdzoo.cli import cli
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.experiments import spectrum
 from kdzoo.results import spectrum_plot
 from kdzoo.spectral import band_basis, fourier_filter, low_pass
@@ -207,6 +209,20 @@ def test_the_picture_names_its_axes_and_units():
     assert {"cycles per image", "band (cycles per image)", "Haar band", "share of energy"} <= labels
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles[0].startswith("stage 1\n16")
+
+
+def test_a_table_and_a_picture_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    def full(self, path, **options):
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    spectrum_plot.save(look(noise(8)), tmp_path / "new" / "seen.v1")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    assert sorted(before) == ["seen.v1.csv", "seen.v1.png"]
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(StorageError, match="is full"):
+        spectrum_plot.save(look(noise(8)), tmp_path / "new" / "seen.v1")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
 
 
 def test_more_networks_than_colours_are_refused():
