@@ -16,6 +16,7 @@ FLOORS = (
         "errors",
         "files",
         "keywords",
+        "modes",
         "own_code",
         "precision",
         "process_state",
