@@ -5,10 +5,9 @@ from math import ceil, gcd, log
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, NetworkView, Output
-from kdzoo.connectors import BatchNorm2d, Pyramid, check_stages
+from kdzoo.connectors import BatchNorm2d, Pyramid, check_stages, resized
 from kdzoo.errors import UserError
 from kdzoo.keywords import at_least, positive
 from kdzoo.losses import context_loss, cross_entropy, softened_kl
@@ -23,11 +22,6 @@ def sinusoids(count: int, width: int) -> Tensor:
     rates = torch.exp(torch.arange(0, width, 2) * (-log(10000.0) / width))
     angles = torch.arange(count)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
-
-
-def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resize maps (B, C, H, W) to another grid, by nearest neighbours."""
-    return maps if tuple(maps.shape[2:]) == tuple(grid) else F.interpolate(maps, tuple(grid), mode="nearest")
 
 
 class Regions(nn.Module):

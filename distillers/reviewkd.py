@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kdzoo import Batch, DataSpec, Distiller, Fidelity, Needs, Output
-from kdzoo.connectors import BatchNorm2d, Pyramid, check_stages
+from kdzoo.connectors import BatchNorm2d, Pyramid, check_stages, resized
 from kdzoo.errors import UserError
 from kdzoo.keywords import one_of, share
 from kdzoo.losses import context_loss, cross_entropy, warm_up
@@ -18,11 +17,6 @@ def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return nn.Sequential(conv, BatchNorm2d(outputs))
-
-
-def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resize maps (B, C, H, W) to another grid, by nearest neighbours."""
-    return maps if tuple(maps.shape[2:]) == tuple(grid) else F.interpolate(maps, tuple(grid), mode="nearest")
 
 
 class Fusion(nn.Module):

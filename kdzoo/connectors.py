@@ -307,6 +307,11 @@ class Resize(nn.Module):
         return maps if self.same else separable(maps, self.rows.to(maps.dtype), self.columns.to(maps.dtype))
 
 
+def resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Resize maps (B, C, H, W) to another grid, by nearest neighbours."""
+    return maps if tuple(maps.shape[2:]) == tuple(grid) else F.interpolate(maps, tuple(grid), mode="nearest")
+
+
 class Pyramid(nn.Module):
     """Maps (B, C, H, W) and their averages over 4x4, 2x2 and 1x1 cells, where both sides have more.
 

@@ -14,7 +14,7 @@ from kdzoo.results.report.curves import ACCURACY
 from kdzoo.results.report.figures import ALL_PAIRS, COSTS
 from kdzoo.results.report.gather import Kept, best_first, gather, of_section, records
 from kdzoo.results.report.style import GRAY, VERDICTS, styles
-from kdzoo.results.spectrum_plot import STYLE, require_matplotlib
+from kdzoo.results.spectrum_plot import STYLE, plain, require_matplotlib
 from kdzoo.results.table import SECTION, comparisons, groups, pair_name, shipped, summary
 
 if TYPE_CHECKING:
@@ -95,11 +95,6 @@ def _save(panels: Sequence[Panel], file: Path, ending: str) -> None:
             paint(ax)
         make_folder(file.parent)
         write_atomically(file, lambda temporary: figure.savefig(temporary, format=ending))
-
-
-def plain(text: str) -> str:
-    """Write a text in which matplotlib finds no formula."""
-    return text.replace("$", r"\$")
 
 
 def _forests(runs: pd.DataFrame, baseline: str) -> list[Panel]:

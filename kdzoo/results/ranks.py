@@ -10,6 +10,7 @@ from kdzoo.files import make_folder, write_atomically
 from kdzoo.quantities import counted
 from kdzoo.results import statistics
 from kdzoo.results.layout import MARKS, title
+from kdzoo.results.spectrum_plot import plain
 from kdzoo.results.table import SECTION, average_ranks, groups, observations, scores
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _diagram(ax: "Axes", name: str, ranks: dict[str, float], pairs: int) -> None
     ax.set_xlim(1 - pad * 5, count + pad * 5)
     ax.set_ylim(depth + half - 0.4, -2.3)
     ax.axis("off")
-    ax.set_title(f"{name}: average rank over {pairs} pairs", fontsize=10, color=INK, loc="left")
+    ax.set_title(plain(f"{name}: average rank over {pairs} pairs"), fontsize=10, color=INK, loc="left")
     ax.plot([1, count], [0, 0], color=INK, lw=1)
     for tick in range(1, count + 1, 1 + count // 20):
         ax.plot([tick, tick], [0, -0.2], color=INK, lw=1)
@@ -109,10 +110,5 @@ def _diagram(ax: "Axes", name: str, ranks: dict[str, float], pairs: int) -> None
         end = 1 - pad * 0.5 if left else count + pad * 0.5
         ax.plot([rank, rank, end], [0, y, y], color=FAINT, lw=0.9, zorder=1)
         label = f"{method}  {rank:.2f}" if left else f"{rank:.2f}  {method}"
-        ax.text(end - pad * 0.2 if left else end + pad * 0.2, y, _plain(label), fontsize=9, color=INK,
+        ax.text(end - pad * 0.2 if left else end + pad * 0.2, y, plain(label), fontsize=9, color=INK,
                 ha="right" if left else "left", va="center")  # fmt: skip
-
-
-def _plain(text: str) -> str:
-    """A text in which matplotlib finds no formula."""
-    return text.replace("$", r"\$")

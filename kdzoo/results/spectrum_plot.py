@@ -45,6 +45,11 @@ def require_matplotlib() -> None:
         raise UserError("the picture needs matplotlib: pip install 'kdzoo[plots]'") from error
 
 
+def plain(text: str) -> str:
+    """Write a text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
+
+
 def draw(table: pd.DataFrame) -> "Figure":
     """Draw the power, the share of energy and the agreement with the teacher for each stage and for the logits.
 
@@ -89,7 +94,7 @@ def draw(table: pd.DataFrame) -> "Figure":
         for ax in axes[2, :4]:
             ax.set_xlabel("band (cycles per image)")
         figure.align_ylabels(axes[:, 0])
-        figure.suptitle(title(table), x=0.005, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(plain(title(table)), x=0.005, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -158,7 +163,9 @@ def _legend(ax: "Axes", logits: pd.DataFrame, names: list[str], what: str) -> No
     top1 = logits[logits["measure"] == "top1"].set_index("network")["value"]
     lines = [Line2D([], [], color=COLOURS[i], marker=MARKERS[i]) for i in range(len(names))]
     labels = [f"{name}\n{top1[name]:.1f} % {what}" if name in top1 else name for name in names]
-    ax.legend(lines, labels, loc="upper left", frameon=False, borderaxespad=0, handlelength=1.4, labelspacing=0.8)
+    ax.legend(
+        lines, map(plain, labels), loc="upper left", frameon=False, borderaxespad=0, handlelength=1.4, labelspacing=0.8
+    )
     ax.set_axis_off()
 
 

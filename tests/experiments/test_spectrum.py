@@ -225,6 +225,16 @@ def test_a_table_and_a_picture_are_written_completely_or_not_at_all(tmp_path, mo
     assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
 
 
+@pytest.mark.parametrize("what", ["data", "network"])
+def test_a_picture_finds_no_formula_in_a_name(tmp_path, what):
+    table = look(noise(8))
+    if what == "data":
+        table.attrs["data"] = "a$b_$"
+    else:
+        table["network"] = table["network"].replace("student", "a$b_$")
+    assert all(file.is_file() for file in spectrum_plot.save(table, tmp_path / "seen"))
+
+
 def test_more_networks_than_colours_are_refused():
     table = look(noise(8))
     many = pd.concat([table.assign(network=f"student {i}") for i in range(8)])

@@ -150,6 +150,12 @@ def test_ranks_are_drawn_where_there_are_enough_pairs(tmp_path, ending, magic):
     assert "Ranks closer than 1.48 (Nemenyi, 0.05)" in layout.render(ranked(5), "markdown", pivot=True)
 
 
+def test_a_diagram_finds_no_formula_in_a_name(tmp_path):
+    found = ranked(5).assign(data="a$b_$")
+    ranks.draw(found, tmp_path / "ranks.svg")
+    assert (tmp_path / "ranks.svg").is_file()
+
+
 def test_reconstructions_are_marked_in_the_diagram_too(tmp_path, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
     found = ranked(5)
