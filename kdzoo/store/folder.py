@@ -294,7 +294,7 @@ def _unknown(config: Mapping[str, Any], known: Mapping[str, Any] = KNOWN, prefix
 
 
 def find_runs(paths: list[Path]) -> list[RunFolder]:
-    """Find the finished runs in or below ``paths``, each once.
+    """Find the finished runs in or below ``paths``, each once; not one whose successor is finished.
 
     Raises:
         UserError: a path is not there.
@@ -305,4 +305,5 @@ def find_runs(paths: list[Path]) -> list[RunFolder]:
             raise UserError(f"no folder {path}; expected a run or a folder of runs")
         for file in sorted(path.rglob("result.json")):
             found.setdefault(file.parent.resolve(), RunFolder(file.parent))
-    return list(found.values())
+    replaced = {folder.before.resolve() for folder in found.values()}  # a kill may leave them
+    return [folder for place, folder in found.items() if place not in replaced]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from kdzoo.errors import StorageError, UserError
 from kdzoo.experiments.run import execute
 from kdzoo.files import digest
 from kdzoo.resolve import resolve
-from kdzoo.store.folder import RunFolder
+from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.store.lock import RunLock
 
 from ..made_runs import write
@@ -152,6 +153,17 @@ def test_a_finished_run_that_lost_something_is_not_finished_before(tmp_path, har
     harm(folder)
     with pytest.raises(UserError, match=said):
         execute(run, quiet=True)
+
+
+def test_a_run_that_was_replaced_counts_no_more_though_a_kill_left_it(tmp_path):
+    folder = write(tmp_path, 80.0, 0)
+    folder.set_aside()
+    assert [found.path for found in find_runs([tmp_path])] == [folder.before]
+    shutil.copytree(folder.before, tmp_path / "left")
+    write(tmp_path, 90.0, 0)
+    (tmp_path / "left").rename(folder.before)
+    assert [found.path for found in find_runs([tmp_path])] == [folder.path]
+    assert [found.path for found in find_runs([folder.before])] == [folder.before]
 
 
 def test_what_killed_processes_left_half_written_is_removed_when_the_run_starts_again(tmp_path):
