@@ -84,15 +84,10 @@ def appearing(target: Path) -> Iterator[Path]:
             yield folder
             if target.exists():
                 target.rename(former)
-            try:
-                folder.rename(target)
-            except BaseException:  # another process was faster, or this one is interrupted
-                with suppress(OSError):
-                    former.rename(target)
-                raise
+            folder.rename(target)
             remove_parts(target.parent, older_than=DAY)
         except BaseException:
-            if former.exists() and not target.exists():
+            if former.exists() and not target.exists():  # nor has another process made one meanwhile
                 former.rename(target)
             raise
         finally:

@@ -179,7 +179,8 @@ class Progress:
 
     def state(self) -> str:
         """Say in one line what is done now."""
-        for text, begun in self.activities[-1:]:  # read once: the main thread may end it meanwhile
+        if latest := self.activities[-1:]:  # read once: the main thread may end it meanwhile
+            [(text, begun)] = latest
             return f"{text}, {duration(self.clock() - begun)} so far"
         if not self.total:
             return f"at work, {duration(self.clock() - self.begun)} so far"
