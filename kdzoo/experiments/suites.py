@@ -25,7 +25,7 @@ from kdzoo import registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import path_of, read_text, shipped_folder, slug
 from kdzoo.keywords import read_yaml
-from kdzoo.resolve import resolve, several
+from kdzoo.resolve import merged, resolve, several
 from kdzoo.settings import Run
 
 LISTS = {"pairs": "[[vit_s, resnet18]]", "distillers": "[none, kd]", "seeds": "[0, 1, 2]"}
@@ -76,7 +76,8 @@ def load(
     Args:
         name: the suite.
         seeds: this many, from 0, instead of the file's.
-        overrides: ``key=value`` settings for every run, such as ``protocol.epochs=30``.
+        overrides: ``key=value`` settings for every run, such as ``protocol.epochs=30``; ``seed=5`` takes the place of
+            the file's seeds.
         report: is told what is read.
 
     Raises:
@@ -99,6 +100,10 @@ def load(
             raise unknown(f"key in suite {name}", key, KEYS)
         if key in LISTS and (not isinstance(value, list) or not value):
             raise UserError(f"suite {name} has no list of {key}; expected one, such as {key}: {LISTS[key]}")
+    if "seed" in (given := merged({}, overrides)):
+        if seeds:
+            raise UserError(f"--seeds {seeds} and seed={given['seed']}: expected one of them")
+        content["seeds"] = [given["seed"]]
     for seed in content["seeds"]:
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise UserError(f"suite {name}: seed {seed}: expected a whole number from 0")
@@ -163,8 +168,7 @@ def _runs(
                 resolved.append(run)
             for seed in content["seeds"]:
                 for distiller, run in zip(distillers, resolved, strict=True):
-                    if run.settings.seed == first:  # else an override gives every run one seed
-                        run = run._replace(settings=replace(run.settings, seed=seed))
+                    run = run._replace(settings=replace(run.settings, seed=seed))
                     if run.settings.identity() in seen:
                         raise UserError(
                             f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}; "

@@ -15,6 +15,7 @@ RECIPES = {
     ("cifar100", "ofa"): ("ofa-cnn", "ofa-vit"),
     ("imagenet", "ofa"): ("imagenet-cnn", "imagenet-vit"),
 }
+OTHERWISE_TRAINED = ("protocol=", "epochs=", "lr=", "pretrained=", "finetune=")  # settings of a teacher
 TOKEN_STUDENTS = {"deit_t", "resmlp_s12", "swin_nano", "swin_pico"}
 
 
@@ -49,19 +50,20 @@ def find(
     """Find the published number of exactly this setting, or None. Rows marked ``unverified`` do not count.
 
     Args:
-        teacher: a name, which settings such as its weights may follow in brackets; ``-`` for a student trained
-            alone, whose number does not depend on the teacher it stands beside. Of several teachers, with plus signs
-            between their names, nothing is published.
+        teacher: a name, which settings such as its weights may follow in brackets; nothing is published of one that
+            was trained otherwise, nor of several, with plus signs between their names. ``-`` for a student trained
+            alone, whose number does not depend on the teacher it stands beside.
         method: a method's name, or ``teacher`` for the teacher's own accuracy.
         epoch: ``last`` or ``best``.
         ship: the student that our runs keep, which no published number depends on.
         measured: what our top-1 is a share of; published ones are accuracies.
     """
-    if measured not in ("", "accuracy"):
-        return None
     alone = teacher == "-"
-    named = "" if alone else teacher if " + " in teacher else teacher.partition(" (")[0]
-    numbers = _index(alone).get((data, protocol, named, student, method, epoch), [])
+    named, _, changes = teacher.partition(" (")
+    is_another = " + " in teacher or any(change.startswith(OTHERWISE_TRAINED) for change in changes.split(", "))
+    if is_another or measured not in ("", "accuracy"):
+        return None
+    numbers = _index(alone).get((data, protocol, "" if alone else named, student, method, epoch), [])
     return numbers[0] if len({number.top1 for number in numbers}) == 1 else None
 
 

@@ -118,6 +118,17 @@ def test_a_suite_of_too_many_runs_is_refused_at_once(two, tmp_path):
         suites.load(two.file, seeds=100_000)
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_among_the_settings_replaces_the_files(tmp_path, suite, seed):
+    file = tmp_path / "mine.yaml"
+    assert len(suites.load(str(file)).runs) > len(suites.load(str(file), overrides=[f"seed={seed}"]).runs)
+    assert {run.settings.seed for run in suites.load(str(file), overrides=[f"seed={seed}"]).runs} == {seed}
+    with pytest.raises(UserError, match=f"--seeds 2 and seed={seed}: expected one of them"):
+        suites.load(str(file), seeds=2, overrides=[f"seed={seed}"])
+    with pytest.raises(UserError, match="seed x: expected a whole number"):
+        suites.load(str(file), overrides=["seed=x"])
+
+
 def test_seeds_change_nothing_else_of_a_run(two, tmp_path):
     many = suites.load(two.file, seeds=3, overrides=QUICK).runs
     assert [run.settings.seed for run in many] == [0, 0, 1, 1, 2, 2]

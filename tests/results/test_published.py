@@ -5,6 +5,7 @@ import pytest
 from kdzoo.models import names
 from kdzoo.resolve import protocol_names
 from kdzoo.results import published
+from kdzoo.settings import TeacherSettings
 
 # No run of kdzoo stands beside numbers that were measured with these.
 RECIPES_OF_OTHERS = {
@@ -49,6 +50,9 @@ def test_last_and_best_epochs_are_never_exchanged():
         {"protocol": "quick"},
         {"protocol": "crd (epochs=30)"},
         {"teacher": "resnet56"},
+        {"teacher": "resnet32x4 (epochs=30)"},
+        {"teacher": "resnet32x4 (mean=[0.5, 0.5, 0.5], pretrained=True)"},
+        {"teacher": "resnet32x4 + resnet32x4"},
         {"student": "resnet8x4 (pretrained=True)"},
         {"method": "kd (temperature=1.0)"},
     ],
@@ -59,6 +63,10 @@ def test_any_other_setting_has_no_published_number(other):
 
 def test_where_a_teacher_has_its_weights_from_does_not_make_another_pair():
     assert published.find(**{**CRD, "teacher": "resnet32x4 (weights=theirs.pt)"}, method="kd", epoch="last")
+
+
+def test_a_teacher_is_trained_otherwise_by_settings_that_there_are():
+    assert {key.removesuffix("=") for key in published.OTHERWISE_TRAINED} <= set(TeacherSettings.__dataclass_fields__)
 
 
 def test_a_student_trained_alone_has_the_number_of_any_teachers_row():
