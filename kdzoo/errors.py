@@ -113,10 +113,10 @@ def _text(error: BaseException) -> str:
         return ""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> UserError:
     """Make the error for an unknown ``name``, with the nearest of the ``known`` names."""
     names = sorted(set(known))
-    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    near = get_close_matches(str(name), names, n=3, cutoff=0.5)
     more = f" and {len(names) - 30} more" if len(names) > 30 else ""
     guess = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names[:30])}{more}"
     return UserError(f"unknown {kind} '{name}'{guess}{' ' + hint if hint else ''}")

@@ -31,8 +31,10 @@ def path_of(given: str | Path) -> Path:
     """Make a path of what a user gives; ``~`` stands for the home folder.
 
     Raises:
-        UserError: it can be no path: an unknown user's home, or a name that no file system takes.
+        UserError: it can be no path: of another type, an unknown user's home, or a name that no file system takes.
     """
+    if not isinstance(given, str | Path):
+        raise UserError(f"{given!r} is of type {type(given).__name__}; expected a path")
     shown = given if len(str(given)) < 100 else f"{str(given)[:40]}...{str(given)[-40:]}"
     try:
         path = Path(given).expanduser()

@@ -3,10 +3,12 @@
 import errno
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import kdzoo
 from kdzoo.errors import StorageError, UserError, unknown
 from kdzoo.files import DAY, appearing, cache_folder, make_folder, path_of, write_text
 
@@ -52,6 +54,15 @@ def test_what_can_be_no_path_is_one_line(given):
         path_of(given)
     assert len(str(caught.value)) < 250
     assert path_of("x" * 255).name == "x" * 255
+
+
+@pytest.mark.parametrize("given", [3, None, [], b"runs"])
+@pytest.mark.parametrize("function", [kdzoo.load, kdzoo.table, partial(kdzoo.export, format="timm")])
+def test_what_is_no_path_at_all_is_one_line(function, given):
+    with pytest.raises(
+        UserError, match=r"is of type \w+; expected a path$|^no folder is named; expected one or several"
+    ):
+        function(given)
 
 
 def test_half_written_files_go_a_day_later(tmp_path):
@@ -105,18 +116,22 @@ def test_a_folder_whose_writing_is_stopped_leaves_nothing_and_keeps_what_was_the
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "whole"]
 
 
-def test_a_folder_that_cannot_take_its_name_leaves_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(errno.EIO, "Input/output error"), StorageError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_a_folder_that_cannot_take_its_name_leaves_what_was_there(tmp_path, monkeypatch, error, raised):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "before").touch()
     rename = Path.rename
 
     def failing(path, target):
         if (path / "whole").exists():
-            raise OSError(errno.EIO, "Input/output error")
+            raise error
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(StorageError, match="Input/output error"), appearing(tmp_path / "out") as folder:
+    with pytest.raises(raised), appearing(tmp_path / "out") as folder:
         (folder / "whole").touch()
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "before"]
 
@@ -135,27 +150,6 @@ def test_a_link_to_a_disk_that_is_gone_is_named(tmp_path):
     for folder in ("runs", "runs/suite"):
         with pytest.raises(StorageError, match=rf"{tmp_path / 'runs'} cannot be written .* link that leads nowhere"):
             make_folder(tmp_path / folder)
-
-
-def test_a_folder_that_cannot_take_its_name_leaves_the_former_one(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "before").touch()
-    rename = Path.rename
-
-    def stopped(self, target):
-        if self.name.endswith(".part") and Path(target).name == "out" and (self / "new").exists():
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", stopped)
-
-    def replaced():
-        with appearing(tmp_path / "out") as folder:
-            (folder / "new").touch()
-
-    with pytest.raises(KeyboardInterrupt):
-        replaced()
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "before"]
 
 
 def test_an_error_lists_each_known_name_once():

@@ -10,6 +10,7 @@ import pandas as pd
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
+from kdzoo.files import path_of
 from kdzoo.naming import ALONE
 from kdzoo.results import published, statistics
 from kdzoo.store.folder import RunFolder, find_runs
@@ -50,8 +51,13 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
         >>> sorted(zip(found["method"], found["verdict"]))
         [('kd', 'no test (n = 1)'), ('none', 'baseline')]
     """
-    paths = [folders] if isinstance(folders, str | Path) else list(folders)
-    runs = rows(find_runs([Path(path) for path in paths]))
+    paths = [
+        path_of(path)
+        for path in ([folders] if isinstance(folders, str) or not isinstance(folders, Iterable) else folders)
+    ]
+    if not paths:
+        raise UserError("no folder is named; expected one or several, with finished runs in or below them")
+    runs = rows(find_runs(paths))
     if runs.empty:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}")
     for line in runs.attrs["left_out"]:
