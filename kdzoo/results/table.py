@@ -51,10 +51,8 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
         >>> sorted(zip(found["method"], found["verdict"]))
         [('kd', 'no test (n = 1)'), ('none', 'baseline')]
     """
-    paths = [
-        path_of(path)
-        for path in ([folders] if isinstance(folders, str) or not isinstance(folders, Iterable) else folders)
-    ]
+    given = folders if isinstance(folders, Iterable) and not isinstance(folders, str) else [folders]
+    paths = [path_of(path) for path in given]
     if not paths:
         raise UserError("no folder is named; expected one or several, with finished runs in or below them")
     runs = rows(find_runs(paths))
