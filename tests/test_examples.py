@@ -54,12 +54,16 @@ def outcome_of(test):
     return runner.run(test, out=said.append), "".join(said)
 
 
-SEARCHES = pytest.mark.slow(reason="a whole search")
+SLOW = {
+    "Recommendation": "a whole search",
+    "recommend": "a whole search",
+    "check": "runs every check",
+    "bench": "trains several runs",
+}
+NAMES = [pytest.param(name, marks=pytest.mark.slow(reason=SLOW[name]) if name in SLOW else ()) for name in PUBLIC]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[SEARCHES] if name.lower().startswith("recommend") else []) for name in PUBLIC]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_example_of_a_public_name_prints_what_it_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     test = examples_of(getattr(kdzoo, name))

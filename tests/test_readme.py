@@ -23,6 +23,7 @@ def test_the_table_of_methods_is_the_registrys():
     assert table.strip() == listing("distillers", "markdown")
 
 
+@pytest.mark.slow(reason="runs every check")
 def test_the_example_of_a_method_keeps_every_promise(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(EXAMPLES[1])

@@ -111,6 +111,7 @@ def alone(tmp_path_factory, dataset):
         ({"loss": "torch.set_grad_enabled(False)"}, "changed whether torch computes gradients at step 3"),
     ],
 )
+@pytest.mark.slow(reason="trains two methods for each promise that is broken")
 def test_a_broken_promise_is_one_line_and_no_other_method_notices(tmp_path, dataset, teacher, alone, harm, said):
     foreign = method(tmp_path, **harm)
     runs = [settings(tmp_path / "beside", name) for name in (foreign, "kd")]

@@ -429,6 +429,7 @@ def test_the_command_answers_and_kdzoo_run_takes_the_answer(found, tmp_path, mon
     assert (settings.distiller.name, settings.seed, settings.data.limit) == (best.method, 7, 160)
 
 
+@pytest.mark.slow(reason="measures every method")
 @pytest.mark.parametrize(("given", "most"), [({}, 6), ({"epochs": 9}, 9)])
 def test_a_recipe_that_is_shorter_than_its_search_is_made_as_long_as_that_needs(given, most):
     question = replace(QUESTION, settings=9, protocol={"name": "quick"} | given)

@@ -452,6 +452,7 @@ def test_a_teacher_that_lacks_its_classifier_is_trained_with_one(pictures, tmp_p
     assert "not trained yet" not in capfd.readouterr().err  # with and without its classifier it is the same one
 
 
+@pytest.mark.slow(reason="trains by a network at the size of its published weights")
 def test_published_weights_without_their_classifier_are_the_teacher_on_any_data(pictures, tmp_path):
     out = tmp_path / "runs"
     made = run(out, f"folder:{pictures}", "protocol.image_size=32", student="test_vit", distiller="none", teacher=None)
