@@ -24,6 +24,7 @@ def ray(monkeypatch):
     """Ray, whose processes end with the test."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)  # else Ray leaves one in the home folder
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they starve beside other tests
     import ray
 
     yield ray
