@@ -105,6 +105,7 @@ def test_an_empty_path_is_no_working_folder(kdzoo, arguments):
     assert "the path is empty; the working folder is '.'" in err
 
 
+@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_a_run_whose_streams_are_closed_is_finished(closed, tmp_path):
     words = [sys.executable, "-m", "kdzoo.cli", "run", "--distiller", "none", *TINY, "--out", str(tmp_path)]

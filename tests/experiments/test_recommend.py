@@ -27,6 +27,7 @@ from kdzoo.store.search import FILE, Search, ranked
 
 PLAIN = ("engine.device=cpu", "engine.precision=float32", "data.limit=160", "protocol.batch_size=32")
 PLAIN += ("teacher.epochs=1", "teacher.allow_weak=true", "engine.lanes=99")
+WHOLE_SEARCH = pytest.mark.slow(reason="trains a whole search")
 METHODS = ("dkd", "dist", "sp", "at")
 QUESTION = Question(
     ("resnet14",), ("resnet8",), METHODS, 1, "", protocol={"name": "quick", "epochs": 3}, overrides=PLAIN
@@ -109,7 +110,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n][k], other[n][k]) for n in one for k in one[n])
 
 
-@pytest.mark.slow(reason="trains a whole search")
+@WHOLE_SEARCH
 def test_the_worse_half_stops_at_each_rung_and_the_best_are_finalists(found):
     made = Search.read(found)
     assert [one.title for one in made.candidates] == ["none", "kd", "logitmse", *METHODS]
@@ -126,6 +127,7 @@ def test_the_worse_half_stops_at_each_rung_and_the_best_are_finalists(found):
         assert all(made.courses[n].at(epoch).nll >= least for n in set(there) - set(left))
 
 
+@WHOLE_SEARCH
 def test_candidates_are_ranked_on_images_that_nobody_is_measured_on_in_the_end(found):
     for path in found.glob("search/*/config.yaml"):
         data = yaml.safe_load(path.read_text())["data"]
@@ -137,6 +139,7 @@ def test_candidates_are_ranked_on_images_that_nobody_is_measured_on_in_the_end(f
     assert not list(found.glob("search/*/result.json"))
 
 
+@WHOLE_SEARCH
 def test_finalists_and_references_are_trained_anew_on_three_other_seeds(found):
     made = Search.read(found)
     finalists = {n for n, course in enumerate(made.courses) if course.stopped is None} | {0, 1}
@@ -147,6 +150,7 @@ def test_finalists_and_references_are_trained_anew_on_three_other_seeds(found):
         assert (settings.distiller.name, settings.seed) == (made.candidates[one.candidate].method, one.seed)
 
 
+@WHOLE_SEARCH
 def test_the_same_question_again_trains_nothing(found, monkeypatch):
     before = (found / FILE).read_text(), histories(found)
     monkeypatch.setattr(work, "train_lanes", lambda *given: pytest.fail("it trained"))
@@ -154,6 +158,7 @@ def test_the_same_question_again_trains_nothing(found, monkeypatch):
     assert ((found / FILE).read_text(), histories(found)) == before
 
 
+@WHOLE_SEARCH
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -170,11 +175,13 @@ def test_another_question_in_the_same_folder_is_one_line(found, changed, said):
     assert said in str(caught.value)
 
 
+@WHOLE_SEARCH
 def test_a_mistyped_method_is_told_of_before_the_question_is_compared(found):
     with pytest.raises(UserError, match="unknown distiller 'dkdd'; did you mean dkd"):
         search(replace(QUESTION, methods=("dkdd",)), found, quiet=True)
 
 
+@WHOLE_SEARCH
 def test_a_folder_holds_a_search_or_a_suite_and_not_both(found, tmp_path):
     suite = tmp_path / "mine.yaml"
     suite.write_text("{pairs: [[resnet14, resnet8]], distillers: [none]}")
@@ -186,7 +193,7 @@ def test_a_folder_holds_a_search_or_a_suite_and_not_both(found, tmp_path):
     assert not (tmp_path / "suites").exists()
 
 
-@pytest.mark.slow(reason="trains a whole search")
+@WHOLE_SEARCH
 def test_a_search_that_is_stopped_anywhere_ends_as_one_that_never_was(found, tmp_path, monkeypatch):
     train, calls = work.train_lanes, []
 
@@ -211,6 +218,7 @@ def test_a_search_that_is_stopped_anywhere_ends_as_one_that_never_was(found, tmp
     assert (one.courses, one.finals) == (other.courses, other.finals)
 
 
+@WHOLE_SEARCH
 def test_groups_shrink_from_rung_to_rung(found, groups):
     finalists = len(Search.read(found).finals) // 3
     assert groups == [7, 4, *[finalists] * 3]
@@ -251,7 +259,7 @@ def test_a_method_that_fails_drops_out_with_its_reason_and_stops_no_other(failin
     assert str(failing) not in finalists
 
 
-@pytest.mark.slow(reason="trains a whole search")
+@WHOLE_SEARCH
 def test_a_failure_in_a_later_rung_does_not_change_who_came_through_an_earlier_one(failing, tmp_path, monkeypatch):
     failing.write_text(FAILING.replace("0.25", "0.34"))  # in the second rung
     question = replace(QUESTION, methods=(*METHODS, str(failing)))
@@ -303,7 +311,7 @@ def test_the_cost_of_a_method_without_a_teacher_holds_no_pass_of_it(monkeypatch)
     assert tried(QUESTION, quiet=True).costs == [3.0, *[7.0] * 6]
 
 
-@pytest.mark.slow(reason="trains a whole search")
+@WHOLE_SEARCH
 def test_several_students_are_each_given_an_answer(tmp_path):
     students = ("resnet8", "resnet14")
     found = kdzoo.recommend(
@@ -412,6 +420,7 @@ ASKED = ["--teacher", "resnet14", "--students", "resnet8", "--methods", ",".join
          "--epochs", "3", *PLAIN]  # fmt: skip
 
 
+@WHOLE_SEARCH
 def test_the_command_answers_and_kdzoo_run_takes_the_answer(found, tmp_path, monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--out", found)
     assert code == 0
@@ -508,6 +517,7 @@ def test_a_plan_of_another_version_and_none_are_one_line(tmp_path):
         Search.read(tmp_path)
 
 
+@WHOLE_SEARCH
 def test_a_plan_names_no_folder_outside_of_its_own(found):
     made = Search.read(found)
     outside = replace(made.finals[0], folder="../../elsewhere")
@@ -527,6 +537,7 @@ def test_a_method_with_a_longer_phase_before_training_than_training_itself_is_le
     assert "ofd" in {one.method for one in made.candidates}
 
 
+@WHOLE_SEARCH
 def test_costs_of_finalists_are_those_of_steps_by_turns(found):
     made = Search.read(found)
     finalists = {one.candidate for one in made.finals}
@@ -536,7 +547,7 @@ def test_costs_of_finalists_are_those_of_steps_by_turns(found):
     assert all(0 < seconds < 10 for seconds in least.values())
 
 
-@pytest.mark.slow(reason="trains a whole search")
+@WHOLE_SEARCH
 def test_a_search_that_others_are_at_work_on_says_so_though_candidates_failed(found, tmp_path, monkeypatch):
     report = Report(elsewhere=[tmp_path / "one"], failed={tmp_path / "two": "the loss term 'kd' is not finite"})
     monkeypatch.setattr(recommend, "bench", lambda *given, **named: report)
@@ -544,6 +555,7 @@ def test_a_search_that_others_are_at_work_on_says_so_though_candidates_failed(fo
         search(QUESTION, found, quiet=True)
 
 
+@WHOLE_SEARCH
 def test_what_failed_is_tried_again_where_that_is_asked_for(failing, tmp_path, monkeypatch):
     monkeypatch.setattr(recommend, "REFERENCES", ())
     question = replace(QUESTION, methods=(str(failing),))
