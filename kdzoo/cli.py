@@ -1,6 +1,7 @@
 """The command line: its commands, and how a mistake is said."""
 
 import os
+import select
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,13 +20,15 @@ from kdzoo.errors import AskedToEnd, UserError, out_of_memory_told
 
 
 class Commands(click.Group):
-    """A group of commands that keeps the reason why it exits when ``head`` has read enough, which click drops."""
+    """A group of commands that says what broke: click takes any broken pipe for that to a reader such as ``head``."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            raise SystemExit(1) from error
+            if reader_is_gone():
+                raise SystemExit(1) from error
+            raise UserError("a connection to another process or machine broke; --debug shows where") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,7 +63,7 @@ def main() -> None:
     except (UserError, click.ClickException, SystemExit) as error:
         if "--debug" in sys.argv:
             raise
-        if isinstance(error.__context__, BrokenPipeError):  # of click or rich
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # of stdout, by rich too
             with suppress(OSError):  # what is still in the buffer goes nowhere
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -85,6 +88,15 @@ def open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
+def reader_is_gone() -> bool:
+    """Tell whether the standard output is a pipe whose other end is closed."""
+    with suppress(OSError, AttributeError):  # it is no file, or this is Windows
+        state = select.poll()
+        state.register(sys.stdout.fileno(), 0)
+        return bool(state.poll(0))
+    return False
 
 
 def check_working_folder() -> None:

@@ -269,7 +269,7 @@ def _check_distiller(distiller: object) -> None:
     if not isinstance(distiller.needs, Needs):
         raise UserError(
             f"needs of {distiller.title} is of type {type(distiller.needs).__name__}; expected kdzoo.Needs, such as "
-            "needs = Needs(final=True)"
+            "needs = Needs(features=False)"
         )
 
 

@@ -1,6 +1,7 @@
 """The command line: quick to start, one line and exit code 2 for the user's mistakes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -114,18 +115,31 @@ def test_a_run_whose_streams_are_closed_is_finished(closed, tmp_path):
     assert RunFolder(run).read_result() is not None
 
 
-def test_a_reader_that_has_read_enough_ends_the_command_without_a_word(kdzoo, tmp_path, monkeypatch):
-    def fail(error):
-        def find_runs(paths):
-            raise error
+def test_a_reader_that_has_read_enough_ends_the_command_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, "-m", "kdzoo.cli", "list", "suites"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
-        monkeypatch.setattr("kdzoo.store.folder.find_runs", find_runs)
-        return kdzoo("table", tmp_path)
 
-    assert fail(BrokenPipeError(32, "Broken pipe")) == (1, "", "")
-    code, _, err = fail(SystemExit(1))  # of code that is not kdzoo's
-    assert code == 2
-    assert "called exit(1)" in err
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (BrokenPipeError(32, "Broken pipe"), "a connection to another process or machine broke"),
+        (SystemExit(1), "exit(1)"),
+    ],
+)
+def test_what_else_breaks_or_exits_is_one_line(kdzoo, tmp_path, monkeypatch, error, said):
+    def find_runs(paths):
+        raise error
+
+    monkeypatch.setattr("kdzoo.store.folder.find_runs", find_runs)
+    code, _, err = kdzoo("table", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
 
 
 def test_a_working_folder_that_was_removed_is_one_line(kdzoo, tmp_path, monkeypatch):

@@ -138,8 +138,8 @@ def check_finite(module: nn.Module, what: str) -> None:
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.")
-        place = f"{str(value.layout).removeprefix('torch.')} on {value.device.type}"
-        return f"a tensor of shape {tuple(value.shape)} and {kind} ({place})"
+        kept = f"{str(value.layout).removeprefix('torch.')} on {value.device.type}"
+        return f"a tensor of shape {tuple(value.shape)} and {kind} ({kept})"
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
