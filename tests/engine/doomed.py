@@ -16,9 +16,9 @@ def fail(_: object, pipe: str, how: str) -> None:
         if how == "error":
             signal.pause()
         raise RuntimeError("connection closed by peer")
-    with open(pipe, "w"):  # waits for the reader
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if how == "end":
-            raise AskedToEnd
-        raise UserError("this is missing; ask for that")
+    os.open(pipe, os.O_WRONLY)  # waits for the reader, and stays open until this process is no more
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "end":
+        raise AskedToEnd
+    raise UserError("this is missing; ask for that")
