@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from itertools import chain
-from math import inf
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ READ = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
 READ += [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 GIVEN = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
-# Channels on either side below which transforms cost more than the products they save, by the processor's instructions.
-LEAST_WIDTH = {"AVX2": 64, "AVX512": 128}
+LEAST_WIDTH = 128  # channels on either side, below which transforms cost more than the products they save
+MEASURED = ("AVX2", "AVX512")  # a processor's instructions
 LEAST_TILES = 128  # of a batch, below which the transforms of a weight that changes cost more
 MOST_TILES = 0.1  # for each position of a map: the tiles of small maps lie half outside
 CACHED = 2**14  # numbers of a transformed map that are worked on at once, for each of its 36 products
@@ -229,14 +228,14 @@ def _gains(maps: Tensor, least: int = 1) -> bool:
 
 def _is_known(module: nn.Module) -> bool:
     """Tell whether a layer is a 3x3 convolution that is known to gain; what derives from it may do more."""
-    least = LEAST_WIDTH.get(torch.backends.cpu.get_cpu_capability(), inf)
     return (
-        type(module) is nn.Conv2d
+        torch.backends.cpu.get_cpu_capability() in MEASURED
+        and type(module) is nn.Conv2d
         and module.kernel_size == (3, 3)
         and module.stride == module.dilation == (1, 1)
         and module.padding in ((1, 1), "same")
         and module.padding_mode == "zeros"
         and module.groups == 1
-        and min(module.in_channels, module.out_channels) >= least
+        and min(module.in_channels, module.out_channels) >= LEAST_WIDTH
         and not (module._forward_pre_hooks or module._forward_hooks)
     )
