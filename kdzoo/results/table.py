@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +180,15 @@ def comparisons(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     """Make one row for each section and method, with its difference to the baseline over all pairs.
 
     ``difference`` is over the pairs and seeds that the method and the baseline both have, ``p_holm`` corrected
-    over the methods. The test is about these pairs, not about pairs in general: for those, see the ranks.
+    over the methods. Where one of the two has no teacher, its run counts once: beside the mean over the teachers of
+    its student. The test is about these pairs, not about pairs in general: for those, see the ranks.
     ``rank`` is the average over the pairs that all ranked methods have, missing for a method that lacks one.
     """
     seen = observations(runs)
+    alone = set(runs.loc[runs["teacher"] == ALONE, "method"])
     found = []
     for key, section in groups(seen, SECTION):
-        compared = _compare(section, baseline)
+        compared = _compare(section, baseline, alone)
         ranks = average_ranks(scores(section))
         block = []
         for method, group in section.groupby("method", sort=False):
@@ -241,16 +243,21 @@ def check_baseline(runs: pd.DataFrame, baseline: str) -> None:
         raise unknown("baseline", baseline, set(runs["method"]), hint="(a method of the table, as the table names it)")
 
 
-def _compare(seen: pd.DataFrame, baseline: str) -> dict[str, dict[str, Any]]:
-    """For each method its paired difference to the baseline; p is corrected over the methods."""
+def _compare(seen: pd.DataFrame, baseline: str, alone: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """For each method its paired difference to the baseline; p is corrected over the methods, ``alone`` names some.
+
+    The same run of a method of ``alone`` stands beside every teacher, so that differences to it are not independent.
+    """
     top1 = shipped(seen)
     groups = {str(name): group.set_index([*PAIR, "seed"])[top1] for name, group in seen.groupby("method")}
     theirs = groups.get(baseline)
     differences = {}
     for name, ours in groups.items():
         if theirs is not None and name != baseline:
-            common = ours.index.intersection(theirs.index)
-            differences[name] = statistics.paired(ours[common], theirs[common])
+            both = pd.concat({"ours": ours, "theirs": theirs}, axis=1, join="inner")
+            if name in alone or baseline in alone:
+                both = both.groupby(level=["student", "seed"]).mean()
+            differences[name] = statistics.paired(both["ours"], both["theirs"])
     corrected = dict(zip(differences, statistics.holm([d.p for d in differences.values()]), strict=True))
     found: dict[str, dict[str, Any]] = {}
     for name in groups:

@@ -213,7 +213,21 @@ def test_a_student_trained_alone_is_compared_beside_every_teacher_of_it():
     )
     summary = table.summary(found)
     assert set(summary[summary.method == "none"].teacher) == {"t1", "t2", "-"}
-    assert one(table.comparisons(found), method="none").compared == 4
+
+
+@pytest.mark.parametrize("baseline", ["none", "kd"])
+def test_over_pairs_the_run_of_a_student_trained_alone_counts_once_however_many_teachers_its_student_has(baseline):
+    kd = {("t1", 0): 70.0, ("t2", 0): 72.0, ("t1", 1): 71.0, ("t2", 1): 71.5}
+    found = runs(
+        *[(teacher, "s", "kd", seed, top1) for (teacher, seed), top1 in kd.items()],
+        *[(teacher, "s", "at", seed, top1 + 1) for (teacher, seed), top1 in kd.items()],
+        *[("-", "s", "none", seed, 68.0 + seed) for seed in range(2)],
+    )
+    pooled = table.comparisons(found, baseline)
+    row = one(pooled, method="kd" if baseline == "none" else "none")
+    assert row.compared == 2
+    assert row.p == pytest.approx(stats.ttest_rel([71, 71.25], [68, 69]).pvalue)
+    assert one(pooled, method="at").compared == (2 if baseline == "none" else 4)
 
 
 def test_a_repeated_seed_counts_once_and_is_said_to():
