@@ -16,6 +16,9 @@ from kdzoo.errors import UserError, is_shortage
 from kdzoo.files import path_of
 
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "student.safetensors")  # of the hub, and of kdzoo's own runs
+SPLIT = re.compile(
+    r"-\d{5}-of-(?!00001)\d{5}\.\w+$|\.index\.json$"
+)  # the hub's names, where weights are in several files
 
 
 class Extra:
@@ -78,17 +81,23 @@ def find_file(given: Path) -> Path:
     """Return the file of weights at a path: itself, or the one in a folder that holds a model.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several that each hold a part of the weights.
     """
     path = path_of(given)
     if path.is_dir():
         found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
-        if found is None:
+        if found is None and not any(SPLIT.search(file.name) for file in path.iterdir()):
             raise UserError(f"folder '{path}' holds no weights; expected {' or '.join(IN_FOLDERS)} in it")
-        return found
-    if not path.is_file():
+    else:
+        found = None if SPLIT.search(path.name) else path
+    if found is None:
+        raise UserError(
+            f"the weights of '{path}' are split into several files; where they were made, save them in one: "
+            "model.save_pretrained(folder, max_shard_size='1TB')"
+        )
+    if not found.is_file():
         raise UserError(f"weights '{path}' not found; expected a .safetensors, .pt or .pth file, or a folder with one")
-    return path
+    return found
 
 
 def read_file(path: Path) -> Any:

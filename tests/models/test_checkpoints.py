@@ -114,6 +114,17 @@ def test_of_student_and_teacher_of_two_architectures_the_one_that_fits_is_taken(
     assert same(loaded(both, tmp_path, "resnet14")[0], larger)
 
 
+def test_weights_in_several_files_are_refused_by_that_name(trained, tmp_path):
+    first = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({"fc.weight": trained["fc.weight"]}, first)
+    for given in (tmp_path, first):
+        with pytest.raises(UserError, match=r"are split into several files; .* save them in one"):
+            load_weights(create("resnet8", DATA), given)
+    for whole in ("fold-1-of-5.safetensors", "model-00001-of-00001.safetensors"):
+        save_file(dict(trained), tmp_path / whole)
+        load_weights(create("resnet8", DATA), tmp_path / whole)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "student.safetensors"])
 def test_a_folder_gives_the_weights_in_it(name, trained, tmp_path):
     folder = tmp_path / "exported"
