@@ -2,7 +2,7 @@
 
     python benchmarks/versions.py OTHER-CHECKOUT [--rounds 2] [--command "bench digits-short --seeds 1"]
 
-A checkout's code runs in the environment of this script, whatever version is installed there.
+A checkout's code runs in the environment of this script, in place of the version that is installed there.
 """
 
 import os

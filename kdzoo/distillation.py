@@ -271,6 +271,12 @@ def _check_distiller(distiller: object) -> None:
             f"needs of {distiller.title} is of type {type(distiller.needs).__name__}; expected kdzoo.Needs, such as "
             "needs = Needs(features=False)"
         )
+    for name, roles in {"preactivations": distiller.needs.preactivations, "stages": distiller.needs.stages}.items():
+        if not isinstance(roles, tuple) or any(role not in ("student", "teacher") for role in roles):
+            raise UserError(
+                f"{name}={roles!r} in the needs of {distiller.title}; expected a tuple of 'student' or 'teacher', such "
+                f"as {name}=('teacher',)"
+            )
 
 
 def _network(role: str, module: nn.Module, num_classes: int | None, image_size: int | None) -> nn.Module:

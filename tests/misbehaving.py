@@ -10,7 +10,7 @@ import os
 import torch
 from torch import nn
 
-from kdzoo import Distiller, Fidelity
+from kdzoo import Distiller, Fidelity, Needs
 from kdzoo.losses import cross_entropy, softened_kl
 
 
@@ -143,6 +143,11 @@ ELSEWHERE = {
         r"the constructor of Foreign does not call super\(\).__init__",
     ),
     "needs of another type": ("needs = {'teacher': True}", "needs of Foreign is of type dict; expected kdzoo.Needs"),
+    "needs of an unknown network": (
+        "needs = Needs(preactivations=('pupil',))",
+        r"preactivations=\('pupil',\) in the needs of Foreign; expected",
+    ),
+    "needs that are one word": ("needs = Needs(stages='teacher')", "stages='teacher' in the needs of Foreign"),
     "no state": ("def state_dict(self, *_, **__): raise ValueError('no state')", "ValueError: no state"),
 }
 SOUND = {"build": "pass", "prepare": "pass", "deploy": "return student", "loss": "pass", "more": ""}

@@ -15,6 +15,8 @@ from kdzoo.experiments import suites
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
+from .misbehaving import write_method
+
 TINY = ["--student", "resnet8", "protocol.epochs=1", "data.limit=128"]
 
 
@@ -233,6 +235,12 @@ def test_check_tells_what_a_method_breaks(kdzoo, tmp_path):
     assert code == 2
     assert "failed " in out
     assert "fails" in err
+
+
+def test_an_error_that_many_checks_meet_is_told_once(kdzoo, tmp_path):
+    _, out, _ = kdzoo("check", write_method(tmp_path, 0, "an error when it is built"))
+    assert out.count("IndexError: misbuilt") == 1
+    assert len(re.findall(r"^failed +check_\w+: as check_\w+$", out, re.M)) > 10
 
 
 @pytest.mark.parametrize("kind", ["distillers", "models", "data", "protocols", "suites", "settings"])

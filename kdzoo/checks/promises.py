@@ -74,9 +74,6 @@ def check_needs(distiller: type[Distiller]) -> None:
     batch, needs = toys.batch_of(), method.needs
     strange = set(needs.views) - batch.views.keys()
     expect(not strange, f"views among {', '.join(batch.views)}", strange, "correct needs.views")
-    for name, roles in {"preactivations": needs.preactivations, "stages": needs.stages}.items():
-        strange = set(roles) - {"student", "teacher"}
-        expect(not strange, f"{name} of student or teacher", strange, f"correct needs.{name}")
     batch = batch._replace(views={name: batch.views[name] for name in needs.views})
     together.train().prepare([batch])
     expect_finite(together, batch, f"no more than {needs}")

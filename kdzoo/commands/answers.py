@@ -95,8 +95,12 @@ def check(name: str) -> None:
     from kdzoo.checks import check as check_all
 
     failed = 0
+    told: dict[str, str] = {}  # the check that met an error first, by that
     for result in check_all(name, on_fail=None):
-        click.echo(f"{result.outcome:8}  {result.name}" + (f": {result.message}" if result.message else ""))
+        got = result.message.partition("; got ")[2]
+        first = told.setdefault(got, result.name) if got else result.name
+        message = result.message if first == result.name else f"as {first}"
+        click.echo(f"{result.outcome:8}  {result.name}" + (f": {message}" if message else ""))
         failed += result.outcome is Outcome.FAILED
     if failed:
         raise UserError(f"{name} fails {counted(failed, 'check')}")
