@@ -24,7 +24,7 @@ from kdzoo.engine.device import resolve_auto, use
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import build, common_loader, shared_passes
-from kdzoo.files import slug, write_text
+from kdzoo.files import make_folder, slug, write_text
 from kdzoo.resolve import resolve
 from kdzoo.settings import Place, Run, Settings
 from kdzoo.store.folder import RunFolder
@@ -233,5 +233,6 @@ def file_of(results: Path, what: str, machine: Machine) -> Path:
 
 def publish(table: pd.DataFrame, file: Path) -> None:
     """Writes the table and shows it."""
+    make_folder(file.parent)
     write_text(file, table.to_csv(index=False))
     print(table.to_string(index=False), f"\n{file}")

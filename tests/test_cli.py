@@ -240,7 +240,7 @@ def test_check_tells_what_a_method_breaks(kdzoo, tmp_path):
 def test_an_error_that_many_checks_meet_is_told_once(kdzoo, tmp_path):
     _, out, _ = kdzoo("check", write_method(tmp_path, 0, "an error when it is built"))
     assert out.count("IndexError: misbuilt") == 1
-    assert len(re.findall(r"^failed +check_\w+: as check_\w+$", out, re.M)) > 10
+    assert len(re.findall(r"^failed +check_\w+: the same error as in check_\w+$", out, re.M)) > 10
 
 
 @pytest.mark.parametrize("kind", ["distillers", "models", "data", "protocols", "suites", "settings"])

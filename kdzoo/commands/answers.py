@@ -97,9 +97,10 @@ def check(name: str) -> None:
     failed = 0
     told: dict[str, str] = {}  # the check that met an error first, by that
     for result in check_all(name, on_fail=None):
-        got = result.message.partition("; got ")[2]
-        first = told.setdefault(got, result.name) if got else result.name
-        message = result.message if first == result.name else f"as {first}"
+        message, got = result.message, result.message.partition("; got ")[2]
+        if got and result.outcome is Outcome.FAILED:
+            first = told.setdefault(got, result.name)
+            message = message if first == result.name else f"the same error as in {first}"
         click.echo(f"{result.outcome:8}  {result.name}" + (f": {message}" if message else ""))
         failed += result.outcome is Outcome.FAILED
     if failed:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -236,22 +236,17 @@ def start(work: Callable[..., object], run: Run, *arguments: object) -> None:
             raise KeyboardInterrupt from error
         raise AskedToEnd from error
     except ChildFailedError as error:
-        failures = sorted(error.failures.items(), key=lambda failed: failed[1].timestamp)
-        # Its peers then fail with errors of theirs, within the same second.
-        told = next(filter(None, (_in_a_line(rank, failure, devices) for rank, failure in failures)), None)
-        if told:
-            raise UserError(told) from error
+        rank, failure = error.get_first_failure()
+        left = failure.error_file_data["message"]
+        if failure.exitcode < 0 or isinstance(left, str):  # it left no error behind
+            by = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+            raise UserError(
+                f"process {rank} of {devices} {by}; the same command continues from the last checkpoint"
+            ) from error
+        said = str(left["message"])
+        if said.startswith("UserError: "):
+            raise UserError(said.removeprefix("UserError: ")) from error
         raise
-
-
-def _in_a_line(rank: int, failure: ProcessFailure, devices: int) -> str | None:
-    """What is told of a process that failed, or None for an error that needs its traceback."""
-    left = failure.error_file_data["message"]
-    if failure.exitcode < 0 or isinstance(left, str):  # it left no error behind
-        by = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
-        return f"process {rank} of {devices} {by}; the same command continues from the last checkpoint"
-    said = str(left["message"])
-    return said.removeprefix("UserError: ") if said.startswith("UserError: ") else None
 
 
 class OnThisMachine(RendezvousHandler):

@@ -16,9 +16,7 @@ from kdzoo.errors import UserError, is_shortage
 from kdzoo.files import path_of
 
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "student.safetensors")  # of the hub, and of kdzoo's own runs
-SPLIT = re.compile(
-    r"-\d{5}-of-(?!00001)\d{5}\.\w+$|\.index\.json$"
-)  # the hub's names, where weights are in several files
+SPLIT = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$|\.index\.json$")  # names of parts of weights, of the hub
 
 
 class Extra:
@@ -84,20 +82,22 @@ def find_file(given: Path) -> Path:
         UserError: there is none, or several that each hold a part of the weights.
     """
     path = path_of(given)
+    names = [path.name]
     if path.is_dir():
         found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
-        if found is None and not any(SPLIT.search(file.name) for file in path.iterdir()):
-            raise UserError(f"folder '{path}' holds no weights; expected {' or '.join(IN_FOLDERS)} in it")
-    else:
-        found = None if SPLIT.search(path.name) else path
-    if found is None:
+        if found is not None:
+            return found
+        names = [file.name for file in path.iterdir()]
+    if any(SPLIT.search(name) for name in names):
         raise UserError(
             f"the weights of '{path}' are split into several files; where they were made, save them in one: "
             "model.save_pretrained(folder, max_shard_size='1TB')"
         )
-    if not found.is_file():
+    if path.is_dir():
+        raise UserError(f"folder '{path}' holds no weights; expected {' or '.join(IN_FOLDERS)} in it")
+    if not path.is_file():
         raise UserError(f"weights '{path}' not found; expected a .safetensors, .pt or .pth file, or a folder with one")
-    return found
+    return path
 
 
 def read_file(path: Path) -> Any:

@@ -244,9 +244,9 @@ def check_baseline(runs: pd.DataFrame, baseline: str) -> None:
 
 
 def _compare(seen: pd.DataFrame, baseline: str, alone: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """For each method its paired difference to the baseline; p is corrected over the methods, ``alone`` names some.
+    """For each method its paired difference to the baseline; p is corrected over the methods.
 
-    The same run of a method of ``alone`` stands beside every teacher, so that differences to it are not independent.
+    ``alone`` are methods without a teacher: the same run stands beside every teacher, and counts once.
     """
     top1 = shipped(seen)
     groups = {str(name): group.set_index([*PAIR, "seed"])[top1] for name, group in seen.groupby("method")}

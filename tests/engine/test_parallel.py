@@ -11,7 +11,6 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import kdzoo
 from kdzoo.engine import ranks
@@ -201,29 +200,6 @@ def test_a_process_that_fails_ends_all_with_its_reason(tmp_path, monkeypatch, ho
     with pytest.raises(UserError, match=said):
         ranks.start(fail, settings, str(tmp_path / "pipe"), how)
     assert is_gone(int((tmp_path / "pipe.number").read_text()))
-
-
-@pytest.mark.parametrize(
-    ("exitcode", "left", "said"),
-    [(1, "UserError: no space is left", "no space is left"), (-signal.SIGKILL, None, "process 1 of 2 was ended by")],
-)
-def test_what_ended_a_process_is_told_rather_than_the_errors_that_its_peers_met(
-    tmp_path, monkeypatch, exitcode, left, said
-):
-    def failure(rank, exitcode, error, after):
-        file = tmp_path / f"{rank}.json"
-        if error:
-            file.write_text(json.dumps({"message": {"message": error, "extraInfo": {"timestamp": after}}}))
-        return ProcessFailure(rank, rank, exitcode, str(file))
-
-    def launched(*_):
-        failures = {0: failure(0, 1, "RuntimeError: connection closed by peer", 1), 1: failure(1, exitcode, left, 2)}
-        raise ChildFailedError("fail", failures)
-
-    monkeypatch.setattr("kdzoo.engine.ranks.elastic_launch", lambda *_: launched)
-    settings = resolve({"distiller": {"name": "none"}, "student": {"name": "resnet8"}}, ["engine.devices=2"])
-    with pytest.raises(UserError, match=said):
-        ranks.start(print, settings)
 
 
 def test_the_handlers_of_signals_are_those_of_before_when_the_processes_have_ended(monkeypatch):
