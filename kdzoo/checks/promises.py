@@ -307,7 +307,9 @@ def check_meta(distiller: type[Distiller]) -> None:
 def check_compiles(distiller: type[Distiller]) -> None:
     """The method compiles as one graph, once for all batches, with the same results as without compilation."""
     torch.compiler.reset()
-    plain, inner = toys.distillation(distiller), toys.distillation(distiller)
+    student, teacher = (toys.Replay(shape, torch.randn, 1.0) for shape in (toys.STUDENT, toys.TEACHER))
+    plain = toys.distillation(distiller, student=student, teacher=teacher)
+    inner = copy.deepcopy(plain)
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     for step in (1, 2, 3):
         terms = toys.seeded(plain, step)

@@ -12,6 +12,7 @@ from kdzoo.checks.expect import promising
 from kdzoo.distiller import Distiller
 from kdzoo.errors import UserError, unknown
 from kdzoo.process_state import unchanged
+from kdzoo.randomness import seed_torch
 
 Check = Callable[[type[Distiller]], None]
 
@@ -24,6 +25,7 @@ def promise(check: Check) -> Check:
     @wraps(check)
     def run(distiller: type[Distiller]) -> None:
         with torch.random.fork_rng(devices=[]), promising(f"that {_first_line(check)}"), unchanged("it"):
+            seed_torch(0)
             check(distiller)
 
     CHECKS.append(run)
