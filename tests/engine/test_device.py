@@ -86,6 +86,7 @@ def test_a_precision_that_is_named_is_taken(name, monkeypatch):
     assert find_precision(name, CPU) == name
 
 
+@pytest.mark.slow(reason="trains a run")
 def test_what_runs_on_a_cpu_touches_no_gpu(tmp_path, monkeypatch):
     touched = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

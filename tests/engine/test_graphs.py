@@ -201,6 +201,7 @@ def test_a_teacher_whose_graph_is_wrong_leaves_all_lanes_plain(tmp_path, dataset
         assert same(one, other)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_without_checks_a_wrong_graph_is_not_noticed(tmp_path, dataset, teacher, captured):
     captured.checked, captured.record = 0, lambda work, stream: nothing(work)
     [wrong] = trained(tmp_path / "a", ["kd"], dataset, teacher)

@@ -25,6 +25,7 @@ def students(outcomes):
     return [load_file(outcome.folder / "student.safetensors") for outcome in outcomes]
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_lane_ends_with_the_same_bits_as_the_run_alone(tmp_path, dataset, teacher):
     names = ["kd", "lfcc", "none", "reviewkd", "sdd"]  # each needs something else of the teacher
     together = train_lanes([settings(tmp_path / "a", n) for n in names], dataset, teacher, Progress(quiet=True))

@@ -273,6 +273,7 @@ def test_a_failure_in_a_later_rung_does_not_change_who_came_through_an_earlier_o
     assert (tmp_path / "out" / FILE).read_text() == before
 
 
+@pytest.mark.slow(reason="trains a teacher and measures candidates")
 def test_a_method_that_does_not_fit_is_left_out_with_its_reason(failing, tmp_path):
     failing.write_text(FAILING.replace('"later"', '"built"'))
     made = tried(replace(QUESTION, methods=("dkd", str(failing)), settings=3), quiet=True)
@@ -280,6 +281,7 @@ def test_a_method_that_does_not_fit_is_left_out_with_its_reason(failing, tmp_pat
     assert {one.method for one in made.candidates} == {"none", "kd", "logitmse", "dkd"}
 
 
+@pytest.mark.slow(reason="trains a teacher and measures candidates")
 def test_a_method_whose_file_changed_is_another_question_since_the_plan_was_made_with_the_old_one(
     failing, tmp_path, monkeypatch
 ):
@@ -373,6 +375,7 @@ def test_a_question_that_makes_no_sense_is_one_line(changed, said):
         ({"overrides": (*PLAIN, "protocol.lrr=1")}, "did you mean protocol.lr"),
     ],
 )
+@pytest.mark.slow(reason="trains a teacher and measures candidates")
 def test_a_question_that_cannot_be_answered_is_one_line_and_leaves_no_plan(changed, said, tmp_path):
     with pytest.raises(UserError, match=said):
         search(replace(QUESTION, **changed), tmp_path, quiet=True)
@@ -447,6 +450,7 @@ def test_a_recipe_that_is_shorter_than_its_search_is_made_as_long_as_that_needs(
     assert (made.epochs, made.rungs[-1] < most) == (most, True)
 
 
+@pytest.mark.slow(reason="trains a teacher and measures candidates")
 def test_epochs_that_were_asked_for_and_are_too_few_are_refused():
     with pytest.raises(
         UserError, match="epochs: 5, too few to halve 55 candidates until 3 are left; set --epochs 6 or"

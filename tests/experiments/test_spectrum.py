@@ -211,6 +211,7 @@ def test_the_picture_names_its_axes_and_units():
     assert titles[0].startswith("stage 1\n16")
 
 
+@pytest.mark.slow(reason="draws pictures again and again")
 def test_a_table_and_a_picture_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
     def full(self, path, **options):
         path.write_bytes(b"a part")
@@ -226,6 +227,7 @@ def test_a_table_and_a_picture_are_written_completely_or_not_at_all(tmp_path, mo
 
 
 @pytest.mark.parametrize("what", ["data", "network"])
+@pytest.mark.slow(reason="draws pictures")
 def test_a_picture_finds_no_formula_in_a_name(tmp_path, what):
     table = look(noise(8))
     if what == "data":

@@ -74,6 +74,7 @@ KINDS = ("agreement", "accuracy", "neighbours", "knn")
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow(reason="trains several runs")
 def test_a_run_says_what_it_measured_and_measures_the_same_again(runs, kind):
     result = runs[kind]
     assert result.measured == kind
@@ -293,6 +294,7 @@ def test_spectra_of_untrained_networks_need_no_labels(pictures):
     assert set(found["stage"]) == {f"stage {number}" for number in (1, 2, 3, 4)}
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_suite_without_labels_is_trained_once_and_compared_by_agreement(pictures, weights, tmp_path):
     suite = tmp_path / "suite.yaml"
     suite.write_text(
@@ -440,6 +442,7 @@ def test_test_images_of_one_class_are_measured_and_their_embedding_is_not_probed
     assert (found.measured, found.probe, found.knn is None) == ("accuracy", None, images == 1)
 
 
+@pytest.mark.slow(reason="trains a teacher")
 def test_a_teacher_that_lacks_its_classifier_is_trained_with_one(pictures, tmp_path, capfd):
     bare = run(tmp_path, f"folder:{pictures}", "teacher.classifier=false", "teacher.seed=7", distiller="pkt")
     assert bare.measured == "knn"

@@ -233,6 +233,7 @@ def test_few_tiles_learn_by_the_layer_itself():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch 2.11's compiler does
+@pytest.mark.slow(reason="torch.compile takes seconds")
 def test_it_compiles_where_it_learns():
     torch.compiler.reset()
     fast, maps = learning(nn.Conv2d(64, 64, 3, padding=1)), torch.randn(32, 64, 8, 8)
