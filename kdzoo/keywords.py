@@ -317,17 +317,17 @@ def name(**keyword: str | Path) -> str:
     return str(given)
 
 
-def names(**keyword: str | Sequence[str]) -> tuple[str, ...]:
-    """Check one name, or a list of names; return all of them."""
+def names(**keyword: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Check one name or path of a file, or a list of them; return all of them as texts."""
     [(key, given)] = keyword.items()
-    found = (given,) if isinstance(given, str) else given
-    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+    found = (given,) if isinstance(given, str | Path) else given
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str | Path) for name in found):
         kind = type(given).__name__
         raise UserError(
             f"{key} is of type {kind}; expected a name or a list of names, such as 'package.module:factory' for a "
             "network of your own"
         )
-    return tuple(found)
+    return tuple(map(str, found))
 
 
 def each(check: Callable[..., Any], *arguments: Any, **keyword: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib.resources.abc import Traversable
@@ -104,7 +104,7 @@ def merged(
     values: Mapping[str, Any], overrides: Sequence[str], others: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Join nested values, ``others`` of the same kind, and ``key=value`` strings, the latter winning."""
-    if isinstance(overrides, str | Mapping):
+    if isinstance(overrides, str | Mapping) or not isinstance(overrides, Iterable):
         kind = type(overrides).__name__
         raise UserError(f"overrides is of type {kind}; expected a list of key=value, such as ['protocol.epochs=30']")
     for override in overrides:

@@ -65,6 +65,13 @@ def test_what_is_no_path_at_all_is_one_line(function, given):
         function(given)
 
 
+@pytest.mark.parametrize("given", [3, [], b"runs"])
+@pytest.mark.parametrize("function", [partial(kdzoo.bench, "digits-short"), partial(kdzoo.run, "none", "resnet8")])
+def test_what_is_no_folder_to_write_to_is_one_line(function, given):
+    with pytest.raises(UserError, match=r"is of type \w+; expected a path$"):
+        function(out=given)
+
+
 def test_half_written_files_go_a_day_later(tmp_path):
     old, new, foreign = (tmp_path / name for name in (".a.1-0123abcd.part", ".b.1-0123abcd.part", ".c.part"))
     for file in (old, new, foreign):

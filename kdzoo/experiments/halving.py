@@ -137,7 +137,7 @@ def parsed(budget: str) -> tuple[float, str]:
     >>> parsed("1.5h"), parsed("600epochs")
     ((5400.0, 'time'), (600.0, 'epochs'))
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", budget.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", str(budget).strip())
     unit = match[2] if match else ""
     if match is None or unit not in (*UNITS, "epoch", "epochs") or not float(match[1]):
         raise UserError(f"--budget {budget}: expected a time, such as 4h or 90min, or epochs, such as 600epochs")

@@ -14,7 +14,7 @@ from kdzoo.experiments.halving import SHARE
 from kdzoo.files import slug
 from kdzoo.keywords import flat
 from kdzoo.resolve import merged, read_protocol, several
-from kdzoo.store.search import Candidate
+from kdzoo.store.search import MOST_EPOCHS, Candidate
 
 OWN = ("data.select", "engine.stop_after", "output.measure_every", "seed", "distiller")  # decided by the search
 OPTIONS = {  # of settings that the question itself holds
@@ -24,7 +24,7 @@ OPTIONS = {  # of settings that the question itself holds
     "student.name": "--students",
     "teacher.name": "--teacher",
 }
-MOST_SEEDS = 2**62
+MOST_SEEDS = 2**62 - 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Question:
     protocol: Mapping[str, Any] = field(default_factory=lambda: {"name": "quick"})
     weights: tuple[str, ...] = ()
     seed: int = 0
-    overrides: tuple[str, ...] = ()
+    overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.teachers or not all(self.teachers):
@@ -66,11 +66,11 @@ class Question:
             raise UserError("no student is named; pass --students NAME, or several with commas between them")
         if len(set(self.students)) < len(self.students):
             raise UserError(f"--students {','.join(self.students)}: expected each name once")
-        if not 1 <= self.settings <= 9:
-            raise UserError(f"--settings {self.settings}: expected a number from 1 to 9")
-        if not 0 <= self.seed < MOST_SEEDS:
-            raise UserError(f"--seed {self.seed}: expected a number from 0 to {MOST_SEEDS}")
-        if self.budget:
+        _check_whole("--settings", self.settings, 1, 9)
+        _check_whole("--seed", self.seed, 0, MOST_SEEDS)
+        if "epochs" in self.protocol:
+            _check_whole("--epochs", self.protocol["epochs"], 1, MOST_EPOCHS)
+        if self.budget != "":
             halving.parsed(self.budget)
         for key, value in flat(merged({}, self.overrides)).items():
             if key in OPTIONS or f"{key}.name" in OPTIONS:
@@ -88,7 +88,9 @@ class Question:
     @property
     def epochs(self) -> int:
         """The epochs of a training at full length."""
-        return int(self.protocol.get("epochs") or read_protocol(str(self.protocol["name"])).epochs)
+        return (
+            self.protocol["epochs"] if "epochs" in self.protocol else read_protocol(str(self.protocol["name"])).epochs
+        )
 
     @property
     def folder(self) -> Path:
@@ -112,3 +114,8 @@ class Question:
             "teacher": {key: value for key, value in teacher.items() if key != "name"},
         }
         return yaml.safe_dump(content, sort_keys=False)
+
+
+def _check_whole(option: str, value: Any, lowest: int, highest: int) -> None:
+    if type(value) is not int or not lowest <= value <= highest:
+        raise UserError(f"{option} {value}: expected a whole number from {lowest} to {highest}")

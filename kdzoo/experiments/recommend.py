@@ -27,7 +27,7 @@ from kdzoo.experiments.question import Question
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.workers import Executor, Local
-from kdzoo.files import digest, make_folder, read_text, write_text
+from kdzoo.files import digest, make_folder, path_of, read_text, write_text
 from kdzoo.quantities import counted
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
@@ -62,7 +62,7 @@ def search(
         UserError: a name or a setting that the user can fix; a budget that is too small; no method that fits; a folder
             that holds the answer to another question.
     """
-    out = question.folder if out is None else Path(out)
+    out = question.folder if out is None else path_of(out)
     trainer = Trainer(question, out, executor or Local(), quiet, retry)
     with Progress(quiet) as progress:
         made = planned(trainer, progress)

@@ -132,7 +132,7 @@ def run(
         "teacher": several(names(teacher=teacher or ())),
         "data": {"name": name(data=data)},
         "protocol": {"name": name(protocol=protocol)},
-        "output": {"root": str(out)},
+        "output": {"root": str(path_of(out))},
         "seed": seed,
     }
     with Progress(quiet) as progress, progress.doing(f"reading the settings and {data}"):

@@ -13,7 +13,7 @@ from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import search
 from kdzoo.experiments.workers import Executor
 from kdzoo.files import read_text, slug, write_text
-from kdzoo.keywords import names
+from kdzoo.keywords import name, names
 from kdzoo.resolve import merged, several
 from kdzoo.results import statistics
 from kdzoo.results.table import visible
@@ -83,13 +83,13 @@ class Answer:
         """Say what to take and how sure that is, in two sentences; more follow where a method failed, for example."""
         best, seeds = self.best, len(self.best.top1)
         gains = []
-        for method, name in (("kd", "kd"), ("none", "the student trained without a teacher")):
+        for method, whom in (("kd", "kd"), ("none", "the student trained without a teacher")):
             other = self.reference(method)
             if other is not None and other is not best:
                 gain, low, high = (
                     f"{value:+.2f}" for value in (other.behind.mean, other.behind.low, other.behind.high)
                 )
-                gains.append(f"{gain} points against {name} (95 % interval {low} to {high}, corrected p {other.p:.2g})")
+                gains.append(f"{gain} points against {whom} (95 % interval {low} to {high}, corrected p {other.p:.2g})")
         said = "" if best.candidate.method == "none" else " with"
         title = "without a teacher" if best.candidate.method == "none" else best.candidate.title
         shares = SHARES[best.results[0].measured]
@@ -200,18 +200,19 @@ def recommend(
     teacher: str | Sequence[str],
     students: str | Sequence[str],
     *,
-    methods: Sequence[str] = (),
+    methods: str | Sequence[str] = (),
     settings: int = 3,
     budget: str = "",
     epochs: int | None = None,
     data: str = "digits",
     protocol: str = "quick",
-    weights: str | Sequence[str] = (),
+    weights: str | Path | Sequence[str | Path] = (),
     seed: int = 0,
     out: str | Path | None = None,
     executor: Executor | None = None,
     overrides: Sequence[str] = (),
     quiet: bool = False,
+    retry: bool = False,
 ) -> Recommendation:
     """Find the best method for a teacher and a student, by a search and by finalists that are trained anew.
 
@@ -232,6 +233,7 @@ def recommend(
         executor: where to train; None for this machine.
         overrides: further settings of every run as ``key=value``.
         quiet: whether to show nothing.
+        retry: whether to try again what failed before.
 
     Raises:
         UserError: a name or a setting that the user can fix; a budget that is too small; no method that fits.
@@ -245,12 +247,12 @@ def recommend(
         ['resnet8']
     """
     teachers, pupils, files = names(teacher=teacher), names(students=students), names(weights=weights)
-    recipe = {"name": protocol} | ({} if epochs is None else {"epochs": epochs})
+    pictures = {"name": name(data=data)}
+    recipe = {"name": name(protocol=protocol)} | ({} if epochs is None else {"epochs": epochs})
     question = Question(
-        teachers, pupils, tuple(methods), settings, budget, {"name": data}, recipe, files, seed,
-        tuple(overrides),
-    )  # fmt: skip
-    found = Recommendation.read(search(question, out, executor, quiet))
+        teachers, pupils, names(methods=methods), settings, budget, pictures, recipe, files, seed, overrides
+    )
+    found = Recommendation.read(search(question, out, executor, quiet, retry))
     found.write()
     return found
 

@@ -14,6 +14,7 @@ from kdzoo.store.folder import RunFolder
 FORMAT = 3
 FILE = "search.json"
 MOST_EPOCHS = 10**6
+ASKED = {"teacher": str, "teachers": list, "weights": list, "data": dict, "protocol": dict, "overrides": list}
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,14 @@ def _check(found: Search) -> None:
     number, courses = len(found.candidates), found.courses
     if not number or len(found.costs) != number or len(courses) not in (0, number):
         raise ValueError("its lists differ in length")
-    named, files = found.asked.get("teachers"), found.asked.get("weights")
-    if not isinstance(found.asked.get("teacher"), str) or not named or not all(isinstance(one, str) for one in named):
+    for key, kind in ASKED.items():
+        value = found.asked.get(key)
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(one, str) for one in value)):
+            raise ValueError(f"it names no {key}")
+    if not found.asked["teachers"]:
         raise ValueError("it names no teacher")
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise ValueError("it names no files of weights")
+    if not isinstance(found.seeds, list) or not all(isinstance(seed, int) for seed in found.seeds):
+        raise ValueError("a seed is none")
     if not all(isinstance(epoch, int) and 1 <= epoch <= MOST_EPOCHS for epoch in [found.epochs, *found.rungs]):
         raise ValueError("an epoch is none")
     if not 0 <= found.average < 1:
@@ -172,6 +176,8 @@ def _check(found: Search) -> None:
         raise ValueError("a cost is no time")
     last = max((course.stopped or 0 for course in courses), default=0)
     for course in courses:
+        if course.stopped not in (None, *found.rungs):
+            raise ValueError("a candidate stopped after an epoch that is no rung")
         if [epoch for epoch, *_ in course.curve] != list(range(1, len(course.curve) + 1)):
             raise ValueError("a curve lacks an epoch")
         if not all(0 <= share <= 100 for point in course.curve for share in (point.top1, point.top5)):

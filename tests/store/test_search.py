@@ -75,6 +75,14 @@ HARMS = [
     (("finals", 0, "candidate", 2), "finalists differ in their seeds"),
     (("finals", 0, "seed", 10), "finalists differ in their seeds"),
     (("candidates", 0, "student", 3), "a candidate has no name"),
+    (("courses", 0, "stopped", 0), "after an epoch that is no rung"),
+    (("courses", 0, "stopped", 3), "after an epoch that is no rung"),
+    (("seeds", 3), "a seed is none"),
+    (("seeds", ["1"]), "a seed is none"),
+    (("asked", "data", "digits"), "names no data"),
+    (("asked", "protocol", None), "names no protocol"),
+    (("asked", "overrides", 3), "names no overrides"),
+    (("asked", "overrides", [3]), "names no overrides"),
     (("more", 1), "damaged"),
 ]
 
