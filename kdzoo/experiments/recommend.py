@@ -36,6 +36,7 @@ from kdzoo.store.search import FILE, Candidate, Course, Point, Search, Trained, 
 
 REFERENCES = ("none", "kd")  # are always trained anew, so that the answer says what a method gains
 AVERAGE = 0.97  # decay of the average of weights that candidates are ranked by, where the recipe keeps none
+PLACED = {"data", "overrides"}  # also say where trainings happen; what they decide of the runs is in "runs"
 MARK = "recommend"  # stands for a suite's name in the folder of a search
 
 
@@ -215,7 +216,8 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
             made.write(trainer.out)
             return made
         made = Search.read(trainer.out)
-        if changed := [key for key, value in asked.items() if made.asked.get(key) != value]:
+        changed = [key for key, value in asked.items() if made.asked.get(key) != value]
+        if not PLACED.issuperset(changed):
             raise UserError(
                 f"{trainer.out} holds the answer to another question ({', '.join(changed)} changed); choose "
                 "another --out"

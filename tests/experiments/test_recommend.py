@@ -161,8 +161,23 @@ def test_the_same_question_again_trains_nothing(found, monkeypatch):
 
 @WHOLE_SEARCH
 @pytest.mark.parametrize(
+    "changed",
+    [
+        {"overrides": (*PLAIN, "engine.threads=1", "engine.checkpoint_seconds=60")},
+        {"overrides": PLAIN[::-1]},
+        {"data": {"name": "digits", "root": "elsewhere"}},
+    ],
+)
+def test_a_search_may_continue_in_another_place(found, changed, monkeypatch):
+    monkeypatch.setattr(work, "train_lanes", lambda *given: pytest.fail("it trained"))
+    assert search(replace(QUESTION, **changed), found, quiet=True) == found
+
+
+@WHOLE_SEARCH
+@pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"data": {"name": "bands"}}, "(data, runs changed)"),
         ({"seed": 5}, "(seed, runs changed)"),
         ({"settings": 2}, "(settings changed)"),
         ({"methods": ("dkd",)}, "(methods changed)"),
