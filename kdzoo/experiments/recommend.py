@@ -68,6 +68,8 @@ def search(
     with Progress(quiet) as progress:
         made = planned(trainer, progress)
         progress.say(outline(made))
+        for student, method, reason in made.left_out:
+            progress.say(f"{method} is left out for {student}: {reason}")
     made.courses = [Course() for _ in made.candidates]
     chosen = {student: made.of(student) for student in made.students}
     average = [f"protocol.ema={made.average}"] if made.average else []
@@ -319,11 +321,12 @@ def outline(made: Search) -> str:
     counts = [len(made.of(student)) for student in made.students]
     search, final = halving.epochs_of(counts, len(beside(made.candidates)), made.epochs)
     whole = SEEDS * made.epochs * sum(counts)
-    unfit = f" ({len(made.left_out)} more do not fit)" if made.left_out else ""
+    unfit = len(made.left_out)
+    others = f" ({unfit} more {'does' if unfit == 1 else 'do'} not fit)" if unfit else ""
     after = f"epoch{'s' * (len(made.rungs) > 1)} {', '.join(map(str, made.rungs))}"
     halved = f"; the worse half stops after {after}" if made.rungs else ""
     return (
-        f"{counted(sum(counts), 'candidate')}{unfit}{halved}; finalists are trained anew for "
+        f"{counted(sum(counts), 'candidate')}{others}{halved}; finalists are trained anew for "
         f"{counted(made.epochs, 'epoch')} with {SEEDS} seeds: "
         f"{search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds)"
     )

@@ -312,6 +312,17 @@ def test_a_method_whose_file_changed_is_another_question_since_the_plan_was_made
         search(question, out, quiet=True)
 
 
+def test_a_search_says_why_a_method_is_left_out_also_when_it_continues(failing, tmp_path, monkeypatch, capsys):
+    failing.write_text(FAILING.replace('"later"', '"built"'))
+    monkeypatch.setattr(Trainer, "train", lambda *given: iter(()))
+    monkeypatch.setattr(recommend, "ranked", lambda made, some, epoch: some)
+    for _ in range(2):
+        search(replace(QUESTION, methods=(str(failing),)), tmp_path / "out")
+        said = capsys.readouterr().err
+        assert "3 candidates (1 more does not fit)" in said
+        assert f"{failing} is left out for resnet8: this pair is not for it" in said
+
+
 @pytest.mark.slow(reason="trains several runs")
 def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
