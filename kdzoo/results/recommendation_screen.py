@@ -56,9 +56,9 @@ def table(found: Recommendation) -> Table:
     drawn = Table(title=f"Finalists: top-1 on the test images{by}", title_justify="left")
     several = len(found.answers) > 1
     for name in ("student", "latency") if several else ():
-        drawn.add_column(name, justify="left" if name == "student" else "right")
+        drawn.add_column(name, justify="left" if name == "student" else "right", overflow="fold")
     for name in ("method", "top-1", "best minus it", "95 % interval", "verdict", "cost"):
-        drawn.add_column(name, justify="left" if name in ("method", "verdict") else "right")
+        drawn.add_column(name, justify="left" if name in ("method", "verdict") else "right", overflow="fold")
     for row in found.rows():
         cells = [visible(row["student"]), _latency(row["latency_1"])] if several else []
         known = not math.isnan(row["behind"])

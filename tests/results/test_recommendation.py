@@ -238,10 +238,17 @@ def test_the_recommended_file_makes_the_run_of_the_best_method(tmp_path, one):
 EVIL = "kd\x1b[31m\nseed: 5\u202e"
 
 
-def drawn(found):
-    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+def drawn(found, width=200):
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
     console.print(table(found))
     return console.file.getvalue()
+
+
+def test_a_narrow_terminal_loses_no_digit(tmp_path):
+    found = read(tmp_path, ("dkd", DKD, 0.03), ("kd", KD, 0.02), ("none", NONE, 0.01))
+    narrow = drawn(found, 40)
+    assert "…" not in narrow
+    assert sorted(filter(str.isdigit, narrow)) == sorted(filter(str.isdigit, drawn(found)))
 
 
 def renamed(found, name):
