@@ -15,10 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kdzoo import own_code, registry
+from kdzoo.data import Dataset
 from kdzoo.engine.device import use
 from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
-from kdzoo.experiments import halving, suites
+from kdzoo.experiments import halving, suites, teachers
 from kdzoo.experiments.bench import bench, own, placed
 from kdzoo.experiments.candidates import candidates
 from kdzoo.experiments.estimate import by_turns, measure
@@ -250,7 +251,7 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], found: Sequence[Candidate
     by_student = {student: [one for one in usual if one.student == student] for student in question.students}
     here = replace(trainer, executor=Local())  # methods are measured on this machine, as by a dry run
     runs = here.suite("alone", by_student, question.epochs, [question.seed], [], progress).runs
-    check_data(runs[0], progress)
+    check_inputs(runs[0], progress)
     with progress.doing(f"measuring a few steps of {counted(len(runs), 'method')}") as rename:
         cost, teaching = measure(runs, progress, rename)
     left_out = [(one.student, one.method, str(cost.failed[i])) for i, one in enumerate(usual) if i in cost.failed]
@@ -296,13 +297,25 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], found: Sequence[Candidate
     )
 
 
-def check_data(run: Run, progress: Progress) -> None:
+def check_inputs(run: Run, progress: Progress) -> None:
+    """Check the data, and a teacher whose weights are given, before anything is measured or trained.
+
+    Raises:
+        UserError: there is one class, some class has no image in the part that is held out, or the weights do not fit
+            the teacher, or leave it hardly better than chance.
+    """
+    dataset = open_data(run, use(run.place), progress)
+    check_held_out(dataset)
+    if teachers.are_given(run):
+        teachers.obtain(run, dataset, progress)
+
+
+def check_held_out(dataset: Dataset) -> None:
     """Check that methods can be ranked on the part of the training images that is held out.
 
     Raises:
-        UserError: there is one class, or some class has no image there.
+        UserError: as by ``check_inputs``.
     """
-    dataset = open_data(run, use(run.place), progress)
     spec = dataset.spec
     if not dataset.is_labelled:
         return  # ranked by the teacher's answers

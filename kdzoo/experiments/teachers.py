@@ -319,6 +319,11 @@ def lacking(run: Run, dataset: Dataset) -> list[Run]:
     return [made for made in own.values() if RunFolder.of(made).read_result() is None]
 
 
+def are_given(run: Run) -> bool:
+    """Tell whether the weights of all teachers of a run are those of files as they are."""
+    return all(map(_is_given, run.settings.teacher.parts))
+
+
 def _is_given(wanted: TeacherSettings) -> bool:
     """Tell whether a teacher's weights are those of a file as they are."""
     return bool(wanted.weights) and not wanted.finetune

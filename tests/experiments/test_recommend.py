@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 import kdzoo
+from kdzoo import DataSpec
 from kdzoo.cli import main
 from kdzoo.commands.training import read_settings
 from kdzoo.engine.memory import Cost
@@ -21,6 +23,7 @@ from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import AVERAGE, Trainer, search, tried
 from kdzoo.experiments.workers import Local
+from kdzoo.models import create
 from kdzoo.resolve import read_protocol
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.store.folder import RunFolder, find_runs
@@ -464,6 +467,23 @@ def test_data_that_methods_cannot_be_ranked_on_are_one_line(classes, labels, sai
     with pytest.raises(UserError) as caught:
         search(question, tmp_path / "out", quiet=True)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "fill", "said"),
+    [(7, None, r"fc.weight is \(7, 64\), expected \(10, 64\)"), (10, 0.0, "near the chance of 10.00 %")],
+)
+@pytest.mark.parametrize("plan", [tried, partial(search, quiet=True)])
+def test_weights_that_are_no_teacher_are_one_line_before_anything_is_measured(
+    plan, classes, fill, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recommend, "measure", lambda *given: pytest.fail("methods were measured"))
+    made = create("resnet14", DataSpec("mine", classes, (), 8, torch.zeros(0, dtype=torch.int64))).body.state_dict()
+    torch.save(made if fill is None else {key: value * 0 + fill for key, value in made.items()}, "mine.pth")
+    strict = tuple(key for key in PLAIN if "teacher" not in key)
+    with pytest.raises(UserError, match=said):
+        plan(replace(QUESTION, weights=("mine.pth",), overrides=strict))
 
 
 def command(monkeypatch, capsys, *words):
