@@ -221,9 +221,9 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
         made = Search.read(trainer.out)
         changed = [key for key, value in asked.items() if made.asked.get(key) != value]
         if not PLACED.issuperset(changed):
+            what = ", ".join(changed) if changed != ["runs"] else "the images, or a file that the runs use,"
             raise UserError(
-                f"{trainer.out} holds the answer to another question ({', '.join(changed)} changed); choose "
-                "another --out"
+                f"{trainer.out} holds the answer to another question ({what} changed); choose another --out"
             )
         return made
     finally:

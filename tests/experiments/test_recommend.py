@@ -31,6 +31,7 @@ from kdzoo.store.search import FILE, Search, ranked
 
 PLAIN = ("engine.device=cpu", "engine.precision=float32", "data.limit=160", "protocol.batch_size=32")
 PLAIN += ("teacher.epochs=1", "teacher.allow_weak=true", "engine.lanes=99")
+MINE = DataSpec("mine", 10, (), 8, torch.zeros(0, dtype=torch.int64))
 WHOLE_SEARCH = pytest.mark.slow(reason="trains a whole search")
 METHODS = ("dkd", "dist", "sp", "at")
 QUESTION = Question(
@@ -192,6 +193,20 @@ def test_another_question_in_the_same_folder_is_one_line(found, changed, said):
     with pytest.raises(UserError, match="holds the answer to another question") as caught:
         search(replace(QUESTION, **changed), found, quiet=True)
     assert said in str(caught.value)
+
+
+def test_weights_that_changed_are_another_question(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "train", lambda *given: iter(()))
+    monkeypatch.setattr(recommend, "ranked", lambda made, some, epoch: some)
+    question = replace(QUESTION, methods=("kd",), weights=("mine.pth",))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save(create("resnet14", MINE).body.state_dict(), "mine.pth")
+        if not seed:
+            search(question, "out", quiet=True)
+    with pytest.raises(UserError, match=r"another question \(the images, or a file that the runs use, changed\)"):
+        search(question, "out", quiet=True)
 
 
 @WHOLE_SEARCH
@@ -479,7 +494,7 @@ def test_weights_that_are_no_teacher_are_one_line_before_anything_is_measured(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recommend, "measure", lambda *given: pytest.fail("methods were measured"))
-    made = create("resnet14", DataSpec("mine", classes, (), 8, torch.zeros(0, dtype=torch.int64))).body.state_dict()
+    made = create("resnet14", MINE._replace(num_classes=classes)).body.state_dict()
     torch.save(made if fill is None else {key: value * 0 + fill for key, value in made.items()}, "mine.pth")
     strict = tuple(key for key in PLAIN if "teacher" not in key)
     with pytest.raises(UserError, match=said):
