@@ -14,7 +14,7 @@ from kdzoo.experiments.recommend import search
 from kdzoo.experiments.workers import Executor
 from kdzoo.files import read_text, slug, write_text
 from kdzoo.keywords import name, names
-from kdzoo.resolve import merged, several
+from kdzoo.resolve import merged, read_protocol, several
 from kdzoo.results import statistics
 from kdzoo.results.table import visible
 from kdzoo.store.result import Result
@@ -98,7 +98,7 @@ class Answer:
         return [first, self._ties(), *self._failed(), *self._weak_teacher()]
 
     def _failed(self) -> list[str]:
-        return [f"{one.candidate.title} failed: {one.reason}." for one in self.finalists if one.reason]
+        return [f"{one.candidate.title} failed: {one.reason.rstrip('.')}." for one in self.finalists if one.reason]
 
     def _ties(self) -> str:
         best, ties = self.best, self.ties
@@ -305,12 +305,14 @@ def _verdict(answer: Answer, one: Finalist) -> str:
 
 def _settings(found: Search, best: Candidate) -> dict[str, Any]:
     """Write the settings of a run at full length."""
-    asked = found.asked
+    asked, recipe = found.asked, found.asked["protocol"]
+    if found.epochs > read_protocol(str(recipe["name"]), recipe.get("epochs")).epochs:
+        recipe = {**recipe, "epochs": found.epochs}  # of a recipe that is shorter than its search
     settings = {
         "distiller": best.entry,
         "teacher": several(asked["teachers"], asked["weights"]),
         "student": {"name": best.student},
         "data": asked["data"],
-        "protocol": asked["protocol"],
+        "protocol": recipe,
     }
     return merged(settings, asked["overrides"])

@@ -164,6 +164,9 @@ def _check(found: Search) -> None:
         value = found.asked.get(key)
         if not isinstance(value, kind) or (kind is list and not all(isinstance(one, str) for one in value)):
             raise ValueError(f"it names no {key}")
+    for key in ("data", "protocol"):
+        if not isinstance(found.asked[key].get("name"), str):
+            raise ValueError(f"it names no {key}")
     if not found.asked["teachers"]:
         raise ValueError("it names no teacher")
     if not isinstance(found.seeds, list) or not all(isinstance(seed, int) for seed in found.seeds):

@@ -112,6 +112,11 @@ def test_a_failed_finalist_stands_last_with_its_reason_and_is_no_tie(tmp_path):
     assert "nan" not in drawn(found).replace("NaN in the loss", "")
 
 
+def test_a_reason_that_is_a_sentence_keeps_its_one_full_stop(tmp_path):
+    found = read(tmp_path, ("dkd", "Out of luck.", 0.03), ("kd", KD, 0.02), ("none", NONE, 0.01))
+    assert found.sentences()[-1] == "dkd failed: Out of luck."
+
+
 def test_a_finalist_without_any_other_is_compared_with_none(tmp_path):
     found = read(tmp_path, ("kd", KD, 0.02), ("none", "out of memory", 0.01))
     assert found.sentences() == [
@@ -236,6 +241,17 @@ def test_the_recommended_file_makes_the_run_of_the_best_method(tmp_path, one):
 
 
 EVIL = "kd\x1b[31m\nseed: 5\u202e"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "epochs"),
+    [({"name": "quick"}, 8), ({"name": "quick", "epochs": 4}, 8), ({"name": "quick", "epochs": 30}, 30)],
+)
+def test_the_recommended_file_trains_no_shorter_than_the_finalists_were(protocol, epochs, tmp_path):
+    found = read(tmp_path, ("kd", KD, 0.02), ("none", NONE, 0.01))
+    found.search.asked["protocol"], found.search.epochs = protocol, 8
+    [file] = found.write()
+    assert resolve(read_settings(file), []).settings.protocol.epochs == epochs
 
 
 def drawn(found, width=200):

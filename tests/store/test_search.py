@@ -81,6 +81,7 @@ HARMS = [
     (("seeds", ["1"]), "a seed is none"),
     (("asked", "data", "digits"), "names no data"),
     (("asked", "protocol", None), "names no protocol"),
+    (("asked", "protocol", {"epochs": 4}), "names no protocol"),
     (("asked", "overrides", 3), "names no overrides"),
     (("asked", "overrides", [3]), "names no overrides"),
     (("more", 1), "damaged"),
