@@ -225,6 +225,9 @@ def planned(trainer: Trainer, progress: Progress) -> Search:
             raise UserError(
                 f"{trainer.out} holds the answer to another question ({what} changed); choose another --out"
             )
+        if changed:
+            made.asked = asked  # so that the recommended file names the place of today
+            made.write(trainer.out)
         return made
     finally:
         lock.release()

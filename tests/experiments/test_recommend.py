@@ -174,7 +174,11 @@ def test_the_same_question_again_trains_nothing(found, monkeypatch):
 )
 def test_a_search_may_continue_in_another_place(found, changed, monkeypatch):
     monkeypatch.setattr(work, "train_lanes", lambda *given: pytest.fail("it trained"))
-    assert search(replace(QUESTION, **changed), found, quiet=True) == found
+    question = replace(QUESTION, **changed)
+    assert search(question, found, quiet=True) == found
+    asked = Search.read(found).asked
+    assert (asked["data"], asked["overrides"]) == (question.data, list(question.overrides))
+    search(QUESTION, found, quiet=True)  # back where the tests that follow expect it
 
 
 @WHOLE_SEARCH
