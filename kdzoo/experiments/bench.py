@@ -10,7 +10,7 @@ from kdzoo.errors import StorageError, UserError
 from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
-from kdzoo.experiments.workers import Executor, Local
+from kdzoo.experiments.workers import Executor, given_or_local
 from kdzoo.files import make_folder, path_of, read_json, read_text, write_text
 from kdzoo.quantities import counted
 from kdzoo.resolve import changed_files
@@ -76,7 +76,7 @@ def bench(
         out: the folder of its runs (default: runs/SUITE).
         retry: whether to try again what failed before.
         quiet: whether to show nothing.
-        executor: where to train; None for this machine.
+        executor: where to train, as ``kdzoo.experiments.workers.find("ray")`` gives it; None for this machine.
         seeds: this many seeds, from 0, instead of the suite's.
         overrides: settings for every run as ``key=value``, such as ``protocol.epochs=30``.
         wait: whether to wait, in the end, for runs that other processes are at work on, and to train what these leave.
@@ -96,7 +96,7 @@ def bench(
     if not isinstance(suite, Suite):
         suite = suites.load(str(suite), seeds, overrides)
     out = Path("runs") / suite.name if out is None else path_of(out)
-    executor = executor or Local()
+    executor = given_or_local(executor)
     with Progress(quiet) as progress:
         runs = placed(suite, out, executor, progress)
         own(out, suite.name)

@@ -27,7 +27,7 @@ from kdzoo.experiments.halving import SEEDS, SHARE, Prices
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
-from kdzoo.experiments.workers import Executor, Local
+from kdzoo.experiments.workers import Executor, Local, given_or_local
 from kdzoo.files import digest, make_folder, path_of, read_text, write_text
 from kdzoo.quantities import counted
 from kdzoo.settings import Run
@@ -65,7 +65,7 @@ def search(
             that holds the answer to another question.
     """
     out = question.folder if out is None else path_of(out)
-    trainer = Trainer(question, out, executor or Local(), quiet, retry)
+    trainer = Trainer(question, out, given_or_local(executor), quiet, retry)
     with Progress(quiet) as progress:
         made = planned(trainer, progress)
         progress.say(outline(made))

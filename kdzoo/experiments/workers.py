@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from subprocess import DEVNULL, PIPE, Popen
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from kdzoo.engine.device import resolve_auto
 from kdzoo.engine.progress import Progress
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, unknown
 from kdzoo.experiments.suites import Suite
 from kdzoo.settings import Run
 
@@ -28,6 +28,7 @@ Groups = Sequence[Sequence[Run]]
 START = "import sys; sys.path[:] = {!r}; from kdzoo.cli import main; main()"
 
 
+@runtime_checkable
 class Executor(Protocol):
     """A place to train."""
 
@@ -53,8 +54,10 @@ def find(on: str = "local", jobs: int | None = None, gpus: float | None = None) 
         gpus: of ``ray``, the GPUs that a worker takes.
 
     Raises:
-        UserError: a number that the executor has no use for.
+        UserError: an unknown name, or a number that the executor has no use for.
     """
+    if on not in ("local", "ray"):
+        raise unknown("executor", on, ("local", "ray"))
     if on == "local":
         if gpus is not None:
             raise UserError("--gpus-per-group is for --on ray; --jobs N shares the GPUs of this machine")
@@ -64,6 +67,22 @@ def find(on: str = "local", jobs: int | None = None, gpus: float | None = None) 
     from kdzoo.experiments.on_ray import OnRay
 
     return OnRay(gpus)
+
+
+def given_or_local(executor: Executor | None) -> Executor:
+    """Return the executor that is given, or this machine where none is.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    if executor is None:
+        return Local()
+    if not isinstance(executor, Executor):
+        raise UserError(
+            f"executor is of type {type(executor).__name__}; expected None for this machine, or what "
+            'kdzoo.experiments.workers.find("ray") gives'
+        )
+    return executor
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def recommend(
         weights: the teacher's, a file or folder, or one for each of several; empty: they are trained.
         seed: of the search; those after it are the finalists'.
         out: the folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).
-        executor: where to train; None for this machine.
+        executor: where to train, as ``kdzoo.experiments.workers.find("ray")`` gives it; None for this machine.
         overrides: further settings of every run as ``key=value``.
         quiet: whether to show nothing.
         retry: whether to try again what failed before.

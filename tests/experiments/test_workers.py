@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+import kdzoo
 from kdzoo.errors import UserError
 from kdzoo.experiments import workers
 from kdzoo.experiments.bench import bench
@@ -124,3 +125,12 @@ def test_settings_of_the_other_executor_are_refused():
         find("ray", jobs=2)
     with pytest.raises(UserError, match=r"expected a share of one GPU"):
         find("ray", gpus=1.5)
+
+
+def test_an_executor_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r'executor is of type str; expected None .*find\("ray"\) gives'):
+        bench("digits-short", tmp_path, executor="ray")
+    with pytest.raises(UserError, match="executor is of type str"):
+        kdzoo.recommend("resnet14", "resnet8", out=tmp_path, executor="local")
+    with pytest.raises(UserError, match="did you mean ray"):
+        find("rey")
