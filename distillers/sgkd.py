@@ -1,5 +1,7 @@
 """SGKD: of many noisy embeddings that dropout makes of the teacher's, the student picks those that are nearest."""
 
+from math import ceil
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,9 @@ def attended(student: Tensor, teacher: Tensor, temperature: float, quantile: flo
     ``quantile`` become 0, and the others are made to sum to 1.
     """
     weights = ((student * teacher).sum(dim=2) / temperature).softmax(dim=0)  # (N, B)
-    weights = weights * (weights >= weights.quantile(quantile, dim=0))
+    # No weight lies between the quantile and the next in order. torch 2.11 cannot compile its own quantile.
+    edge = weights.sort(dim=0).values[ceil(quantile * (len(weights) - 1))]
+    weights = weights * (weights >= edge)
     return (weights[:, :, None] * teacher).sum(dim=0) / weights.sum(dim=0)[:, None]
 
 

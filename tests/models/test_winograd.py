@@ -232,7 +232,6 @@ def test_few_tiles_learn_by_the_layer_itself():
         assert torch.equal(fast(maps), layer(maps)) == same
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch 2.11's compiler does
 @pytest.mark.slow(reason="torch.compile takes seconds")
 def test_it_compiles_where_it_learns():
     torch.compiler.reset()
