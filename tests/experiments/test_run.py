@@ -144,7 +144,8 @@ def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_ma
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     networks = ["student.name=test_vit", "teacher.name=test_vit", "student.pretrained=true", "teacher.pretrained=true"]
-    short = ["data.limit=64", "protocol.epochs=1", "teacher.epochs=1", "teacher.allow_weak=true"]
+    short = ["data.name=bands", "data.options={train: 8, test: 4, classes: 4, size: 24}", "data.limit=null"]
+    short += ["protocol.epochs=1", "teacher.epochs=1", "teacher.allow_weak=true"]
     result = distil(tmp_path, *networks, *short)
     again = evaluate_run(result.folder)
     assert again == (result.top1, result.top5)
@@ -187,12 +188,12 @@ def test_a_run_leaves_global_randomness_alone(tmp_path):
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path):
     method = tmp_path / "doomed.py"
     method.write_text(DOOMED)
-    more = ["engine.checkpoint_seconds=0", "data.limit=1280", "protocol.ema=0.9"]
+    more = ["engine.checkpoint_seconds=0", "data.limit=640", "protocol.ema=0.9"]
     whole = distil(tmp_path / "whole", *more, distiller=str(method))
     code = ("import kdzoo; kdzoo.run({!r}, 'resnet8', 'resnet14', out={!r}, overrides={!r}, quiet=True)").format(
         str(method), str(tmp_path / "killed"), [*QUICK, *more]
     )
-    for die_at in (1, 9, 20):  # steps of a process: the first, one amid the first epoch, one amid the second
+    for die_at in (1, 5, 8):  # steps of a process: the first, one amid the first epoch, one amid the second
         killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "DIE_AT": str(die_at)}, check=False)
         assert killed.returncode == -9
     [file] = (tmp_path / "killed").glob("*/metrics.jsonl")
@@ -210,12 +211,12 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(tmp_path):
 def test_a_damaged_newest_checkpoint_does_not_change_the_end(tmp_path):
     method = tmp_path / "doomed.py"
     method.write_text(DOOMED)
-    more = ["engine.checkpoint_seconds=0", "data.limit=1280"]
+    more = ["engine.checkpoint_seconds=0", "data.limit=640"]
     whole = distil(tmp_path / "whole", *more, distiller=str(method))
     code = ("import kdzoo; kdzoo.run({!r}, 'resnet8', 'resnet14', out={!r}, overrides={!r}, quiet=True)").format(
         str(method), str(tmp_path / "killed"), [*QUICK, *more]
     )
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "DIE_AT": "12"}, check=False)
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "DIE_AT": "6"}, check=False)
     newest = max((tmp_path / "killed").glob("*/checkpoints/step-*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
     resumed = distil(tmp_path / "killed", *more, distiller=str(method))
