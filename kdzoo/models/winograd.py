@@ -1,6 +1,6 @@
 """Compute 3x3 convolutions with a quarter of the products, on CPUs in float32."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -21,8 +21,7 @@ READ = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
 READ += [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 GIVEN = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
-# Channels on either side, below which transforms cost more than the products they save: by the second cache of a core.
-LARGE_CACHE, LEAST_WIDTH, LEAST_WIDTH_LARGE_CACHE = 2**20, 128, 64
+LEAST_WIDTH = 128  # channels on either side, below which transforms cost more than the products they save
 MEASURED = ("AVX2", "AVX512")  # a processor's instructions
 LEAST_TILES = 128  # of a batch, below which the transforms of a weight that changes cost more
 MOST_TILES = 0.1  # for each position of a map: the tiles of small maps lie half outside
@@ -227,13 +226,6 @@ def _gains(maps: Tensor, least: int = 1) -> bool:
     return maps.ndim == 4 and images * tiles >= least and tiles <= MOST_TILES * height * width
 
 
-def _least_width() -> int:
-    capabilities: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # the oldest torch has no such function
-    return LEAST_WIDTH_LARGE_CACHE if capabilities.get("l2_cache_size", 0) >= LARGE_CACHE else LEAST_WIDTH
-
-
 def _is_known(module: nn.Module) -> bool:
     """Tell whether a layer is a 3x3 convolution that is known to gain; what derives from it may do more."""
     return (
@@ -244,6 +236,6 @@ def _is_known(module: nn.Module) -> bool:
         and module.padding in ((1, 1), "same")
         and module.padding_mode == "zeros"
         and module.groups == 1
-        and min(module.in_channels, module.out_channels) >= _least_width()
+        and min(module.in_channels, module.out_channels) >= LEAST_WIDTH
         and not (module._forward_pre_hooks or module._forward_hooks)
     )
