@@ -19,7 +19,6 @@ from .zoo import METHODS
 BY_NAME = {check.__name__: check for check in CHECKS}
 BROKEN = [value for value in vars(broken).values() if isinstance(value, type) and getattr(value, "fails", "")]
 
-NARROWER = {("pat", BY_NAME["check_learns"]): {"width": 64}}  # than its 512, which would be half a minute of products
 SLOW = {
     "check_compiles": pytest.mark.slow(reason="torch.compile takes seconds for each method"),
     "check_learns": pytest.mark.slow(reason="trains a student for 120 steps with each method"),
@@ -39,8 +38,6 @@ MARKED = [marked(check, name) for name, check in BY_NAME.items()]
 def test_every_installed_distiller_conforms(name, check):
     distiller = load(name)
     reason = getattr(distiller, "expected_failures", {}).get(check.__name__)
-    if (name, check) in NARROWER:
-        distiller = partial(distiller, **NARROWER[name, check])
     if reason is None:
         check(distiller)
     else:

@@ -125,14 +125,6 @@ COUNTS = torch.tensor([5, 2, 0, 30])
 STARTS = torch.tensor([0, 5, 7, 7])
 
 
-@pytest.fixture
-def _seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-@pytest.mark.usefixtures("_seeded")
 @pytest.mark.parametrize("number", [1, 3, 7])
 def test_negatives_are_different_and_of_other_groups(number):
     group = torch.tensor([0, 1, 3]).repeat_interleave(50)
@@ -144,7 +136,6 @@ def test_negatives_are_different_and_of_other_groups(number):
     assert len({tuple(row) for row in drawn[:50].tolist()}) > 10  # and they differ from row to row
 
 
-@pytest.mark.usefixtures("_seeded")
 def test_every_image_of_other_groups_is_drawn_equally_often():
     drawn = draw_others(torch.zeros(20_000, dtype=torch.int64), COUNTS, STARTS, 10)
     frequency = torch.bincount(drawn.flatten(), minlength=37)
@@ -153,7 +144,6 @@ def test_every_image_of_other_groups_is_drawn_equally_often():
     assert ((frequency[5:] - expected).abs() < 5 * expected**0.5).all()
 
 
-@pytest.mark.usefixtures("_seeded")
 def test_where_there_are_fewer_images_each_is_drawn_about_equally_often():
     drawn = draw_others(torch.tensor([3, 3]), COUNTS, STARTS, 1000)
     for row in drawn:

@@ -144,7 +144,7 @@ def test_pretrained_networks_that_were_trained_on_are_read_again_as_they_were_ma
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     networks = ["student.name=test_vit", "teacher.name=test_vit", "student.pretrained=true", "teacher.pretrained=true"]
-    short = ["data.name=bands", "data.options={train: 8, test: 4, classes: 4, size: 24}", "data.limit=null"]
+    short = ["data.name=bands", "data.options={train: 8, test: 16, classes: 8, size: 24}", "data.limit=null"]
     short += ["protocol.epochs=1", "teacher.epochs=1", "teacher.allow_weak=true"]
     result = distil(tmp_path, *networks, *short)
     again = evaluate_run(result.folder)

@@ -29,11 +29,6 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SHORT = ["protocol.epochs=1", "data.limit=128", "teacher.epochs=1", "teacher.allow_weak=true", "engine.device=cpu"]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def statistics(network):
     return tuple(tuple(part.flatten().tolist()) for part in (network.mean, network.std))
 

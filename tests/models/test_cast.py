@@ -12,11 +12,6 @@ from kdzoo.outputs import EVERYTHING
 DATA = DataSpec("fake", 7, tuple("abcdefg"), 32, torch.arange(7))
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def outputs(network, images, dtype=torch.bfloat16):
     with torch.no_grad(), torch.autocast("cpu", dtype):
         output = network(images, EVERYTHING)

@@ -69,11 +69,6 @@ FAMILIES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.slow(reason="trains a network of each of timm's families")
 def test_a_timm_network_teaches_and_learns_at_32_pixels(name):

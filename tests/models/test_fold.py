@@ -27,11 +27,6 @@ FAMILIES = [
 QUICK = ["resnet8x4", "wrn_16_1", "test_efficientnet", "test_resnet", "test_vit"]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def taught(network):
     """The network, frozen, with the statistics and weights of norms that training leaves."""
     for module in network.modules():

@@ -75,11 +75,6 @@ class Flat(nn.Module):
         return self.head(x.flatten(1))
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 @pytest.mark.slow(reason="torch.compile takes seconds for each")
 def test_the_whole_pass_compiles_as_one_graph(name):

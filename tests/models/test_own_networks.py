@@ -109,11 +109,6 @@ class Sums(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
 def test_logits_are_found_in_what_a_network_returns(pack):
     network = wrap(Returns(pack), image_size=32, num_classes=10).eval()

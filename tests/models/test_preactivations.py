@@ -19,11 +19,6 @@ RECTIFIED = ["resnet8x4", "resnet50_cifar", "resnet18", "vgg8", "shufflenetv1", 
 NEVER_RECTIFIED = ["vit_t", "swin_pico", "test_convnext", "mixer_s32_224", "mobilenetv2_half", "mobilenetv2"]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def unlike_the_first_step(network):
     """Gives norms other weights than at first, where blocks may be identities."""
     for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):

@@ -20,8 +20,7 @@ SLOW = ("resnet32x4", "vgg13_cifar", "wrn_40_2")
 
 
 @pytest.fixture(autouse=True)
-def seeded(monkeypatch):
-    torch.manual_seed(0)
+def measured(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(winograd, "LEAST_WIDTH", 64)  # so that layers are small
 
