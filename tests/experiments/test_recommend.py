@@ -263,7 +263,7 @@ def test_groups_shrink_from_rung_to_rung(found, groups):
 
 @pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 def test_several_processes_share_a_search_and_find_the_same(found, tmp_path):
-    question = replace(QUESTION, overrides=(*PLAIN, "engine.lanes=3"))
+    question = replace(QUESTION, overrides=(*PLAIN, "engine.lanes=5"))
     search(question, tmp_path, Local(jobs=2), quiet=True)
     assert same(weights(tmp_path), weights(found))
     assert Search.read(tmp_path).courses == Search.read(found).courses
