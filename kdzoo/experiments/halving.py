@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdzoo.engine import memory
@@ -97,7 +97,7 @@ class Prices:
         return self.once + self.search * search + self.final * final
 
 
-def longest(budget: str, candidates: Sequence[int], references: int, most: int, prices: Callable[[], Prices]) -> int:
+def longest(budget: str, candidates: Sequence[int], references: int, most: int, prices: Prices) -> int:
     """Choose the epochs of a training at full length that a budget pays, at most ``most``.
 
     Args:
@@ -105,7 +105,7 @@ def longest(budget: str, candidates: Sequence[int], references: int, most: int, 
         candidates: of each student.
         references: as of ``epochs_of``.
         most: the recipe's epochs.
-        prices: of an epoch; asked only where the budget is a time.
+        prices: of an epoch.
 
     Raises:
         UserError: the budget is none, or cannot pay the shortest search.
@@ -119,7 +119,7 @@ def longest(budget: str, candidates: Sequence[int], references: int, most: int, 
     if not budget:
         return most
     amount, unit = parsed(budget)
-    price = (lambda search, final: float(search + final)) if unit == "epochs" else prices().seconds
+    price = (lambda search, final: float(search + final)) if unit == "epochs" else prices.seconds
     for epochs in range(most, fewest - 1, -1):
         least = price(*epochs_of(candidates, references, epochs))
         if least <= amount:

@@ -29,7 +29,7 @@ from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.workers import Executor, Local, given_or_local
 from kdzoo.files import digest, make_folder, path_of, read_text, write_text
-from kdzoo.quantities import counted
+from kdzoo.quantities import counted, duration
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
@@ -280,13 +280,8 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], found: Sequence[Candidate
     most = question.epochs
     if "epochs" not in question.protocol:  # a recipe may be shorter than its search
         most = max(most, halving.fewest_epochs(max(counts)))
-    epochs = halving.longest(
-        question.budget,
-        counts,
-        len(beside(fitting)),
-        most,
-        lambda: Prices.of(cost, lanes, sum(teaching.values())),
-    )
+    prices, references = Prices.of(cost, lanes, sum(teaching.values())), len(beside(fitting))
+    epochs = halving.longest(question.budget, counts, references, most, prices)
     return Search(
         asked=asked,
         epochs=epochs,
@@ -297,6 +292,7 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], found: Sequence[Candidate
         candidates=fitting,
         costs=[steps[one.student, one.method] for one in fitting],
         left_out=left_out,
+        seconds=prices.seconds(*halving.epochs_of(counts, references, epochs)),
     )
 
 
@@ -341,8 +337,9 @@ def outline(made: Search) -> str:
     others = f" ({unfit} more {'does' if unfit == 1 else 'do'} not fit)" if unfit else ""
     after = f"epoch{'s' * (len(made.rungs) > 1)} {', '.join(map(str, made.rungs))}"
     halved = f"; the worse half stops after {after}" if made.rungs else ""
+    expected = f"; expected to take about {duration(made.seconds)}" if made.seconds else ""
     return (
         f"{counted(sum(counts), 'candidate')}{others}{halved}; finalists are trained anew for "
         f"{counted(made.epochs, 'epoch')} with {SEEDS} seeds: "
-        f"{search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds)"
+        f"{search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds){expected}"
     )

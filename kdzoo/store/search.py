@@ -88,6 +88,7 @@ class Search:
     left_out: list[tuple[str, str, str]]  # student, method, and why it does not fit
     courses: list[Course] = field(default_factory=list)  # of the candidates, in their order
     finals: list[Trained] = field(default_factory=list)
+    seconds: float = 0.0  # that all of it was expected to take, as measured before; 0: not known
 
     @property
     def students(self) -> list[str]:
@@ -142,6 +143,7 @@ class Search:
                 (str(student), str(method), str(reason)) for student, method, reason in values["left_out"]
             ]
             found.costs = [float(cost) for cost in values["costs"]]
+            found.seconds = float(found.seconds)
             found.rungs = [int(epoch) for epoch in values["rungs"]]
             _check(found)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
@@ -177,6 +179,8 @@ def _check(found: Search) -> None:
         raise ValueError("an average has no such decay")
     if not all(0 < cost < math.inf for cost in found.costs):
         raise ValueError("a cost is no time")
+    if not 0 <= found.seconds < math.inf:
+        raise ValueError("what it was expected to take is no time")
     last = max((course.stopped or 0 for course in courses), default=0)
     for course in courses:
         if course.stopped not in (None, *found.rungs):

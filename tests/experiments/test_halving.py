@@ -78,23 +78,22 @@ def test_any_other_budget_is_one_line(budget):
         halving.parsed(budget)
 
 
-def unasked():
-    raise AssertionError("no price is asked for")
+DEAR = Prices(once=1e9, search=1e9, final=1e9)  # where no time is asked about
 
 
 def test_without_a_budget_trainings_are_as_long_as_the_recipe():
-    assert halving.longest("", [40], 2, 30, unasked) == 30
+    assert halving.longest("", [40], 2, 30, DEAR) == 30
 
 
 def test_a_budget_of_epochs_buys_the_longest_search_that_it_pays():
     for budget in (300, 444, 900):
-        epochs = halving.longest(f"{budget}epochs", [40], 2, 100, unasked)
+        epochs = halving.longest(f"{budget}epochs", [40], 2, 100, DEAR)
         assert sum(halving.epochs_of([40], 2, epochs)) <= budget < sum(halving.epochs_of([40], 2, epochs + 1))
 
 
 def test_a_budget_of_time_counts_what_is_paid_once():
     def priced(once):
-        return halving.longest("1h", [40], 2, 100, lambda: Prices(once=once, search=2.0, final=5.0))
+        return halving.longest("1h", [40], 2, 100, Prices(once=once, search=2.0, final=5.0))
 
     assert priced(0) > priced(1800) >= 5
 
@@ -102,17 +101,17 @@ def test_a_budget_of_time_counts_what_is_paid_once():
 def test_a_budget_that_cannot_pay_the_shortest_search_says_what_would():
     least = sum(halving.epochs_of([40], 2, halving.fewest_epochs(40)))
     with pytest.raises(UserError, match=rf"a budget of 10epochs cannot pay the shortest search.*about {least} epochs"):
-        halving.longest("10epochs", [40], 2, 100, unasked)
+        halving.longest("10epochs", [40], 2, 100, DEAR)
     with pytest.raises(
         UserError, match=r"a budget of 10s cannot pay the shortest search, of 40 candidates: it takes about"
     ):
-        halving.longest("10s", [40], 2, 100, lambda: Prices(0.0, 2.0, 5.0))
-    assert halving.longest(f"{least}epochs", [40], 2, 100, unasked) == halving.fewest_epochs(40)
+        halving.longest("10s", [40], 2, 100, Prices(0.0, 2.0, 5.0))
+    assert halving.longest(f"{least}epochs", [40], 2, 100, DEAR) == halving.fewest_epochs(40)
 
 
 def test_a_recipe_that_is_too_short_for_the_rungs_is_one_line():
     with pytest.raises(UserError, match="epochs: 4, too few to halve 40 candidates until 3 are left; set --epochs 5"):
-        halving.longest("", [40], 2, 4, unasked)
+        halving.longest("", [40], 2, 4, DEAR)
 
 
 def test_prices_count_phases_of_the_candidates_that_take_part_and_what_is_shared_once_for_each_pack():

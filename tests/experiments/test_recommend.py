@@ -19,10 +19,12 @@ from kdzoo.errors import UserError
 from kdzoo.experiments import recommend, work
 from kdzoo.experiments.bench import Report
 from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns
+from kdzoo.experiments.halving import Prices, epochs_of
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import AVERAGE, Trainer, search, tried
 from kdzoo.experiments.workers import Local
 from kdzoo.models import create
+from kdzoo.quantities import duration
 from kdzoo.resolve import read_protocol
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.store.folder import RunFolder, find_runs
@@ -499,9 +501,13 @@ def test_epochs_that_were_asked_for_and_are_too_few_are_refused():
 @pytest.mark.slow(reason="trains several runs")
 def test_the_dry_run_says_what_it_would_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recommend.Prices, "of", lambda *_: Prices(once=100.0, search=2.0, final=5.0))
     code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--dry-run")
     assert code == 0
     assert "7 candidates; the worse half stops after epochs 1, 2" in out
+    search, final = epochs_of([7], 2, 3)
+    assert f"{search + final} epochs in all" in out
+    assert f"expected to take about {duration(100 + 2 * search + 5 * final)}" in out
     assert "epochs 1 to 1: 7 candidates" in out
     assert not (tmp_path / "runs").exists()
 

@@ -56,6 +56,8 @@ HARMS = [
     (("costs", [1, 2]), "lists differ in length"),
     (("costs", [0, 1, 1, 1]), "a cost is no time"),
     (("costs", ["inf", 1, 1, 1]), "a cost is no time"),
+    (("seconds", "inf"), "expected to take is no time"),
+    (("seconds", None), "damaged"),
     (("asked", {}), "names no teacher"),
     (("asked", []), "damaged"),
     (("epochs", "4"), "an epoch is none"),
