@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdzoo.distiller import Batch
-from kdzoo.engine.agreement import OUTPUTS, agree
+from kdzoo.engine.agreement import OUTPUTS, WEIGHTS, agree
 from kdzoo.engine.host_work import first_line
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.micro_batches import micro_batches
@@ -41,7 +41,7 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the variable that names the folder of comp
 TORCHS = "torchinductor_"  # how torch's own begins, in the folder of temporary files
 
 Passes = Callable[[Tensor, Show], Output]
-Found = list[list[Tensor]]  # what a pass gives, by kind: outputs, gradients, statistics
+Found = list[list[Tensor]]  # what a pass gives, by kind: outputs, gradients, changes of statistics and of counts
 
 
 def begin_anew() -> None:
@@ -173,7 +173,7 @@ class Compiling:
         return bool(made)
 
     def gradients(self, student: Network, images: Tensor, show: Show, call: Passes) -> Found:
-        """Return outputs, gradients and statistics of a student's pass, and put the statistics back."""
+        """Return what a student's pass gives, and put the statistics back."""
         buffers = list(student.buffers())
         before = [buffer.clone() for buffer in buffers]
         seed_torch(seed_of(0, "compiling"))
@@ -185,11 +185,12 @@ class Compiling:
             slopes: Sequence[Tensor | None] = torch.autograd.grad(
                 torch.stack([output.square().mean() for output in outputs]).sum(), weights, allow_unused=True
             )
-        statistics = [buffer.clone() for buffer in buffers]
+        changes: Found = [[], []]
         with torch.no_grad():
             for buffer, kept in zip(buffers, before, strict=True):
+                changes[not buffer.is_floating_point()].append(buffer.double() - kept.double())
                 buffer.copy_(kept)
-        return [[output.detach() for output in outputs], [one for one in slopes if one is not None], statistics]
+        return [[output.detach() for output in outputs], [one for one in slopes if one is not None], *changes]
 
     def tried(
         self,
@@ -237,10 +238,15 @@ class Compiling:
         return compiled if share <= LEAST else None
 
     def right(self, found: Found, plain: Found, again: Found) -> bool:
-        """Tell whether each kind of what a pass gives is that of two plain ones."""
+        """Tell whether each kind of what a pass gives, and each output, is that of two plain ones."""
         if list(map(len, found)) != list(map(len, plain)):
             return False
-        return all(map(partial(agree, share=OUTPUTS[self.precision]), found, plain, again))
+        kinds = list(zip(found, plain, again, strict=True))
+        outputs = [([one], [two], [three]) for one, two, three in zip(*kinds[0], strict=True)]
+        share = OUTPUTS[self.precision]
+        return all(agree(*part, share) for part in [*outputs, *kinds[1:2]]) and all(
+            agree(*part, WEIGHTS) for part in kinds[2:]
+        )
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Time a call."""

@@ -139,6 +139,43 @@ def test_code_that_gives_other_outputs_or_gradients_is_not_kept(tmp_path, datase
     assert same(wrong, plain)
 
 
+@pytest.mark.slow(reason="trains a run")
+def test_code_whose_logits_are_wrong_beside_right_features_is_not_kept(tmp_path, dataset, teacher, code):
+    code.change = with_other_logits
+    _, said = trained(tmp_path, dataset, teacher, "engine.compile=on", names=("fitnet",))
+    assert [line.split()[0] for line in said] == ["teacher", "student"]
+    assert all(line.endswith(": steps run as they are, as compiled code gives other outputs") for line in said)
+
+
+@pytest.mark.slow(reason="trains a run")
+def test_code_that_leaves_the_statistics_as_they_were_is_not_kept(tmp_path, dataset, monkeypatch):
+    class Stale(compiling.Compiled):
+        def __init__(self, network, *_):
+            self.network = network
+
+        def __call__(self, images, show):
+            norms = [module for module in self.network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+            for norm in norms:
+                norm.momentum = 0.0
+            output = self.network(images, show)
+            for norm in norms:
+                norm.momentum = 0.1
+            return output
+
+    def late(self, lanes, images):
+        for buffer in lanes[0].distillation.student.buffers():
+            if not buffer.is_floating_point():
+                buffer.fill_(10_000)  # batches were seen, which is more than all statistics together
+        return try_students(self, lanes, images)
+
+    try_students = compiling.Compiling.try_students
+    monkeypatch.setattr(compiling.Compiling, "try_students", late)
+    monkeypatch.setattr(compiling, "Compiled", Stale)
+    set_all(monkeypatch, ALWAYS)
+    _, said = trained(tmp_path, dataset, None, "engine.precision=bf16", "teacher.name=null", names=("none",))
+    assert said == ["student resnet8: steps run as they are, as compiled code gives other outputs"]
+
+
 @pytest.mark.slow(reason="trains several runs")
 def test_code_that_differs_by_rounding_is_kept(tmp_path, dataset, teacher, code):
     code.change = lambda output: output._replace(logits=(1 + 1e-6) * output.logits)
