@@ -73,7 +73,7 @@ def next_steps(result: "Result") -> str:
     from kdzoo.experiments import suites
 
     root = result.folder.parent
-    steps = [("Run:", str(shortened(result.folder)))]
+    steps = [("Run:", written(result.folder))]
     learns_alone = result.measured == "accuracy" and result.agreement is None  # else there is nothing to learn from
     if result.distiller != "none" and learns_alone and without_teacher(result) is None:
         steps.append(("Next, the student without a teacher:", command_without_teacher(result)))
@@ -81,7 +81,7 @@ def next_steps(result: "Result") -> str:
         steps.append((f"Several methods on {result.data}, compared over seeds:", f"kdzoo bench {suite}"))
     else:
         steps.append(("Suites that compare many methods:", "kdzoo list suites"))
-    steps.append(("All runs of this folder:", shlex.join(["kdzoo", "table", str(shortened(root))])))
+    steps.append(("All runs of this folder:", shlex.join(["kdzoo", "table", written(root)])))
     return "\n".join(f"{what}\n  {line}" for what, line in steps)
 
 
@@ -126,6 +126,12 @@ def shortened(path: Path) -> Path:
     """Shorten a path to one relative to the working folder, if it lies inside."""
     whole = Path(os.path.abspath(path))
     return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
+
+
+def written(path: Path) -> str:
+    """Write a path as a command takes it: one that begins with a dash would be taken for an option."""
+    text = str(shortened(path))
+    return f"./{text}" if text.startswith("-") else text
 
 
 def _same_student(folder: Path) -> dict[str, Any]:

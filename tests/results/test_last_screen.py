@@ -71,6 +71,13 @@ def test_a_path_inside_the_working_folder_starts_there(tmp_path, monkeypatch):
     assert next_steps(found).endswith("\n  kdzoo table runs")
 
 
+def test_a_path_that_begins_with_a_dash_is_no_option_of_the_next_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = next_steps(result(tmp_path / "-runs")).splitlines()
+    assert any(line.startswith("  ./-runs/") for line in said)
+    assert said[-1] == "  kdzoo table ./-runs"
+
+
 def test_what_looks_like_markup_is_printed_as_it_is(tmp_path, screen):
     found = result(tmp_path / "[/]" / ":car:", student="a[/]b")
     said = screen(found)
