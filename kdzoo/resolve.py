@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from kdzoo import own_code, registry
 from kdzoo.errors import UserError, unknown
 from kdzoo.files import digest, path_of, read_text, shipped_folder
-from kdzoo.keywords import explained, keyword_settings, read_yaml, refuse_markers, typed
+from kdzoo.keywords import explained, flat, keyword_settings, read_yaml, refuse_markers, typed
 from kdzoo.quantities import counted
 from kdzoo.recipe import Protocol
 from kdzoo.settings import (
@@ -53,6 +53,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
         UserError: an unknown key, name or protocol (with the nearest), a value of the wrong type.
     """
     given = merged(values, overrides)
+    _check_text(given)
     keywords = given.pop("distiller", {}) or {}
     if not isinstance(keywords, dict):
         raise UserError(f"distiller={keywords}: expected distiller.KEY=value, or --distiller NAME")
@@ -73,6 +74,15 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
         fingerprint = fingerprint_of(settings.data, run.place.data.root)
     settings = replace(settings, data=replace(settings.data, fingerprint=fingerprint))
     return Run(replace(settings, files=files_of(settings)), run.place)
+
+
+def _check_text(given: Mapping[str, Any]) -> None:
+    """Check that a run's folder can keep the settings: the bytes of a path need not be text."""
+    for key, value in flat(given).items():
+        if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+            raise UserError(
+                f"{key}={ascii(str(value))[1:-1]} is no text in UTF-8; rename that path, or set LC_ALL=C.UTF-8"
+            )
 
 
 def _check_ship(run: Run) -> None:

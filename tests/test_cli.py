@@ -108,6 +108,13 @@ def test_an_empty_path_is_no_working_folder(kdzoo, arguments):
     assert "the path is empty; the working folder is '.'" in err
 
 
+@pytest.mark.parametrize("option", ["--out", "--data", "--teacher-weights"])
+def test_a_path_that_is_no_text_is_refused_before_anything_is_trained(kdzoo, option):
+    code, _, err = kdzoo("run", "--distiller", "kd", "--teacher", "resnet14", "--student", "resnet8", option, "b\udcfc")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "b\\udcfc is no text in UTF-8; rename that path" in err
+
+
 @pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_a_run_whose_streams_are_closed_is_finished(closed, tmp_path):
