@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib.resources.abc import Traversable
@@ -114,7 +114,7 @@ def merged(
     values: Mapping[str, Any], overrides: Sequence[str], others: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Join nested values, ``others`` of the same kind, and ``key=value`` strings, the latter winning."""
-    if isinstance(overrides, str | Mapping) or not isinstance(overrides, Iterable):
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):  # a generator gives each value once
         kind = type(overrides).__name__
         raise UserError(f"overrides is of type {kind}; expected a list of key=value, such as ['protocol.epochs=30']")
     for override in overrides:

@@ -361,10 +361,21 @@ def test_a_batch_without_the_views_of_a_method_is_one_line_that_names_them(pictu
     assert all(term.isfinite() for term in distillation(pictures._replace(views=views)).values())
 
 
-@pytest.mark.parametrize("given", ["protocol.epochs=1", {"protocol.epochs": 1}], ids=["text", "mapping"])
-def test_overrides_that_are_no_list_are_one_line(given):
-    with pytest.raises(UserError, match=r"overrides is of type \w+; expected a list of key=value"):
-        kdzoo.run("none", "resnet8", overrides=given)
+@pytest.mark.parametrize(
+    "given",
+    ["protocol.epochs=1", {"protocol.epochs": 1}, {"protocol.epochs=1"}, iter(["protocol.epochs=1"])],
+    ids=["text", "mapping", "set", "iterator"],
+)
+def test_overrides_that_are_no_list_are_one_line(given, tmp_path):
+    suite = tmp_path / "mine.yaml"
+    suite.write_text("{pairs: [[resnet14, resnet8]], distillers: [none, kd]}")
+    for begin in (
+        lambda: kdzoo.run("none", "resnet8", overrides=given),
+        lambda: kdzoo.bench(suite, tmp_path / "out", overrides=given, quiet=True),
+        lambda: kdzoo.recommend("resnet14", "resnet8", out=tmp_path / "out", overrides=given, quiet=True),
+    ):
+        with pytest.raises(UserError, match=r"overrides is of type \w+; expected a list of key=value"):
+            begin()
 
 
 @pytest.mark.parametrize(
