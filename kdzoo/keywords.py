@@ -24,6 +24,8 @@ SETTABLE = "bool, int, float, str, Literal[...], or a list, tuple or dict of the
 PLAIN = {  # parts of OmegaConf's messages that name its own types, and what is said instead
     " is not a TupleConfig, ListConfig": "expected a list, such as [1, 2]",
     " of type 'ListConfig'": "expected one value, not a list",
+    "Cannot convert 'ListConfig'": "expected one value, not a list",
+    "Cannot convert 'DictConfig'": "expected one value, not keys with values",
     " of type 'DictConfig'": "expected one value, not keys with values",
     " to Dict[": "expected keys with their values, such as {key: 1}",
     "Unexpected type annotation": f"its type can be no setting; expected {SETTABLE}",

@@ -69,6 +69,8 @@ def test_every_shipped_protocol_is_valid(name):
         ("distiller.temprature=4", "distiller kd: unknown setting"),
         ("distiller.ce=[1,2]", "distiller kd: distiller.ce: expected one value, not a list"),
         ("protocol.lr={a: 1}", "protocol.lr: expected one value, not keys with values"),
+        ("data.classes=[one]", "data.classes: expected one value, not a list"),
+        ("data.classes={a: 1}", "data.classes: expected one value, not keys with values"),
         ("epochs", "expected key=value"),
         ("student.name=[1", "parsing"),
     ],
