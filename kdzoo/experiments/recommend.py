@@ -337,9 +337,10 @@ def outline(made: Search) -> str:
     others = f" ({unfit} more {'does' if unfit == 1 else 'do'} not fit)" if unfit else ""
     after = f"epoch{'s' * (len(made.rungs) > 1)} {', '.join(map(str, made.rungs))}"
     halved = f"; the worse half stops after {after}" if made.rungs else ""
+    most = "at most " if made.rungs and beside(made.candidates) else ""  # a reference may be among the best three
     expected = f"; expected to take about {duration(made.seconds)}" if made.seconds else ""
     return (
         f"{counted(sum(counts), 'candidate')}{others}{halved}; finalists are trained anew for "
         f"{counted(made.epochs, 'epoch')} with {SEEDS} seeds: "
-        f"{search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds){expected}"
+        f"{most}{search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds){expected}"
     )

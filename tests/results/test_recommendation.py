@@ -293,5 +293,7 @@ def test_the_plan_says_what_each_rung_trains_and_what_does_not_fit(tmp_path):
     lines = plan(search(tmp_path, finalists, stopped, left_out=left_out, rungs=[2])).splitlines()
     assert "vit_s -> resnet_8: kd (2 settings), none, dkd, at, sp" in lines
     assert "epochs 1 to 2: 6 candidates" in lines
+    # Six candidates halve once, after epoch 3 of 4. A reference may be a finalist anyway, which is not known before.
+    assert f"with 3 seeds: at most {6 * 3 + 5 * 3 * 4} epochs in all" in lines[0]
     assert "then 3 finalists, with none and kd beside them, for 4 epochs with seeds 1, 2, 3" in lines
     assert lines[-2:] == ["These do not fit:", "  resnet_8, crd: its feature maps differ in size"]
