@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kdzoo.data import Dataset, Loader
 from kdzoo.engine import graphs, kept_logits
@@ -48,7 +49,9 @@ def train(
     compiling = Compiling(lanes, teacher if kept is None or kept.missing else None, stop, progress)
 
     for step, batch in enumerate(loader.batches(start, stop), start):
-        if compiling.decide(step, step - start, clock.since("start"), batch):
+        with clock.without("epoch"):
+            compiled = compiling.decide(step, step - start, clock.since("start"), batch)
+        if compiled:
             steps = kept or graphs.steps(lanes[0], teacher, progress.say)  # graphs of plain networks are of no more use
         batch = steps.begin(batch, step)
         shared.watch(batch)
@@ -122,6 +125,13 @@ class Clock:
     def reset(self, name: str) -> None:
         """Move that moment to now."""
         self.moments[name] = time.monotonic()
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """Leave the time of a block out of the seconds since that moment."""
+        begun = time.monotonic()
+        yield
+        self.moments[name] = self.moments.get(name, self.start) + time.monotonic() - begun
 
 
 def alive(lanes: Sequence[Lane]) -> Iterator[Lane]:

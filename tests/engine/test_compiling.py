@@ -1,8 +1,10 @@
 """Networks are compiled where that is right and pays, and nothing but rounding changes."""
 
+import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,35 @@ def test_code_that_gives_other_outputs_or_gradients_is_not_kept(tmp_path, datase
     assert same(wrong, plain)
 
 
+IN_BF16 = ("engine.precision=bf16", "engine.compile=on", "teacher.name=null")
+OTHER = "student resnet8: steps run as they are, as compiled code gives other outputs"
+
+
+@pytest.mark.slow(reason="trains several runs")
+def test_code_that_is_nearer_to_float32_than_plain_bf16_is_kept(tmp_path, dataset, monkeypatch):
+    class Exact(compiling.Compiled):
+        def __init__(self, network, *_):
+            self.network = network
+
+        def __call__(self, images, show):
+            with torch.autocast("cpu", enabled=False):
+                return self.network(images.float(), show)
+
+    monkeypatch.setattr(compiling, "Compiled", Exact)
+    monkeypatch.setattr(compiling, "OUTPUTS", {"bf16": 1e-3})  # less than bf16's own rounding, on any processor
+    assert trained(tmp_path / "kept", dataset, None, *IN_BF16, names=("none",))[1] == []
+    monkeypatch.setattr(compiling, "NEAR", -1.0)  # and would not be, if nothing but the share counted
+    assert trained(tmp_path / "refused", dataset, None, *IN_BF16, names=("none",))[1] == [OTHER]
+
+
+@pytest.mark.slow(reason="trains several runs")
+@pytest.mark.parametrize("change", [with_other_logits, with_other_gradients])
+def test_code_that_is_further_from_float32_than_plain_bf16_is_not_kept(tmp_path, dataset, code, change, monkeypatch):
+    code.change = change
+    monkeypatch.setattr(compiling, "OUTPUTS", {"bf16": 1e-3})
+    assert trained(tmp_path, dataset, None, *IN_BF16, names=("none",))[1] == [OTHER]
+
+
 @pytest.mark.slow(reason="trains a run")
 def test_code_whose_logits_are_wrong_beside_right_features_is_not_kept(tmp_path, dataset, teacher, code):
     code.change = with_other_logits
@@ -173,7 +204,7 @@ def test_code_that_leaves_the_statistics_as_they_were_is_not_kept(tmp_path, data
     monkeypatch.setattr(compiling, "Compiled", Stale)
     set_all(monkeypatch, ALWAYS)
     _, said = trained(tmp_path, dataset, None, "engine.precision=bf16", "teacher.name=null", names=("none",))
-    assert said == ["student resnet8: steps run as they are, as compiled code gives other outputs"]
+    assert said == [OTHER]
 
 
 @pytest.mark.slow(reason="trains several runs")
@@ -197,6 +228,36 @@ def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, 
         "student resnet8: steps run as they are, as it cannot be compiled: no C++ compiler",
     ]
     assert same(weights, trained(tmp_path / "off", dataset, teacher, "engine.compile=off")[0])
+
+
+@pytest.mark.slow(reason="trains a run")
+def test_a_missing_compiler_is_noticed_before_anything_is_compiled(tmp_path, dataset, teacher, monkeypatch):
+    def missing():
+        raise RuntimeError("no compiler is here")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    monkeypatch.setattr(torch, "compile", None)
+    _, said = trained(tmp_path, dataset, teacher, "engine.compile=on")
+    assert [line.endswith("cannot be compiled: no compiler is here") for line in said] == [True, True]
+
+
+@pytest.mark.slow(reason="trains a run")
+def test_the_time_of_compiling_is_none_of_training(tmp_path, dataset, teacher, code, monkeypatch):
+    spent, clock = 0.0, time.monotonic
+    make = compiling.Compiled
+
+    class Slow(make):
+        def __init__(self, *given):
+            nonlocal spent
+            super().__init__(*given)
+            spent += 1e6
+
+    monkeypatch.setattr(compiling, "Compiled", Slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + spent)
+    trained(tmp_path, dataset, teacher, "engine.compile=on")
+    [metrics] = tmp_path.rglob("metrics.jsonl")
+    assert code.made
+    assert all(json.loads(line)["images_per_second"] > 1 for line in metrics.read_text().splitlines())
 
 
 @pytest.mark.parametrize("own", [None, "mine"])
