@@ -55,7 +55,7 @@ def main() -> None:
     """The entry point: the user's mistakes are one line and exit code 2."""
     open_streams()
     try:
-        check_working_folder()
+        check_folders()
         with out_of_memory_told(lambda: " ".join(["running kdzoo", *sys.argv[1:2]])):
             code = cli(standalone_mode=False)
     except AskedToEnd:
@@ -99,17 +99,26 @@ def reader_is_gone() -> bool:
     return False
 
 
-def check_working_folder() -> None:
-    """Check that the working folder is still there; without one, libraries end the process while they are imported.
+def check_folders() -> None:
+    """Check folders without which torch ends the process while it is imported.
 
     Raises:
-        UserError: it was removed.
+        UserError: the working folder was removed, or that of compiled code cannot be made.
     """
     try:
         Path.cwd()
     except FileNotFoundError as error:
         raise UserError(
             "the working folder was removed; change to another one (cd) and run the same command"
+        ) from error
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        if compiled:
+            os.makedirs(compiled, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"TORCHINDUCTOR_CACHE_DIR={compiled}: torch's compiler can make no such folder ({error.strerror}); "
+            "name another one, or unset that variable"
         ) from error
 
 

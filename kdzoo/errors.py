@@ -116,7 +116,7 @@ def _text(error: BaseException) -> str:
 def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> UserError:
     """Make the error for an unknown ``name``, with the nearest of the ``known`` names."""
     names = sorted(set(known))
-    near = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    near = [one for one in names if one.endswith(f".{name}")] or get_close_matches(str(name), names, n=3, cutoff=0.5)
     more = f" and {len(names) - 30} more" if len(names) > 30 else ""
     guess = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names[:30])}{more}"
     return UserError(f"unknown {kind} '{name}'{guess}{' ' + hint if hint else ''}")

@@ -46,6 +46,17 @@ def path_of(given: str | Path) -> Path:
     return path
 
 
+def output_path(given: str | Path) -> Path:
+    """Make the path of what is to be written, as ``path_of`` does.
+
+    Raises:
+        UserError: as by ``path_of``, or it is empty, which would be the working folder.
+    """
+    if given == "":
+        raise UserError("out is empty; the working folder is '.'")
+    return path_of(given)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file completely or not at all: ``write`` fills a temporary file, which is then renamed to ``path``.
 

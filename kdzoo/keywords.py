@@ -21,6 +21,8 @@ from kdzoo.errors import UserError, told, unknown
 
 Number = TypeVar("Number", int, float)
 SETTABLE = "bool, int, float, str, Literal[...], or a list, tuple or dict of them"
+NO_NUMBER = r"(?:Value )?(.*?)(?: of type '\w+')? could not be converted to (Integer|Float)"  # as OmegaConf says it
+NUMBERS = {"Integer": "whole number", "Float": "number"}
 PLAIN = {  # parts of OmegaConf's messages that name its own types, and what is said instead
     " is not a TupleConfig, ListConfig": "expected a list, such as [1, 2]",
     " of type 'ListConfig'": "expected one value, not a list",
@@ -28,6 +30,8 @@ PLAIN = {  # parts of OmegaConf's messages that name its own types, and what is 
     "Cannot convert 'DictConfig'": "expected one value, not keys with values",
     " of type 'DictConfig'": "expected one value, not keys with values",
     " to Dict[": "expected keys with their values, such as {key: 1}",
+    " is not a valid bool": "expected true or false",
+    "Incompatible value 'None'": "expected a value",
     "Unexpected type annotation": f"its type can be no setting; expected {SETTABLE}",
 }
 
@@ -194,7 +198,8 @@ def explained(prefix: str = "", known: Sequence[str] = ()) -> Iterator[None]:
         raise unknown("setting", f"{prefix}{error.full_key}", [prefix + key for key in known]) from error
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError, OverflowError) as error:
         said = str(error).split("\n")[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value in it")
-        said = next((plain for theirs, plain in PLAIN.items() if theirs in said), said)
+        number = re.sub(NO_NUMBER, lambda found: f"{found[1]} is no {NUMBERS[found[2]]}", said)
+        said = next((plain for theirs, plain in PLAIN.items() if theirs in said), number)
         key = getattr(error, "full_key", None)
         raise UserError(f"{prefix}{key}: {said}" if key else said) from error
 

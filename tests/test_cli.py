@@ -37,6 +37,8 @@ def kdzoo(capsys, monkeypatch):
     [
         (["run", "--distiler", "kd"], "No such option"),
         (["run", "--distiller", "kdd", "--student", "resnet8"], "unknown distiller 'kdd'; did you mean kd"),
+        (["show", "kdd"], "no method or network is named 'kdd'; did you mean kd"),
+        (["show", "resnet8x5"], "unknown model 'resnet8x5'; did you mean resnet8x4"),
         (
             ["run", "--distiller", "none", "--student", "resnet81"],
             "unknown model 'resnet81'; did you mean resnet8",
@@ -159,6 +161,16 @@ def test_a_working_folder_that_was_removed_is_one_line(kdzoo, tmp_path, monkeypa
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("error: the working folder was removed; change to another one")
     monkeypatch.chdir(tmp_path)
+    assert kdzoo("list", "suites")[0] == 0
+
+
+def test_a_folder_of_compiled_code_that_cannot_be_made_is_one_line(kdzoo, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    code, _, err = kdzoo("list", "suites")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "torch's compiler can make no such folder" in err
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new"))
     assert kdzoo("list", "suites")[0] == 0
 
 

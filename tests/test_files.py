@@ -65,6 +65,21 @@ def test_what_is_no_path_at_all_is_one_line(function, given):
         function(given)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        partial(kdzoo.bench, "digits-short"),
+        partial(kdzoo.run, "none", "resnet8"),
+        partial(kdzoo.recommend, "resnet14", "resnet8"),
+    ],
+)
+def test_an_empty_path_is_not_taken_for_the_working_folder(function, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^out is empty; the working folder is"):
+        function(out="")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("given", [3, [], b"runs"])
 @pytest.mark.parametrize("function", [partial(kdzoo.bench, "digits-short"), partial(kdzoo.run, "none", "resnet8")])
 def test_what_is_no_folder_to_write_to_is_one_line(function, given):

@@ -74,9 +74,9 @@ def show(name: str, data: str) -> None:
       kdzoo show uhkd
       kdzoo show swin_t --data cifar100
     """
-    from kdzoo.results.catalogue import distiller_page, is_distiller, model_page
+    from kdzoo.results.catalogue import page
 
-    show_rich(distiller_page(name) if is_distiller(name) else model_page(name, data))
+    show_rich(page(name, data))
 
 
 @click.command()

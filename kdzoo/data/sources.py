@@ -66,7 +66,8 @@ class Source:
             some = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
             warn_once(
                 f"data '{self.name}': {key}={share:g} holds out images of {len(self.class_names) - len(absent)} of "
-                f"{counted(len(self.class_names), 'class')}, none of {some}; a larger share has some of each"
+                f"{counted(len(self.class_names), 'class')}, none of {some}; more images, or a larger "
+                "share, have some of each"
             )
         if isinstance(test, Files):
             test = replace(test, split="test")

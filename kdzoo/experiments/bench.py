@@ -11,7 +11,7 @@ from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
 from kdzoo.experiments.workers import Executor, given_or_local
-from kdzoo.files import make_folder, path_of, read_json, read_text, write_text
+from kdzoo.files import make_folder, output_path, read_json, read_text, write_text
 from kdzoo.quantities import counted
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
@@ -95,7 +95,7 @@ def bench(
     """
     if not isinstance(suite, Suite):
         suite = suites.load(str(suite), seeds, overrides)
-    out = Path("runs") / suite.name if out is None else path_of(out)
+    out = Path("runs") / suite.name if out is None else output_path(out)
     executor = given_or_local(executor)
     with Progress(quiet) as progress:
         runs = placed(suite, out, executor, progress)

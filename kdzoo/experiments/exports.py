@@ -15,7 +15,7 @@ from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import model_card
 from kdzoo.experiments.run import HERE, Here, compare_data, open_data
 from kdzoo.experiments.students import load, parts_used
-from kdzoo.files import appearing, path_of
+from kdzoo.files import appearing, output_path, path_of
 from kdzoo.models import Student
 from kdzoo.models.export_program import (
     Comparison,
@@ -93,7 +93,7 @@ def export(
         raise UserError(f"--quantize is for --format onnx, not for {format}")
     source = RunFolder(path_of(run).resolve())
     result = source.finished()
-    target = path_of(out if out is not None else Path("exports") / f"{source.path.name}-{format}").absolute()
+    target = output_path(out if out is not None else Path("exports") / f"{source.path.name}-{format}").absolute()
     check_target(target, overwrite)
     student = load(source.path, trust_code=here.trust_code)
     with appearing(target) as folder, Progress() as progress:

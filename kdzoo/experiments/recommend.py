@@ -28,7 +28,7 @@ from kdzoo.experiments.question import Question
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.workers import Executor, Local, given_or_local
-from kdzoo.files import digest, make_folder, path_of, read_text, write_text
+from kdzoo.files import digest, make_folder, output_path, read_text, write_text
 from kdzoo.quantities import counted, duration
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
@@ -64,7 +64,7 @@ def search(
         UserError: a name or a setting that the user can fix; a budget that is too small; no method that fits; a folder
             that holds the answer to another question.
     """
-    out = question.folder if out is None else path_of(out)
+    out = question.folder if out is None else output_path(out)
     trainer = Trainer(question, out, given_or_local(executor), quiet, retry)
     with Progress(quiet) as progress:
         made = planned(trainer, progress)

@@ -22,7 +22,7 @@ from kdzoo.engine.training import build, train_one
 from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments import teachers
 from kdzoo.experiments.students import shipped
-from kdzoo.files import path_of, read_text
+from kdzoo.files import output_path, path_of, read_text
 from kdzoo.keywords import name, names
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import restored
@@ -132,7 +132,7 @@ def run(
         "teacher": several(names(teacher=teacher or ())),
         "data": {"name": name(data=data)},
         "protocol": {"name": name(protocol=protocol)},
-        "output": {"root": str(path_of(out))},
+        "output": {"root": str(output_path(out))},
         "seed": seed,
     }
     with Progress(quiet) as progress, progress.doing(f"reading the settings and {data}"):

@@ -3,6 +3,7 @@
 import inspect
 import json
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -17,9 +18,24 @@ if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
 
 
-def is_distiller(name: str) -> bool:
-    """Decide whether a name is a method's; otherwise it is a network's."""
-    return name.endswith(".py") or name in registry.names()
+def page(name: str, data: str) -> RenderableType:
+    """Describe a method or a network.
+
+    Raises:
+        UserError: the name is neither's.
+    """
+    if name.endswith(".py") or name in registry.names():
+        return distiller_page(name)
+    try:
+        return model_page(name, data)
+    except UserError as error:
+        near = get_close_matches(name, registry.names())
+        if near and str(error).startswith("unknown model"):
+            raise UserError(
+                f"no method or network is named '{name}'; did you mean {' or '.join(near)}? (all: kdzoo list "
+                "distillers, kdzoo list models)"
+            ) from error
+        raise
 
 
 def distiller_page(name: str) -> RenderableType:

@@ -147,8 +147,8 @@ def test_a_share_too_small_for_every_class_says_which_lack_images(tmp_path: Path
     assert not caplog.messages
     open_dataset(name, val=0.1)
     assert caplog.messages == [
-        f"data '{name}': data.val=0.1 holds out images of 1 of 3 classes, none of bee, cat; a larger share has some of "
-        "each"
+        f"data '{name}': data.val=0.1 holds out images of 1 of 3 classes, none of bee, cat; more images, or a larger "
+        "share, have some of each"
     ]
 
 
