@@ -531,6 +531,18 @@ def test_a_candidate_that_failed_on_its_way_says_why_at_its_line(tmp_path):
     assert "<br>failed: NaN in the loss<br>" in line["hovertemplate"]
 
 
+def test_one_that_failed_in_a_later_rung_keeps_its_place_in_an_earlier_one(tmp_path):
+    pytest.importorskip("plotly")
+    made = a_search(tmp_path)
+    made.courses[-1].curve, made.courses[-1].stopped = [Point(1, 90.0, 99.0, 0.1)], 2
+    made.write(tmp_path)
+    _, data = parsed(page([tmp_path]))
+    said = {trace["meta"]["method"]: trace["hovertemplate"] for trace in data["figures"]["search-0"]["traces"]}
+    assert "failed: NaN in the loss" in said["crd"]
+    assert "stopped after epoch 1, place 5 of 6" in said["at"]
+    assert "stopped after epoch 1, place 6 of 6" in said["sp"]
+
+
 def test_a_search_for_several_students_shows_each_by_choice(tmp_path):
     pytest.importorskip("plotly")
     students = ("resnet_8", "resnet_14")

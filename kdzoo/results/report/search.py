@@ -12,7 +12,7 @@ from kdzoo.results.recommendation import Recommendation
 from kdzoo.results.recommendation_screen import sentences, table
 from kdzoo.results.report.style import GRAY, Figure, epochs, escaped, figure, short, styles
 from kdzoo.results.table import BASELINE, pair_name, visible
-from kdzoo.store.search import FILE, Search, ranked
+from kdzoo.store.search import FILE, Search
 
 TRIALS = "search"  # the folder, in that of a search, of runs that are never finished
 LONGEST = 120  # characters of a reason that is shown when a line is pointed at
@@ -144,6 +144,7 @@ def _fate(search: Search, number: int) -> str:
     if course.stopped is None:
         return "finalist" if search.finals else "still in the search"
     epoch, some = course.stopped, search.of(search.candidates[number].student)
-    begun = [one for one in some if (search.courses[one].stopped or epoch) >= epoch]
-    place = ranked(search, begun, epoch).index(number) + 1
+    begun = [other for one in some if ((other := search.courses[one]).stopped or epoch) >= epoch]
+    sound = [other for other in begun if not other.reason or other.stopped != epoch]  # some may have failed later
+    place = 1 + sum(other.at(epoch).standing > course.at(epoch).standing for other in sound)
     return f"stopped after epoch {epoch}, place {place} of {len(begun)}"
