@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -327,7 +329,8 @@ def _usable(shapes: Any, classes: int, least: int) -> bool:
 
 def _pretrained(name: str, entry: str, keywords: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(entry, pretrained=True, **keywords)
+        with _one_line():
+            return timm.create_model(entry, pretrained=True, **keywords)
     except Exception as error:  # the hub's client, its cache and timm each raise kinds of their own
         raise UserError(
             f"no pretrained weights for '{name}' ({told(error)}); expected them on the Hugging Face hub or in its "
@@ -338,8 +341,23 @@ def _pretrained(name: str, entry: str, keywords: dict[str, Any]) -> nn.Module:
 def _told(name: str, call: Callable[[], Any]) -> Any:
     """Return the call's result; any error of a constructor becomes a UserError."""
     try:
-        return call()
+        with _one_line():
+            return call()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model '{name}' cannot be built ({told(error)}); check its options") from error
+        away = name.startswith("hf-hub:") and not isinstance(error, TypeError)
+        what = "its name and the connection to the hub" if away else "its options"
+        raise UserError(f"model '{name}' cannot be built ({told(error)}); check {what}") from error
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Silence what the hub's client says of each attempt to connect; the last one's error says it all."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,6 +1,7 @@
 """Networks by the names of other libraries, with keywords of their own and published weights."""
 
 import json
+import logging
 
 import pytest
 import timm
@@ -77,14 +78,16 @@ def test_names_that_lead_nowhere_are_refused(name, said):
         check_name(name)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch, caplog):
     def refuse(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
         raise ConnectionError("no network\nhere")
 
     monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", refuse)
-    with pytest.raises(UserError, match=r"hf-hub:some/model.*no network") as error:
+    with pytest.raises(UserError, match=r"hf-hub:some/model.*no network.*check its name and the") as error:
         create("hf-hub:some/model", DATA, pretrained=True)
     assert "\n" not in str(error.value)
+    assert not caplog.messages
 
 
 @pytest.fixture
