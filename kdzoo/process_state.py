@@ -1,5 +1,6 @@
 """What the whole process shares, and code of others must leave as it is."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -83,3 +84,15 @@ def foreign(who: str, failed: str, todo: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise UserError(f"{who}{failed} ({told(error)}); {todo}") from error
+
+
+@contextmanager
+def only_errors_of(library: str) -> Iterator[None]:
+    """Keep a library from logging warnings inside this context."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

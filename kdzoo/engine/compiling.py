@@ -226,10 +226,11 @@ class Compiling:
                 compiled = make()
                 found = work(compiled, precision)
                 took = time.monotonic() - begun
+            is_right = right(found, plain, other, precision, partial(work, original, "float32"))
         except Exception as error:
             self.progress.say(f"{role} {name}: steps run as they are, as it cannot be compiled: {first_line(error)}")
             return None
-        if not right(found, plain, other, precision, partial(work, original, "float32")):
+        if not is_right:
             self.progress.say(f"{role} {name}: steps run as they are, as compiled code gives other outputs")
             return None
         if not timed:

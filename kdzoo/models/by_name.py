@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -28,7 +26,7 @@ from kdzoo.models.adapt import (
 )
 from kdzoo.models.maps import FAILURES
 from kdzoo.models.network import Network, wrap
-from kdzoo.process_state import foreign
+from kdzoo.process_state import foreign, only_errors_of
 
 # From a side in pixels, and whether to keep resolution in the stem, to a network and what was adapted.
 Builder = Callable[[int, bool], tuple[nn.Module, list[str]]]
@@ -329,7 +327,7 @@ def _usable(shapes: Any, classes: int, least: int) -> bool:
 
 def _pretrained(name: str, entry: str, keywords: dict[str, Any]) -> nn.Module:
     try:
-        with _one_line():
+        with only_errors_of("huggingface_hub"):  # not each attempt to connect
             return timm.create_model(entry, pretrained=True, **keywords)
     except Exception as error:  # the hub's client, its cache and timm each raise kinds of their own
         raise UserError(
@@ -341,7 +339,7 @@ def _pretrained(name: str, entry: str, keywords: dict[str, Any]) -> nn.Module:
 def _told(name: str, call: Callable[[], Any]) -> Any:
     """Return the call's result; any error of a constructor becomes a UserError."""
     try:
-        with _one_line():
+        with only_errors_of("huggingface_hub"):
             return call()
     except UserError:
         raise
@@ -349,15 +347,3 @@ def _told(name: str, call: Callable[[], Any]) -> Any:
         away = name.startswith("hf-hub:") and not isinstance(error, TypeError)
         what = "its name and the connection to the hub" if away else "its options"
         raise UserError(f"model '{name}' cannot be built ({told(error)}); check {what}") from error
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Silence what the hub's client says of each attempt to connect; the last one's error says it all."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -1,8 +1,6 @@
 """Write a network as a folder that timm loads without kdzoo, where timm can say all that the network is."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -12,6 +10,7 @@ from torch import nn
 
 from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.models.network import Network
+from kdzoo.process_state import only_errors_of
 
 
 class CannotSay(UserError):
@@ -35,7 +34,7 @@ def write_timm(network: nn.Module, folder: Path, classes: Sequence[str], test_cr
     shown = {"input_size": (3, side, side), "mean": mean, "std": std}
     shown |= {"crop_pct": test_crop, "crop_mode": "center", "interpolation": "bilinear"}
     try:
-        with _quiet():
+        with only_errors_of("timm"):  # what it warns of is checked here
             save_for_hf(
                 network.body,
                 str(folder),
@@ -60,15 +59,3 @@ def write_timm(network: nn.Module, folder: Path, classes: Sequence[str], test_cr
     if not same:
         why = "; ".join(facts["adapted"]) or "its outputs differ"
         raise CannotSay(f"timm's configuration cannot say how {network.name} was adapted ({why})")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep timm from warning of what is checked here."""
-    logger = logging.getLogger("timm")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -231,6 +231,16 @@ def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, 
 
 
 @pytest.mark.slow(reason="trains a run")
+def test_a_check_that_lacks_memory_leaves_the_run_as_it_was(tmp_path, dataset, teacher, code, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(compiling, "right", full)
+    _, said = trained(tmp_path, dataset, teacher, "engine.compile=on")
+    assert [line.endswith("cannot be compiled: no memory is left") for line in said] == [True, True]
+
+
+@pytest.mark.slow(reason="trains a run")
 def test_a_missing_compiler_is_noticed_before_anything_is_compiled(tmp_path, dataset, teacher, monkeypatch):
     def missing():
         raise RuntimeError("no compiler is here")
