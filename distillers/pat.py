@@ -166,6 +166,7 @@ class PAT(Distiller):
     paper = "arXiv:2501.08885"
     fidelity = Fidelity.ADAPTED
     needs = Needs(stages=("teacher",))
+    toy_settings = {"width": 64}  # noqa: RUF012 (never written to)
     expected_failures = {  # noqa: RUF012 (never written to)
         "check_gradients": "prompts are multiplied by a learned factor that starts at 0, and so are their gradients"
     }

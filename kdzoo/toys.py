@@ -248,3 +248,9 @@ def taught() -> Toy:
 def class_of(distiller: Any) -> type[Distiller]:
     """Return the class behind a ``functools.partial``."""
     return class_of(distiller.func) if isinstance(distiller, partial) else distiller
+
+
+def toy_settings(distiller: Any) -> dict[str, Any]:
+    """Read the settings with which a method says that it learns on toys, but for those that a ``partial`` gives."""
+    own, given = getattr(class_of(distiller), "toy_settings", {}), getattr(distiller, "keywords", {})
+    return {name: value for name, value in own.items() if name not in given}

@@ -3,6 +3,7 @@
 import os
 import sys
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from .zoo import METHODS
 BY_NAME = {check.__name__: check for check in CHECKS}
 BROKEN = [value for value in vars(broken).values() if isinstance(value, type) and getattr(value, "fails", "")]
 
+SLOW_TO_LEARN = "trains a student for 120 steps with each method"
 SLOW = {
     "check_compiles": pytest.mark.slow(reason="torch.compile takes seconds for each method"),
-    "check_learns": pytest.mark.slow(reason="trains a student for 120 steps with each method"),
+    "check_learns": pytest.mark.slow(reason=SLOW_TO_LEARN),
 }
 
 
@@ -57,6 +59,30 @@ def test_a_broken_promise_is_noticed(distiller):
     with pytest.raises(AssertionError, match=r"^expected .+; got .+; .+$") as failure:
         BY_NAME[distiller.fails](distiller)
     assert "\n" not in str(failure.value)
+
+
+class Wide(broken.Sound):
+    """A method that says with which settings it learns on toys."""
+
+    toy_settings: ClassVar[dict[str, object]] = {"width": 3}
+    widths: ClassVar[list[int]] = []
+
+    def __init__(self, *, ce: float = 1.0, hint: float = 1.0, width: int = 1000):
+        super().__init__(ce=ce, hint=hint)
+        self.widths.append(width)
+
+
+@pytest.mark.slow(reason=SLOW_TO_LEARN)
+def test_a_method_learns_with_its_toy_settings_and_is_else_checked_as_it_is():
+    Wide.widths.clear()
+    BY_NAME["check_terms"](Wide)
+    assert set(Wide.widths) == {1000}
+    Wide.widths.clear()
+    BY_NAME["check_learns"](Wide)
+    assert set(Wide.widths) == {3}
+    Wide.widths.clear()
+    BY_NAME["check_learns"](partial(Wide, width=5))
+    assert set(Wide.widths) == {5}
 
 
 @pytest.mark.parametrize(
