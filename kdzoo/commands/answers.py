@@ -2,7 +2,7 @@
 
 import click
 
-from kdzoo.commands.options import DEBUG, OVERRIDES, show_rich
+from kdzoo.commands.options import DEBUG, OVERRIDES, loading, show_rich
 from kdzoo.errors import UserError
 from kdzoo.quantities import counted
 
@@ -24,7 +24,7 @@ def inspect_data(name: str, overrides: tuple[str, ...]) -> None:
     """
     from kdzoo.engine.progress import Progress
 
-    with Progress() as progress, progress.doing("loading torch") as rename:
+    with Progress() as progress, loading(progress) as rename:
         from kdzoo.resolve import resolve_data
         from kdzoo.results.data_page import inspected, page
 

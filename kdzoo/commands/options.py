@@ -1,10 +1,17 @@
 """What several commands share: options, and how something rich is printed."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from kdzoo.imports import not_searched
+
+if TYPE_CHECKING:
+    from kdzoo.engine.progress import Progress
 
 
 class GivenPath(click.Path):
@@ -83,3 +90,11 @@ def show_rich(renderable: Any) -> None:
     from kdzoo.engine.progress import plain_console
 
     plain_console().print(renderable)
+
+
+@contextmanager
+def loading(progress: "Progress", what: str = "torch") -> Iterator[Callable[[str], None]]:
+    """Name what is loaded at the start of a command, all of which stays; gives the function that renames it."""
+    with not_searched(), progress.doing(f"loading {what}") as rename:
+        yield rename
+    gc.freeze()

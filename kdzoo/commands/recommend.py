@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, OVERRIDES, PATH, TEACHER_WEIGHTS, TEACHERS, GivenPath, show_rich
+from kdzoo.commands.options import DEBUG, OVERRIDES, PATH, TEACHER_WEIGHTS, TEACHERS, GivenPath, loading, show_rich
 from kdzoo.commands.training import spread
 
 COMMAS = "NAME[,NAME]..."
@@ -97,7 +97,7 @@ def recommend(
     """
     from kdzoo.engine.progress import Progress
 
-    with Progress() as progress, progress.doing("loading torch"):
+    with Progress() as progress, loading(progress):
         from kdzoo.experiments import workers
         from kdzoo.experiments.question import Question
         from kdzoo.experiments.recommend import search, tried

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, with_data
+from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, loading, with_data
 from kdzoo.errors import UserError
 from kdzoo.quantities import counted
 
@@ -52,7 +52,7 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
     """
     from kdzoo.engine.progress import Progress
 
-    with Progress() as progress, progress.doing("loading the student"):
+    with Progress() as progress, loading(progress, "the student"):
         from kdzoo.experiments.predictions import predict
 
         found = predict(folder, images, **options)
@@ -143,7 +143,7 @@ def export(
     """
     from kdzoo.engine.progress import Progress
 
-    with Progress() as progress, progress.doing("loading torch"):
+    with Progress() as progress, loading(progress):
         from kdzoo.experiments.exports import export
         from kdzoo.experiments.run import Here
         from kdzoo.results.last_screen import shortened

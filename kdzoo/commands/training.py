@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, FILE, OVERRIDES, PATH, TEACHER_WEIGHTS, TEACHERS, GivenPath, show_rich
+from kdzoo.commands.options import (
+    DEBUG,
+    FILE,
+    OVERRIDES,
+    PATH,
+    TEACHER_WEIGHTS,
+    TEACHERS,
+    GivenPath,
+    loading,
+    show_rich,
+)
 from kdzoo.quantities import counted
 
 UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
@@ -125,7 +135,7 @@ def run(
                 values.setdefault(section, {})[name] = value
             else:
                 values[section] = value
-    with Progress() as progress, progress.doing("loading torch") as rename:
+    with Progress() as progress, loading(progress) as rename:
         from kdzoo.engine.ranks import is_first
         from kdzoo.errors import UserError
         from kdzoo.experiments.run import execute
@@ -241,7 +251,7 @@ def bench(
     """
     from kdzoo.engine.progress import Progress
 
-    with Progress() as progress, progress.doing("loading torch") as rename:
+    with Progress() as progress, loading(progress) as rename:
         from kdzoo.experiments import bench as engine
         from kdzoo.experiments import suites, workers
         from kdzoo.experiments.estimate import estimate

@@ -1,12 +1,16 @@
 """A run imports what it uses and no more, as imports take most of the time to its first step."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
 from kdzoo import registry
+from kdzoo.commands.options import loading
+from kdzoo.engine.progress import Progress
 from kdzoo.files import cache_folder
+from kdzoo.imports import not_searched
 
 HEAVY = ("matplotlib", "pandas", "ray", "scipy", "sklearn", "tensorboard")
 RUN = f"""
@@ -27,3 +31,27 @@ def test_a_run_on_digits_imports_no_library_that_it_has_no_use_for(tmp_path):
     assert (cache_folder() / "data" / "digits.npz").is_file()
     said = subprocess.check_output([sys.executable, "-c", RUN], cwd=tmp_path, text=True, stderr=subprocess.PIPE)
     assert said.splitlines() == ["[]", "True"]
+
+
+def test_what_a_command_loads_is_never_searched_for_garbage():
+    frozen = gc.get_freeze_count()
+    stays = [[]]
+    with Progress(quiet=True) as progress, loading(progress) as rename:
+        assert not gc.isenabled()
+        stays.append([stays])
+        rename("reading")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
+    assert not any(each is stays for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_imports_leave_the_search_for_garbage_as_it_was_even_where_they_fail(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ModuleNotFoundError), not_searched():
+            import missing_package  # type: ignore[import-not-found]  # noqa: F401
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
