@@ -21,6 +21,6 @@ def __getattr__(name: str) -> Any:
         return _attribute(name)
 
 
-_checkout = Path(__file__).parents[1]
+_checkout = Path(__file__).resolve().parents[1]
 if (_checkout / "distillers" / "kd.py").is_file():  # there kdzoo.distillers lies beside this folder, not in it
     __path__.append(str(_checkout))

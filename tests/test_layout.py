@@ -15,6 +15,7 @@ FLOORS = (
     (
         "errors",
         "files",
+        "imports",
         "keywords",
         "modes",
         "own_code",
