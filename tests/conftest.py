@@ -22,12 +22,6 @@ from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_xdist_auto_num_workers():
-    """One more process than there are cores, since some tests wait for processes that they start."""
-    return (yield) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("slow"):

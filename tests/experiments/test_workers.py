@@ -17,7 +17,11 @@ from kdzoo.store.folder import RunFolder
 
 
 @pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
-def test_groups_in_two_processes_do_every_step_once(counted, tmp_path, no_step_is_missing_or_done_twice, capfd):
+def test_groups_in_two_processes_do_every_step_once_and_take_no_file_of_the_working_folder_for_pythons(
+    counted, tmp_path, no_step_is_missing_or_done_twice, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glob.py").write_text("raise RuntimeError('this is not the glob that you look for')")
     report = bench(counted(3), tmp_path / "runs", executor=Local(jobs=2))
     assert (len(report.finished), report.stopped, report.elsewhere) == (6, {}, [])
     assert no_step_is_missing_or_done_twice(3)
@@ -34,14 +38,6 @@ def test_what_a_killed_worker_leaves_is_trained_by_another(counted, tmp_path, no
     report = bench(counted(3), tmp_path / "runs", quiet=True, executor=Local(jobs=2))
     assert (len(report.finished), report.stopped, report.elsewhere) == (6, {}, [])
     assert no_step_is_missing_or_done_twice(3)
-
-
-@pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
-def test_a_file_in_the_working_folder_stands_in_for_none_of_pythons(counted, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "glob.py").write_text("raise RuntimeError('this is not the glob that you look for')")
-    report = bench(counted(2), tmp_path / "runs", quiet=True, executor=Local(jobs=2))
-    assert (len(report.finished), report.stopped) == (4, {})
 
 
 @pytest.mark.slow(reason="starts processes, each of which imports torch and trains")
