@@ -62,6 +62,17 @@ def test_the_projector_leads_from_any_grid_to_the_others(waves, source):
     assert project(waves(2, *source)).shape == (2, 12, 4, 4)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_what_the_projector_gives_is_of_unit_size_however_large_its_weights_become(waves, size):
+    project = Local2Global(torch.empty(2, 6, 8, 8), torch.empty(2, 12, 4, 4))
+    with torch.no_grad():
+        for weight in project.block.parameters():
+            weight *= size
+    given = project(waves(2, 6, 8, 8))
+    torch.testing.assert_close(given.mean(1), torch.zeros(2, 4, 4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(given.square().mean(1), torch.ones(2, 4, 4), atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("first", ["student", "teacher"])
 def test_the_fused_network_is_three_stages_of_one_the_projector_and_the_last_of_the_other(first):
     together, batch = toys.distillation(FBT, {"first": first}), toys.batch_of()
