@@ -62,6 +62,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
     recipe = given.pop("protocol", {})
     if "files" in given:
         raise UserError("files is no setting; the files that a run names are found by themselves")
+    _check_places(given, str(keywords["name"]))
     run = _with_data(given)
     settings = replace(run.settings, protocol=_protocol(recipe))
     _check_ship(Run(settings, run.place))
@@ -74,6 +75,15 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
         fingerprint = fingerprint_of(settings.data, run.place.data.root)
     settings = replace(settings, data=replace(settings.data, fingerprint=fingerprint))
     return Run(replace(settings, files=files_of(settings)), run.place)
+
+
+def _check_places(given: Mapping[str, Any], method: str) -> None:
+    """Check that no keyword of the method stands where sections stand."""
+    if stray := given.keys() - {one.name for kind in (Settings, Place) for one in fields(kind)}:
+        own = [f"distiller.{keyword}" for keyword in keyword_settings(registry.load(method), {})]
+        for key in stray:
+            if f"distiller.{key}" in own:
+                raise unknown("setting", key, own)
 
 
 def _check_text(given: Mapping[str, Any]) -> None:
