@@ -115,13 +115,13 @@ def _text(error: BaseException) -> str:
 
 def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> UserError:
     """Make the error for an unknown ``name``, with the nearest of the ``known`` names."""
-    names = sorted(set(known))
-    section = str(name)[: str(name).rfind(".") + 1]  # where it is right, it is alike in all that may be meant
-    if inside := [one for one in names if one.startswith(section)]:
-        near = get_close_matches(str(name)[len(section) :], [one[len(section) :] for one in inside], n=3, cutoff=0.5)
-        near, names = [section + one for one in near], inside
+    names, section = sorted(set(known)), str(name)[: str(name).rfind(".") + 1]
+    if inside := [one for one in names if one.startswith(section)]:  # a section that is right is no part of the mistake
+        names = inside
     else:
-        near = get_close_matches(str(name), names, n=3, cutoff=0.5)
+        section = ""
+    rests = [one.removeprefix(section) for one in names]
+    near = [section + rest for rest in get_close_matches(str(name).removeprefix(section), rests, n=3, cutoff=0.5)]
     near = [one for one in names if one.endswith(f".{name}")] or near
     more = f" and {len(names) - 30} more" if len(names) > 30 else ""
     guess = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names[:30])}{more}"

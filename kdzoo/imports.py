@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 @contextmanager
@@ -15,3 +16,9 @@ def not_searched() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@cache
+def never_searched() -> None:
+    """Leave what is there now out of all searches to come; only once, since what a process leaves later is garbage."""
+    gc.freeze()

@@ -81,7 +81,7 @@ def _check_places(given: Mapping[str, Any], method: str) -> None:
     """Check that no keyword of the method stands where sections stand."""
     if stray := given.keys() - {one.name for kind in (Settings, Place) for one in fields(kind)}:
         own = [f"distiller.{keyword}" for keyword in keyword_settings(registry.load(method), {})]
-        for key in stray:
+        for key in sorted(stray):
             if f"distiller.{key}" in own:
                 raise unknown("setting", key, own)
 

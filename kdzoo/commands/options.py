@@ -1,6 +1,5 @@
 """What several commands share: options, and how something rich is printed."""
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.imports import not_searched
+from kdzoo.imports import never_searched, not_searched
 
 if TYPE_CHECKING:
     from kdzoo.engine.progress import Progress
@@ -97,4 +96,4 @@ def loading(progress: "Progress", what: str = "torch") -> Iterator[Callable[[str
     """Name what is loaded at the start of a command, all of which stays; gives the function that renames it."""
     with not_searched(), progress.doing(f"loading {what}") as rename:
         yield rename
-    gc.freeze()
+    never_searched()
