@@ -2,7 +2,8 @@
 
     python benchmarks/versions.py OTHER-CHECKOUT [--rounds 2] [--command "bench digits-short --seeds 1"]
 
-A checkout's code runs in the environment of this script, in place of the version that is installed there.
+A checkout's code runs in the environment of this script, in place of the version that is installed there; ``--python``
+gives the other one an environment in which its own methods are installed.
 """
 
 import os
@@ -11,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,8 +31,8 @@ def revision(checkout: Path) -> str:
     return told.stdout.decode().strip()
 
 
-def measure(checkout: Path, command: Sequence[str]) -> dict[str, float]:
-    """Seconds of a kdzoo command in a new folder, by the clock and of processors.
+def measure(python: str, checkout: Path, command: Sequence[str]) -> dict[str, float]:
+    """Seconds of a checkout's kdzoo command in a new folder, by the clock and of processors.
 
     Raises:
         RuntimeError: the command failed; its output is the message.
@@ -39,7 +41,7 @@ def measure(checkout: Path, command: Sequence[str]) -> dict[str, float]:
         environment = {**os.environ, "KDZOO_CACHE": str(Path(folder) / "cache"), "PYTHONPATH": str(checkout)}
         before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "kdzoo.cli", *command],
+            [python, "-m", "kdzoo.cli", *command],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -52,18 +54,26 @@ def measure(checkout: Path, command: Sequence[str]) -> dict[str, float]:
         return {"seconds": round(seconds, 1), "cpu_seconds": round(used, 1)}
 
 
+def arguments_of_versions(documentation: str | None, rounds: int) -> ArgumentParser:
+    """A parser of command lines that name the version to compare with."""
+    parser = arguments_of(documentation)
+    parser.add_argument("other", type=Path, help="a checkout of the version to compare with")
+    parser.add_argument("--python", default=sys.executable, help="the Python that runs the other checkout")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each version")
+    return parser
+
+
 def main() -> None:
     """Parses, measures, prints and writes the table."""
-    parser = arguments_of(__doc__)
-    parser.add_argument("other", type=Path, help="a checkout of the version to compare with")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each version")
+    parser = arguments_of_versions(__doc__, rounds=2)
     parser.add_argument("--command", default="bench digits-short --seeds 1", help="what kdzoo is asked")
     given = parser.parse_args()
     machine = this_machine()
     rows: list[dict[str, object]] = []
     for turn in range(given.rounds):
-        for checkout in (given.other.resolve(), HERE):
-            rows.append({"round": turn, "version": revision(checkout), **measure(checkout, shlex.split(given.command))})
+        for python, checkout in ((given.python, given.other.resolve()), (sys.executable, HERE)):
+            measured = measure(python, checkout, shlex.split(given.command))
+            rows.append({"round": turn, "version": revision(checkout), **measured})
             print(rows[-1], flush=True)
     publish(pd.DataFrame(rows), file_of(given.results, f"versions-{slug(given.command)}", machine))
 
