@@ -269,8 +269,11 @@ class EnginePlace:
         0,
         10**6,
     )
-    checkpoint_seconds: float = setting(
-        60.0, "Seconds between checkpoints: at most so much work is lost when a run is killed", not_negative
+    checkpoint_seconds: float | None = setting(
+        None,
+        "Seconds between checkpoints: at most so much work is lost when a run is killed (null: a minute, or more where "
+        "writing them would take over a thirtieth of the time)",
+        not_negative,
     )
 
 

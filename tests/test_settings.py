@@ -164,7 +164,8 @@ def test_no_key_of_the_place_is_part_of_what_a_run_is(key):
     usual = resolve(BASE)
     section, name = key.split(".")
     value = getattr(getattr(usual.place, section), name)
-    words = {str: {"compile": "off", "keep": "logits"}.get(name, "cuda"), int: 3, float: 0.5, tuple: "[mlflow]"}
+    text = {"compile": "off", "keep": "logits"}.get(name, "cuda")
+    words = {str: text, int: 3, float: 0.5, tuple: "[mlflow]", type(None): 0.5}
     other = not value if isinstance(value, bool) else words[type(value)]
     changed = resolve(BASE, [f"{key}={other}"])
     assert changed.settings == usual.settings

@@ -18,6 +18,7 @@ from kdzoo.errors import AskedToEnd, UserError
 from kdzoo.store import checkpoint
 from kdzoo.store.result import MEASURED_BY
 
+SAVE_EVERY, SAVE_SHARE = 60.0, 1 / 30  # seconds between checkpoints, and what part of them writing may take
 READ_EVERY = 0.5  # seconds between two looks at the terms, which make the host wait for the device
 
 
@@ -46,6 +47,7 @@ def train(
     start = begin(lanes, teacher, loader, shared, progress, termination)
     kept = kept_logits.steps(lanes, teacher, dataset, loader, start, progress.say)
     steps, clock = kept or graphs.steps(lanes[0], teacher, progress.say), Clock()
+    pause = until_next_save(place.engine.checkpoint_seconds)
     compiling = Compiling(lanes, teacher if kept is None or kept.missing else None, stop, progress)
 
     for step, batch in enumerate(loader.batches(start, stop), start):
@@ -73,8 +75,10 @@ def train(
             finish_epoch(lanes, dataset, step, images, clock, progress)
             clock.reset("epoch")
 
-        if ranks.agree(termination.requested or clock.since("save") >= place.engine.checkpoint_seconds):
+        if ranks.agree(termination.requested or clock.since("save") >= pause):
+            clock.reset("save")
             save(lanes, step + 1, clock.since("start"))
+            pause = until_next_save(place.engine.checkpoint_seconds, clock.since("save"))
             clock.reset("save")
             if ranks.agree(termination.requested):
                 progress.say(f"asked to end: saved after step {step + 1}; the same command continues from there")
@@ -191,6 +195,11 @@ def record_epoch(lane: Lane, dataset: Dataset, step: int, speed: float, progress
     }
     lane.record(record)
     progress.epoch(record, lane.title)
+
+
+def until_next_save(asked: float | None, writing: float = 0.0) -> float:
+    """Return the seconds until the next checkpoint, where writing the last one took so many."""
+    return max(SAVE_EVERY, writing / SAVE_SHARE) if asked is None else asked
 
 
 def save(lanes: Sequence[Lane], step: int, seconds: float) -> None:

@@ -1,0 +1,43 @@
+"""The training loop writes checkpoints as often as it is asked to, and by default no oftener than the disk is fast."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kdzoo.engine import loop
+from kdzoo.engine.progress import Progress
+from kdzoo.engine.training import train_lanes
+
+from ..short_runs import settings
+
+STEP = 20.0  # seconds, on the machine of these tests
+
+
+@pytest.mark.parametrize(
+    ("asked", "writing", "saved"),
+    [
+        ([], 0.5, [3, 6, 9, 12, 15, 18]),  # every minute
+        ([], 2.0, [3, 6, 9, 12, 15, 18]),
+        ([], 4.0, [3, 9, 15]),  # two minutes after the first
+        (["engine.checkpoint_seconds=100"], 4.0, [5, 10, 15, 20]),
+        (["engine.checkpoint_seconds=0"], 4.0, [*range(1, 21)]),
+    ],
+)
+def test_checkpoints_are_as_far_apart_as_was_asked_or_as_writing_them_allows(
+    tmp_path, dataset, teacher, monkeypatch, asked, writing, saved
+):
+    now, steps, advance = [0.0], [], loop.graphs.Plain.end
+
+    def step_ends(self):
+        now[0] += STEP
+        advance(self)
+
+    def save(folder, step, state):
+        now[0] += writing
+        steps.append(step)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop.graphs.Plain, "end", step_ends)
+    monkeypatch.setattr(loop.checkpoint, "save", save)
+    train_lanes([settings(tmp_path, "none", "protocol.epochs=4", *asked)], dataset, teacher, Progress(quiet=True))
+    assert steps == saved
