@@ -28,6 +28,7 @@ def environment(run: Run) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
