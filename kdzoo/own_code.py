@@ -8,10 +8,11 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from kdzoo.errors import UserError
 from kdzoo.files import path_of
 
 LIBRARIES = ("torchvision", "timm", "hf-hub", "local-dir")  # before the colon of a network that names no code
@@ -34,12 +35,18 @@ def up_to_date(names: Iterable[str], folder: Path) -> Iterator[None]:
     """Make a context in which these modules are imported from ``folder`` first, and anew if their source has changed.
 
     Afterwards ``folder`` stays the last place to look, for what they import late.
+
+    Raises:
+        UserError: a file hides a package with compiled parts, which a process cannot import twice.
     """
     importlib.invalidate_caches()
     files = sources(names, folder)
     states = {module: _state(file) for module, file in files.items()}
     loaded = {module: _origin(sys.modules[module]) for module in states if module in sys.modules}
-    moved = any(Path(origin or "").resolve() != files[module].resolve() for module, origin in loaded.items())
+    moved = [module for module, origin in loaded.items() if Path(origin or "").resolve() != files[module].resolve()]
+    for module in moved:
+        if any(part.startswith(f"{module}.") and _is_compiled(sys.modules[part]) for part in sys.modules):
+            raise UserError(f"{files[module]} hides the package {module}, which is in use; give the file another name")
     if moved or any(state != _states.get(module, state) for module, state in states.items()):
         tops = {module.partition(".")[0] for module in states}
         for module in [module for module in sys.modules if module.partition(".")[0] in tops]:
@@ -110,7 +117,7 @@ def imported(file: Path, package: str = "") -> tuple[str, ...]:
 def _imported(package: str, file: str, size: int, changed: int) -> tuple[str, ...]:
     """Read the imports of a file in this state, once for all runs of a suite."""
     try:
-        return tuple(dict.fromkeys(_imports(ast.parse(Path(file).read_text(encoding="utf-8")), package)))
+        return tuple(dict.fromkeys(_imports(ast.parse(Path(file).read_bytes()), package)))
     except (SyntaxError, ValueError):  # importing it will say so
         return ()
 
@@ -150,6 +157,10 @@ def _is_own(file: Path) -> bool:
 def _state(file: Path) -> tuple[str, int, int]:
     stat = file.stat()
     return str(file), stat.st_size, stat.st_mtime_ns
+
+
+def _is_compiled(module: ModuleType) -> bool:
+    return isinstance(getattr(module.__spec__, "loader", None), ExtensionFileLoader)
 
 
 def _origin(module: ModuleType) -> str | None:

@@ -81,7 +81,7 @@ class Plugin:
 
     def _tree(self) -> ast.Module:
         try:
-            return ast.parse(self.file.read_text(encoding="utf-8"))
+            return ast.parse(self.file.read_bytes())
         except SyntaxError as error:
             raise UserError(f"{self.file}, line {error.lineno}: {error.msg}; correct the file") from error
 

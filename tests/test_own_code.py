@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kdzoo.errors import UserError
 from kdzoo.own_code import import_module, sources
 from kdzoo.resolve import resolve
 
@@ -103,6 +104,21 @@ def test_a_module_of_the_working_folder_wins_over_an_installed_one(folder, tmp_p
     assert import_module("ownnets").plain(10) == (8, 10)
     (folder / "ownnets.py").unlink()
     assert import_module("ownnets").plain == "installed"
+
+
+def test_a_file_that_hides_a_compiled_package_in_use_is_refused_by_its_name(folder):
+    import torch
+
+    write(folder / "torch.py", "")
+    with pytest.raises(UserError, match=r"torch\.py hides the package torch, which is in use; give the file another name"):
+        import_module("ownnets")
+    assert sys.modules["torch"] is torch
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*- \xe9\n"])
+def test_a_file_in_another_encoding_is_read_as_python_reads_it(folder, start):
+    (folder / "ownnets.py").write_bytes(start + FACTORY.encode())
+    assert list(sources(["ownnets"])) == ["ownlayers", "ownnets"]
 
 
 def test_a_module_that_was_edited_is_imported_anew_and_one_that_was_not_is_kept(folder):

@@ -45,6 +45,8 @@ def test_a_file_is_a_method(tmp_path):
     file.write_text('"""My method."""\nfrom kdzoo import Distiller\nclass Mine(Distiller):\n    paper = "none"\n')
     assert registry.load(str(file)).__name__ == "Mine"
     assert registry.find(str(file)).summary == "My method."
+    file.write_text(file.read_text(), encoding="utf-8-sig")  # as editors on Windows save it
+    assert registry.find(str(file)).summary == "My method."
 
 
 @pytest.mark.parametrize(
