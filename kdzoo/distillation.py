@@ -71,6 +71,7 @@ class Distillation(nn.Module):
         _check_distiller(distiller)
         if teacher is None and distiller.needs.teacher:
             raise UserError(f"{distiller.title} needs a teacher and got None; pass one")
+        _check_networks(student, teacher)
         if data is not None:
             num_classes, image_size = data.num_classes, data.image_size
         if num_classes is not None or not distiller.is_assembled:  # which was assembled from the outputs of networks
@@ -276,6 +277,19 @@ def _check_distiller(distiller: object) -> None:
             raise UserError(
                 f"{name}={roles!r} in the needs of {distiller.title}; expected a tuple of 'student' or 'teacher', such "
                 f"as {name}=('teacher',)"
+            )
+
+
+def _check_networks(student: object, teacher: object) -> None:
+    """Check that both are modules, and that the teacher, which is frozen, holds no weight that the student learns."""
+    for role, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module) and (role, network) != ("teacher", None):
+            raise UserError(f"the {role} is of type {type(network).__name__}; expected a torch.nn.Module")
+    if isinstance(student, nn.Module) and isinstance(teacher, nn.Module):
+        learned = {weight for weight in student.parameters() if weight.requires_grad}
+        if not learned.isdisjoint(teacher.parameters()):
+            raise UserError(
+                "the teacher shares weights with the student, and a teacher's are frozen; pass a copy.deepcopy of it"
             )
 
 

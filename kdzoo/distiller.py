@@ -282,7 +282,9 @@ class Distiller(nn.Module):
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         """Compute the weighted loss terms of one batch, each a float32 scalar. Training minimises their sum."""
-        raise NotImplementedError
+        raise UserError(
+            f"{self.title} defines no loss(self, student, teacher, batch); write one that returns its terms"
+        )
 
     def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """Run each network once and compute the loss. Methods that run networks in another way override this."""

@@ -173,6 +173,31 @@ def test_passes_may_be_made_elsewhere(batch):
     assert asked == teacher.shown == [Show()]
 
 
+def test_a_teacher_that_shares_weights_with_the_student_is_refused_as_it_would_freeze_them(batch):
+    student = Net()
+    with pytest.raises(UserError, match="the teacher shares weights with the student"):
+        Distillation(student, student, KD())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert Distillation(student, copy.deepcopy(student), KD())(batch)["kd"].requires_grad
+    teacher = Net()
+    student.head = teacher.head.requires_grad_(False)  # which no one trains
+    assert Distillation(student, teacher, KD())(batch)["kd"].requires_grad
+
+
+def test_what_is_no_network_is_refused_by_its_type():
+    with pytest.raises(UserError, match=r"the student is of type str; expected a torch\.nn\.Module"):
+        kdzoo.distill("resnet18", Net(), "kd", num_classes=5, image_size=8)
+
+
+def test_a_method_without_a_loss_is_told_so(batch):
+    class Silent(Distiller):
+        def __init__(self, *, ce: float = 1.0):
+            super().__init__(ce=ce)
+
+    with pytest.raises(UserError, match=r"Silent defines no loss\(self, student, teacher, batch\)"):
+        Distillation(Net(), Net(), Silent())(batch)
+
+
 def test_a_method_without_a_teacher_trains_without_one(batch):
     probe = Probe(teacher=False)
     assert Distillation(Net(), None, probe)(batch)["match"].isfinite()

@@ -110,7 +110,9 @@ def test_a_file_that_hides_a_compiled_package_in_use_is_refused_by_its_name(fold
     import torch
 
     write(folder / "torch.py", "")
-    with pytest.raises(UserError, match=r"torch\.py hides the package torch, which is in use; give the file another name"):
+    with pytest.raises(
+        UserError, match=r"torch\.py hides the package torch, which is in use; give the file another name"
+    ):
         import_module("ownnets")
     assert sys.modules["torch"] is torch
 
