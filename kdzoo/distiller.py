@@ -63,7 +63,16 @@ class Batch(NamedTuple):
             num_classes: K.
             progress: the share of training that is done, for methods that warm up.
             index: (B,) int64, the images' rows in the training set, for methods that remember them.
+
+        Raises:
+            UserError: images or labels are of another shape or type, or labels come without ``num_classes``.
         """
+        if images.ndim != 4 or not images.is_floating_point():
+            raise UserError(f"images are {_described(images)}; expected floats in [0, 1] of shape (B, 3, H, W)")
+        if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != torch.int64):
+            raise UserError(f"labels of {len(images)} images are {_described(labels)}; expected int64 of shape (B,)")
+        if labels is not None and num_classes < 1:
+            raise UserError(f"num_classes={num_classes}: pass the number of classes beside the labels")
         return cls(
             images,
             labels,  # type: ignore[arg-type]  # absent where there are none
@@ -78,6 +87,10 @@ class Batch(NamedTuple):
         if self.targets is None or self.partner is None:
             return self.targets
         return F.one_hot(self.labels, self.targets.shape[1])
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 class DataSpec(NamedTuple):
@@ -271,14 +284,18 @@ class Distiller(nn.Module):
             terms: functions without arguments, by the name of the term, each of which returns a scalar.
 
         Raises:
-            UserError: the constructor gave no weight for a term.
+            UserError: the constructor gave no weight for a term, or a function returned no tensor.
         """
         if missing := [name for name in terms if name not in self.weights]:
             raise UserError(
                 f"{self.title} has no weight for its term '{missing[0]}'; pass one to "
                 f"super().__init__({missing[0]}=...), from a keyword of that name"
             )
-        return {name: self.weights[name] * term() for name, term in terms.items() if self.weights[name]}
+        found = {name: term() for name, term in terms.items() if self.weights[name]}
+        for name, value in found.items():
+            if not isinstance(value, Tensor):
+                raise UserError(f"the term '{name}' of {self.title} is of type {type(value).__name__}; return a tensor")
+        return {name: self.weights[name] * value for name, value in found.items()}
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
         """Compute the weighted loss terms of one batch, each a float32 scalar. Training minimises their sum."""

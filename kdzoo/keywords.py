@@ -369,6 +369,10 @@ def _schema(factory: Callable[..., Any]) -> type:
                     "the configuration"
                 )
             columns.append((parameter.name, parameter.annotation, _always(parameter.default)))
+        elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty:
+            raise UserError(
+                f"keyword '{parameter.name}' can be given by its place; put a * before the keywords: (self, *, ...)"
+            )
     return make_dataclass("Keywords", columns)
 
 

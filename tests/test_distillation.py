@@ -198,6 +198,43 @@ def test_a_method_without_a_loss_is_told_so(batch):
         Distillation(Net(), Net(), Silent())(batch)
 
 
+def test_a_term_that_is_no_tensor_is_named(batch):
+    class Forgetful(Distiller):
+        def __init__(self, *, match: float = 1.0):
+            super().__init__(match=match)
+
+        def loss(self, student, teacher, batch):
+            return self.weigh(match=lambda: None)
+
+    with pytest.raises(UserError, match="the term 'match' of Forgetful is of type NoneType; return a tensor"):
+        Distillation(Net(), Net(), Forgetful())(batch)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "classes", "said"),
+    [
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            None,
+            0,
+            r"images are uint8 of shape \(2, 3, 8, 8\); expected floats",
+        ),
+        (torch.zeros(3, 8, 8), None, 0, r"images are float32 of shape \(3, 8, 8\)"),
+        (
+            torch.zeros(2, 3, 8, 8),
+            torch.zeros(3, dtype=torch.int64),
+            5,
+            r"labels of 2 images are int64 of shape \(3,\)",
+        ),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(2), 5, r"labels of 2 images are float32 of shape \(2,\); expected int64"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), 0, "num_classes=0: pass the number of classes"),
+    ],
+)
+def test_a_batch_of_what_is_no_batch_is_refused(images, labels, classes, said):
+    with pytest.raises(UserError, match=said):
+        kdzoo.Batch.of(images, labels, classes)
+
+
 def test_a_method_without_a_teacher_trains_without_one(batch):
     probe = Probe(teacher=False)
     assert Distillation(Net(), None, probe)(batch)["match"].isfinite()

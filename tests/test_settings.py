@@ -223,6 +223,13 @@ def test_a_keyword_without_a_type_cannot_be_configured(tmp_path):
         resolve({**BASE, "distiller": {"name": str(file)}})
 
 
+def test_a_keyword_that_may_be_given_by_its_place_is_told_to_stand_behind_a_star(tmp_path):
+    file = tmp_path / "placed.py"
+    file.write_text("from kdzoo import Distiller\nclass P(Distiller):\n    def __init__(self, ce: float = 1.0): ...\n")
+    with pytest.raises(UserError, match=r"'ce' can be given by its place; put a \* before the keywords"):
+        resolve({**BASE, "distiller": {"name": str(file)}})
+
+
 @pytest.mark.parametrize(
     ("keyword", "said"),
     [
