@@ -23,6 +23,7 @@ from kdzoo.errors import StorageError, UserError
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that file systems take
 LARGEST = 2**26  # bytes of a text file that is read
 DAY = 86400.0  # seconds
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PART = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.part")
 MOVE_AWAY = "move its folder away and run the same command again"
 
@@ -31,11 +32,14 @@ def path_of(given: str | Path) -> Path:
     """Make a path of what a user gives; ``~`` stands for the home folder.
 
     Raises:
-        UserError: it can be no path: of another type, an unknown user's home, or a name that no file system takes.
+        UserError: it can be no path: of another type, an address, an unknown user's home, or a name that no file system
+            takes.
     """
     if not isinstance(given, str | Path):
         raise UserError(f"{given!r} is of type {type(given).__name__}; expected a path")
     shown = given if len(str(given)) < 100 else f"{str(given)[:40]}...{str(given)[-40:]}"
+    if _ADDRESS.match(str(given)):
+        raise UserError(f"{shown} is an address; expected a path on this machine, such as that of what was downloaded")
     try:
         path = Path(given).expanduser()
     except RuntimeError as error:

@@ -56,6 +56,13 @@ def test_what_can_be_no_path_is_one_line(given):
     assert path_of("x" * 255).name == "x" * 255
 
 
+@pytest.mark.parametrize("given", ["https://example.org/best.pth", "s3://bucket/runs"])
+def test_an_address_is_said_to_be_none_of_this_machine_s_paths(given):
+    with pytest.raises(UserError, match=f"^{given} is an address; expected a path on this machine"):
+        path_of(given)
+    assert path_of("odd:/name").parts == ("odd:", "name")
+
+
 @pytest.mark.parametrize("given", [3, None, [], b"runs"])
 @pytest.mark.parametrize("function", [kdzoo.load, kdzoo.table, partial(kdzoo.export, format="timm")])
 def test_what_is_no_path_at_all_is_one_line(function, given):
