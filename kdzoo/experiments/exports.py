@@ -166,7 +166,8 @@ def _told(name: str, seen: Comparison) -> str:
     if seen.agreement is None:
         return f"{name}: embeddings of {seen.images} test images differ by at most {seen.max_difference:.2g}"
     return (
-        f"{name}: top-1 {seen.top1:.2f} % on {seen.images} test images (the student: {seen.student_top1:.2f} %), "
+        f"{name}: top-1 {seen.top1:.2f} % on {seen.images} test images "
+        f"(the student in float32: {seen.student_top1:.2f} %), "
         f"the same class for {seen.agreement:.2f} %, logits differ by at most {seen.max_difference:.2g}"
     )
 

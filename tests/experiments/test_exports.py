@@ -127,6 +127,7 @@ def test_onnx_answers_as_the_student_does_also_in_8_bits(resnet, tmp_path):
     assert record["model.onnx"]["max_difference"] < 1e-3
     assert record["model-int8.onnx"]["max_difference"] > record["model.onnx"]["max_difference"]
     assert f"model-int8.onnx: top-1 {record['model-int8.onnx']['top1']:.2f} %" in said
+    assert said.count(f"(the student in float32: {record['model.onnx']['student_top1']:.2f} %)") == 2
     file = tmp_path / "out" / "model.onnx"
     properties = {each.key: each.value for each in onnx.load(file).metadata_props}
     student = kdzoo.load(resnet.folder)
