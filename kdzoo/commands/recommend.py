@@ -7,6 +7,7 @@ import click
 
 from kdzoo.commands.options import DEBUG, OVERRIDES, PATH, TEACHER_WEIGHTS, TEACHERS, GivenPath, loading, show_rich
 from kdzoo.commands.training import spread
+from kdzoo.errors import UserError
 
 COMMAS = "NAME[,NAME]..."
 
@@ -31,9 +32,7 @@ COMMAS = "NAME[,NAME]..."
     help="Epochs of a training at full length (default: the recipe's, or as many as it takes to halve all candidates "
     "until three are left).",
 )
-@click.option(
-    "--methods", default="", help="Methods to try, besides none, kd and logitmse (default: all).", metavar=COMMAS
-)
+@click.option("--methods", help="Methods to try, besides none, kd and logitmse (default: all).", metavar=COMMAS)
 @click.option(
     "--settings",
     type=click.IntRange(1, 9),
@@ -70,7 +69,7 @@ def recommend(
     data_root: str | None,
     protocol: str,
     epochs: int | None,
-    methods: str,
+    methods: str | None,
     settings: int,
     budget: str,
     seed: int,
@@ -97,6 +96,8 @@ def recommend(
     """
     from kdzoo.engine.progress import Progress
 
+    if methods is not None and not split(methods):
+        raise UserError("no method is named; leave --methods out to try all")
     with Progress() as progress, loading(progress):
         from kdzoo.experiments import workers
         from kdzoo.experiments.question import Question
@@ -109,7 +110,7 @@ def recommend(
     question = Question(
         teachers,
         split(students),
-        split(methods),
+        split(methods or ""),
         settings,
         budget,
         {"name": data, **given},

@@ -519,6 +519,7 @@ def test_the_dry_run_says_what_it_would_do(tmp_path, monkeypatch, capsys):
         (["run", "--student", "resnet8"], "no distiller is named"),
         (["run", "--distiller", "none"], "no student is named"),
         (["recommend", "--teacher", "resnet14", "--students", ","], "no student is named"),
+        (["recommend", "--teacher", "resnet14", "--students", "resnet8", "--methods", ""], "no method is named; leave"),
         (["recommend", *ASKED, "--budget", "never"], "--budget never: expected a time"),
     ],
 )
