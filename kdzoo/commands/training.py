@@ -118,7 +118,8 @@ def run(
     Without --data and --protocol it is a first look: digits of 8 x 8 pixels, and a recipe of few epochs. The teacher is
     trained once, and runs of all methods and seeds share it.
 
-    Any setting may follow as KEY=VALUE: 'kdzoo list settings' lists them, 'kdzoo show METHOD' those of a method.
+    Any setting may follow as KEY=VALUE, and wins over an option that says otherwise: 'kdzoo list settings' lists them,
+    'kdzoo show METHOD' those of a method.
 
     \b
       kdzoo run --distiller uhkd --teacher vit_s --student resnet18

@@ -283,4 +283,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"cannot read image '{path}' ({reason_of(error)}); replace or remove it")
+    return UserError(
+        f"cannot read image '{path}' ({reason_of(error)}); replace or remove it, or set data.skip_damaged=true, which "
+        "leaves out all that are damaged"
+    )

@@ -51,7 +51,7 @@ def test_what_is_no_image_to_train_on_is_named_or_left_out(make_tree: MakeTree, 
     root = make_tree()
     make(root / "train" / "ant" / "9.png")
     assert fingerprint(f"folder:{root}")
-    with pytest.raises(UserError, match=f"ant/9.png' .*{said}.*; replace or remove it"):
+    with pytest.raises(UserError, match=f"ant/9.png' .*{said}.*; replace or remove it, or set data.skip_damaged=true"):
         open_dataset(f"folder:{root}")
     assert open_dataset(f"folder:{root}", skip_damaged=True).spec.labels.tolist().count(0) == 6
 
