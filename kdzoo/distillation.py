@@ -282,8 +282,8 @@ def _check_distiller(distiller: object) -> None:
 
 def _check_networks(student: object, teacher: object) -> None:
     """Check that both are modules, and that the teacher, which is frozen, holds no weight that the student learns."""
-    for role, network in (("student", student), ("teacher", teacher)):
-        if not isinstance(network, nn.Module) and (role, network) != ("teacher", None):
+    for role, network in {"student": student, "teacher": student if teacher is None else teacher}.items():
+        if not isinstance(network, nn.Module):
             raise UserError(f"the {role} is of type {type(network).__name__}; expected a torch.nn.Module")
     if isinstance(student, nn.Module) and isinstance(teacher, nn.Module):
         learned = {weight for weight in student.parameters() if weight.requires_grad}

@@ -32,14 +32,14 @@ def path_of(given: str | Path) -> Path:
     """Make a path of what a user gives; ``~`` stands for the home folder.
 
     Raises:
-        UserError: it can be no path: of another type, an address, an unknown user's home, or a name that no file system
-            takes.
+        UserError: it can be no path: of another type, an address, an unknown user's home, or a name that no file
+            system takes.
     """
     if not isinstance(given, str | Path):
         raise UserError(f"{given!r} is of type {type(given).__name__}; expected a path")
     shown = given if len(str(given)) < 100 else f"{str(given)[:40]}...{str(given)[-40:]}"
     if _ADDRESS.match(str(given)):
-        raise UserError(f"{shown} is an address; expected a path on this machine, such as that of what was downloaded")
+        raise UserError(f"{shown} is an address; expected a path on this machine")
     try:
         path = Path(given).expanduser()
     except RuntimeError as error:

@@ -45,7 +45,7 @@ def up_to_date(names: Iterable[str], folder: Path) -> Iterator[None]:
     loaded = {module: _origin(sys.modules[module]) for module in states if module in sys.modules}
     moved = [module for module, origin in loaded.items() if Path(origin or "").resolve() != files[module].resolve()]
     for module in moved:
-        if any(part.startswith(f"{module}.") and _is_compiled(sys.modules[part]) for part in sys.modules):
+        if any(name.startswith(f"{module}.") and _is_compiled(part) for name, part in list(sys.modules.items())):
             raise UserError(f"{files[module]} hides the package {module}, which is in use; give the file another name")
     if moved or any(state != _states.get(module, state) for module, state in states.items()):
         tops = {module.partition(".")[0] for module in states}
@@ -160,7 +160,8 @@ def _state(file: Path) -> tuple[str, int, int]:
 
 
 def _is_compiled(module: ModuleType) -> bool:
-    return isinstance(getattr(module.__spec__, "loader", None), ExtensionFileLoader)
+    spec = getattr(module, "__spec__", None)  # which some that stand in for modules lack
+    return isinstance(getattr(spec, "loader", None), ExtensionFileLoader)
 
 
 def _origin(module: ModuleType) -> str | None:

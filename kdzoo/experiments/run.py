@@ -1,7 +1,7 @@
 """One run from its settings to its result: what ``kdzoo run`` does, and ``kdzoo.run`` from Python."""
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,8 +83,9 @@ def _absolute(name: str) -> str:
     head, colon, argument = name.partition(":")
     if head.endswith(".py"):
         head = str(path_of(head).resolve())
-    if argument and path_of(argument).exists():
-        argument = str(path_of(argument).resolve())
+    with suppress(UserError):  # of what can be no path, such as an address that a data set of one's own reads
+        if argument and path_of(argument).exists():
+            argument = str(path_of(argument).resolve())
     return f"{head}{colon}{argument}"
 
 

@@ -96,6 +96,11 @@ def test_a_run_and_its_data_may_be_moved_to_different_places(project, tmp_path, 
         evaluate_run(Path("runs") / run.path.name)
 
 
+def test_an_address_is_left_to_the_data_set_that_reads_it(project):
+    with pytest.raises(UserError, match="unknown data 'mine:s3://bucket/pictures'"):
+        evaluate_run(project[1].path, Here(data="mine:s3://bucket/pictures"))
+
+
 def test_a_run_of_another_device_and_precision_is_measured_here(project):
     _, run, measured = project
     written = run.config.read_text()
