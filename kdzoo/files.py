@@ -23,6 +23,7 @@ from kdzoo.errors import StorageError, UserError
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that file systems take
 LARGEST = 2**26  # bytes of a text file that is read
 DAY = 86400.0  # seconds
+DEVICES = Path("/dev")  # where links such as stdout may lead to regular files
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PART = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.part")
 MOVE_AWAY = "move its folder away and run the same command again"
@@ -67,8 +68,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     No folder is made: one that was removed or renamed meanwhile does not come back with this file alone.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written; what stood at ``path`` is untouched.
+        StorageError: the disk is full, the folder cannot be written, or a device or a pipe has that name; what stood
+            at ``path`` is untouched.
     """
+    if path.absolute().parent == DEVICES or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise StorageError(f"{path} is a device or a pipe; name a file to write")
     temporary = part_of(path)
     with storing(path.parent):
         try:
