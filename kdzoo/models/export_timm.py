@@ -10,6 +10,7 @@ from torch import nn
 
 from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.models.network import Network
+from kdzoo.models.weights import save_weights
 from kdzoo.process_state import only_errors_of
 
 
@@ -18,7 +19,7 @@ class CannotSay(UserError):
 
 
 def write_timm(network: nn.Module, folder: Path, classes: Sequence[str], test_crop: float) -> None:
-    """Write ``config.json`` and ``model.safetensors``, and check that what timm makes of them computes the same.
+    """Write ``config.json``, weights and classes, and check that what timm makes of them computes the same.
 
     Raises:
         CannotSay: the network is none of timm's, or was adapted in a way that its configuration cannot hold. What was
@@ -29,6 +30,7 @@ def write_timm(network: nn.Module, folder: Path, classes: Sequence[str], test_cr
     name = getattr(network.body, "pretrained_cfg", {}).get("architecture", "")
     if not timm.is_model(name) or not model_entrypoint(name).__module__.startswith("timm."):
         raise CannotSay(f"{network.name} is no network of timm's")
+    (folder / "classes.txt").write_text("".join(f"{each}\n" for each in classes), encoding="utf-8")
     facts, side = network.facts(), network.image_size
     mean, std = (values * 3 if len(values) == 1 else values for values in (facts["mean"], facts["std"]))
     shown = {"input_size": (3, side, side), "mean": mean, "std": std}
@@ -42,6 +44,7 @@ def write_timm(network: nn.Module, folder: Path, classes: Sequence[str], test_cr
                 safe_serialization=True,
                 data_config=shown,
             )
+            save_weights(network, folder / "model.safetensors")  # with what a network must be given to read them
             again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
         normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

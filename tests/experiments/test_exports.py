@@ -88,7 +88,21 @@ def test_timm_reads_a_students_folder_where_kdzoo_cannot_be_imported(transformer
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert torch.equal(theirs.argmax(1), ours.argmax(1))
     assert tuple(done.stdout.split()) == student.classes
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "export.json"}
+    files = {"config.json", "model.safetensors", "classes.txt", "export.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
+
+
+def test_a_folder_for_timm_is_a_teacher_that_reads_images_as_the_student_did(tmp_path):
+    folder = write(tmp_path, 50.0, 0, "student.name=test_vit", student="test_vit", image_size=32)
+    spec = open_dataset("digits", image_size=32).spec
+    models.save_weights(models.create("test_vit", spec), folder.student)
+    folder.classes.write_text("".join(f"{name}\n" for name in spec.class_names))
+    exported(folder.read_result(), "timm", tmp_path / "out")
+    larger = spec._replace(image_size=64, mean=(0.1, 0.1, 0.1))
+    network = models.load_given("test_vit", larger, tmp_path / "out")
+    assert network.facts() == kdzoo.load(folder.path).network.facts()
+    assert "assumed" not in network.origin
+    assert (tmp_path / "out" / "classes.txt").read_text() == folder.classes.read_text()
 
 
 @pytest.mark.slow(reason="trains a student and exports it")
