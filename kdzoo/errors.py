@@ -2,12 +2,9 @@
 
 import errno
 import signal
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.util import find_spec
-from pathlib import Path
 
 
 class UserError(Exception):
@@ -94,15 +91,6 @@ def told(error: BaseException) -> str:
     """Say an error of others in one line: its type, and the first line of its text, if it has any."""
     lines = _text(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
-
-
-def place(error: BaseException) -> str:
-    """Say where an error of others was raised, as ``mine.py, line 7``; what torch called is not looked into."""
-    torch = find_spec("torch")
-    library = str(Path(torch.origin).parent) if torch and torch.origin else "<"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((library, "<"))] or frames
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 def _text(error: BaseException) -> str:

@@ -5,7 +5,8 @@ import importlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.machinery import ExtensionFileLoader, ModuleSpec, PathFinder
@@ -152,6 +153,33 @@ def _find(module: str, folder: Path) -> ModuleSpec | None:
 def _is_own(file: Path) -> bool:
     installed = "site-packages" in file.parts or "dist-packages" in file.parts
     return file.suffix == ".py" and not installed and not file.is_relative_to(sysconfig.get_path("stdlib"))
+
+
+def place(error: BaseException) -> str:
+    """Say where an error of others was raised, as ``mine.py, line 7``: in the user's own code, if it came through any.
+
+    Else in any code but torch's, such as that of an installed method.
+    """
+    if found := own_place(error):
+        return found
+    torch = importlib.util.find_spec("torch")
+    library = str(Path(torch.origin).parent) if torch and torch.origin else "<"
+    frames = traceback.extract_tb(error.__traceback__)
+    return _last([frame for frame in frames if not frame.filename.startswith((library, "<"))] or frames)
+
+
+def own_place(error: BaseException) -> str:
+    """Say which line of the user's own code an error came through last, if any: a library's line says little."""
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [Path(frame.filename) for frame in frames]
+    ours = Path(__file__).parent
+    return _last(
+        [frame for frame, file in zip(frames, files, strict=True) if _is_own(file) and not file.is_relative_to(ours)]
+    )
+
+
+def _last(frames: Sequence[traceback.FrameSummary]) -> str:
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
 
 
 def _state(file: Path) -> tuple[str, int, int]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kdzoo import registry
 from kdzoo.errors import UserError
-from kdzoo.own_code import import_module, sources
+from kdzoo.own_code import import_module, place, sources
 from kdzoo.resolve import resolve
 
 BASE = {"distiller": {"name": "none"}, "student": {"name": "ownnets:plain"}}
@@ -135,3 +136,24 @@ def test_a_file_that_does_not_parse_is_left_to_its_import(folder):
     assert list(sources(["ownnets"])) == ["ownnets"]
     with pytest.raises(SyntaxError):
         import_module("ownnets")
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["cross_entropy(zeros(2, 3), zeros(4))", "Distiller(a=1.0).weigh(a=partial(linear, zeros(2, 3), zeros(4, 5)))"],
+)
+def test_an_error_is_told_with_the_line_of_the_users_own_code_that_led_to_it(folder, call):
+    imports = "from functools import partial\nfrom torch import zeros\nfrom torch.nn.functional import linear\n"
+    write(folder / "ownhelpers.py", f"{imports}from kdzoo import Distiller\nfrom kdzoo.losses import *\n{call}\n")
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        import_module("ownhelpers")
+    assert place(caught.value) == "ownhelpers.py, line 6"
+
+
+def test_a_method_that_cannot_be_imported_is_told_with_the_line(folder):
+    write(folder / "mine.py", "import ownhelpers\n")
+    write(folder / "ownhelpers.py", "import json\n\njson.loads('{')\n")
+    with pytest.raises(
+        UserError, match=r"could not be imported \(JSONDecodeError: .*\) at ownhelpers\.py, line 3; correct"
+    ):
+        registry.load(str(folder / "mine.py"))

@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 from kdzoo import toys
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller
-from kdzoo.errors import UserError, place, told
+from kdzoo.errors import UserError, told
 from kdzoo.outputs import Output
+from kdzoo.own_code import place
 
 Terms = Mapping[str, Tensor]
 LEAST_FALL = 0.1  # of the loss in a short training, as a share of its size

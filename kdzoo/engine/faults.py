@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from kdzoo.distiller import Batch
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses, writes
-from kdzoo.errors import StorageError, UserError, place, told
+from kdzoo.errors import StorageError, UserError, told
+from kdzoo.own_code import place
 from kdzoo.process_state import process_state, put_back
 from kdzoo.settings import Run
 from kdzoo.tensors import leaves
