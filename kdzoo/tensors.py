@@ -1,5 +1,6 @@
 """Tensor helpers: precision, nested structures, and communication between the ranks of a distributed run."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ def full_precision(tensor: Tensor) -> Tensor:
 def leaves(nested: Any) -> list[Tensor]:
     """List all tensors in nested tuples, lists and dictionaries, always in the same order."""
     return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def trained_by(loss: Tensor) -> Iterator[Tensor]:
+    """Iterate over the tensors that a loss's backward pass gives a gradient to."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Toy networks and batches for the conformance suite, small enough to check a method in seconds."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -217,18 +217,6 @@ def train(together: Distillation, steps: int, size: int = 4, seed: int = 0) -> N
         optimizer.zero_grad()
         total(together(batch_of(seed=seed + step, size=size, progress=step / steps))).backward()
         optimizer.step()
-
-
-def leaves(loss: Tensor) -> Iterator[Tensor]:
-    """Iterate over the tensors in which a loss's backward pass ends."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes.extend(following for following, _ in node.next_functions)
-            if hasattr(node, "variable"):
-                yield node.variable
 
 
 @cache

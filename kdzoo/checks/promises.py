@@ -31,7 +31,7 @@ from kdzoo.distiller import Batch, Distiller, Fidelity
 from kdzoo.errors import UserError
 from kdzoo.keywords import keyword_settings
 from kdzoo.outputs import Output
-from kdzoo.tensors import leaves
+from kdzoo.tensors import leaves, trained_by
 
 
 def _keywords(distiller: Callable[..., Distiller]) -> dict[str, Parameter]:
@@ -217,13 +217,13 @@ def check_gradients(distiller: type[Distiller]) -> None:
     """All that the loss trains is a registered parameter, and every parameter that is shipped or built is trained."""
     together = toys.distillation(distiller)
     trained = {id(p): name for name, p in together.named_parameters() if p.requires_grad}
-    shipped = toys.leaves(together.deploy()(toys.batch_of().images).logits)
+    shipped = trained_by(together.deploy()(toys.batch_of().images).logits)
     wanted = {id(p) for p in (*together.distiller.parameters(), *shipped)}
     moved: set[int] = set()
     for seed in range(4):
         together.zero_grad()
         loss = toys.total(together(toys.batch_of(seed, progress=(seed + 1) / 5)))
-        strays = [tuple(leaf.shape) for leaf in toys.leaves(loss) if id(leaf) not in trained]
+        strays = [tuple(leaf.shape) for leaf in trained_by(loss) if id(leaf) not in trained]
         expect(not strays, "all that trains to be a parameter", f"others of shape {strays}", "register them")
         loss.backward()
         moved |= {id(p) for p in together.parameters() if p.grad is not None and p.grad.any()}

@@ -1,6 +1,6 @@
 """What goes wrong in one run's own work, told in a line, so that the runs beside it continue."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from kdzoo.errors import StorageError, UserError, told
 from kdzoo.own_code import place
 from kdzoo.process_state import process_state, put_back
 from kdzoo.settings import Run
-from kdzoo.tensors import leaves
+from kdzoo.tensors import leaves, trained_by
 
 if TYPE_CHECKING:
     from kdzoo.engine.lane import Lane
@@ -86,6 +86,38 @@ def check_terms(terms: Any, who: str, when: str, device: torch.device, before: C
             f"distiller '{who}' returned terms that depend on no trained weight {when}; compute them from the "
             "student's outputs, without detach() or no_grad()"
         )
+
+
+def check_gradients(
+    terms: Mapping[str, Tensor], trained: nn.Module, parameters: Iterable[Tensor], who: str, when: str
+) -> None:
+    """Check that each term of a first loss trains something, and nothing that no optimizer sees.
+
+    Args:
+        terms: that passed ``check_terms``.
+        trained: a module with the student and the method.
+        parameters: those that the optimizer steps.
+        who: the method.
+        when: such as "at step 0".
+
+    Raises:
+        UserError: a term that is not 0 has no gradient, or a parameter that gets one is never stepped; names it.
+    """
+    for name, term in terms.items():
+        if not term.requires_grad and term.any():
+            raise UserError(
+                f"the term '{name}' of distiller '{who}' depends on no trained weight {when}, so it teaches nothing; "
+                "compute it from the student's outputs, without detach() or no_grad(), or set its weight to 0"
+            )
+    stepped = {id(parameter) for parameter in parameters}
+    names = {id(parameter): name for name, parameter in trained.named_parameters()}
+    for leaf in trained_by(torch.stack(list(terms.values())).sum()):
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in stepped:
+            title = names.get(id(leaf), f"a parameter of shape {tuple(leaf.shape)}")
+            raise UserError(
+                f"the loss of distiller '{who}' has a gradient for {title} {when}, which no optimizer sees; make "
+                "layers in build(), each an attribute of the method or part of an nn.ModuleList"
+            )
 
 
 def is_scalar(term: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdzoo.data import Loader
 from kdzoo.distillation import Distillation
 from kdzoo.distiller import Batch, Distiller
-from kdzoo.engine.faults import caught, check_terms, check_trained
+from kdzoo.engine.faults import caught, check_gradients, check_terms, check_trained
 from kdzoo.engine.memory import check_reserve
 from kdzoo.engine.meter import Meter
 from kdzoo.engine.micro_batches import micro_batches
@@ -131,6 +131,8 @@ class Lane:
         for rows in micro_batches(batch, settings.engine.accumulate):
             terms = self.forward(rows)
             check_terms(terms, settings.distiller.name, self.when, self.device, self.meter.sums)
+            if not self.meter.sums:
+                check_gradients(terms, self.trained, self.optimizer.parameters, settings.distiller.name, self.when)
             with matmul_precision(self.device.type, PRECISIONS[settings.engine.precision]):
                 torch.stack(list(terms.values())).sum().backward(self.share)
             self.meter.add(self.ranks.mean(terms), self.number)

@@ -124,6 +124,34 @@ def test_a_broken_promise_is_one_line_and_no_other_method_notices(tmp_path, data
     assert all(torch.equal(tensor, alone[name]) for name, tensor in weights(sound).items())
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ("terms['match'] = terms['match'].detach()", "the term 'match' .* depends on no trained weight at step 0"),
+        ("self.late = {layer}; terms['match'] = {term}", r"gradient for distiller\.late\.\w+ at step 0, which no opt"),
+        ("self.late = [{layer}]; terms['match'] = {term}", r"gradient for a parameter of shape \(10.*\) at step 0"),
+    ],
+)
+def test_a_term_that_trains_nothing_or_what_no_optimizer_sees_is_refused_at_the_first_step(
+    tmp_path, dataset, teacher, loss, said
+):
+    term = "torch.nn.ModuleList(self.late if type(self.late) is list else [self.late])[0](student.logits).mean()"
+    foreign = method(tmp_path, loss=loss.format(layer="torch.nn.Linear(10, 10)", term=term))
+    text = (tmp_path / "foreign.py").read_text().replace("self.steps == 4", "self.steps == 1")
+    (tmp_path / "foreign.py").write_text(text)
+    [outcome] = train_lanes([settings(tmp_path, foreign)], dataset, teacher, Progress(quiet=True))
+    with pytest.raises(UserError, match=said):
+        raise outcome
+
+
+def test_a_term_may_say_nothing_at_first(tmp_path, dataset, teacher):
+    foreign = method(tmp_path, loss="terms['match'] = torch.zeros(())")
+    text = (tmp_path / "foreign.py").read_text().replace("self.steps == 4", "self.steps < 4")
+    (tmp_path / "foreign.py").write_text(text)
+    [outcome] = train_lanes([settings(tmp_path, foreign)], dataset, teacher, Progress(quiet=True))
+    assert not isinstance(outcome, UserError)
+
+
 @pytest.mark.parametrize("harm", ["torch.set_default_dtype(torch.float64)", "torch.set_grad_enabled(False)"])
 def test_all_that_a_method_changed_is_put_back(tmp_path, dataset, teacher, alone, harm):
     """Of two things changed in one step the first is named, and neither reaches the methods beside it."""
