@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from kdzoo.data.augment import floats
-from kdzoo.data.pictures import Files, Reading
+from kdzoo.data.pictures import Files, Reading, reason_of
 from kdzoo.data.stream import stream, whole_transform
 from kdzoo.data.trees import walk
 from kdzoo.engine.device import find_device
@@ -156,7 +156,7 @@ def _read(student: Student, paths: list[str], pictures: Files, start: int, found
             continue
         try:
             pictures.decoded(row, student.image_size)
-            failure = f"cannot read image '{paths[row]}'"
-        except UserError as error:
-            failure = str(error)
-        yield Prediction(paths[row], failure=failure)
+            why = ""
+        except UserError as error:  # it names a setting of training, which this command has not
+            why = f" ({reason_of(error.__cause__ or error)})"
+        yield Prediction(paths[row], failure=f"cannot read image '{paths[row]}'{why}")

@@ -220,8 +220,8 @@ def test_a_damaged_image_is_named_and_the_others_are_classified(on_files, tmp_pa
         main()
     found = capsys.readouterr()
     assert end.value.code == 2
-    assert "cannot read image" in found.err
-    assert "bad.png" in found.err
+    assert "cannot read image 'bad.png' (UnidentifiedImageError)\n" in found.err
+    assert "data.skip_damaged" not in found.err  # predict takes no settings
     assert "error: 1 of 2 images cannot be read" in found.err
     assert [row["image"] for row in csv.DictReader(io.StringIO(found.out))] == ["good.png"]
 
