@@ -203,6 +203,7 @@ class Network(nn.Module):
 
     def _prepared(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
+        images = images.to(self.mean.dtype)
         if self._resize and images.shape[-2:] != size:
             shrinks = images.shape[-1] > self.image_size
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)

@@ -146,6 +146,12 @@ def test_images_are_normalised_inside():
     torch.testing.assert_close(network(IMAGES).logits, network.body((IMAGES - mean) / std))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_of_any_float_are_read_alike(dtype):
+    network, images = create("resnet8", DATA).eval(), IMAGES.to(dtype)
+    assert torch.equal(network(images).logits, network(images.float()).logits)
+
+
 def test_only_the_body_has_a_state():
     network = create("resnet8", DATA)
     assert {f"body.{key}" for key in network.body.state_dict()} == network.state_dict().keys()
