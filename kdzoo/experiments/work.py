@@ -149,7 +149,7 @@ def record(run: Run, outcome: Outcome, progress: Progress) -> None:
     """Write a failure down; results are written already."""
     if isinstance(outcome, UserError):
         write_text(RunFolder.of(run).failure, str(outcome) + "\n")
-        progress.say(f"{run.settings.distiller.name} failed: {outcome}")
+        progress.say(f"{RunFolder.of(run).path.name} failed: {outcome}")
 
 
 def by_checkpoint(runs: Sequence[Run]) -> list[list[Run]]:

@@ -1,6 +1,7 @@
 """A suite runs in groups, survives being killed, and never runs twice what is finished."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,9 +260,11 @@ def test_a_failure_that_many_runs_share_is_told_once(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["kdzoo", "bench", str(file), "--out", str(tmp_path / "runs")])
     with pytest.raises(SystemExit) as end:
         main()
-    said = capsys.readouterr().err.splitlines()[-1]
+    *lines, said = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert said.startswith("error: 2 runs failed (")
+    for student in ("resnet8", "resnet14"):
+        assert any(re.match(rf"folder-nowhere-{student}-none-s0-\w+ failed: no folder", line) for line in lines)
     assert said.count("no folder '/nowhere'") == 1
 
 
