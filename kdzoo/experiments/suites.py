@@ -106,7 +106,7 @@ def load(
         content["seeds"] = [given["seed"]]
     for seed in content["seeds"]:
         if type(seed) is not int or not 0 <= seed < 2**63:
-            raise UserError(f"suite {name}: seed {seed}: expected a whole number from 0")
+            raise UserError(f"suite {name}: seed {seed!r}: expected a whole number from 0, written without quotes")
     if content["name"]:
         title = str(content["name"])
         if slug(title) != title:

@@ -130,7 +130,7 @@ def test_a_seed_among_the_settings_replaces_the_files(tmp_path, suite, seed):
     assert {run.settings.seed for run in suites.load(str(file), overrides=[f"seed={seed}"]).runs} == {seed}
     with pytest.raises(UserError, match=f"--seeds 2 and seed={seed}: expected one of them"):
         suites.load(str(file), seeds=2, overrides=[f"seed={seed}"])
-    with pytest.raises(UserError, match="seed x: expected a whole number"):
+    with pytest.raises(UserError, match="seed 'x': expected a whole number"):
         suites.load(str(file), overrides=["seed=x"])
 
 
@@ -146,6 +146,12 @@ def test_seeds_change_nothing_else_of_a_run(two, tmp_path):
 def test_a_seed_is_a_whole_number(two, seed):
     Path(two.file).write_text(Path(two.file).read_text().replace("distillers:", f"seeds: [0, {seed}], distillers:"))
     with pytest.raises(UserError, match=r"seed .*: expected a whole number"):
+        suites.load(two.file)
+
+
+def test_a_seed_in_quotes_is_shown_with_its_quotes(two):
+    Path(two.file).write_text(Path(two.file).read_text().replace("distillers:", "seeds: ['0'], distillers:"))
+    with pytest.raises(UserError, match="seed '0': expected a whole number from 0, written without quotes"):
         suites.load(two.file)
 
 
