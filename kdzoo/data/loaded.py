@@ -45,7 +45,7 @@ def checked(
         sizes = {split: len(each) for split, each in images.items()}
     except (TypeError, ValueError) as error:
         expected = "(class names, (training images, labels), (test images, labels))"
-        raise _wrong(name, f"load gives {_kind(loaded)}", expected) from error
+        raise _wrong(name, f"load gives {_kinds(loaded)}", expected) from error
     if not isinstance(class_names, list | tuple) or not all(isinstance(word, str) for word in class_names):
         raise _wrong(name, f"class names are {_kind(class_names)}", "a list of words")
     if strange := next((word for word in class_names if any(category(c) in UNPRINTABLE for c in word)), None):
@@ -129,6 +129,13 @@ def _pixels(name: str, split: str, given: Any) -> NDArray[np.uint8]:
 def _kind(value: Any) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     return type(value).__name__ if shape is None else f"{dtype} {tuple(shape)}"
+
+
+def _kinds(value: Any) -> str:
+    """Describe what short tuples hold, too."""
+    if isinstance(value, tuple) and len(value) <= 3:
+        return f"({', '.join(map(_kinds, value))})"
+    return _kind(value)
 
 
 def _wrong(name: str, given: str, expected: str) -> UserError:
