@@ -1,17 +1,22 @@
 """Teacher, student and distiller as one module, for kdzoo's engine and for any other training loop."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from kdzoo.distiller import Batch, DataSpec, Distiller, Needs
 from kdzoo.errors import UserError
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast, casting_anew
 from kdzoo.quantities import counted
+
+BRIGHTEST = 1.5  # of images in [0, 1], with room for what resizing and changes of colour add
 
 
 class Distillation(nn.Module):
@@ -82,6 +87,7 @@ class Distillation(nn.Module):
         if not distiller.is_assembled:
             self._assemble(num_classes, labels, image_size, data, labelled)
         self.precision = precision
+        self.is_called = False
         needs = distiller.needs
         stages = "student" in needs.stages
         self._views = [NetworkView(self.student, needs.show("student"), precision=precision, stages=stages)]
@@ -136,6 +142,7 @@ class Distillation(nn.Module):
             labels = torch.zeros(0, dtype=torch.int64) if labels is None else labels
             data = DataSpec("your data", classes, names, size, labels)
         self.distiller.assemble(student, teacher, data)
+        _check_built(self.distiller, self.student)
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -161,6 +168,9 @@ class Distillation(nn.Module):
             )
         if batch.labels is None and any(distiller.weights.get(term) for term in distiller.label_terms):
             raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")
+        if not (torch.compiler.is_compiling() or self.is_called or batch.images.is_meta):
+            self.is_called = True
+            _warn_of_bytes(batch.images)
         student, teacher = self._views_on(device)
         with autocast(device, FLOAT32):
             return self.distiller(student, _shown(teacher, batch), batch)
@@ -278,6 +288,31 @@ def _check_distiller(distiller: object) -> None:
                 f"{name}={roles!r} in the needs of {distiller.title}; expected a tuple of 'student' or 'teacher', such "
                 f"as {name}=('teacher',)"
             )
+
+
+def _check_built(distiller: Distiller, student: nn.Module) -> None:
+    on_meta = any(weight.is_meta for weight in student.parameters())
+    for name, tensor in chain(distiller.named_parameters(), distiller.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(
+                f"{name} of {distiller.title} has no shape when build() is done; make its layer with its number of "
+                "inputs in place of a lazy one, such as student.embedding.shape[1]"
+            )
+        if tensor.is_meta and not on_meta:
+            raise UserError(
+                f"{name} of {distiller.title} has a shape and no numbers, as all that build() is given; make it with "
+                "numbers, such as torch.zeros(...)"
+            )
+
+
+def _warn_of_bytes(images: Tensor) -> None:
+    least, most = (value.item() for value in images.aminmax())
+    if least >= 0 and most > BRIGHTEST:  # what is normalised has numbers below 0
+        warnings.warn(
+            f"images of the first batch reach {most:g}, and kdzoo expects them in [0, 1]; divide them by 255, "
+            "unless your networks do so",
+            stacklevel=3,
+        )
 
 
 def _check_networks(student: object, teacher: object) -> None:

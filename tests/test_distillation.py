@@ -462,3 +462,34 @@ def test_a_method_that_teaches_nothing_with_two_classes_says_so(method, keywords
 @pytest.mark.parametrize(("method", "keywords"), [("kd", {}), ("dist", {}), ("figkd", {}), ("logitmse", {})])
 def test_a_method_that_teaches_with_two_classes_is_not_refused(method, keywords):
     assert toys.distillation(registry.load(method), keywords, classes=2)(toys.batch_of(classes=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda output: nn.LazyLinear(3), r"layer\.weight of Built has no shape when build\(\) is done"),
+        (lambda output: nn.Parameter(output.logits), r"layer of Built has a shape and no numbers"),
+        (lambda output: nn.Buffer(output.embedding), r"layer of Built has a shape and no numbers"),
+    ],
+)
+def test_what_a_method_builds_has_shapes_and_numbers(make, said):
+    class Built(KD):
+        logit_terms = ()
+
+        def build(self, student, teacher, data):
+            self.layer = make(student)
+
+    with pytest.raises(UserError, match=said):
+        Distillation(cnn(), cnn(), Built(), num_classes=5, image_size=32)
+
+
+def test_images_from_0_to_255_are_told_once_and_normalised_ones_are_not(pictures, recwarn):
+    for scale, shift in ((1.0, 0.0), (5.0, -2.0)):
+        Distillation(cnn(), cnn(), KD(), num_classes=5, image_size=32)(
+            pictures._replace(images=scale * pictures.images + shift)
+        )
+    assert not recwarn.list
+    distillation = Distillation(cnn(), cnn(), KD(), num_classes=5, image_size=32)
+    for _ in range(2):
+        distillation(pictures._replace(images=(255 * pictures.images).round()))
+    assert [str(each.message)[:38] for each in recwarn.list] == ["images of the first batch reach 255, a"]
