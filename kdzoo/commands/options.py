@@ -1,6 +1,6 @@
-"""What several commands share: options, and how something rich is printed."""
+"""What several commands share: options, and how something rich and what was left out are printed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,3 +97,9 @@ def loading(progress: "Progress", what: str = "torch") -> Iterator[Callable[[str
     with not_searched(), progress.doing(f"loading {what}") as rename:
         yield rename
     never_searched()
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Print lines on the standard error, each as one line."""
+    for line in lines:
+        click.echo(" ".join(line.split()), err=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from kdzoo.commands.options import DEBUG, FILE, PATH
+from kdzoo.commands.options import DEBUG, FILE, PATH, tell
 
 RUNS = click.argument("folders", nargs=-1, required=True, type=PATH, metavar="RUNS...")
 BASELINE = click.option(
@@ -38,8 +38,9 @@ def report(folders: tuple[Path, ...], out: Path | None, baseline: str | None, se
 
     if out is not None or not serve:
         out = out or Path("report.html")
-        write(folders, out, baseline)
+        left_out = write(folders, out, baseline)
         click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+        tell(left_out)
     if serve:
         if out is None:
             page(folders, baseline)  # what is wrong is said here, before an address is
@@ -83,5 +84,6 @@ def plot(folders: tuple[Path, ...], out: Path, kind: str, cost: str, baseline: s
     """
     from kdzoo.results.plots import draw
 
-    draw(folders, out, kind, cost, baseline)
+    left_out = draw(folders, out, kind, cost, baseline)
     click.echo(f"wrote {out}")
+    tell(left_out)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, FILE, PATH, elsewhere
+from kdzoo.commands.options import DEBUG, FILE, PATH, elsewhere, tell
 from kdzoo.errors import UserError
 
 
@@ -56,7 +56,8 @@ def evaluate(folder: Path, **here: Any) -> None:
 def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bool, ranks: Path | None) -> None:
     """Print a table of finished runs: means over seeds, differences by paired t-tests, published numbers.
 
-    RUNS are folders of runs, or folders that hold some. Damaged ones are left out, and named after the table.
+    RUNS are folders of runs, or folders that hold some. Damaged and unfinished ones are left out, and named after the
+    table.
 
     \b
       kdzoo table runs/digits --baseline kd
@@ -64,18 +65,20 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
     """
     from kdzoo.results import layout, table
     from kdzoo.results.ranks import draw
+    from kdzoo.results.report.gather import unfinished
     from kdzoo.store.folder import find_runs
 
     found = table.rows(find_runs(list(folders)))
+    waiting = unfinished(folders)
     if found.empty:
-        raise UserError(f"no finished run in {', '.join(map(str, folders))}")
+        also = f" ({'; '.join(waiting)})" if waiting else ""
+        raise UserError(f"no finished run in {', '.join(map(str, folders))}{also}")
     if baseline is not None:
         table.check_baseline(found, baseline)
     if ranks is not None:
         draw(found, ranks)
     click.echo(layout.render(found, style, baseline or table.BASELINE, pivot), nl=False)
-    for line in found.attrs["left_out"]:
-        click.echo(" ".join(line.split()), err=True)
+    tell([*found.attrs["left_out"], *waiting])
 
 
 @click.command(short_help="Show what feature maps hold in each frequency band.")

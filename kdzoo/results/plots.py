@@ -34,7 +34,9 @@ SYMBOLS = {
 }
 
 
-def draw(paths: Sequence[Path], file: Path, kind: str, cost: str = "latency_1", baseline: str | None = None) -> None:
+def draw(
+    paths: Sequence[Path], file: Path, kind: str, cost: str = "latency_1", baseline: str | None = None
+) -> list[str]:
     """Draw the finished runs in or below ``paths`` into a file, which is written completely or not at all.
 
     Args:
@@ -43,6 +45,9 @@ def draw(paths: Sequence[Path], file: Path, kind: str, cost: str = "latency_1", 
         kind: ``forest``, ``curves``, ``cost`` or ``ranks``.
         cost: a column of ``table.summary``, for ``cost``.
         baseline: the method that the others are compared with; None: kd, or none where there is no kd.
+
+    Returns:
+        what was left out, and why: a line each.
 
     Raises:
         UserError: there is nothing to draw, an unknown format, no matplotlib, or no permission to write.
@@ -57,7 +62,7 @@ def draw(paths: Sequence[Path], file: Path, kind: str, cost: str = "latency_1", 
         raise UserError(f"no finished run in {', '.join(map(str, paths))}: the search there is not finished")
     if kind == "ranks":
         ranks.draw(runs, file)
-        return
+        return gathered.notes
     panels = {
         "forest": lambda: _forests(runs, baseline),
         "curves": lambda: _curves(gathered.kept, runs, baseline),
@@ -66,6 +71,7 @@ def draw(paths: Sequence[Path], file: Path, kind: str, cost: str = "latency_1", 
     if not panels:
         raise UserError(_NOTHING[kind].format(baseline=baseline, cost=cost))
     _save(panels, file, ending)
+    return gathered.notes
 
 
 _NOTHING = {

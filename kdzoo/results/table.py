@@ -103,7 +103,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
     _tell_apart(table, "data", table.pop("fingerprint"))
     for part in ("method", *PAIR):
         _tell_apart(table, part, versions.map(lambda found, part=part: found.get(part, "")))
-    table.attrs["left_out"] = [f"left out: {error}" for error in left_out]
+    table.attrs["left_out"] = [f"left out: {visible(str(error))}" for error in left_out]
     return table
 
 

@@ -282,11 +282,38 @@ def test_unfinished_and_damaged_runs_are_named_and_left_out(tmp_path):
     assert f"left out, since not finished: {folders[2].path.name}" in found.notes
 
 
-def test_where_no_run_is_finished_the_line_says_which_have_begun(tmp_path):
+@pytest.mark.parametrize("name", ["table", "report", "plot"])
+def test_every_command_that_leaves_runs_out_says_so_in_the_terminal(tmp_path, monkeypatch, capsys, name):
+    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
+    folders = many(tmp_path / "runs", ["none", "kd", "dkd", "at"], seeds=2)
+    folders[0].result.write_text("{")
+    for folder in folders[2:4]:
+        folder.result.unlink()
+    folders[3].failure.write_text("the loss is not finite")
+    strange = folders[0].path.rename(folders[0].path.with_name("\x1b[31m"))
+    out = [] if name == "table" else ["--out", str(tmp_path / "out.svg")]
+    monkeypatch.setattr(sys, "argv", ["kdzoo", name, str(tmp_path / "runs"), *out])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(strange.name.replace("\x1b", r"\x1b") in line and "is damaged" in line for line in lines)
+    assert lines[-2:] == [
+        f"left out, since failed: {folders[3].path.name}",
+        f"left out, since not finished: {folders[2].path.name}",
+    ]
+
+
+def test_where_no_run_is_finished_the_line_says_which_have_begun(tmp_path, monkeypatch, capsys):
     folder = finished(tmp_path, 80.0, 0)
     folder.result.unlink()
     with pytest.raises(UserError, match=rf"no finished run in .*{folder.path.name}"):
         gather([tmp_path])
+    monkeypatch.setattr(sys, "argv", ["kdzoo", "table", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"(left out, since not finished: {folder.path.name})" in capsys.readouterr().err
 
 
 def test_a_run_that_is_given_twice_counts_once(tmp_path):

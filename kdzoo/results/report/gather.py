@@ -73,9 +73,9 @@ def gather(paths: Sequence[Path], baseline: str | None = None) -> Gathered:
     searches, damaged = _searches(folders)
     tried = [(folder / search.TRIALS).resolve() for folder in folders]
     runs = table.rows(folder for path, folder in found.items() if path.parent not in tried)
-    waiting = [*damaged, *unfinished(paths, tried)]
+    waiting = [*damaged, *unfinished(paths)]
     if runs.empty and not searches:
-        also = f" ({waiting[0]})" if waiting else ""
+        also = f" ({'; '.join(waiting)})" if waiting else ""
         raise UserError(f"no finished run in {', '.join(map(str, paths))}{also}")
     methods = set() if runs.empty else set(runs["method"])
     if baseline is None:
@@ -102,20 +102,25 @@ def best_first(rows: pd.DataFrame) -> list[str]:
     return [str(name) for name in means.sort_values(ascending=False).index]
 
 
-def unfinished(paths: Sequence[Path], apart: Sequence[Path]) -> list[str]:
-    """Say in a line which runs in or below ``paths`` have begun and have no result; nothing where there are none.
+def unfinished(paths: Sequence[Path]) -> list[str]:
+    """Say which runs in or below ``paths`` failed, and which others have no result: a line for each of the two.
 
-    Args:
-        paths: folders.
-        apart: folders whose runs never have one.
+    The runs of a search's first part never have one, and are not named.
     """
+    apart = [(folder / search.TRIALS).resolve() for folder in search.find_searches(paths)]
     begun = {file.parent.resolve() for path in paths for file in path.rglob("config.yaml")}
-    waiting = (folder for folder in begun if not (folder / "result.json").is_file() and folder.parent not in apart)
-    names = sorted(folder.name for folder in waiting)
-    if not names:
-        return []
+    waiting = [RunFolder(path) for path in sorted(begun) if path.parent not in apart]
+    names: dict[str, list[str]] = {"failed": [], "not finished": []}
+    for folder in waiting:
+        if not folder.result.is_file():
+            names["failed" if folder.failure.is_file() else "not finished"].append(table.visible(folder.path.name))
+    return [f"left out, since {why}: {_some(found)}" for why, found in names.items() if found]
+
+
+def _some(names: Sequence[str]) -> str:
+    """List the first names, and count the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return [f"left out, since not finished: {', '.join(names[:NAMED])}{more}"]
+    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def _searches(folders: Sequence[Path]) -> tuple[list[search.Found], list[str]]:

@@ -82,16 +82,21 @@ FIGURES = {
 }
 
 
-def write(paths: Sequence[Path], out: Path, baseline: str | None = None) -> None:
+def write(paths: Sequence[Path], out: Path, baseline: str | None = None) -> list[str]:
     """Write the report of the finished runs and searches in or below ``paths`` completely or not at all.
+
+    Returns:
+        what was left out, and why: a line each.
 
     Raises:
         UserError: there is no finished run and no search, no run of the baseline, a library is missing, or no
             permission to write.
     """
-    text = page(paths, baseline)
+    gathered = gather(paths, baseline)
+    text = _page(gathered, paths)
     make_folder(out.parent)
     write_text(out, text)
+    return gathered.notes
 
 
 def page(paths: Sequence[Path], baseline: str | None = None) -> str:
@@ -100,8 +105,11 @@ def page(paths: Sequence[Path], baseline: str | None = None) -> str:
     Raises:
         UserError: as by ``write``, but for the permission.
     """
+    return _page(gather(paths, baseline), paths)
+
+
+def _page(gathered: Gathered, paths: Sequence[Path]) -> str:
     packed, code = _plotly()
-    gathered = gather(paths, baseline)
     baseline = gathered.baseline
     drawn: dict[str, Figure] = {}
     searches = _searches(gathered, drawn)
