@@ -178,6 +178,11 @@ def own_place(error: BaseException) -> str:
     )
 
 
+def at_own_place(error: BaseException) -> str:
+    """Say the same after a space and "at"; nothing where no code of the user's was involved."""
+    return f" at {found}" if (found := own_place(error)) else ""
+
+
 def _last(frames: Sequence[traceback.FrameSummary]) -> str:
     return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kdzoo.errors import UserError, told
-from kdzoo.own_code import own_place
+from kdzoo.own_code import at_own_place
 
 
 def _set_device(device: torch.device) -> None:
@@ -84,8 +84,7 @@ def foreign(who: str, failed: str, todo: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        where = f" at {found}" if (found := own_place(error)) else ""
-        raise UserError(f"{who}{failed} ({told(error)}){where}; {todo}") from error
+        raise UserError(f"{who}{failed} ({told(error)}){at_own_place(error)}; {todo}") from error
 
 
 @contextmanager

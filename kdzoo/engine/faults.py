@@ -116,7 +116,7 @@ def check_gradients(
             title = names.get(id(leaf), f"a parameter of shape {tuple(leaf.shape)}")
             raise UserError(
                 f"the loss of distiller '{who}' has a gradient for {title} {when}, which no optimizer sees; make "
-                "layers in build(), each an attribute of the method or part of an nn.ModuleList"
+                "layers in build(), or in the network's constructor, each as an attribute or in an nn.ModuleList"
             )
 
 

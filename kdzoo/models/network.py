@@ -19,6 +19,7 @@ from kdzoo.models.stages import Stages
 from kdzoo.models.timm_reader import TimmReader, speaks_timm
 from kdzoo.modes import evaluating
 from kdzoo.outputs import LOGITS, Output, Show, StageOutput
+from kdzoo.own_code import at_own_place
 from kdzoo.quantities import counted
 
 PROBE_BATCH = 2
@@ -262,7 +263,8 @@ def wrap(
         ) from None
     except FAILURES as error:
         raise UserError(
-            f"'{name}' fails on images of {image_size} pixels ({told(error)}); pass the image_size it reads"
+            f"'{name}' fails on images of {image_size} pixels ({told(error)}){at_own_place(error)}; correct that, or "
+            "pass the image_size it reads"
         ) from error
     classes = network.shapes().logits.shape[1]
     if classes != num_classes:

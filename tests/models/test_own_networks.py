@@ -176,6 +176,17 @@ def test_a_network_of_one_channel_reads_the_images_luma():
     torch.testing.assert_close(bright, network.body(torch.full((1, 1, 32, 32), 0.299)))
 
 
+def test_a_network_that_fails_is_told_with_the_line_of_its_own_code():
+    def of_another_size(logits, auxiliary):
+        return F.linear(logits, auxiliary.new_zeros(7, 11))
+
+    line = of_another_size.__code__.co_firstlineno + 1
+    with pytest.raises(
+        UserError, match=rf"\(RuntimeError: .*\) at test_own_networks\.py, line {line}; correct that, or"
+    ):
+        wrap(Returns(of_another_size), image_size=32, num_classes=10)
+
+
 def test_a_network_that_ends_in_a_softmax_is_refused():
     with pytest.raises(UserError, match="ends in a softmax"):
         wrap(nn.Sequential(four_stages(), nn.Softmax(1)), image_size=32, num_classes=10)
