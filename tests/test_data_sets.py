@@ -256,6 +256,13 @@ def test_a_set_that_gives_something_else_is_one_line(tmp_path: Path, returned: s
     assert "\n" not in str(caught.value)
 
 
+def test_classes_of_one_name_are_not_put_in_order_as_they_would_become_one(tmp_path: Path) -> None:
+    name = giving(tmp_path, f"{GOOD}return ['crane', 'crane'], good, good")
+    assert open_dataset(name).spec.labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"data\.classes=text: two classes of the data are called 'crane'; rename one"):
+        open_dataset(name, classes="text")
+
+
 def test_a_set_without_load_says_what_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from kdzoo import ImageSet\nclass Mine(ImageSet):\n    pass\n")

@@ -1,6 +1,7 @@
 """Put class names in order: as text, by the numbers in them, or as a file lists them."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 from unicodedata import normalize
@@ -28,8 +29,11 @@ def in_order(names: Sequence[str], order: str) -> tuple[str, ...]:
             a file with one name a line.
 
     Raises:
-        UserError: there is no such file, or it names other classes.
+        UserError: there is no such file, it names other classes, or two classes have one name.
     """
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"data.classes={order}: two classes of the data are called '{twice[0]}'; rename one")
     if order in ORDERS:
         return tuple(sorted(names, key=ORDERS[order]))
     names_in_file = listed(order)
