@@ -68,6 +68,8 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
         models.unfuse_attention(student)
         if precision.dtype is None:
             models.learn_by_winograd(student)
+        else:
+            models.learn_from_narrow_maps(student)
     seed_torch(seed_of(settings.seed, "distiller"))
     make = partial(registry.load(settings.distiller.name), **settings.distiller.keywords)
     distiller = make()

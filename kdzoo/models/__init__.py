@@ -10,6 +10,7 @@ from kdzoo.models.fold import fold_norms
 from kdzoo.models.frozen_copy import frozen
 from kdzoo.models.given import classes_in, load_given, written_facts
 from kdzoo.models.names import short_names
+from kdzoo.models.narrow import learn_from_narrow_maps
 from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.shapes import output_of, shapes_of
 from kdzoo.models.student import Student
@@ -29,6 +30,7 @@ __all__ = [
     "fold_norms",
     "frozen",
     "learn_by_winograd",
+    "learn_from_narrow_maps",
     "learned_shares",
     "load_given",
     "load_weights",
