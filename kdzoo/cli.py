@@ -16,7 +16,7 @@ from kdzoo.commands.report import plot, report
 from kdzoo.commands.runs import evaluate, spectrum, table
 from kdzoo.commands.students import export, predict
 from kdzoo.commands.training import bench, run
-from kdzoo.errors import AskedToEnd, UserError, out_of_memory_told
+from kdzoo.errors import AskedToEnd, UserError, out_of_memory_told, visible
 
 
 class Commands(click.Group):
@@ -70,7 +70,7 @@ def main() -> None:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if isinstance(error, SystemExit):  # click returns its own
             message = f"code of a method, a network or a data set called exit({error}); --debug shows where"
-        click.echo(f"error: {' '.join(message.split())}", err=True)
+        click.echo(f"error: {visible(' '.join(message.split()))}", err=True)
         sys.exit(2)
     except OSError as error:  # a disk that fails
         if "--debug" in sys.argv:

@@ -93,6 +93,11 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
 
 
+def visible(text: str) -> str:
+    """Write characters that would not be seen, such as those that command a terminal, as ``\\x1b``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _text(error: BaseException) -> str:
     """Return what an error says; nothing of a class that cannot say what it is."""
     try:

@@ -238,6 +238,11 @@ class Settings:
         plain["distiller"] = {"name": self.distiller.name, **self.distiller.keywords}
         return json.loads(json.dumps(plain))
 
+    @property
+    def task(self) -> str:
+        """The teacher and the data, such as ``vit_s on digits``."""
+        return f"{self.teacher.title or 'no teacher'} on {self.data.name}"
+
     def identity(self) -> str:
         """Hash the settings; files and data count by their content: an edited distiller or image makes another run."""
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]

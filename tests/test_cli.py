@@ -153,6 +153,19 @@ def test_what_else_breaks_or_exits_is_one_line(kdzoo, tmp_path, monkeypatch, err
     assert said in err
 
 
+def test_no_line_commands_the_terminal(kdzoo, tmp_path):
+    code, _, err = kdzoo("table", tmp_path / "\x1b[2J\x07")
+    assert code == 2
+    assert r"\x1b[2J\x07; expected a run or a folder of runs" in err
+    assert err[:-1].isprintable()
+
+
+def test_a_file_is_no_folder_of_runs(kdzoo, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    code, _, err = kdzoo("table", tmp_path / "result.json")
+    assert (code, err) == (2, f"error: no folder {tmp_path / 'result.json'}; expected a run or a folder of runs\n")
+
+
 def test_a_working_folder_that_was_removed_is_one_line(kdzoo, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -326,3 +326,8 @@ def test_a_checkout_that_is_installed_elsewhere_too_finds_its_own_recipes(tmp_pa
     code = "from kdzoo.resolve import protocol_names; print(protocol_names())"
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "quick" in said.stdout
+
+
+def test_a_run_without_a_teacher_is_called_so():
+    assert resolve(BASE).settings.task == "no teacher on digits"
+    assert resolve({**BASE, "teacher": {"name": "vit_s"}}).settings.task == "vit_s on digits"

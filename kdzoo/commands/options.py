@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdzoo.errors import visible
 from kdzoo.imports import never_searched, not_searched
 
 if TYPE_CHECKING:
@@ -102,4 +103,4 @@ def loading(progress: "Progress", what: str = "torch") -> Iterator[Callable[[str
 def tell(lines: Iterable[str]) -> None:
     """Print lines on the standard error, each as one line."""
     for line in lines:
-        click.echo(" ".join(line.split()), err=True)
+        click.echo(visible(" ".join(line.split())), err=True)

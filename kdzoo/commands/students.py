@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, loading, with_data
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, visible
 from kdzoo.quantities import counted
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
 def _table(found: "Iterator[Prediction]") -> Iterator[str]:
     """Write a line of CSV for each image."""
     from kdzoo.results.render import no_formula
-    from kdzoo.results.table import visible
 
     def line(cells: list[object]) -> str:
         text = io.StringIO()

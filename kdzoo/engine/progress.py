@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kdzoo.errors import out_of_memory_told
+from kdzoo.errors import out_of_memory_told, visible
 from kdzoo.quantities import counted, duration
 
 FIRST, EVERY = 5.0, 13.0  # seconds without a line, when something begins and later; a ticker adds one at most
@@ -149,7 +149,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print one line that stays."""
         self.due = self.clock() + EVERY
-        self.console.print(text, soft_wrap=True)
+        self.console.print(visible(text), soft_wrap=True)
 
     @contextmanager
     def doing(self, text: str) -> Iterator[Callable[[str], None]]:

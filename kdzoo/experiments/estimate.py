@@ -121,7 +121,7 @@ def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -
         key = json.dumps([{**run.plain(), "seed": 0} for run in group], sort_keys=True)
         if key not in known:
             first = group[0].settings
-            progress.say(f"measuring {first.teacher.title} on {first.data.name}: {counted(len(group), 'run')}")
+            progress.say(f"measuring {first.task}: {counted(len(group), 'run')}")
             try:
                 with progress.doing(f"timing a few steps of {counted(len(group), 'run')}"):
                     known[key] = measure(group, progress)

@@ -126,7 +126,7 @@ def is_done(run: Run) -> bool:
 def title(group: Sequence[Run]) -> str:
     """Say what a group of runs shares."""
     first = group[0].settings
-    return f"{first.teacher.title} on {first.data.name}, {first.protocol.name}, seed {first.seed}"
+    return f"{first.task}, {first.protocol.name}, seed {first.seed}"
 
 
 def train_together(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progress: Progress) -> None:

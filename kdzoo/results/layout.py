@@ -61,7 +61,7 @@ def render(runs: pd.DataFrame, style: str, baseline: str = BASELINE, pivot: bool
     """
     if style == "csv":
         table = wide(runs, baseline) if pivot else summary(runs, baseline)
-        return table.map(no_formula).to_csv(index=False, lineterminator="\n")
+        return table.map(no_formula).rename(columns=no_formula).to_csv(index=False, lineterminator="\n")
     sections = pivoted(runs, baseline) if pivot else long(runs, baseline)
     return {"markdown": markdown, "latex": latex, "html": page}[style](sections)
 
@@ -300,7 +300,7 @@ def title(key: Sequence[str]) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:+z.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _letter(number: int) -> str:

@@ -16,7 +16,7 @@ def plan(name: str, groups: list[list["Run"]], estimates: list["Estimate"]) -> s
     for group, found in zip(groups, estimates, strict=True):
         first = group[0].settings
         epochs = counted(first.protocol.epochs, "epoch")
-        title = f"{first.teacher.title} on {first.data.name}, {first.protocol.name}, {epochs}"
+        title = f"{first.task}, {first.protocol.name}, {epochs}"
         lines.append(f"- {title}, seed {first.seed}: {_expected(found, len(group))}")
         for i, run in enumerate(run.settings for run in group):
             keywords = " ".join(f"{key}={value}" for key, value in run.distiller.keywords.items())

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, visible
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.recommend import search
 from kdzoo.experiments.workers import Executor
@@ -16,7 +16,6 @@ from kdzoo.files import read_text, slug, write_text
 from kdzoo.keywords import name, names
 from kdzoo.resolve import merged, read_protocol, several
 from kdzoo.results import statistics
-from kdzoo.results.table import visible
 from kdzoo.store.result import Result
 from kdzoo.store.search import Candidate, Search
 
@@ -87,7 +86,7 @@ class Answer:
             other = self.reference(method)
             if other is not None and other is not best:
                 gain, low, high = (
-                    f"{value:+.2f}" for value in (other.behind.mean, other.behind.low, other.behind.high)
+                    f"{value:+z.2f}" for value in (other.behind.mean, other.behind.low, other.behind.high)
                 )
                 gains.append(f"{gain} points against {whom} (95 % interval {low} to {high}, corrected p {other.p:.2g})")
         said = "" if best.candidate.method == "none" else " with"

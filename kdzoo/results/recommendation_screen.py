@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from kdzoo.errors import visible
 from kdzoo.experiments import halving
 from kdzoo.experiments.recommend import beside, outline
 from kdzoo.quantities import counted, short
 from kdzoo.results.last_screen import shortened
 from kdzoo.results.recommendation import Recommendation
-from kdzoo.results.table import visible
 from kdzoo.store.result import MEASURED_BY
 from kdzoo.store.search import Search
 
@@ -65,8 +65,8 @@ def table(found: Recommendation) -> Table:
         cells += [
             visible(row["method"]),
             "" if math.isnan(row["top1"]) else f"{row['top1']:.2f} ± {row['std']:.2f}",
-            f"{row['behind']:+.2f}" if known else "",
-            f"{row['low']:+.2f} to {row['high']:+.2f}" if known else "",
+            f"{row['behind']:+z.2f}" if known else "",
+            f"{row['low']:+z.2f} to {row['high']:+z.2f}" if known else "",
             visible(row["verdict"]),
             f"{row['cost']:.2f}",
         ]

@@ -59,7 +59,7 @@ def latex(sections: Iterable[Section]) -> str:
     """Write LaTeX tables with booktabs' rules; the best is bold, the second underlined."""
 
     def text(cell: Cell) -> str:
-        plain = "".join(LATEX.get(c, c) for c in " ".join(cell.text.split()))
+        plain = "".join(LATEX.get(c, c) for c in " ".join(cell.text.split())).replace("--", "-{-}")
         command = {"best": r"\textbf", "second": r"\underline"}.get(cell.mark)
         return f"{command}{{{plain}}}" if command else plain
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from kdzoo import registry
-from kdzoo.errors import UserError, unknown
+from kdzoo.errors import UserError, unknown, visible
 from kdzoo.files import path_of
 from kdzoo.naming import ALONE
 from kdzoo.results import published, statistics
@@ -111,11 +111,6 @@ def _tell_apart(table: pd.DataFrame, column: str, contents: pd.Series) -> None:
     """Add the first digits of its hash to each name in a column that stands for different contents."""
     differ = contents.groupby(table[column]).transform("nunique") > 1
     table.loc[differ, column] += " [" + contents[differ].str[:6].replace("", "unknown") + "]"
-
-
-def visible(text: str) -> str:
-    """Write characters that would not be seen, such as those that command a terminal, as ``\\x1b``."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def repeated(runs: pd.DataFrame) -> int:

@@ -297,11 +297,11 @@ def find_runs(paths: list[Path]) -> list[RunFolder]:
     """Find the finished runs in or below ``paths``, each once; not one whose successor is finished.
 
     Raises:
-        UserError: a path is not there.
+        UserError: a path is no folder.
     """
     found: dict[Path, RunFolder] = {}
     for path in paths:
-        if not path.exists():
+        if not path.is_dir():
             raise UserError(f"no folder {path}; expected a run or a folder of runs")
         for file in sorted(path.rglob("result.json")):
             found.setdefault(file.parent.resolve(), RunFolder(file.parent))

@@ -51,6 +51,12 @@ def test_without_a_terminal_every_epoch_of_every_lane_is_a_line():
     assert len(lines) == 6
 
 
+def test_what_others_wrote_commands_no_terminal():
+    with Progress(console=console(terminal=False)) as progress:
+        progress.say("\x1b[2Jcat\n")
+    assert progress.console.file.getvalue() == "\\x1b[2Jcat\\n\n"
+
+
 def test_on_a_terminal_the_view_shows_groups_lanes_accuracies_and_losses():
     progress = Progress(console=console(terminal=True))
     progress.suite([4, 4])

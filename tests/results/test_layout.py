@@ -113,6 +113,16 @@ def test_latex_has_every_special_character_escaped(pivot):
     assert "% interval" not in said.replace(r"\%", "")
 
 
+def test_two_hyphens_of_a_name_are_no_dash():
+    assert "a-{-}b" in layout.render(runs(("t", "s", "a--b", 0, 70.0)), "latex")
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus():
+    said = layout.render(runs(("t", "s", "kd", 0, 70.0), ("t", "s", "dkd", 0, 69.999)), "markdown")
+    assert "+0.00" in said
+    assert "\N{MINUS SIGN}0.00" not in said
+
+
 @pytest.mark.parametrize("pivot", [False, True])
 def test_html_and_markdown_show_a_name_and_do_not_obey_it(pivot):
     found = runs(("t", "s", EVIL, 0, 70.0))
@@ -198,7 +208,7 @@ def test_the_command_prints_the_table_and_draws_the_ranks(tmp_path, capsys, monk
 @pytest.mark.parametrize("pivot", [False, True])
 @pytest.mark.parametrize("name", ["=1+2", "+1", "-1", "@SUM(A1)"])
 def test_csv_holds_no_formula(name, pivot):
-    said = layout.render(runs(("t", "s", name, 0, 70.0), ("t", "s", "kd", 0, 71.0)), "csv", pivot=pivot)
+    said = layout.render(runs(("-", name, name, 0, 70.0), ("-", name, "kd", 0, 71.0)), "csv", pivot=pivot)
     cells = [cell for row in csv.reader(io.StringIO(said)) for cell in row]
     assert f"'{name}" in cells
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or (cell[:1] == "-" and not is_number(cell))]

@@ -55,8 +55,8 @@ def forest(rows: pd.DataFrame, pooled: pd.DataFrame, baseline: str) -> Figure | 
 def _differences(part: pd.DataFrame, verdict: str, colour: str, symbol: str, pair: str) -> dict[str, Any]:
     up, down = part["difference_high"] - part["difference"], part["difference"] - part["difference_low"]
     said = [
-        f"{row['difference']:+.2f} points"
-        + (f"<br>95 % interval {row['difference_low']:+.2f} to {row['difference_high']:+.2f}" if several else "")
+        f"{row['difference']:+z.2f} points"
+        + (f"<br>95 % interval {row['difference_low']:+z.2f} to {row['difference_high']:+z.2f}" if several else "")
         + f"<br>{row['compared']} compared, {verdict if several else 'too few for a test'}"
         for row in records(part)
         for several in [row["compared"] > 1]

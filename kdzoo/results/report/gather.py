@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, visible
 from kdzoo.files import read_text
 from kdzoo.results import table
 from kdzoo.results.report import search
@@ -113,7 +113,7 @@ def unfinished(paths: Sequence[Path]) -> list[str]:
     names: dict[str, list[str]] = {"failed": [], "not finished": []}
     for folder in waiting:
         if not folder.result.is_file():
-            names["failed" if folder.failure.is_file() else "not finished"].append(table.visible(folder.path.name))
+            names["failed" if folder.failure.is_file() else "not finished"].append(visible(folder.path.name))
     return [f"left out, since {why}: {_some(found)}" for why, found in names.items() if found]
 
 
@@ -130,7 +130,7 @@ def _searches(folders: Sequence[Path]) -> tuple[list[search.Found], list[str]]:
         try:
             found.append(search.read(folder))
         except UserError as error:
-            damaged.append(f"left out: {table.visible(str(error))}")
+            damaged.append(f"left out: {visible(str(error))}")
     return found, damaged
 
 
@@ -163,7 +163,7 @@ def _kept(folder: RunFolder, row: dict[str, Any]) -> Kept:
 def _classes(folder: RunFolder) -> list[str]:
     if not folder.classes.is_file():
         return []
-    return [table.visible(name) for name in read_text(folder.classes, LARGEST).splitlines()]
+    return [visible(name) for name in read_text(folder.classes, LARGEST).splitlines()]
 
 
 def _history(folder: RunFolder) -> list[dict[str, Any]]:

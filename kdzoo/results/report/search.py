@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, visible
 from kdzoo.experiments.recommend import outline
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.results.recommendation_screen import sentences, table
 from kdzoo.results.report.style import GRAY, Figure, epochs, escaped, figure, short, styles
-from kdzoo.results.table import BASELINE, pair_name, visible
+from kdzoo.results.table import BASELINE, pair_name
 from kdzoo.store.search import FILE, Search
 
 TRIALS = "search"  # the folder, in that of a search, of runs that are never finished
