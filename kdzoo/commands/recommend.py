@@ -49,7 +49,14 @@ COMMAS = "NAME[,NAME]..."
     "--seed",
     type=click.IntRange(min=0),
     default=0,
-    help="Seed of the search; the finalists take the three seeds after it (default: 0).",
+    help="Seed of the search; the finalists take those after it (default: 0).",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(3, 100),
+    default=3,
+    help="Number of trainings of each finalist, each with its own seed: more tell smaller differences apart "
+    "(default: 3).",
 )
 @click.option(
     "--out",
@@ -73,6 +80,7 @@ def recommend(
     settings: int,
     budget: str,
     seed: int,
+    seeds: int,
     out: Path | None,
     retry: bool,
     dry_run: bool,
@@ -84,7 +92,7 @@ def recommend(
     """Find the best method for your teacher, student and data, and say how sure that is.
 
     All methods that fit start side by side. The worse half stops early, again and again, ranked on a part of the
-    training images that is held out. The last few are trained anew with three other seeds, and measured on the test
+    training images that is held out. The last few are trained anew with other seeds, and measured on the test
     images: only these numbers count.
 
     \b
@@ -118,6 +126,7 @@ def recommend(
         teacher_weights,
         seed,
         overrides,
+        seeds,
     )
     if dry_run:
         click.echo(plan(tried(question)))

@@ -11,7 +11,7 @@ from kdzoo.experiments.estimate import GroupCost, LaneCost
 from kdzoo.quantities import counted, duration
 
 FINALISTS = 3  # of each student, beside the references
-SEEDS = 3  # of each finalist
+SEEDS, MOST_SEEDS = 3, 100  # of each finalist: fewer tell nothing apart
 LAST = 0.75  # of a training: where the last rung lies
 SHARE = 0.2  # of the training images: the part that candidates are ranked on
 UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -55,20 +55,21 @@ def fewest_epochs(candidates: int) -> int:
     return len(counts(candidates))
 
 
-def epochs_of(candidates: Sequence[int], references: int, epochs: int) -> tuple[int, int]:
+def epochs_of(candidates: Sequence[int], references: int, epochs: int, seeds: int = SEEDS) -> tuple[int, int]:
     """Count the epochs of all students together, in the search and of the finalists.
 
     Args:
         candidates: of each student.
         references: methods that are trained anew beside a student's finalists, at most.
         epochs: of a training at full length.
+        seeds: of each finalist.
     """
     search = final = 0
     for number in candidates:
         ends = rungs(max(candidates), epochs)
         lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
         search += sum(length * left(number, rung) for rung, length in enumerate(lengths))
-        final += SEEDS * epochs * min(number, FINALISTS + references)
+        final += seeds * epochs * min(number, FINALISTS + references)
     return search, final
 
 
@@ -97,7 +98,9 @@ class Prices:
         return self.once + self.search * search + self.final * final
 
 
-def longest(budget: str, candidates: Sequence[int], references: int, most: int, prices: Prices) -> int:
+def longest(
+    budget: str, candidates: Sequence[int], references: int, most: int, prices: Prices, seeds: int = SEEDS
+) -> int:
     """Choose the epochs of a training at full length that a budget pays, at most ``most``.
 
     Args:
@@ -106,6 +109,7 @@ def longest(budget: str, candidates: Sequence[int], references: int, most: int, 
         references: as of ``epochs_of``.
         most: the recipe's epochs.
         prices: of an epoch.
+        seeds: as of ``epochs_of``.
 
     Raises:
         UserError: the budget is none, or cannot pay the shortest search.
@@ -121,13 +125,13 @@ def longest(budget: str, candidates: Sequence[int], references: int, most: int, 
     amount, unit = parsed(budget)
     price = (lambda search, final: float(search + final)) if unit == "epochs" else prices.seconds
     for epochs in range(most, fewest - 1, -1):
-        least = price(*epochs_of(candidates, references, epochs))
+        least = price(*epochs_of(candidates, references, epochs, seeds))
         if least <= amount:
             return epochs
     need = counted(round(least), "epoch") if unit == "epochs" else duration(least)
     raise UserError(
         f"a budget of {budget} cannot pay the shortest search, of {counted(sum(candidates), 'candidate')}: it takes "
-        f"about {need}; raise --budget, name fewer --methods, or lower --settings"
+        f"about {need}; raise --budget, name fewer --methods, or lower --settings{' or --seeds' * (seeds > SEEDS)}"
     )
 
 

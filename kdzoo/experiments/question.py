@@ -24,7 +24,7 @@ OPTIONS = {  # of settings that the question itself holds
     "student.name": "--students",
     "teacher.name": "--teacher",
 }
-MOST_SEEDS = 2**62 - 1
+MOST_SEED = 2**62 - 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Question:
         weights: the teacher's, a file or folder, or one for each of several; empty: they are trained.
         seed: of the search; those after it are the finalists'.
         overrides: further settings of every run as ``key=value``.
+        seeds: how many trainings of each finalist count.
 
     Raises:
         UserError: a value that makes no sense, or a setting that the search itself decides.
@@ -58,6 +59,7 @@ class Question:
     weights: tuple[str, ...] = ()
     seed: int = 0
     overrides: Sequence[str] = ()
+    seeds: int = halving.SEEDS
 
     def __post_init__(self) -> None:
         if not self.teachers or not all(self.teachers):
@@ -67,7 +69,8 @@ class Question:
         if len(set(self.students)) < len(self.students):
             raise UserError(f"--students {','.join(self.students)}: expected each name once")
         _check_whole("--settings", self.settings, 1, 9)
-        _check_whole("--seed", self.seed, 0, MOST_SEEDS)
+        _check_whole("--seed", self.seed, 0, MOST_SEED)
+        _check_whole("--seeds", self.seeds, halving.SEEDS, halving.MOST_SEEDS)
         if "epochs" in self.protocol:
             _check_whole("--epochs", self.protocol["epochs"], 1, MOST_EPOCHS)
         if self.budget != "":

@@ -23,7 +23,7 @@ from kdzoo.experiments import halving, suites, teachers
 from kdzoo.experiments.bench import bench, own, placed
 from kdzoo.experiments.candidates import candidates
 from kdzoo.experiments.estimate import by_turns, measure
-from kdzoo.experiments.halving import SEEDS, SHARE, Prices
+from kdzoo.experiments.halving import SHARE, Prices
 from kdzoo.experiments.question import Question
 from kdzoo.experiments.run import open_data
 from kdzoo.experiments.suites import Suite
@@ -281,18 +281,18 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], found: Sequence[Candidate
     if "epochs" not in question.protocol:  # a recipe may be shorter than its search
         most = max(most, halving.fewest_epochs(max(counts)))
     prices, references = Prices.of(cost, lanes, sum(teaching.values())), len(beside(fitting))
-    epochs = halving.longest(question.budget, counts, references, most, prices)
+    epochs = halving.longest(question.budget, counts, references, most, prices, question.seeds)
     return Search(
         asked=asked,
         epochs=epochs,
         rungs=halving.rungs(max(counts), epochs),
-        seeds=list(range(question.seed + 1, question.seed + 1 + SEEDS)),
+        seeds=list(range(question.seed + 1, question.seed + 1 + question.seeds)),
         share=SHARE,
         average=0.0 if runs[0].settings.protocol.ema else AVERAGE,
         candidates=fitting,
         costs=[steps[one.student, one.method] for one in fitting],
         left_out=left_out,
-        seconds=prices.seconds(*halving.epochs_of(counts, references, epochs)),
+        seconds=prices.seconds(*halving.epochs_of(counts, references, epochs, question.seeds)),
     )
 
 
@@ -331,8 +331,9 @@ def check_held_out(dataset: Dataset) -> None:
 def outline(made: Search) -> str:
     """Say in a line what the search does."""
     counts = [len(made.of(student)) for student in made.students]
-    search, final = halving.epochs_of(counts, len(beside(made.candidates)), made.epochs)
-    whole = SEEDS * made.epochs * sum(counts)
+    seeds = len(made.seeds)
+    search, final = halving.epochs_of(counts, len(beside(made.candidates)), made.epochs, seeds)
+    whole = seeds * made.epochs * sum(counts)
     unfit = len(made.left_out)
     others = f" ({unfit} more {'does' if unfit == 1 else 'do'} not fit)" if unfit else ""
     after = f"epoch{'s' * (len(made.rungs) > 1)} {', '.join(map(str, made.rungs))}"
@@ -341,6 +342,6 @@ def outline(made: Search) -> str:
     expected = f"; expected to take about {duration(made.seconds)}" if made.seconds else ""
     return (
         f"{counted(sum(counts), 'candidate')}{others}{halved}; finalists are trained anew for "
-        f"{counted(made.epochs, 'epoch')} with {SEEDS} seeds: "
-        f"{most}{search + final:,} epochs in all ({whole:,} to train all candidates with {SEEDS} seeds){expected}"
+        f"{counted(made.epochs, 'epoch')} with {seeds} seeds: "
+        f"{most}{search + final:,} epochs in all ({whole:,} to train all candidates with {seeds} seeds){expected}"
     )

@@ -50,6 +50,16 @@ def test_epochs_are_counted_rung_by_rung():
     assert halving.epochs_of([7, 3], 2, 8) == (7 * 3 + 4 * 3 + 3 * 6, 3 * 8 * (5 + 3))
 
 
+def test_more_seeds_make_the_finalists_dearer_alone():
+    search, final = halving.epochs_of([40], 2, 32)
+    assert halving.epochs_of([40], 2, 32, seeds=6) == (search, 2 * final)
+    budget = f"{search + final}epochs"
+    assert halving.longest(budget, [40], 2, 100, DEAR) == 32
+    assert halving.longest(budget, [40], 2, 100, DEAR, seeds=6) < 32
+    with pytest.raises(UserError, match=r"or lower --settings or --seeds$"):
+        halving.longest("10epochs", [40], 2, 100, DEAR, seeds=6)
+
+
 @pytest.mark.parametrize("candidates", [1, 3, 4, 5, 6])
 def test_no_more_finalists_are_counted_than_there_are_candidates(candidates):
     assert halving.epochs_of([candidates], 2, 8)[1] == 3 * 8 * min(candidates, 5)

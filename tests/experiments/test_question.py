@@ -22,6 +22,7 @@ QUESTION = Question(("resnet14",), ("resnet8",))
         ({"settings": 0}, "--settings 0: expected a whole number from 1 to 9"),
         ({"settings": 2.5}, "--settings 2.5: expected a whole number from 1 to 9"),
         ({"settings": "3"}, "--settings 3: expected a whole number from 1 to 9"),
+        ({"seeds": 2}, "--seeds 2: expected a whole number from 3 to 100"),
         ({"seed": -1}, "--seed -1: expected a whole number from 0"),
         ({"seed": None}, "--seed None: expected a whole number from 0"),
         ({"protocol": {"name": "quick", "epochs": 0}}, "--epochs 0: expected a whole number from 1"),

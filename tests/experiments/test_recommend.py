@@ -502,10 +502,11 @@ def test_epochs_that_were_asked_for_and_are_too_few_are_refused():
 def test_the_dry_run_says_what_it_would_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recommend.Prices, "of", lambda *_: Prices(once=100.0, search=2.0, final=5.0))
-    code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--dry-run")
+    code, out, _ = command(monkeypatch, capsys, "recommend", *ASKED, "--seeds", "4", "--dry-run")
     assert code == 0
     assert "7 candidates; the worse half stops after epochs 1, 2" in out
-    search, final = epochs_of([7], 2, 3)
+    search, final = epochs_of([7], 2, 3, seeds=4)
+    assert "for 3 epochs with 4 seeds" in out
     assert f"{search + final} epochs in all" in out
     assert f"expected to take about {duration(100 + 2 * search + 5 * final)}" in out
     assert "epochs 1 to 1: 7 candidates" in out
