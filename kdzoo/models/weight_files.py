@@ -136,7 +136,8 @@ def _refusal(path: Path, said: str) -> str:
     """Say in one line why a file cannot be read, and what to do next."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", said)
     refused = re.search(r"(?:GLOBAL|unrecognized function) ([\w.<>]+)", said)
-    if "TorchScript" in said or _holds(path, b"torch.nn.modules"):
+    program = _program(path)
+    if "TorchScript" in said or (not program and _holds(path, b"torch.nn.modules")):
         return (
             f"'{path}' cannot be read as weights: it holds a whole module, and loading one runs code; where it was "
             "made, save its state_dict(): torch.save(model.state_dict(), 'weights.pt')"
@@ -147,7 +148,9 @@ def _refusal(path: Path, said: str) -> str:
             f"'{path}' cannot be read as weights: it holds {name}, and loading that may run code; where it was made, "
             "save the tensors alone: torch.save(model.state_dict(), 'weights.pt')"
         )
-    return f"'{path}' cannot be read as weights: {_kind(path)}; expected safetensors, or a file of torch.save"
+    return (
+        f"'{path}' cannot be read as weights: {program or _kind(path)}; expected safetensors, or a file of torch.save"
+    )
 
 
 def _holds(path: Path, words: bytes) -> bool:
@@ -155,6 +158,17 @@ def _holds(path: Path, words: bytes) -> bool:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(words) >= 0
+
+
+def _program(path: Path) -> str:
+    """Say which kind of exported program a file holds; nothing where it holds none."""
+    with path.open("rb") as file:
+        head = file.read(3)
+    if re.match(rb"\x08.[\x12\x1a\x22\x28\x32\x3a\x42]", head, re.DOTALL):  # a version, and a field that may follow
+        return "it is a program of ONNX"
+    if head.startswith(b"PK") and _holds(path, b"/models/model.json"):
+        return "it is a program of torch.export"
+    return ""
 
 
 def _kind(path: Path) -> str:

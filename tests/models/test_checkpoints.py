@@ -178,6 +178,23 @@ def test_a_pickled_module_gets_the_advice_to_save_its_state(wrap, tmp_path):
         loaded(wrap(nn.Sequential(nn.Linear(2, 2))), tmp_path)
 
 
+def test_a_module_in_a_plain_pickle_gets_the_advice_to_save_its_state_too(tmp_path):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(nn.Sequential(nn.Linear(2, 2))))
+    with pytest.raises(UserError, match=r"a whole module, and loading one runs code"):
+        load_weights(create("resnet8", DATA), tmp_path / "model.pkl")
+
+
+def test_programs_are_refused_by_what_they_are(tmp_path):
+    layers = nn.Sequential(nn.Linear(2, 2)).eval()
+    torch.export.save(torch.export.export(layers, (torch.rand(2, 2),)), tmp_path / "student.pt2")
+    (tmp_path / "student.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch:\x1d\x0a\x1btorch.nn.modules.linear.Linear")
+    for name, kind in (("student.pt2", "torch.export"), ("student.onnx", "ONNX")):
+        with pytest.raises(
+            UserError, match=rf"it is a program of {kind}; expected safetensors, or a file of torch\.save"
+        ):
+            load_weights(create("resnet8", DATA), tmp_path / name)
+
+
 def test_files_without_counters_and_with_those_of_profilers_load(trained, tmp_path):
     bare = {key: value for key, value in trained.items() if not key.endswith("num_batches_tracked")}
     assert len(bare) < len(trained)
