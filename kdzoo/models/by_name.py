@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -90,8 +92,11 @@ def create(
 def check_name(name: str) -> None:
     """Check that ``create`` knows the name. Factories of one's own are not imported for this."""
     origin, colon, member = name.partition(":")
-    if not colon and name.endswith(".py"):
-        raise UserError(f"'{name}' names no network; expected {path_of(name).stem}:FACTORY, the function that makes it")
+    if origin.endswith(".py"):
+        raise UserError(
+            f"'{name}' names no network; expected {_module(path_of(origin))}:{member or 'FACTORY'}, the function that "
+            "makes it in a module that Python finds from the working folder"
+        )
     if not colon and not timm.is_model(names.resolve(name)):
         raise unknown("model", name, names.known(), hint="(all: kdzoo list models)")
     if colon and origin == "torchvision" and member not in (known := _torchvision_models()):
@@ -102,12 +107,19 @@ def check_name(name: str) -> None:
         raise UserError(f"'{name}': no config.json in folder '{member}'; expected a model that timm saved for the hub")
 
 
+def _module(file: Path) -> str:
+    """Return the name to import a source file by from the working folder, or from its own where it lies outside."""
+    parts = Path(os.path.relpath(file.with_suffix(""))).parts
+    return file.stem if ".." in parts else ".".join(parts)
+
+
 def pretrained_classes(name: str) -> int | None:
     """Return the number of classes of a network's published weights; None if there are none.
 
     Raises:
         UserError: the hub or folder that says so cannot be read.
     """
+    check_name(name)
     origin, colon, member = name.partition(":")
     if origin == "torchvision":
         return len(_torchvision_weights(name, member, "DEFAULT").meta["categories"])
@@ -344,6 +356,6 @@ def _told(name: str, call: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
-        away = name.startswith("hf-hub:") and not isinstance(error, TypeError)
-        what = "its name and the connection to the hub" if away else "its options"
+        sources = {"hf-hub": "its name and the connection to the hub", "local-dir": "what its folder holds"}
+        what = "its options" if isinstance(error, TypeError) else sources.get(name.partition(":")[0], "its options")
         raise UserError(f"model '{name}' cannot be built ({told(error)}); check {what}") from error

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import timm
@@ -40,8 +41,16 @@ def test_timms_own_network_is_made_where_a_short_name_is_the_same():
 
 
 def test_a_python_file_is_no_network_but_may_hold_one():
-    with pytest.raises(UserError, match=r"'nets/mine\.py' names no network; expected mine:FACTORY"):
-        check_name("nets/mine.py")
+    outside = Path.cwd().parent / "mine.py"
+    for file, module in (
+        ("mine.py", "mine"),
+        ("./mine.py", "mine"),
+        ("nets/mine.py", r"nets\.mine"),
+        (outside, "mine"),
+    ):
+        for member, factory in (("", "FACTORY"), (":plain", "plain")):
+            with pytest.raises(UserError, match=f"mine.py{member}' names no network; expected {module}:{factory}, the"):
+                check_name(f"{file}{member}")
 
 
 def test_a_folder_that_timm_saved_gives_its_network_and_its_weights(folder):
@@ -76,6 +85,14 @@ def test_a_folder_gives_the_architecture_alone_where_its_weights_are_not_asked_f
 def test_names_that_lead_nowhere_are_refused(name, said):
     with pytest.raises(UserError, match=said):
         check_name(name)
+    with pytest.raises(UserError, match=said):
+        pretrained_classes(name)
+
+
+def test_a_folder_that_timm_cannot_read_is_named_as_the_reason(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"')
+    with pytest.raises(UserError, match=r"JSONDecodeError.*; check what its folder holds"):
+        create(f"local-dir:{tmp_path}", DATA)
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch, caplog):
