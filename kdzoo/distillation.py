@@ -1,6 +1,5 @@
 """Teacher, student and distiller as one module, for kdzoo's engine and for any other training loop."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from itertools import chain
@@ -15,8 +14,7 @@ from kdzoo.errors import UserError
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast, casting_anew
 from kdzoo.quantities import counted
-
-BRIGHTEST = 1.5  # of images in [0, 1], with room for what resizing and changes of colour add
+from kdzoo.tensors import warn_of_bytes
 
 
 class Distillation(nn.Module):
@@ -170,7 +168,7 @@ class Distillation(nn.Module):
             raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")
         if not (torch.compiler.is_compiling() or self.is_called or batch.images.is_meta):
             self.is_called = True
-            _warn_of_bytes(batch.images)
+            warn_of_bytes(batch.images, "unless your networks do so")
         student, teacher = self._views_on(device)
         with autocast(device, FLOAT32):
             return self.distiller(student, _shown(teacher, batch), batch)
@@ -303,16 +301,6 @@ def _check_built(distiller: Distiller, student: nn.Module) -> None:
                 f"{name} of {distiller.title} has a shape and no numbers, as all that build() is given; make it with "
                 "numbers, such as torch.zeros(...)"
             )
-
-
-def _warn_of_bytes(images: Tensor) -> None:
-    least, most = (value.item() for value in images.aminmax())
-    if least >= 0 and most > BRIGHTEST:  # what is normalised has numbers below 0
-        warnings.warn(
-            f"images of the first batch reach {most:g}, and kdzoo expects them in [0, 1]; divide them by 255, "
-            "unless your networks do so",
-            stacklevel=3,
-        )
 
 
 def _check_networks(student: object, teacher: object) -> None:

@@ -1,5 +1,6 @@
-"""Tensor helpers: precision, nested structures, and communication between the ranks of a distributed run."""
+"""Tensor helpers: precision, range, nested structures, and communication between the ranks of a distributed run."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,23 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils._pytree import tree_leaves
 
+BRIGHTEST = 1.5  # of images in [0, 1], with room for what resizing and changes of colour add
+
 
 def full_precision(tensor: Tensor) -> Tensor:
     """Convert half precision to float32; leave float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def warn_of_bytes(images: Tensor, otherwise: str) -> None:
+    """Warn where the first images go from 0 to 255; ``otherwise`` says what helps beside dividing them."""
+    least, most = (value.item() for value in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if least >= 0 and most > BRIGHTEST:  # what is normalised has numbers below 0
+        warnings.warn(
+            f"images of the first batch reach {most:g}, and kdzoo expects them in [0, 1]; divide them by 255, "
+            f"{otherwise}",
+            stacklevel=3,
+        )
 
 
 def leaves(nested: Any) -> list[Tensor]:

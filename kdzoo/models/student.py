@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as vision
 
 from kdzoo.errors import UserError
+from kdzoo.tensors import warn_of_bytes
 
 
 class Student(nn.Module):
@@ -27,6 +28,7 @@ class Student(nn.Module):
         super().__init__()
         self.network, self.classes = network, tuple(classes)
         self.image_size, self.test_crop = image_size, test_crop
+        self.is_called = False
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -38,12 +40,18 @@ class Student(nn.Module):
         Raises:
             UserError: they have another shape or type.
         """
+        if not isinstance(images, Tensor):
+            kind = type(images).__name__
+            raise UserError(f"images are of type {kind}; expected a torch.Tensor, such as torch.as_tensor(images)")
         if images.ndim != 4 or images.shape[1] != 3:
             raise UserError(f"images have the shape {tuple(images.shape)}; expected (B, 3, H, W)")
         if images.dtype == torch.uint8:
             images = images.to(torch.get_default_dtype()) / 255
         elif not images.is_floating_point():
             raise UserError(f"images are {images.dtype}; expected torch.uint8, or floats from 0 to 1")
+        if not (torch.compiler.is_compiling() or self.is_called or images.is_meta):
+            self.is_called = True
+            warn_of_bytes(images, "or pass whole numbers as torch.uint8")
         output = self.network(self.cut(images))
         return output.logits if output.logits.shape[1] else output.embedding
 

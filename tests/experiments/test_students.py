@@ -81,10 +81,23 @@ def test_bytes_and_floats_are_read_alike(finished):
     student = kdzoo.load(finished.folder)
     images = torch.randint(256, (3, 3, student.image_size, student.image_size), dtype=torch.uint8)
     assert torch.equal(student(images), student(images.float() / 255))
-    assert not torch.allclose(student(images), student(images.float()))
-    for wrong in (images.long(), images[0], images[:, :1]):
+    for wrong in (images.long(), images[0], images[:, :1], images.numpy()):
         with pytest.raises(UserError, match="images"):
             student(wrong)
+
+
+def test_floats_from_0_to_255_are_told_once(recwarn):
+    network = kdzoo.models.create("resnet8", open_dataset("digits").spec)
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    for given in (images, images / 255, images[:0] / 255):
+        kdzoo.models.Student(network, classes=(), image_size=8)(given)
+    assert not recwarn.list
+    student = kdzoo.models.Student(network, classes=(), image_size=8)
+    for _ in range(2):
+        assert not torch.allclose(student(images.float()), student(images))
+    assert [str(each.message).partition("expects them ")[2] for each in recwarn.list] == [
+        "in [0, 1]; divide them by 255, or pass whole numbers as torch.uint8"
+    ]
 
 
 def test_pictures_of_any_size_are_resized_and_their_centre_is_read(finished):
