@@ -68,11 +68,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     No folder is made: one that was removed or renamed meanwhile does not come back with this file alone.
 
     Raises:
-        StorageError: the disk is full, the folder cannot be written, or a device or a pipe has that name; what stood
-            at ``path`` is untouched.
+        StorageError: the disk is full, the folder cannot be written, or a device has that name; what stood at ``path``
+            is untouched.
     """
-    if path.absolute().parent == DEVICES or (path.exists() and not path.is_file() and not path.is_dir()):
-        raise StorageError(f"{path} is a device or a pipe; name a file to write")
+    if path.absolute().parent == DEVICES or _is_device(path):
+        raise StorageError(f"{path} is a device; name a file to write")
     temporary = part_of(path)
     with storing(path.parent):
         try:
@@ -229,6 +229,15 @@ def is_file(path: str | bytes | os.PathLike[str]) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def _is_device(path: Path) -> bool:
+    """Tell whether there is a device itself, and no link to one."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
 def digest(path: Path) -> str:

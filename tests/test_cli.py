@@ -160,6 +160,17 @@ def test_no_line_commands_the_terminal(kdzoo, tmp_path):
     assert err[:-1].isprintable()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
+def test_an_output_replaces_no_pipe_and_no_device(kdzoo, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        code, _, err = kdzoo("report", tmp_path, "--out", tmp_path / name)
+        assert code == 2
+        assert f"{tmp_path / name} is a device or a pipe; name a file to write" in err
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 def test_a_file_is_no_folder_of_runs(kdzoo, tmp_path):
     (tmp_path / "result.json").write_text("{}")
     code, _, err = kdzoo("table", tmp_path / "result.json")

@@ -23,7 +23,17 @@ class GivenPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-PATH, FILE = GivenPath(path_type=Path), GivenPath(path_type=Path, dir_okay=False)
+class GivenFile(GivenPath):
+    """The path of a file to write, which is then renamed to it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if path.exists() and not path.is_file():
+            self.fail(f"{path} is a device or a pipe; name a file to write", param, ctx)
+        return path
+
+
+PATH, FILE = GivenPath(path_type=Path), GivenFile(path_type=Path, dir_okay=False)
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 TRUST_CODE = click.option(
