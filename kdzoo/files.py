@@ -71,7 +71,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         StorageError: the disk is full, the folder cannot be written, or a device has that name; what stood at ``path``
             is untouched.
     """
-    if path.absolute().parent == DEVICES or _is_device(path):
+    if _is_device(path):
         raise StorageError(f"{path} is a device; name a file to write")
     temporary = part_of(path)
     with storing(path.parent):
@@ -232,7 +232,9 @@ def is_file(path: str | bytes | os.PathLike[str]) -> bool:
 
 
 def _is_device(path: Path) -> bool:
-    """Tell whether there is a device itself, and no link to one."""
+    """Tell whether this is a device itself, or a name in its folder; not whether it is a link to one elsewhere."""
+    if path.absolute().parent == DEVICES:
+        return True
     try:
         mode = os.lstat(path).st_mode
     except OSError:

@@ -179,7 +179,7 @@ def own_place(error: BaseException) -> str:
 
 
 def at_own_place(error: BaseException) -> str:
-    """Say the same after a space and "at"; nothing where no code of the user's was involved."""
+    """Say `` at mine.py, line 7`` of such an error; nothing where it came through no code of the user's."""
     return f" at {found}" if (found := own_place(error)) else ""
 
 

@@ -24,7 +24,7 @@ class GivenPath(click.Path):
 
 
 class GivenFile(GivenPath):
-    """The path of a file to write, which is then renamed to it."""
+    """The path of a file to write, in whose place there is no device and no pipe, which would be lost."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = super().convert(value, param, ctx)

@@ -65,14 +65,13 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
     """
     from kdzoo.results import layout, table
     from kdzoo.results.ranks import draw
-    from kdzoo.results.report.gather import unfinished
+    from kdzoo.results.unfinished import find_searches, none_finished, trials, unfinished
     from kdzoo.store.folder import find_runs
 
     found = table.rows(find_runs(list(folders)))
-    waiting = unfinished(folders)
+    waiting = unfinished(folders, trials(find_searches(folders)))
     if found.empty:
-        also = f" ({'; '.join(waiting)})" if waiting else ""
-        raise UserError(f"no finished run in {', '.join(map(str, folders))}{also}")
+        raise none_finished(folders, waiting)
     if baseline is not None:
         table.check_baseline(found, baseline)
     if ranks is not None:

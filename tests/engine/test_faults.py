@@ -44,7 +44,7 @@ class Foreign(Distiller):
             "ce": cross_entropy(student.logits, batch.targets),
             "match": softened_kl(student.logits, teacher.logits, 4.0),
         }}
-        if self.steps == 4:
+        if {when}:
             {loss}
         return terms
 '''
@@ -61,9 +61,9 @@ def break_teacher():
 """
 
 
-def method(folder, build="pass", prepare="pass", loss="pass"):
+def method(folder, build="pass", prepare="pass", loss="pass", when="self.steps == 4"):
     file = folder / "foreign.py"
-    file.write_text(METHOD.format(build=build, prepare=prepare, loss=loss))
+    file.write_text(METHOD.format(build=build, prepare=prepare, loss=loss, when=when))
     return str(file)
 
 
@@ -136,18 +136,15 @@ def test_a_term_that_trains_nothing_or_what_no_optimizer_sees_is_refused_at_the_
     tmp_path, dataset, teacher, loss, said
 ):
     term = "torch.nn.ModuleList(self.late if type(self.late) is list else [self.late])[0](student.logits).mean()"
-    foreign = method(tmp_path, loss=loss.format(layer="torch.nn.Linear(10, 10)", term=term))
-    text = (tmp_path / "foreign.py").read_text().replace("self.steps == 4", "self.steps == 1")
-    (tmp_path / "foreign.py").write_text(text)
+    loss = loss.format(layer="torch.nn.Linear(10, 10)", term=term)
+    foreign = method(tmp_path, loss=loss, when="self.steps == 1")
     [outcome] = train_lanes([settings(tmp_path, foreign)], dataset, teacher, Progress(quiet=True))
     with pytest.raises(UserError, match=said):
         raise outcome
 
 
 def test_a_term_may_say_nothing_at_first(tmp_path, dataset, teacher):
-    foreign = method(tmp_path, loss="terms['match'] = torch.zeros(())")
-    text = (tmp_path / "foreign.py").read_text().replace("self.steps == 4", "self.steps < 4")
-    (tmp_path / "foreign.py").write_text(text)
+    foreign = method(tmp_path, loss="terms['match'] = torch.zeros(())", when="self.steps < 4")
     [outcome] = train_lanes([settings(tmp_path, foreign)], dataset, teacher, Progress(quiet=True))
     assert not isinstance(outcome, UserError)
 

@@ -1,4 +1,4 @@
-"""A convolution learns the same in bfloat16 whatever memory held before."""
+"""A convolution learns the same in bfloat16, no matter what memory held before."""
 
 import pytest
 import torch

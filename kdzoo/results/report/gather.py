@@ -13,13 +13,13 @@ from kdzoo.results import table
 from kdzoo.results.report import search
 from kdzoo.results.report.command import command
 from kdzoo.results.report.spectra import read_spectrum
+from kdzoo.results.unfinished import find_searches, none_finished, trials, unfinished
 from kdzoo.store import predictions
 from kdzoo.store.folder import RunFolder, find_runs
 from kdzoo.store.history import check_history
 from kdzoo.store.predictions import Predictions
 
 LARGEST = 2**20  # bytes of a text that is shown
-NAMED = 5  # runs that a line names
 Read = TypeVar("Read")
 
 
@@ -69,14 +69,13 @@ def gather(paths: Sequence[Path], baseline: str | None = None) -> Gathered:
         UserError: there is no such folder, no finished run and no search, or no run of the baseline.
     """
     found = {folder.path.resolve(): folder for folder in find_runs(list(paths))}
-    folders = search.find_searches(paths)
+    folders = find_searches(paths)
     searches, damaged = _searches(folders)
-    tried = [(folder / search.TRIALS).resolve() for folder in folders]
+    tried = trials(folders)
     runs = table.rows(folder for path, folder in found.items() if path.parent not in tried)
-    waiting = [*damaged, *unfinished(paths)]
+    waiting = [*damaged, *unfinished(paths, tried)]
     if runs.empty and not searches:
-        also = f" ({'; '.join(waiting)})" if waiting else ""
-        raise UserError(f"no finished run in {', '.join(map(str, paths))}{also}")
+        raise none_finished(paths, waiting)
     methods = set() if runs.empty else set(runs["method"])
     if baseline is None:
         baseline = next((name for name in (table.BASELINE, "none") if name in methods), table.BASELINE)
@@ -100,27 +99,6 @@ def best_first(rows: pd.DataFrame) -> list[str]:
     """List the methods of ``table.summary``, the one of the highest mean top-1 first."""
     means = rows.groupby("method")[f"{table.shipped(rows)}_mean"].mean()
     return [str(name) for name in means.sort_values(ascending=False).index]
-
-
-def unfinished(paths: Sequence[Path]) -> list[str]:
-    """Say which runs in or below ``paths`` failed, and which others have no result: a line for each of the two.
-
-    The runs of a search's first part never have one, and are not named.
-    """
-    apart = [(folder / search.TRIALS).resolve() for folder in search.find_searches(paths)]
-    begun = {file.parent.resolve() for path in paths for file in path.rglob("config.yaml")}
-    waiting = [RunFolder(path) for path in sorted(begun) if path.parent not in apart]
-    names: dict[str, list[str]] = {"failed": [], "not finished": []}
-    for folder in waiting:
-        if not folder.result.is_file():
-            names["failed" if folder.failure.is_file() else "not finished"].append(visible(folder.path.name))
-    return [f"left out, since {why}: {_some(found)}" for why, found in names.items() if found]
-
-
-def _some(names: Sequence[str]) -> str:
-    """List the first names, and count the others."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def _searches(folders: Sequence[Path]) -> tuple[list[search.Found], list[str]]:

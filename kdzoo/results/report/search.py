@@ -1,7 +1,6 @@
 """Show how a search for the best method went: its answer, its finalists, and how far each candidate came."""
 
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from kdzoo.results.recommendation import Recommendation
 from kdzoo.results.recommendation_screen import sentences, table
 from kdzoo.results.report.style import GRAY, Figure, epochs, escaped, figure, short, styles
 from kdzoo.results.table import BASELINE, pair_name
-from kdzoo.store.search import FILE, Search
+from kdzoo.store.search import Search
 
-TRIALS = "search"  # the folder, in that of a search, of runs that are never finished
 LONGEST = 120  # characters of a reason that is shown when a line is pointed at
 BACKGROUND = {"color": GRAY, "dash": "solid", "named": False}
 HELP = (
@@ -33,11 +31,6 @@ class Found:
     search: Search
     answer: Recommendation | None  # None: there is none, and ``sentences`` say why
     sentences: list[str]
-
-
-def find_searches(paths: Sequence[Path]) -> list[Path]:
-    """Find the folders of searches in or below ``paths``, each once."""
-    return list({file.parent.resolve(): file.parent for path in paths for file in sorted(path.rglob(FILE))}.values())
 
 
 def read(folder: Path) -> Found:
