@@ -1,4 +1,4 @@
-"""Find the runs without a result, which tables and reports leave out: those that failed, and those that may continue."""
+"""Find the runs without a result, which tables and reports leave out: those that failed, and those not finished."""
 
 from collections.abc import Sequence
 from pathlib import Path
