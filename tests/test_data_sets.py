@@ -263,6 +263,13 @@ def test_classes_of_one_name_are_not_put_in_order_as_they_would_become_one(tmp_p
         open_dataset(name, classes="text")
 
 
+def test_classes_without_a_training_image_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = "pictures, labels = np.zeros((4, 8, 8), np.uint8), [0, 1, 1, 4]"
+    shown = "(pictures, np.array(labels)), (pictures, np.arange(4))"
+    open_dataset(giving(tmp_path, f"{given}\nreturn list('abcdefg'), {shown}"))
+    assert "no training image shows c, d, f, ...; the student cannot learn what they look like" in caplog.text
+
+
 def test_a_set_without_load_says_what_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from kdzoo import ImageSet\nclass Mine(ImageSet):\n    pass\n")

@@ -1,7 +1,7 @@
 """Check what a data set loads: class names, and images with their labels for training and test."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from unicodedata import category
 import numpy as np
 from numpy.typing import NDArray
 
-from kdzoo.data.pictures import USUAL, Files, Pictures, Pixels, Reading
+from kdzoo.data.pictures import USUAL, Files, Pictures, Pixels, Reading, warn_once
 from kdzoo.errors import UserError
 from kdzoo.image_set import ImageSet
 from kdzoo.quantities import counted
@@ -57,6 +57,8 @@ def checked(
         raise _wrong(name, "labels are None", "None for all images, and no class names, or labels for all")
     for split, each in labels.items():
         labels[split] = _labels(name, split, each, sizes[split], max(count, 1))
+    if absent := without_images(class_names, labels["train"]):
+        warn_once(f"data '{name}': no training image shows {absent}; the student cannot learn what they look like")
     found: Mapping[str, Pictures]
     if all(isinstance(each, list | tuple) for each in images.values()):
         found = _files(name, images, labels, root, reading)
@@ -64,6 +66,13 @@ def checked(
         found = _arrays(name, images, labels, image_set.image_size)
     train = found["train"]
     return tuple(class_names), train, found.get("test") or train.take(np.zeros(0, np.int64))
+
+
+def without_images(class_names: Sequence[str], labels: NDArray[np.int64]) -> str:
+    """Name the first few classes that no label stands for; empty where there are none."""
+    found = set(labels.tolist())
+    absent = [name for label, name in enumerate(class_names) if label not in found]
+    return ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
 
 
 def _labels(name: str, split: str, labels: NDArray[Any], images: int, classes: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kdzoo import registry
 from kdzoo.data.classes import in_order
-from kdzoo.data.loaded import checked
+from kdzoo.data.loaded import checked, without_images
 from kdzoo.data.pictures import USUAL, Files, Pictures, Reading, warn_once
 from kdzoo.data.superclasses import superclasses_of
 from kdzoo.errors import UserError
@@ -61,12 +61,10 @@ class Source:
         if not len(kept):
             raise UserError(f"{key}={share:g} of {counted(len(self.train), 'image')} leaves none to train on")
         test = self.train.take(held)
-        absent = [name for label, name in enumerate(self.class_names) if label not in test.labels]
-        if absent:
-            some = ", ".join(absent[:3]) + ", ..." * (len(absent) > 3)
+        if absent := without_images(self.class_names, test.labels):
             warn_once(
-                f"data '{self.name}': {key}={share:g} holds out images of {len(self.class_names) - len(absent)} of "
-                f"{counted(len(self.class_names), 'class')}, none of {some}; more images, or a larger "
+                f"data '{self.name}': {key}={share:g} holds out images of {len(np.unique(test.labels))} of "
+                f"{counted(len(self.class_names), 'class')}, none of {absent}; more images, or a larger "
                 "share, have some of each"
             )
         if isinstance(test, Files):
