@@ -123,6 +123,7 @@ class Registry(Generic[Base]):
         known = self.all()
         if name not in known:
             titles = [plugin.title for plugin in known.values()]
+            titles += [file for file in [f"{name}.py"] if path_of(file).is_file()]
             raise unknown(self.kind, name, titles, hint=f"('{self.listed_by}' lists all; a path ends with .py)")
         return known[name]
 

@@ -188,10 +188,19 @@ def test_gray_images_and_arrays_that_are_only_read_are_taken(tmp_path: Path, arr
         ("digit", "unknown data 'digit'; did you mean digits"),
         ("folder", "data 'folder': expected folder:PATH"),
         ("digits:8", "data 'digits:8': expected digits"),
+        ("", "unknown data ''; known: "),
+        (
+            "pictures",
+            "data 'pictures' is a folder; expected folder:pictures where it has a folder for each class, or images:",
+        ),
+        ("stripes", "unknown data 'stripes'; did you mean stripes.py?"),
         ("./nowhere.py", "no file ./nowhere.py; expected a Python file that holds one subclass of kdzoo.ImageSet"),
     ],
 )
-def test_a_name_that_is_none_is_one_line(name: str, said: str) -> None:
+def test_a_name_that_is_none_is_one_line(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "stripes.py").write_text(STRIPES)
     with pytest.raises(UserError) as caught:
         open_dataset(name)
     assert said in str(caught.value)

@@ -17,6 +17,7 @@ from kdzoo.data.loaded import checked, without_images
 from kdzoo.data.pictures import USUAL, Files, Pictures, Reading, warn_once
 from kdzoo.data.superclasses import superclasses_of
 from kdzoo.errors import UserError
+from kdzoo.files import path_of
 from kdzoo.image_set import ImageSet
 from kdzoo.keywords import keyword_settings
 from kdzoo.process_state import foreign
@@ -231,6 +232,11 @@ def _find(name: str) -> tuple[type[ImageSet], tuple[str, ...]]:
     head, _, argument = name.partition(":")
     if head not in registry.data_sets.names() and not head.endswith(".py"):
         head, argument = name, ""
+        if name and path_of(name).is_dir():
+            raise UserError(
+                f"data '{name}' is a folder; expected folder:{name} where it has a folder for each class, or "
+                f"images:{name} where it has no labels"
+            )
     kind = registry.data_sets.load(head)
     if bool(argument) != bool(kind.argument):
         raise UserError(f"data '{name}': expected {registry.data_sets.find(head).title}")

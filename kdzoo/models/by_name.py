@@ -98,7 +98,7 @@ def check_name(name: str) -> None:
             "makes it in a module that Python finds from the working folder"
         )
     if not colon and not timm.is_model(names.resolve(name)):
-        raise unknown("model", name, names.known(), hint="(all: kdzoo list models)")
+        raise unknown("model", name, names.known(), hint="(all: kdzoo list models; your own: MODULE:FACTORY)")
     if colon and origin == "torchvision" and member not in (known := _torchvision_models()):
         raise unknown("torchvision model", member, known)
     if colon and origin == "hf-hub" and "/" not in member:

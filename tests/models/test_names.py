@@ -77,6 +77,7 @@ def test_a_folder_gives_the_architecture_alone_where_its_weights_are_not_asked_f
     ("name", "said"),
     [
         ("timm/resnet17", r"unknown model 'timm/resnet17'; did you mean .*resnet"),
+        ("mynets.plain", r"unknown model 'mynets\.plain'.*\(all: kdzoo list models; your own: MODULE:FACTORY\)$"),
         ("local-dir:nowhere", r"no config\.json in folder 'nowhere'"),
         ("hf-hub:resnet18", "expected hf-hub:OWNER/NAME"),
         ("torchvision:resnet17", "unknown torchvision model 'resnet17'"),
