@@ -51,6 +51,11 @@ def path_of(given: str | Path) -> Path:
     return path
 
 
+def files_named(name: str, *suffixes: str) -> list[str]:
+    """List the files that ``name`` would mean with one of these suffixes."""
+    return [file for file in (name + suffix for suffix in suffixes) if path_of(file).is_file()]
+
+
 def output_path(given: str | Path) -> Path:
     """Make the path of what is to be written, as ``path_of`` does.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdzoo import own_code
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import path_of
+from kdzoo.files import files_named, path_of
 
 if TYPE_CHECKING:
     from kdzoo.distiller import Distiller
@@ -122,8 +122,7 @@ class Registry(Generic[Base]):
             return Plugin(file.stem, f"kdzoo_file_{file.stem}", file)
         known = self.all()
         if name not in known:
-            titles = [plugin.title for plugin in known.values()]
-            titles += [file for file in [f"{name}.py"] if path_of(file).is_file()]
+            titles = [*(plugin.title for plugin in known.values()), *files_named(name, ".py")]
             raise unknown(self.kind, name, titles, hint=f"('{self.listed_by}' lists all; a path ends with .py)")
         return known[name]
 

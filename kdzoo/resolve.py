@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from kdzoo import own_code, registry
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import digest, path_of, read_text, shipped_folder
+from kdzoo.files import digest, files_named, path_of, read_text, shipped_folder
 from kdzoo.keywords import explained, flat, keyword_settings, read_yaml, refuse_markers, typed
 from kdzoo.quantities import counted
 from kdzoo.recipe import Protocol
@@ -377,7 +377,8 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
     else:
         known = {f.name.removesuffix(".yaml"): f for f in _protocol_files()}
         if name not in known:
-            raise unknown("protocol", name, known, hint="(a file's path ends with .yaml)")
+            near = files_named(name, ".yaml", ".yml")
+            raise unknown("protocol", name, [*known, *near], hint="(a file's path ends with .yaml)")
         text = known[name].read_text(encoding="utf-8")
     recipe = _recipe(f"protocol {name}", text)
     augmentation = given.get("augmentation", {})

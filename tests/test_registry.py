@@ -29,9 +29,12 @@ def test_what_is_read_equals_what_is_imported():
         assert method.summary
 
 
-def test_unknown_names_get_the_nearest():
-    with pytest.raises(UserError, match="unknown distiller 'lfc'; did you mean lfcc"):
-        registry.load("lfc")
+def test_unknown_names_get_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+    for name, near in (("lfc", "lfcc"), ("mine", r"mine\.py")):
+        with pytest.raises(UserError, match=f"unknown distiller '{name}'; did you mean {near}"):
+            registry.load(name)
 
 
 @pytest.mark.parametrize("name", ["../kd", "distillers/kd", "kd\x00", ""])

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
-from kdzoo.files import path_of, read_text, shipped_folder, slug
+from kdzoo.files import files_named, path_of, read_text, shipped_folder, slug
 from kdzoo.keywords import read_yaml
 from kdzoo.resolve import merged, resolve, several
 from kdzoo.settings import Run
@@ -91,7 +91,8 @@ def load(
     else:
         known = {f.name.removesuffix(".yaml"): f for f in _files()}
         if name not in known:
-            raise unknown("suite", name, known, hint="(a file's path ends with .yaml)")
+            near = files_named(name, ".yaml", ".yml")
+            raise unknown("suite", name, [*known, *near], hint="(a file's path ends with .yaml)")
         text, title = known[name].read_text(encoding="utf-8"), name
     content = {**DEFAULTS, **read_yaml(text, f"suite {name}")}
     content["distillers"] = _every(content["distillers"])

@@ -66,9 +66,12 @@ def test_a_suite_is_a_mapping(tmp_path):
         suites.load(str(file))
 
 
-def test_an_unknown_suite_gets_the_nearest():
-    with pytest.raises(UserError, match="did you mean digits"):
-        suites.load("digit")
+def test_an_unknown_suite_gets_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yml").touch()
+    for name, near in (("digit", "digits"), ("mine", r"mine\.yml\?")):
+        with pytest.raises(UserError, match=f"did you mean {near}"):
+            suites.load(name)
 
 
 load = functools.cache(suites.load)
