@@ -54,6 +54,7 @@ def kdzoo(capsys, monkeypatch):
         (["run", "--distiller", "none", *TINY, "protocol.epoch=1"], "unknown setting 'protocol.epoch'"),
         (["run", "--distiller", "none", *TINY, "--device", "tpu9"], "device"),
         (["run", "--distiller", "none", *TINY, "--data", "folder:/nowhere"], "/nowhere"),
+        (["run", "--distiller", "none", "--student", "nowhere:net"], "model 'nowhere:net'"),
         (["table", "/nowhere"], "no folder /nowhere"),
         (["eval", "/nowhere"], "/nowhere is no run"),
         (["show", "uhkdd"], "uhkdd"),
@@ -70,6 +71,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(kdzoo, tmp_path, arguments, said)
     assert err.startswith("error: ")
     assert err.strip().count("\n") == 0
     assert "Traceback" not in err
+    assert not [*tmp_path.rglob("config.yaml")]  # no run has begun
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,6 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
                     return finished
                 if other := folder.of_other_data(run):
                     progress.say(f"data differ from those of {other.path}: this is another run")
-                if not folder.result.is_file():  # else it stays as it is until it is set aside
-                    ranks.once(folder.open, run)
                 dataset = open_data(run, device, progress)
                 has_teacher = run.settings.teacher.name is not None
                 if has_teacher and teachers.lacking(run, dataset):

@@ -3,6 +3,7 @@
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 import kdzoo
 from kdzoo import UserError
+from kdzoo.engine import loop
+from kdzoo.engine.lane import Lane
 from kdzoo.engine.progress import Progress, plain_console
 from kdzoo.experiments import suites
 from kdzoo.experiments.run import evaluate_run
@@ -95,13 +98,15 @@ def test_an_unchanged_tree_is_shown_again_and_a_changed_one_is_another_run(
 def test_an_interrupted_run_is_not_continued_on_other_data(
     tmp_path: Path, said: io.StringIO, monkeypatch: pytest.MonkeyPatch, changes: bool
 ) -> None:
-    root = write_tree(tmp_path / "tree")
+    root, train = write_tree(tmp_path / "tree"), loop.train
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(lanes: list[Lane], *others: Any) -> None:
+        if lanes[0].run.settings.teacher.name:  # else it is the teacher
+            raise KeyboardInterrupt
+        train(lanes, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdzoo.experiments.run.train_one", interrupt)
+        patch.setattr(loop, "train", interrupt)
         with pytest.raises(KeyboardInterrupt):
             distil(root)
     [begun] = (tmp_path / "runs").iterdir()
