@@ -78,6 +78,16 @@ def test_where_nothing_can_be_concluded_the_answer_says_so(found, second):
 def test_no_method_is_called_better_that_is_not():
     first, second = said(scores(kd=(70, 71, 72), at=(70.1, 71.3, 71.9), sp=(69, 72, 71)))
     assert first.startswith("No method can be told to be better than kd for t → s: the highest, at, differs by 0.10")
+    assert first.endswith("three seeds; p 0.956, corrected for two comparisons).")
+    assert second == "Cannot be told apart from kd: at, sp."
+
+
+def test_an_interval_without_zero_is_no_verdict_and_its_corrected_p_says_so():
+    kd, at, sp = (70, 71, 72, 70, 72), (70.1, 71.3, 72.6, 70.1, 72.4), (69, 72, 71, 71, 71)
+    first, second = said(scores(kd=kd, at=at))
+    assert first.startswith("at is 0.30 points above kd for t → s (95 % interval 0.04 to 0.56, five seeds).")
+    first, second = said(scores(kd=kd, at=at, sp=sp))
+    assert "interval 0.04 to 0.56, five seeds; p 0.068, corrected for two comparisons" in first
     assert second == "Cannot be told apart from kd: at, sp."
 
 

@@ -44,7 +44,7 @@ def answer(rows: pd.DataFrame, pooled: pd.DataFrame, baseline: str) -> tuple[str
     else:
         first = (
             f"No method can be told to be better than {baseline} {where}: the highest, {lead['method']}, differs by "
-            f"{points} points ({evidence})."
+            f"{points} points ({evidence}; {_p(lead['p_holm'], len(tested))})."
         )
     kinds = {
         "better": [row["method"] for row in better[1:]],
@@ -70,6 +70,11 @@ def _untested(rows: pd.DataFrame, compared: Sequence[dict[str, Any]], baseline: 
     if not rows["compared"].any():
         return first, f"No method shares a pair and a seed with {baseline}: nothing is compared."
     return first, f"No method shares more than one run with {baseline} {where}: nothing can be concluded."
+
+
+def _p(corrected: float, tests: int) -> str:
+    """Name a p-value, and for how many tests it is corrected: an interval without 0 is no verdict among many."""
+    return f"p {corrected:.3f}" + (f", corrected for {_count(tests, 'comparison')}" if tests > 1 else "")
 
 
 def _count(number: int, thing: str) -> str:

@@ -62,7 +62,8 @@ FIGURES = {
     "forest": (
         "Differences to {baseline}",
         "Mean difference in top-1 over the same pairs and seeds, with its 95 % interval: a range that holds the true "
-        "difference in 95 of 100 such comparisons. Where the interval crosses the dotted line, chance may explain it.",
+        "difference in 95 of 100 such comparisons. Where the interval crosses the dotted line, chance may explain it. "
+        "Among many methods, chance alone keeps some off that line: the colours follow the corrected p of the table.",
     ),
     "ranks": (
         "Critical-difference diagram",
