@@ -56,7 +56,7 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerp
     _check_text(given)
     keywords = given.pop("distiller", {}) or {}
     if not isinstance(keywords, dict):
-        raise UserError(f"distiller={keywords}: expected distiller.KEY=value, or --distiller NAME")
+        raise UserError(f"distiller={keywords}: expected distiller.KEY=value, such as distiller.name=kd")
     if not keywords.get("name"):
         raise UserError("no distiller is named; pass --distiller NAME ('kdzoo list distillers' lists all)")
     recipe = given.pop("protocol", {})
@@ -367,7 +367,7 @@ def distiller_settings(given: Mapping[str, Any]) -> DistillerSettings:
 
 def _protocol(given: Mapping[str, Any]) -> Protocol:
     if not isinstance(given, Mapping):
-        raise UserError(f"protocol={given}: expected protocol.KEY=value, or --protocol NAME")
+        raise UserError(f"protocol={given}: expected protocol.KEY=value, such as protocol.name=quick")
     name = str(given.get("name", "quick"))
     path = path_of(name)
     if path.suffix in (".yaml", ".yml"):
