@@ -107,7 +107,9 @@ def load(
         content["seeds"] = [given["seed"]]
     for seed in content["seeds"]:
         if type(seed) is not int or not 0 <= seed < 2**63:
-            raise UserError(f"suite {name}: seed {seed!r}: expected a whole number from 0, written without quotes")
+            raise UserError(
+                f"suite {name}: seed {seed!r}: expected a whole number from 0 to {2**63 - 1}, written without quotes"
+            )
     if content["name"]:
         title = str(content["name"])
         if slug(title) != title:
