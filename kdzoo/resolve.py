@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cache
@@ -133,10 +134,17 @@ def merged(
     refuse_markers(values, "")
     refuse_markers(others, "")
     with explained():
-        added = OmegaConf.from_dotlist(list(overrides))
+        added = OmegaConf.from_dotlist([_quoted(override) for override in overrides])
         refuse_markers(OmegaConf.to_container(added), "")
         merged = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.create(dict(others)), added)
         return OmegaConf.to_container(merged)  # type: ignore[return-value]  # a mapping gives a mapping
+
+
+def _quoted(override: str) -> str:
+    """Put quotes around a text that YAML would cut or refuse: a '#' begins a comment there, an '@' nothing."""
+    key, value = override.split("=", 1)
+    cut = re.match(r"[#@`%&*!|>]|[^\[{'\"].* #", value)
+    return f"{key}={json.dumps(value, ensure_ascii=False)}" if cut else override
 
 
 def _with_data(given: Mapping[str, Any]) -> Run:

@@ -37,6 +37,12 @@ def test_overrides_win_over_the_protocols_file():
     assert settings.protocol.augmentation.flip
 
 
+@pytest.mark.parametrize("path", ["#1/best.pth", "runs #2/best.pth", "@home/best.pth", "&best.pth"])
+def test_a_value_is_kept_whole_where_yaml_would_cut_it_or_refuse_it(path):
+    assert resolve(BASE, [f"teacher.weights={path}"]).settings.teacher.weights == path
+    assert resolve(BASE, [f"teacher.weights='{path}'"]).settings.teacher.weights == path
+
+
 def test_milestones_and_warm_up_shrink_with_the_epochs():
     crd = {**BASE, "protocol": {"name": "crd"}}
     assert resolve(crd).settings.protocol.milestones == (150, 180, 210)
