@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -84,17 +85,18 @@ def read_table(file: Path, title: str) -> Table:
     """Read a CSV file, in one Unicode form; columns are separated by commas, semicolons or tabs.
 
     Raises:
-        UserError: a column is missing, or a row has no label.
+        UserError: a column is missing, a row has no label, or there is no row.
     """
-    lines = normalize("NFC", read_text(file, LARGEST).removeprefix("\ufeff")).splitlines()
-    head = lines[0] if lines else ""
-    delimiter = max(",;\t", key=head.count)
-    found = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    text = normalize("NFC", read_text(file, LARGEST).removeprefix("\ufeff"))
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    found = csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True)
     names = [name.strip().lower() for name in found.fieldnames or ()]
     if not {"path", "label"} <= set(names):
         raise UserError(f"{title} has the columns {', '.join(names)}; expected path,label and, if wanted, split")
     found.fieldnames = names
     rows = [Row(*(str(row.get(column) or "").strip() for column in COLUMNS)) for row in found]
+    if not rows:
+        raise UserError(f"{title} lists no image; expected a row for each")
     for row in rows:
         if not row.path or not row.label:
             raise UserError(f"{title}: the row '{row.path},{row.label}' lacks a path or a label; complete or remove it")

@@ -96,7 +96,7 @@ class Folder(ImageSet):
 
     def _split(self, name: str) -> str:
         if name and not split_of(name):
-            raise unknown("split", name, [TRAIN, *TESTS], f"in data.labels={self.labels}")
+            raise unknown("split", name, [TRAIN, *TESTS], f"(in data.labels={self.labels})")
         return split_of(name)
 
     def _check_folders(self, path: Path, tree: Tree, splits: dict[str, str], classes: list[str]) -> None:

@@ -132,7 +132,7 @@ def pretrained_classes(name: str) -> int | None:
 def _torchvision_weights(name: str, member: str, which: str) -> Any:
     known = torchvision.models.get_model_weights(member)
     if which not in known.__members__:
-        raise unknown("weights", which, known.__members__, f"of {name}")
+        raise unknown("weights", which, known.__members__, f"(of {name})")
     return known[which]
 
 
@@ -271,7 +271,7 @@ def _from_factory(
             ) from error
     factory = getattr(home, member, None)
     if not callable(factory):
-        raise unknown("factory", member, (n for n in vars(home) if callable(getattr(home, n))), f"in {module}")
+        raise unknown("factory", member, (n for n in vars(home) if callable(getattr(home, n))), f"(in {module})")
     size = options.pop("img_size", None) or data.image_size
     call = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": data.num_classes, **options}.items())
     expected = "expected a function that takes num_classes, and its options by their names"

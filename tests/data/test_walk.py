@@ -232,7 +232,9 @@ def test_a_table_without_splits_is_shared_out(tmp_path: Path) -> None:
         ("path,label\n0,\n", "lacks a path or a label"),
         ("path,label\n7,ant\n8,ant\n", "names 2 images not there, such as '7'"),
         ("path,label\n0,ant\n0.png,bee\n", "has two rows for 'images/0.png'"),
-        ("path,label,split\n0,ant,tests\n", "unknown split 'tests'; did you mean test"),
+        ("path,label\n", "data.labels=labels.csv lists no image"),
+        ('path,label\n0,"an\nant"\n1,bee\n', "class 'an\\nant' holds characters that no text shows"),
+        ("path,label,split\n0,ant,tests\n", "unknown split 'tests'; did you mean test? (in data.labels=labels.csv)"),
         ("path,label,split\n0,ant,train\n1,bee,test\n", "unknown test class 'bee'"),
     ],
 )
