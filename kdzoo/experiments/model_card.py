@@ -88,7 +88,11 @@ def card(result: Result, student: Student, program: bool) -> str:
             f"# {escaped(result.student)} distilled on {escaped(names.data)}",
             "",
             f"Trained with kdzoo {__version__}. "
-            + ("Accuracies are of the whole test set." if accurate else "What top-1 is a share of stands below."),
+            + (
+                "Accuracies are of all test images; with data.val, these are training images that were held out."
+                if accurate
+                else "What top-1 is a share of stands below."
+            ),
             "",
             "| | |",
             "|---|---|",

@@ -173,6 +173,7 @@ def test_a_card_for_the_hub_tells_what_the_student_is_and_leaves_the_licence_ope
     assert result.metric_value == round(transformer.top1, 2)
     written = (tmp_path / "out" / "README.md").read_text()
     assert "\n# license:" in written
+    assert "training images that were held out" in written
     assert f"{transformer.top1:.2f} %".replace(".", r"\.") in written or f"{transformer.top1:.2f} %" in written
     assert (tmp_path / "out" / "config.json").is_file()
 
