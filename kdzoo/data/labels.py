@@ -85,16 +85,20 @@ def read_table(file: Path, title: str) -> Table:
     """Read a CSV file, in one Unicode form; columns are separated by commas, semicolons or tabs.
 
     Raises:
-        UserError: a column is missing, a row has no label, or there is no row.
+        UserError: a column is missing, a row has no label, there is no row, or a quote is not closed.
     """
     text = normalize("NFC", read_text(file, LARGEST).removeprefix("\ufeff"))
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    found = csv.DictReader(StringIO(text), delimiter=delimiter, skipinitialspace=True)
-    names = [name.strip().lower() for name in found.fieldnames or ()]
+    given = csv.reader(StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        lines = list(filter(None, given))
+    except csv.Error as error:
+        raise UserError(f"{title} is no CSV ({error}); look for a quote that is opened and not closed") from error
+    names = [name.strip().lower() for name in lines[0]] if lines else []
     if not {"path", "label"} <= set(names):
         raise UserError(f"{title} has the columns {', '.join(names)}; expected path,label and, if wanted, split")
-    found.fieldnames = names
-    rows = [Row(*(str(row.get(column) or "").strip() for column in COLUMNS)) for row in found]
+    cells = (dict(zip(names, line, strict=False)) for line in lines[1:])
+    rows = [Row(*(row.get(column, "").strip() for column in COLUMNS)) for row in cells]
     if not rows:
         raise UserError(f"{title} lists no image; expected a row for each")
     for row in rows:
