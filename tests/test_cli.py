@@ -56,6 +56,7 @@ def kdzoo(capsys, monkeypatch):
         (["run", "--distiller", "none", *TINY, "--data", "folder:/nowhere"], "/nowhere"),
         (["run", "--distiller", "none", "--student", "nowhere:net"], "model 'nowhere:net'"),
         (["table", "/nowhere"], "no folder /nowhere"),
+        (["plot", ".", "--out", "c.svg", "--cost", "flops"], "--cost belongs to --kind cost, and the kind is forest"),
         (["eval", "/nowhere"], "/nowhere is no run"),
         (["show", "uhkdd"], "uhkdd"),
         (["list", "things"], "things"),

@@ -70,12 +70,11 @@ def report(folders: tuple[Path, ...], out: Path | None, baseline: str | None, se
 @click.option(
     "--cost",
     type=click.Choice(["parameters", "flops", "file_bytes", "latency_1", "latency_64", "seconds"]),
-    default="latency_1",
     help="Cost of --kind cost (default: latency_1, that of one image).",
 )
 @BASELINE
 @DEBUG
-def plot(folders: tuple[Path, ...], out: Path, kind: str, cost: str, baseline: str | None) -> None:
+def plot(folders: tuple[Path, ...], out: Path, kind: str, cost: str | None, baseline: str | None) -> None:
     """Draw finished runs for a paper.
 
     \b
@@ -84,6 +83,8 @@ def plot(folders: tuple[Path, ...], out: Path, kind: str, cost: str, baseline: s
     """
     from kdzoo.results.plots import draw
 
-    left_out = draw(folders, out, kind, cost, baseline)
+    if cost and kind != "cost":
+        raise click.UsageError(f"--cost belongs to --kind cost, and the kind is {kind}; leave one of them out")
+    left_out = draw(folders, out, kind, cost or "latency_1", baseline)
     click.echo(f"wrote {out}")
     tell(left_out)

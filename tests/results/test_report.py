@@ -390,6 +390,17 @@ def test_the_command_writes_one_file_and_says_where(tmp_path, kdzoo):
     assert out.stat().st_size < 3e6
 
 
+@pytest.mark.parametrize("name", ["page.pdf", "page"])
+def test_another_format_than_html_is_refused(tmp_path, kdzoo, name):
+    code, _, err = kdzoo("report", tmp_path, "--out", tmp_path / name)
+    assert code == 2
+    assert (
+        err
+        == f"error: --out {tmp_path / name}: expected a file that ends with .html; kdzoo plot writes png, pdf and svg\n"
+    )
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("name", ["plotly.offline", "jinja2"])
 def test_a_missing_library_is_one_line_and_no_file(tmp_path, kdzoo, monkeypatch, name):
     pytest.importorskip("plotly")

@@ -91,8 +91,10 @@ def write(paths: Sequence[Path], out: Path, baseline: str | None = None) -> list
 
     Raises:
         UserError: there is no finished run and no search, no run of the baseline, a library is missing, or no
-            permission to write.
+            permission to write, or the file's ending promises another format.
     """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out}: expected a file that ends with .html; kdzoo plot writes png, pdf and svg")
     gathered = gather(paths, baseline)
     text = _page(gathered, paths)
     make_folder(out.parent)
