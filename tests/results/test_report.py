@@ -292,8 +292,8 @@ def test_unfinished_and_damaged_runs_are_named_and_left_out(tmp_path):
     assert f"left out, since not finished: {folders[2].path.name}" in found.notes
 
 
-@pytest.mark.parametrize("name", ["table", "report", "plot"])
-def test_every_command_that_leaves_runs_out_says_so_in_the_terminal(tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("words", ["table", "report --out out.html", "plot --out out.svg"])
+def test_every_command_that_leaves_runs_out_says_so_in_the_terminal(tmp_path, monkeypatch, capsys, words):
     pytest.importorskip("plotly")
     pytest.importorskip("matplotlib")
     folders = many(tmp_path / "runs", ["none", "kd", "dkd", "at"], seeds=2)
@@ -302,8 +302,8 @@ def test_every_command_that_leaves_runs_out_says_so_in_the_terminal(tmp_path, mo
         folder.result.unlink()
     folders[3].failure.write_text("the loss is not finite")
     strange = folders[0].path.rename(folders[0].path.with_name("\x1b[31m"))
-    out = [] if name == "table" else ["--out", str(tmp_path / "out.svg")]
-    monkeypatch.setattr(sys, "argv", ["kdzoo", name, str(tmp_path / "runs"), *out])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kdzoo", *words.split(), "runs"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
