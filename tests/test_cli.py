@@ -37,8 +37,9 @@ def kdzoo(capsys, monkeypatch):
     [
         (["run", "--distiler", "kd"], "No such option"),
         (["run", "--distiller", "kdd", "--student", "resnet8"], "unknown distiller 'kdd'; did you mean kd"),
-        (["show", "kdd"], "no method or network is named 'kdd'; did you mean kd"),
-        (["show", "resnet8x5"], "unknown model 'resnet8x5'; did you mean resnet8x4"),
+        (["show", "kdd"], "unknown method or network 'kdd'; did you mean kd"),
+        (["show", "resnet8x5"], "unknown method or network 'resnet8x5'; did you mean resnet8x4"),
+        (["show", "nix"], "unknown method or network 'nix'; known: ab, abkd, aimv2"),
         (
             ["run", "--distiller", "none", "--student", "resnet81"],
             "unknown model 'resnet81'; did you mean resnet8",

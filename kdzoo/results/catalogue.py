@@ -3,7 +3,6 @@
 import inspect
 import json
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdzoo import registry
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, unknown
 from kdzoo.quantities import counted
 
 if TYPE_CHECKING:
@@ -29,13 +28,13 @@ def page(name: str, data: str) -> RenderableType:
     try:
         return model_page(name, data)
     except UserError as error:
-        near = get_close_matches(name, registry.names())
-        if near and str(error).startswith("unknown model"):
-            raise UserError(
-                f"no method or network is named '{name}'; did you mean {' or '.join(near)}? (all: kdzoo list "
-                "distillers, kdzoo list models)"
-            ) from error
-        raise
+        if not str(error).startswith("unknown model"):
+            raise
+        from kdzoo.models import names
+
+        known = [*registry.names(), *names.known()]
+        hint = "(all: kdzoo list distillers, kdzoo list models)"
+        raise unknown("method or network", name, known, hint) from error
 
 
 def distiller_page(name: str) -> RenderableType:
