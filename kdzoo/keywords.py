@@ -24,7 +24,7 @@ SETTABLE = "bool, int, float, str, Literal[...], or a list, tuple or dict of the
 NO_NUMBER = r"(?:Value )?(.*?)(?: of type '\w+')? could not be converted to (Integer|Float)"  # as OmegaConf says it
 NUMBERS = {"Integer": "whole number", "Float": "number"}
 PLAIN = {  # parts of OmegaConf's messages that name its own types, and what is said instead
-    " is not a TupleConfig, ListConfig": "expected a list, such as [1, 2] or [one, two]",
+    " is not a TupleConfig, ListConfig": "expected a list in square brackets, such as [1, 2]",
     " of type 'ListConfig'": "expected one value, not a list",
     "Cannot convert 'ListConfig'": "expected one value, not a list",
     "Cannot convert 'DictConfig'": "expected one value, not keys with values",

@@ -152,8 +152,11 @@ def test_no_number_of_a_method_is_infinite_and_no_weight_negative(method):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("protocol.milestones=3", r"^protocol\.milestones: expected a list, such as \[1, 2\] or \[one, two\]$"),
-        ("protocol.augmentation.resized_crop=true", r"^protocol\.augmentation\.resized_crop: expected a list, such as"),
+        ("protocol.milestones=3", r"^protocol\.milestones: expected a list in square brackets, such as \[1, 2\]$"),
+        (
+            "protocol.augmentation.resized_crop=true",
+            r"^protocol\.augmentation\.resized_crop: expected a list in square brackets, such as",
+        ),
         ("protocol.lr_of=3", r"^protocol\.lr_of: expected keys with their values, such as \{key: 1\}$"),
         ("protocol.milestones=[x]", r"protocol\.milestones=\['x'\]: a value in it is no whole number"),
         ("protocol.lr_of={resnet8: -1}", r"protocol\.lr_of\.resnet8=-1.0: expected a number above 0"),

@@ -192,7 +192,7 @@ def _compared(rows: pd.DataFrame, baseline: str) -> dict[str, list[Cell]]:
 def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, family: str) -> list[str]:
     """What must be known to read a section."""
     [measured] = set(runs["measured"])
-    notes = ["Accuracies in percent of all test images; with val, these are training images that were held out."]
+    notes = ["Accuracies in percent of all test images; with data.val, these are training images that were held out."]
     if measured != "accuracy":
         notes = [f"top-1 and top-5: percent of the {MEASURED[measured]}."]
     seen = observations(runs)

@@ -176,7 +176,7 @@ def test_without_the_baseline_nothing_is_compared():
 @pytest.mark.parametrize("style", ["markdown", "latex", "html"])
 def test_a_table_says_that_images_held_out_stand_for_test_images(style):
     said = layout.render(runs(("t", "s", "kd", 0, 70.0)), style)
-    assert "all test images; with val, these are training images that were held out" in said
+    assert "all test images; with data.val, these are training images that were held out" in said
 
 
 @pytest.mark.parametrize("pivot", [False, True])

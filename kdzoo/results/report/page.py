@@ -90,7 +90,7 @@ def write(paths: Sequence[Path], out: Path, baseline: str | None = None) -> list
         what was left out, and why: a line each.
 
     Raises:
-        UserError: there is no finished run and no search, no run of the baseline, a library is missing, or no
+        UserError: there is no finished run and no search, no run of the baseline, a library is missing, no
             permission to write, or the file's ending promises another format.
     """
     if out.suffix.lower() not in (".html", ".htm"):
