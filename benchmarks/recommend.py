@@ -7,9 +7,9 @@
 they tell. ``repeats`` asks the question so many times, with other seeds each time. ``schedules`` trains every
 candidate to its end on the search's part of the images, by several schedules of the learning rate and with and without
 an average of the weights, to see from which epoch on, and by which, ranks tell those of the grid. All of it can be
-stopped and started again. The tables: a row for each run of the grid, a row for each repeat (its choice, how far the
-grid sees it from the best, its cost), a row for each claim of a difference, and a row for each schedule and epoch with
-its rank correlation.
+stopped and started again. The tables: a row for each stage of each repeat with the most memory until its end; and where
+there is a grid, a row for each of its runs, a row for each repeat (its choice, how far the grid sees it from the best,
+its cost), a row for each claim of a difference, and a row for each schedule and epoch with its rank correlation.
 
 Settings: digits (resnet14 -> resnet8), and of CIFAR-100 as a folder of pictures (--data) cifar (resnet20 -> resnet8)
 and transformer (resnet8x4 -> vit_pico).
@@ -176,6 +176,14 @@ def with_decays(rungs: list[int], protocol: Protocol, base: float, step: int, st
 
 def tables(case: Case, out: Path, title: str, results: Path) -> None:
     """Write what was found."""
+    folders = sorted(out.glob("repeat-*"), key=lambda path: int(path.name.split("-")[1]))
+    peaks = {folder.name: json.loads((folder / "peaks.json").read_text()) for folder in folders}
+    memory = [
+        {"repeat": name, "stage": stage, "bytes": most} for name, each in peaks.items() for stage, most in each.items()
+    ]
+    publish(pd.DataFrame(memory), file_of(results, f"recommend-{title}-memory", this_machine()))
+    if not (out / "grid").is_dir():
+        return
     made = Search.read(out / "repeat-0")
     grid = {key: run.finished().top1 for key, run in runs_in(out / "grid").items()}
     sizes = sorted({USUAL_SEEDS, case.grid_seeds})
@@ -184,12 +192,11 @@ def tables(case: Case, out: Path, title: str, results: Path) -> None:
         for n in sizes
     }
     rows, claims = [], []
-    for folder in sorted(out.glob("repeat-*"), key=lambda path: int(path.name.split("-")[1])):
+    for folder in folders:
         found = Recommendation.read(folder)
         [answer] = found.answers
         chosen = answer.best.candidate.title
-        peaks = json.loads((folder / "peaks.json").read_text())
-        stages = [peaks[name] for name in peaks]
+        stages = list(peaks[folder.name].values())
         spent = sum(halving.epochs_of([len(found.search.candidates)], len(REFERENCES), found.search.epochs))
         behind = {n: max(known.values()) - known[chosen] for n, known in means.items()}
         rows.append(

@@ -1,10 +1,11 @@
 """Which device and precision to compute in."""
 
 import ctypes
+import gc
 import os
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
@@ -85,6 +86,13 @@ def keep_freed_memory() -> bool:
         return False
     at_most, trim_threshold, mmap_max = 2**31 - 1, -1, -4  # bytes; names of malloc.h
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, at_most))
+
+
+def give_back_memory() -> None:
+    """Give the memory of tensors that are gone back to the system, where glibc keeps it."""
+    gc.collect()  # tensors may be parts of cycles, which Python frees by their number and not their size
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def resolve_auto(run: Run) -> Run:

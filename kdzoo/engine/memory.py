@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdzoo.distiller import Batch
+from kdzoo.engine.device import give_back_memory
 from kdzoo.errors import OutOfMemory, is_shortage
 from kdzoo.settings import Run
 from kdzoo.tensors import leaves
@@ -35,11 +36,15 @@ class Cost(NamedTuple):
 
 
 def free(device: torch.device, share: float = 1.0) -> float:
-    """Measure the free bytes of the GPU, or of machine, container and process, capped at this share of the total."""
+    """Measure the free bytes of the GPU, or of machine, container and process, capped at this share of the total.
+
+    On a CPU what this process holds on to without using it is given back first, so that it counts as free.
+    """
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         available, total = torch.cuda.mem_get_info(device)
         return min(available + reusable, share * total)
+    give_back_memory()
     machine = psutil.virtual_memory()
     limit, used = container()
     return min(machine.available, limit - used, addresses(), share * min(machine.total, limit))

@@ -180,8 +180,8 @@ def cost_of(
 ) -> GroupCost:
     """Measure what these runs take beside this teacher; ``report`` is told which of them is measured."""
     (first, place), device = runs[0], dataset.device
-    base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     room = memory.ROOM * memory.free(device, place.engine.memory)
+    base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     lanes: dict[int, LaneCost] = {}
     failed: dict[int, UserError] = {}
     tests: dict[str, float] = {}  # by what goes through them: most methods deploy the student as it is

@@ -4,13 +4,12 @@ Any number of processes may work on one suite in one folder; each run has one ow
 stays finished, and what was interrupted continues.
 """
 
-import gc
 import json
 import math
 from collections.abc import Iterable, Sequence
 
 from kdzoo.data import Dataset
-from kdzoo.engine.device import current, use
+from kdzoo.engine.device import current, give_back_memory, use
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import Outcome, train_lanes
@@ -133,7 +132,7 @@ def train_together(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | Non
     """Train runs side by side; those that memory did not hold are tried again, half as many at a time."""
     for lanes in by_checkpoint(runs):
         progress.count_next(sum(run.last_epoch for run in lanes))
-        gc.collect()  # lanes before these may be parts of cycles, which Python frees by their number and not their size
+        give_back_memory()  # of lanes before these
         outcomes = dict(enumerate(train_lanes(lanes, dataset, teacher, progress)))
         full = [i for i, outcome in outcomes.items() if isinstance(outcome, OutOfMemory) and len(lanes) > 1]
         for i in outcomes.keys() - set(full):

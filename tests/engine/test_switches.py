@@ -127,27 +127,32 @@ def test_a_network_that_cannot_compute_again_says_so(tmp_path, dataset, teacher)
 
 FAULTS = """
 import resource, sys
+import psutil
 import torch
 from kdzoo.engine import compiling
-from kdzoo.engine.device import keep_freed_memory
+from kdzoo.engine.device import give_back_memory, keep_freed_memory
 
 assert sys.argv[1] == "as usual" or keep_freed_memory()
 for _ in range(4):  # where the heap lies decides whether the second finds it whole
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24).sum()  # 64 MiB
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+resident = psutil.Process().memory_info().rss
+give_back_memory()
+print(faults, resident - psutil.Process().memory_info().rss)
 """
 
 
 @pytest.mark.slow(reason="starts two processes that import torch")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
-def test_memory_that_was_freed_is_there_for_the_next_tensor():
+def test_memory_that_was_freed_is_there_for_the_next_tensor_until_it_is_given_back():
     """In fresh processes: a heap that ran out of addresses before, in another test, keeps nothing any more."""
-    kept, usual = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True)) for how in ("kept", "as usual")
+    (kept, given_back), (usual, _) = (
+        map(int, subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True).split())
+        for how in ("kept", "as usual")
     )
     assert kept < 100 < usual  # of 16384 pages
+    assert given_back > 60 * 2**20  # of 64 MiB
 
 
 def test_tf32_is_for_cuda():
