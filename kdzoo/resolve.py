@@ -114,9 +114,12 @@ def resolve_data(name: str, overrides: Sequence[str] = ()) -> Run:
     """Make a run's data settings, and the place where the data lie, without a method or a network.
 
     Raises:
-        UserError: as by ``resolve``.
+        UserError: as by ``resolve``, or a setting that is none of the data.
     """
-    run = _with_data(merged({"data": {"name": name}}, overrides))
+    given = merged({"data": {"name": name}}, overrides)
+    for key in flat({section: value for section, value in given.items() if section != "data"}):
+        raise UserError(f"{key} is no setting of the data, which all begin with data., such as data.val=0.1")
+    run = _with_data(given)
     fingerprint = fingerprint_of(run.settings.data, run.place.data.root)
     return run._replace(settings=replace(run.settings, data=replace(run.settings.data, fingerprint=fingerprint)))
 

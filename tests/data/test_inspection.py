@@ -107,6 +107,12 @@ def test_a_set_that_is_in_memory_is_counted_too() -> None:
     assert (found.smallest, found.largest, found.fingerprint) == ((32, 32), (32, 32), "")
 
 
+@pytest.mark.parametrize("setting", ["protocol.epochs=3", "limit=3", "seed=1"])
+def test_a_setting_that_is_none_of_the_data_is_one_line(setting: str) -> None:
+    with pytest.raises(UserError, match=f"^{setting.partition('=')[0]} is no setting of the data, which all begin"):
+        resolve_data("digits", [setting])
+
+
 # Since Python 3.12 a fork beside other threads warns; the workers of torch's loader are forks on Linux.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_workers_change_nothing(make_tree: MakeTree) -> None:
