@@ -13,6 +13,7 @@ from kdzoo.errors import UserError, unknown, visible
 from kdzoo.files import path_of
 from kdzoo.naming import ALONE
 from kdzoo.results import published, statistics
+from kdzoo.results.unfinished import find_searches, none_finished, trials, unfinished
 from kdzoo.store.folder import RunFolder, find_runs
 
 BASELINE = "kd"
@@ -42,7 +43,7 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
         UserError: there is no such folder, no finished run, or no run of the baseline.
 
     Warns:
-        UserWarning: a run's folder is damaged, and left out.
+        UserWarning: runs are left out, as they are damaged, failed or not finished.
 
     Example:
         >>> for name in ("none", "kd"):
@@ -55,10 +56,10 @@ def table(folders: str | Path | Iterable[str | Path], baseline: str = BASELINE) 
     paths = [path_of(path) for path in given]
     if not paths:
         raise UserError("no folder is named; expected one or several, with finished runs in or below them")
-    runs = rows(find_runs(paths))
+    runs, waiting = rows(find_runs(paths)), unfinished(paths, trials(find_searches(paths)))
     if runs.empty:
-        raise UserError(f"no finished run in {', '.join(map(str, paths))}")
-    for line in runs.attrs["left_out"]:
+        raise none_finished(paths, waiting)
+    for line in [*runs.attrs["left_out"], *waiting]:
         warnings.warn(line, stacklevel=2)
     check_baseline(runs, baseline)
     return summary(runs, baseline)

@@ -277,6 +277,20 @@ def test_reading_results_runs_no_code_that_a_folder_names(tmp_path, monkeypatch)
     assert marker.exists()  # an import would have been seen
 
 
+def test_from_python_a_table_warns_of_runs_without_a_result(tmp_path):
+    write(tmp_path, 80.0, 0)
+    waiting = [write(tmp_path, 80.0, seed) for seed in (1, 2)]
+    for folder in waiting:
+        folder.result.unlink()
+    waiting[1].failure.write_text("the loss is not finite")
+    with pytest.warns(UserWarning, match="left out, since") as told:
+        assert kdzoo.table(tmp_path)["top1_mean"].tolist() == [80.0]
+    assert [str(one.message) for one in told] == [
+        f"left out, since failed: {waiting[1].path.name}",
+        f"left out, since not finished: {waiting[0].path.name}",
+    ]
+
+
 METHOD = "from kdzoo.distillers.kd import KD\n\nclass Mine(KD):\n    pass\n"
 
 
