@@ -18,15 +18,20 @@ _AGAIN = "move {} away and run the same command again"
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain values) as the checkpoint of ``step``, and keep the last two."""
+    """Write ``state`` (tensors and plain values) as the checkpoint of ``step``, and keep it and the one before it.
+
+    Those of later steps go too: training went back behind them, since they are damaged or runs beside it lack them.
+    """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "step": step, "state": state}, buffer)
     with buffer.getbuffer() as content, storing(folder.parent):
         name = f"step-{step:09d}-{_digest(content)}.pt"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
-        for file in [*_files(folder)[KEPT:], *folder.glob(".step-*.part")]:  # parts are what a kill left behind
-            file.unlink(missing_ok=True)
+        kept = [folder / name, *(file for file in _files(folder) if _step(file) < step)][:KEPT]
+        for file in [*_files(folder), *folder.glob(".step-*.part")]:  # parts are what a kill left behind
+            if file not in kept:
+                file.unlink(missing_ok=True)
 
 
 def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
@@ -58,7 +63,7 @@ def whole(folder: Path) -> tuple[dict[int, Path], list[str]]:
 
 def steps(folder: Path) -> list[int]:
     """List the steps of the checkpoints in ``folder``, newest first, without looking into them."""
-    return [int(file.name[5:14]) for file in _files(folder)]
+    return [_step(file) for file in _files(folder)]
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -93,6 +98,10 @@ def remove(folder: Path) -> None:
 def _files(folder: Path) -> list[Path]:
     """List the checkpoints, newest first."""
     return sorted((f for f in folder.glob("step-*.pt") if _NAME.fullmatch(f.name) and f.is_file()), reverse=True)
+
+
+def _step(file: Path) -> int:
+    return int(file.name[5:14])
 
 
 def _digest(content: bytes | memoryview) -> str:

@@ -41,6 +41,17 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, harm)
     assert newest.name in damaged[0]
 
 
+@pytest.mark.parametrize("step", [25, 30])
+def test_where_training_went_back_behind_a_damaged_one_two_whole_ones_are_kept(tmp_path, step):
+    for earlier in (20, 30):
+        checkpoint.save(tmp_path, earlier, {"step": earlier})
+    newest = max(tmp_path.iterdir())
+    newest.replace(tmp_path / "step-000000030-ffffffffffffffff.pt")
+    checkpoint.save(tmp_path, step, {"step": step})
+    whole, damaged = checkpoint.whole(tmp_path)
+    assert (sorted(whole), damaged) == ([20, step], [])
+
+
 def test_all_damaged_is_an_error(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": 1})
     for file in tmp_path.iterdir():
