@@ -102,6 +102,9 @@ class RunFolder:
         for part in ("distiller", "student", "teacher", "data", "protocol"):
             if not isinstance(config.get(part), dict) or "name" not in config[part]:
                 raise UserError(f"{self.config} is damaged (it has no {part}.name); {MOVE_AWAY}")
+        for part, known in KNOWN.items():
+            if isinstance(known, Mapping) and not isinstance(config.get(part, {}), Mapping):
+                raise UserError(f"{self.config} is damaged ({part} is no mapping); {MOVE_AWAY}")
         if not are_mappings(config["teacher"].get("others", [])):
             raise UserError(f"{self.config} is damaged (teacher.others is no list of teachers); {MOVE_AWAY}")
         return config
@@ -288,7 +291,7 @@ def _unknown(config: Mapping[str, Any], known: Mapping[str, Any] = KNOWN, prefix
     """Find the settings that this version does not have; where it has an empty mapping, any key may stand."""
     for key, value in config.items():
         if key not in known:
-            yield prefix + key
+            yield f"{prefix}{key}"
         elif isinstance(value, Mapping) and isinstance(known[key], Mapping) and known[key]:
             yield from _unknown(value, known[key], f"{prefix}{key}.")
 

@@ -128,6 +128,24 @@ def test_settings_that_are_not_the_runs_say_why_and_nothing_is_to_be_removed(tmp
     assert not re.search("remove|delete", str(caught.value))
 
 
+@pytest.mark.parametrize("section", ["engine", "output", "files", "teacher", "data", "protocol"])
+@pytest.mark.parametrize("value", [None, 3, "text", [1]])
+def test_a_section_that_is_no_mapping_is_one_line(tmp_path, section, value):
+    folder = finished(tmp_path)
+    run = folder.run()
+    settings_changed(lambda settings: settings.update({section: value}))(folder)
+    for read in (folder.read_config, folder.run, lambda: folder.check(run)):
+        with pytest.raises(UserError, match=rf"config\.yaml is damaged \(.*{section}.*\); move its folder away"):
+            read()
+
+
+def test_a_key_that_is_a_number_is_one_line(tmp_path):
+    folder = finished(tmp_path)
+    settings_changed(lambda settings: settings["engine"].update({1: 2}))(folder)
+    with pytest.raises(UserError, match=r"another version of kdzoo.*\(engine\.1 differs\)"):
+        folder.run()
+
+
 def finished(root):
     """A finished run with a student's file, whose checksum is written down."""
     folder = write(root, 80.0, 0)
