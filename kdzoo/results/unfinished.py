@@ -31,7 +31,8 @@ def unfinished(paths: Sequence[Path], apart: Sequence[Path]) -> list[str]:
     begun = {file.parent.resolve() for path in paths for file in path.rglob("config.yaml")}
     names: dict[str, list[str]] = {"failed": [], "not finished": []}
     for folder in map(RunFolder, sorted(begun)):
-        if not folder.result.is_file() and folder.path.parent not in apart:
+        is_part = folder.path.parent in begun  # what a kill left of a finished run that was to be set aside
+        if not (folder.result.is_file() or is_part or folder.path.parent in apart):
             names["failed" if folder.failure.is_file() else "not finished"].append(visible(folder.path.name))
     return [f"left out, since {why}: {_some(found)}" for why, found in names.items() if found]
 

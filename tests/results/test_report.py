@@ -6,6 +6,8 @@ import shlex
 import sys
 import threading
 from http.client import HTTPConnection
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -290,6 +292,19 @@ def test_unfinished_and_damaged_runs_are_named_and_left_out(tmp_path):
     assert sorted(found.runs["method"]) == ["kd", "none"]
     assert any(folders[3].path.name in note and "is damaged" in note for note in found.notes)
     assert f"left out, since not finished: {folders[2].path.name}" in found.notes
+
+
+def test_what_a_kill_left_of_a_run_that_was_to_be_set_aside_is_no_run(tmp_path, monkeypatch):
+    [folder, _] = many(tmp_path, ["none", "kd"], seeds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", Mock(side_effect=KeyboardInterrupt))  # in place of a kill
+        with pytest.raises(KeyboardInterrupt):
+            folder.set_aside()
+    assert sorted(gather([tmp_path]).runs["method"]) == ["kd", "none"]
+    assert not any("not finished" in note for note in gather([tmp_path]).notes)
+    folder.set_aside()
+    folder.open(folder.run())
+    assert f"left out, since not finished: {folder.path.name}" in gather([tmp_path]).notes
 
 
 @pytest.mark.parametrize("words", ["table", "report --out out.html", "plot --out out.svg"])
