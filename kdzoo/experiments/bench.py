@@ -11,7 +11,7 @@ from kdzoo.experiments import suites
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import grouped, is_done, work_through
 from kdzoo.experiments.workers import Executor, given_or_local
-from kdzoo.files import make_folder, output_path, read_json, read_text, write_text
+from kdzoo.files import make_folder, output_path, read_json, read_text, storing, write_text
 from kdzoo.quantities import counted
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run
@@ -113,8 +113,9 @@ def bench(
                 damaged[RunFolder.of(run).path] = str(error)
                 progress.say(f"left as it is: {error}")
         if retry:
-            for run in sound:
-                RunFolder.of(run).failure.unlink(missing_ok=True)
+            for folder in map(RunFolder.of, sound):
+                with storing(folder.path):
+                    folder.failure.unlink(missing_ok=True)
         reasons: list[str] = []
         if executor.is_here(sound):
             work_through(grouped(sound), progress, wait)

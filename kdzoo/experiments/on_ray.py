@@ -18,7 +18,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments.suites import Suite
 from kdzoo.experiments.work import is_done, work_through
-from kdzoo.files import cache_folder, path_of
+from kdzoo.files import cache_folder, make_folder, path_of
 from kdzoo.settings import Place, Run
 
 RETRIES = 3  # of a worker whose node or process was lost, and of all workers where runs were left
@@ -46,7 +46,7 @@ class OnRay:
         """Ask a node, since the machine that starts a bench may lack what the nodes have."""
         ray = connect(progress.quiet)
         task = self.task(ray, runs[0].place, "device and precision")
-        path_of(runs[0].place.output.root).mkdir(parents=True, exist_ok=True)
+        make_folder(path_of(runs[0].place.output.root))
         asked = task.remote(Origin.here(runs[0].place), partial(resolved, runs))
         [(_, found, reason)] = answers(ray, {asked: ""})
         if reason:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import kdzoo
 from kdzoo import files
 from kdzoo.cli import main
-from kdzoo.errors import UserError
+from kdzoo.errors import StorageError, UserError
 from kdzoo.experiments import suites
 from kdzoo.experiments.bench import bench
 from kdzoo.experiments.work import by_checkpoint, grouped
@@ -113,6 +114,20 @@ def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
     assert folder.failure.stat().st_mtime_ns == before
     bench(suite, tmp_path / "runs", retry=True, quiet=True)
     assert folder.failure.stat().st_mtime_ns > before
+
+
+def test_a_failure_that_cannot_be_removed_for_another_try_is_one_line(suite, tmp_path, monkeypatch):
+    folders = [RunFolder.of(run) for run in placed(suite, tmp_path / "runs")]
+    for folder in folders:
+        folder.path.mkdir(parents=True)
+        folder.failure.write_text("out of luck")
+
+    def unlink(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(StorageError, match=f"{re.escape(str(folders[0].path))} cannot be written .*denied"):
+        bench(suite, tmp_path / "runs", retry=True, quiet=True)
 
 
 @pytest.mark.slow(reason="trains eleven runs")
