@@ -16,10 +16,11 @@ from threading import Event, Thread
 
 from filelock import FileLock, Timeout
 
-from kdzoo.errors import StorageError, UserError
+from kdzoo.errors import UserError
 from kdzoo.files import is_file, make_folder, read_json, storing, write_text
 
 HEARTBEAT = 10.0  # seconds
+LOOK = 0.1  # seconds, in which others see that a lock is free and let it go
 LIFETIME = 60.0  # seconds without a heartbeat after which an owner on another machine is dead
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # one for all containers of a machine, which share its locks
 
@@ -40,9 +41,7 @@ class RunLock:
         """Take the lock, waiting for it if asked; return False where another process holds it."""
         make_folder(self._file.parent)
         with storing(self._file.parent):
-            try:
-                self._lock.acquire(timeout=-1 if wait else 0)
-            except Timeout:
+            if not self._take(wait):
                 return False
             while self._lives_elsewhere():
                 self._lock.release()
@@ -69,14 +68,16 @@ class RunLock:
             self._lock.release()
 
     def is_held(self) -> bool:
-        """Tell whether another process holds the lock."""
+        """Tell whether another process holds the lock, which is free again before one that takes it gives up."""
         try:
-            free = self.acquire()
-        except StorageError:
+            if not self._file.is_file():
+                return False
+            if not self._take():
+                return True
+            self._lock.release()
+            return self._lives_elsewhere()
+        except OSError:
             return False
-        if free:
-            self.release()
-        return not free
 
     def __enter__(self) -> "RunLock":
         if not self.acquire():
@@ -108,6 +109,14 @@ class RunLock:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return None if here else beaten
+
+    def _take(self, wait: bool = False) -> bool:
+        """Take the lock of this machine, waiting for it if asked, and else as long as others may need to look."""
+        try:
+            self._lock.acquire(timeout=-1 if wait else LOOK, poll_interval=LOOK / 5)
+        except Timeout:
+            return False
+        return True
 
     def _lives_elsewhere(self) -> bool:
         """Tell whether an owner on another machine is alive. Only the file server's clock is read."""

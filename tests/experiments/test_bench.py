@@ -18,7 +18,7 @@ from kdzoo import files
 from kdzoo.cli import main
 from kdzoo.errors import StorageError, UserError
 from kdzoo.experiments import suites
-from kdzoo.experiments.bench import bench
+from kdzoo.experiments.bench import bench, survey
 from kdzoo.experiments.work import by_checkpoint, grouped
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
@@ -128,6 +128,12 @@ def test_a_failure_that_cannot_be_removed_for_another_try_is_one_line(suite, tmp
     monkeypatch.setattr(Path, "unlink", unlink)
     with pytest.raises(StorageError, match=f"{re.escape(str(folders[0].path))} cannot be written .*denied"):
         bench(suite, tmp_path / "runs", retry=True, quiet=True)
+
+
+def test_a_survey_makes_no_folder(suite, tmp_path):
+    report = survey(placed(suite, tmp_path / "runs"), ["out of luck"])
+    assert set(report.stopped.values()) == {"out of luck"}
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow(reason="trains eleven runs")

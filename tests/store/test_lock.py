@@ -164,3 +164,32 @@ def test_signs_of_an_owner_on_another_machine_are_waited_for_as_long_as_it_may_l
 def test_nothing_is_waited_for_where_no_other_machine_has_an_owner(tmp_path, monkeypatch):
     monkeypatch.setattr(lock.time, "sleep", None)
     lock.await_signs([RunLock(tmp_path)])
+
+
+def test_looking_makes_no_folder(tmp_path):
+    assert not RunLock(tmp_path / "nothing").is_held()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_looks_sees_an_owner_until_it_is_gone(tmp_path, holder):
+    assert RunLock(tmp_path).is_held()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert not RunLock(tmp_path).is_held()
+
+
+def test_who_looks_sees_an_owner_on_another_machine_while_its_heart_beats(tmp_path, foreign):
+    (tmp_path / ".lock").touch()
+    assert RunLock(tmp_path).is_held()
+    before = foreign.stat().st_mtime - 61
+    os.utime(foreign, (before, before))
+    assert not RunLock(tmp_path).is_held()
+    assert foreign.exists()
+
+
+def test_a_run_that_starts_while_others_look_is_not_refused(tmp_path, monkeypatch):
+    looks = lock.FileLock(tmp_path / ".lock")
+    looks.acquire()
+    monkeypatch.setattr(lock.time, "sleep", lambda _: looks.release())
+    with RunLock(tmp_path):
+        assert not looks.is_locked
