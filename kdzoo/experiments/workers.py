@@ -133,7 +133,8 @@ class Local:
 @contextmanager
 def started(command: Sequence[str]) -> Iterator[Popen[str]]:
     """Start a worker, which ends with this context at the latest."""
-    with Popen(command, stdin=PIPE, stdout=DEVNULL, stderr=PIPE, text=True) as worker:
+    # Libraries write what they like, which need not be text in the encoding of this locale.
+    with Popen(command, stdin=PIPE, stdout=DEVNULL, stderr=PIPE, text=True, errors="backslashreplace") as worker:
         try:
             yield worker
         finally:

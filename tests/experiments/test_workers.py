@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 import kdzoo
+from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import workers
 from kdzoo.experiments.bench import bench
@@ -112,6 +113,13 @@ def test_workers_compute_in_the_precision_that_was_found_for_the_suite_whatever_
     bench(file, tmp_path / "runs", quiet=True, executor=Local(jobs=2), overrides=["engine.device=cpu"])
     assert len(commands) == 2
     assert all("engine.precision=bf16" in command for command in commands)
+
+
+def test_what_a_worker_says_need_not_be_text(capsys):
+    code = "import sys; sys.stderr.buffer.write(b'caf\\xe9 and more\\nerror: no \\xff\\n'); sys.exit(2)"
+    with Progress() as progress, workers.started([sys.executable, "-S", "-c", code]) as worker:
+        assert workers.watched(worker, "worker 1", progress) == r"no \xff"
+    assert capsys.readouterr().err == "[worker 1] caf\\xe9 and more\n[worker 1] error: no \\xff\n"
 
 
 def test_settings_of_the_other_executor_are_refused():
