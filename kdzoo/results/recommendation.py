@@ -273,7 +273,12 @@ def _answer(folder: Path, found: Search, student: str) -> Answer:
     if not whole:
         raise UserError(f"every finalist of {student} failed: {'; '.join(dict.fromkeys(reasons.values()))}")
     top1 = {number: [results[seed].top1 for seed in sorted(results)] for number, results in whole.items()}
-    order = sorted(whole, key=lambda number: (statistics.mean(top1[number]).mean, -found.costs[number]), reverse=True)
+
+    def merit(number: int) -> tuple[float, float]:
+        """More is better; of finalists whose means differ by no more than rounding, the cheaper one."""
+        return round(statistics.mean(top1[number]).mean, statistics.DIGITS), -found.costs[number]
+
+    order = sorted(whole, key=merit, reverse=True)
     behind = {number: statistics.paired(top1[order[0]], top1[number]) for number in order[1:]}
     corrected = dict(zip(behind, statistics.holm([each.p for each in behind.values()]), strict=True))
     blank = statistics.Difference(0, *[math.nan] * 4)

@@ -14,6 +14,7 @@ from scipy import stats
 ALPHA = 0.05
 # Differences of accuracies in percent that lie closer than this are equal: what remains is rounding in float64.
 EQUAL = 1e-9
+DIGITS = 9  # after the point, to which accuracies in percent are rounded before they are ordered
 # A critical difference over fewer than these says nothing; Demsar 2006 asks for more than 10 pairs and 5 methods.
 ENOUGH_PAIRS, ENOUGH_METHODS = 5, 3
 
@@ -111,7 +112,7 @@ def average_ranks(scores: ArrayLike) -> NDArray[np.float64]:
     Returns:
         (methods,) ranks between 1 and the number of methods.
     """
-    table = np.round(np.asarray(scores, dtype=np.float64), 9)
+    table = np.round(np.asarray(scores, dtype=np.float64), DIGITS)
     ranks: NDArray[np.float64] = stats.rankdata(-table, axis=1)
     return ranks.mean(axis=0)
 

@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -69,6 +70,13 @@ def test_ties_are_named_together_with_the_cheapest_of_them(tmp_path):
     assert first.startswith("Train resnet_8 with dkd: ")
     assert second == "dkd, sp and at cannot be told apart; sp costs 4 % less to train than dkd."
     assert [row["verdict"] for row in found.rows()] == ["best", *["cannot be told apart"] * 2, "worse"]
+
+
+def test_of_finalists_that_are_equal_but_for_rounding_the_cheaper_is_taken(tmp_path):
+    low, *_, high = sorted(permutations((70.1, 70.2, 70.3)), key=np.mean)
+    assert 0 < np.mean(high) - np.mean(low) < 1e-13
+    found = read(tmp_path, ("kd", high, 0.02), ("dkd", low, 0.01), ("none", (60.0, 61.0, 60.5), 0.03))
+    assert found.sentences()[0].startswith("Train resnet_8 with dkd: 70.20 %")
 
 
 def test_a_tie_that_costs_as_much_is_not_called_cheaper(tmp_path):
