@@ -353,15 +353,23 @@ def _checked(keyword: dict[str, Any], holds: Callable[[Any], bool], expected: st
     return value
 
 
+def parameters(factory: Callable[..., Any]) -> list[inspect.Parameter]:
+    """List the arguments of ``factory`` with their types, also where these are written as texts.
+
+    Raises:
+        UserError: a type is not known.
+    """
+    try:
+        return list(inspect.signature(factory, eval_str=True).parameters.values())
+    except (NameError, SyntaxError, AttributeError) as error:
+        raise UserError(f"the type of a keyword is not known ({told(error)}); import or correct it") from error
+
+
 @cache
 def _schema(factory: Callable[..., Any]) -> type:
     """Make the dataclass whose fields are the keyword-only arguments of ``factory``."""
     columns: list[Any] = []
-    try:
-        signature = inspect.signature(factory, eval_str=True)
-    except (NameError, SyntaxError, AttributeError) as error:  # of an annotation that is a text
-        raise UserError(f"the type of a keyword is not known ({told(error)}); import or correct it") from error
-    for parameter in signature.parameters.values():
+    for parameter in parameters(factory):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             if parameter.default is inspect.Parameter.empty or parameter.annotation is inspect.Parameter.empty:
                 raise UserError(

@@ -275,6 +275,22 @@ def test_show_explains_methods_and_networks(kdzoo):
     assert "64 x 8 x 8" in out
 
 
+def test_show_writes_types_as_they_are_though_a_file_postpones_them(kdzoo, tmp_path):
+    shown = []
+    for file, first in (("one.py", ""), ("two.py", "from __future__ import annotations\n")):
+        (tmp_path / file).write_text(
+            f"{first}from kdzoo import Distiller, Fidelity\n"
+            "class Mine(Distiller):\n    'Mine.'\n    paper, fidelity = 'arXiv:1', Fidelity.EXACT\n"
+            "    def __init__(self, *, kd: float = 1.0, bands: list[int] | None = None):\n"
+            "        super().__init__(kd=kd)\n"
+        )
+        code, out, _ = kdzoo("show", tmp_path / file)
+        assert code == 0
+        shown.append([line for line in out.splitlines() if re.search(r"\b(kd|bands)\b", line)])
+    assert shown[0] == shown[1]
+    assert re.search(r"kd +\W float +\W 1\.0", "\n".join(shown[1]))
+
+
 def test_check_tells_what_a_method_breaks(kdzoo, tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("from kdzoo import Distiller\nclass Broken(Distiller):\n    pass\n")

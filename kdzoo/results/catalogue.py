@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
+from kdzoo.keywords import parameters
 from kdzoo.quantities import counted
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def distiller_page(name: str) -> RenderableType:
     method = registry.find(name)
     distiller = registry.load(name)
     keywords = Table("keyword", "type", "default", title="distiller.KEYWORD=value", title_justify="left")
-    for parameter in inspect.signature(distiller.__init__).parameters.values():
+    for parameter in parameters(distiller):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             kind = inspect.formatannotation(parameter.annotation).replace("typing.", "")
             keywords.add_row(parameter.name, kind, repr(parameter.default))
