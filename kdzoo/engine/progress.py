@@ -199,7 +199,9 @@ class Progress:
             said += f", best {self.measure} {found[best]:.2f} % ({best})"
         step = self.seconds_of_step()
         left = "" if step is None else f", about {duration(step * (self.total - self.done))} left"
-        return f"step {self.done}/{self.total}: {said}, {self.speed:.0f} images/s{left}{self.left()}"
+        if not left or self.work_of_others() > 0:
+            left += self.left()
+        return f"step {self.done}/{self.total}: {said}, {self.speed:.0f} images/s{left}"
 
     def seconds_of_step(self) -> float | None:
         """Give the mean time of a step, measuring included; None before the second look at the losses."""
@@ -233,13 +235,19 @@ class Progress:
         self.trained += self.here * (self.share - self.start)
         self.here, self.start, self.share = work, 0.0, 0.0
 
+    def work_of_others(self) -> float:
+        """Give the suite's work after the training that is shown."""
+        return sum(self.works) - self.before - self.here
+
     def left(self) -> str:
         """Say how long the whole suite still takes, by the epochs that this process did; empty where it did none."""
-        missing = sum(self.works) - self.before - self.here * self.share
         trained = self.trained + self.here * (self.share - self.start)
         if not trained:
             return ""
-        return f", about {duration((self.clock() - self.begun) * missing / trained)} left in all"
+        each = (self.clock() - self.begun) / trained
+        step = self.seconds_of_step() if self.here else None
+        now = each * self.here * (1 - self.share) if step is None else step * (self.total - self.done)
+        return f", about {duration(now + each * self.work_of_others())} left in all"
 
     def begin(self, text: str, per_epoch: int, total: int, start: int, titles: Sequence[str] = ()) -> None:
         """Begin a training of ``total`` steps at step ``start``, of a lane for each of ``titles``.

@@ -277,6 +277,18 @@ def test_the_line_of_a_suite_ends_with_the_time_left_in_all(plain, clock):
     assert printed(plain)[-1] == "  step 10/20: loss 1.000, 1 images/s, about 3 min left in all"
 
 
+@pytest.mark.parametrize(("others", "said"), [(0, "about 30 s left"), (8, "about 30 s left, about 6 min left in all")])
+def test_the_time_left_in_all_is_said_where_more_is_left_than_this_training(plain, clock, others, said):
+    plain.suite([4, others])
+    plain.count_next(4)
+    plain.begin("training kd", 10, 40, 0, ["kd"])
+    for step, at in (10, 70.0), (20, 90.0), (30, 130.0):  # the first steps are not timed, and took longer
+        clock.now = at
+        plain.show(step, {"ce": 1.0}, 1.0, "kd")
+    plain.tick()
+    assert printed(plain)[-1] == f"  step 30/40: loss 1.000, 1 images/s, {said}"
+
+
 def test_what_is_done_beside_training_is_named_if_it_takes_long(plain, clock):
     with plain.doing("opening folder:flowers [/]") as rename:
         clock.now = 4.0
