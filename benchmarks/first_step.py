@@ -52,10 +52,12 @@ def main() -> None:
                 seconds = seconds_to_first_step(python, checkout, names, Path(folder))
                 if turn:  # the first trains the teacher
                     rows.append({"round": turn - 1, "version": revision(checkout), "seconds": seconds})
-            begun = time.time()
+            begun = time.perf_counter()
             subprocess.run([sys.executable, "-c", "import torch"], check=True)
             if turn:
-                rows.append({"round": turn - 1, "version": "import torch", "seconds": round(time.time() - begun, 2)})
+                rows.append(
+                    {"round": turn - 1, "version": "import torch", "seconds": round(time.perf_counter() - begun, 2)}
+                )
     publish(pd.DataFrame(rows), file_of(given.results, f"first-step-{given.teacher}-{given.student}", this_machine()))
 
 

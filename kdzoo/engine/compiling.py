@@ -222,10 +222,10 @@ class Compiling:
             plain, other = work(network, precision), work(network, precision)
             with self.progress.doing(f"compiling {role} {name}"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch's compiler, about itself
-                begun = time.monotonic()
+                begun = time.perf_counter()
                 compiled = make()
                 found = work(compiled, precision)
-                took = time.monotonic() - begun
+                took = time.perf_counter() - begun
             is_right = right(found, plain, other, precision, partial(work, original, "float32"))
         except Exception as error:
             self.progress.say(f"{role} {name}: steps run as they are, as it cannot be compiled: {first_line(error)}")

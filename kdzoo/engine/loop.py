@@ -119,23 +119,23 @@ class Clock:
     """Seconds since named moments; all of them are the clock's start until they are reset."""
 
     def __init__(self) -> None:
-        self.start = time.monotonic()
+        self.start = time.perf_counter()
         self.moments: dict[str, float] = {}
 
     def since(self, name: str) -> float:
         """Return the seconds since that moment."""
-        return time.monotonic() - self.moments.get(name, self.start)
+        return time.perf_counter() - self.moments.get(name, self.start)
 
     def reset(self, name: str) -> None:
         """Move that moment to now."""
-        self.moments[name] = time.monotonic()
+        self.moments[name] = time.perf_counter()
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
         """Leave the time of a block out of the seconds since that moment."""
-        begun = time.monotonic()
+        begun = time.perf_counter()
         yield
-        self.moments[name] = self.moments.get(name, self.start) + time.monotonic() - begun
+        self.moments[name] = self.moments.get(name, self.start) + time.perf_counter() - begun
 
 
 def alive(lanes: Sequence[Lane]) -> Iterator[Lane]:

@@ -97,7 +97,7 @@ class Progress:
         self,
         quiet: bool = False,
         console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.perf_counter,
         ticker: Ticker = every_second,
     ):
         quiet = quiet or (console is None and sys.stderr is None)  # a process without a stream for errors

@@ -141,9 +141,9 @@ def machine() -> str:
 
 def await_signs(locks: Iterable[RunLock]) -> None:
     """Wait until each of these owners on other machines showed that it lives, or is dead."""
-    begun = time.monotonic()
+    begun = time.perf_counter()
     seen = {lock: beaten for lock in locks if (beaten := lock.beat()) is not None}
-    while seen and time.monotonic() - begun < LIFETIME:
+    while seen and time.perf_counter() - begun < LIFETIME:
         time.sleep(HEARTBEAT / 10)
         seen = {lock: beaten for lock, beaten in seen.items() if lock.beat() == beaten}
 

@@ -1,5 +1,6 @@
 """The training loop writes checkpoints as often as it is asked to, and by default no oftener than the disk is fast."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -36,8 +37,14 @@ def test_checkpoints_are_as_far_apart_as_was_asked_or_as_writing_them_allows(
         now[0] += writing
         steps.append(step)
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(loop.graphs.Plain, "end", step_ends)
     monkeypatch.setattr(loop.checkpoint, "save", save)
     train_lanes([settings(tmp_path, "none", "protocol.epochs=4", *asked)], dataset, teacher, Progress(quiet=True))
     assert steps == saved
+
+
+def test_an_epoch_that_is_shorter_than_a_tick_of_the_systems_clock_has_a_speed(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)  # that of Windows ticks every 16 ms
+    monkeypatch.setattr(time, "time", lambda: 7.0)
+    assert loop.Clock().since("epoch") > 0

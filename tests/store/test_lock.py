@@ -156,7 +156,7 @@ def test_signs_of_an_owner_on_another_machine_are_waited_for_as_long_as_it_may_l
         if lives:
             os.utime(foreign, (clock[0], clock[0]))
 
-    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: clock[0]))
     lock.await_signs([RunLock(tmp_path)])
     assert clock[0] == pytest.approx(lock.HEARTBEAT / 10 if lives else lock.LIFETIME)
 
