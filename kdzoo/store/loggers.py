@@ -6,15 +6,17 @@ runs, W&B to a folder beside them.
 
 import json
 import os
+import posixpath
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -24,6 +26,10 @@ from kdzoo.keywords import flat
 from kdzoo.settings import Place, Run
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.result import Result
+
+Value = TypeVar("Value")
+LONGEST = 240  # characters of a name, of the 250 that MLflow takes
+REFUSED = r"[^\w. :/-]" if os.name == "posix" else r"[^\w. /-]"  # by MLflow in a name
 
 
 class Logger(Protocol):
@@ -109,20 +115,33 @@ def points(record: Mapping[str, Any]) -> dict[str, float]:
 
 def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Return the numbers in nested values by their full names, such as ``loss/kd``."""
-    found: dict[str, float] = {}
+    return acceptable(dict(_numbers(values, prefix)))
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for key, value in values.items():
-        name = prefix + re.sub(r"[^\w. :-]", "_", key)  # which all three take
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{name}/")
+            yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = float(value)
+            yield f"{prefix}{key}", float(value)
+
+
+def acceptable(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Give each value a name that all three libraries take, as near to its own as that allows; no two have the same."""
+    found: dict[str, Value] = {}
+    for name, value in values.items():
+        plain = re.sub(REFUSED, "_", name)[-LONGEST:]
+        if posixpath.normpath(plain) != plain or plain.startswith(("/", "..")):  # a path that has a shorter form
+            plain = plain.replace("/", "_")
+        again = (f"{plain}_{number}" for number in count(2))
+        found[next(each for each in chain([plain], again) if each not in found)] = value
     return found
 
 
 def texts(values: Mapping[str, Any], longest: int) -> dict[str, str]:
     """Return nested settings as texts by their full keys, cut to what a library takes."""
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat(values).items()}
-    return {key: value[:longest] for key, value in plain.items()}
+    return acceptable({key: value[:longest] for key, value in plain.items()})
 
 
 def noted_name(folder: RunFolder, library: str) -> str | None:

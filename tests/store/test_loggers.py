@@ -18,7 +18,7 @@ from kdzoo.engine.training import train_lanes
 from kdzoo.errors import UserError
 from kdzoo.settings import Run
 from kdzoo.store.folder import RunFolder
-from kdzoo.store.loggers import LOGGERS, Loggers
+from kdzoo.store.loggers import LOGGERS, Loggers, points, texts
 from tests.made_runs import write
 from tests.misbehaving import write_method
 from tests.short_runs import settings
@@ -325,3 +325,28 @@ def test_folders_that_were_written_with_the_older_setting_are_read(tmp_path):
 def test_a_wrong_name_of_a_logger_is_one_line(tmp_path, given, said):
     with pytest.raises(UserError, match=said):
         settings(tmp_path, "kd", f"output.log={given}")
+
+
+STRANGE = {"a+b": 1.0, "a*b": 2.0, "a_b": 3.0, "κ": 4.0, "..": 5.0, "x" * 300: 6.0, "": 7.0, "a//b": 8.0}
+
+
+def test_names_that_mlflow_refuses_are_replaced_and_none_is_lost():
+    validation = pytest.importorskip("mlflow.utils.validation")
+    found = points({"epoch": 1, "loss": STRANGE})
+    assert sorted(found.values()) == sorted(STRANGE.values())
+    assert {"loss/a_b", "loss/a_b_2", "loss/a_b_3", "loss/κ"} <= found.keys()
+    settings = {"files": {f"{'../' * i}mine ({i})/./{key}.py": key for i, key in enumerate(STRANGE)}, "seed": 0}
+    named = texts(settings, 400)
+    assert sorted(named.values()) == sorted([*STRANGE, "0"])
+    assert "seed" in named
+    for name in (*found, *named):
+        validation._validate_metric(name, 1.0, 0, 0)
+        validation._validate_param(name, "value")
+
+
+@pytest.mark.slow(reason="loads mlflow")
+def test_a_run_whose_names_mlflow_refuses_is_recorded_whole(store, tmp_path):
+    record = {**HISTORY[0], "loss": {"a+b": 1.0, "a*b": 2.0}}
+    recorded(tmp_path, "mlflow", [record])
+    _, found = in_mlflow(store)
+    assert {("loss/a_b", 1, 1.0), ("loss/a_b_2", 1, 2.0)} <= set(found)
