@@ -60,7 +60,8 @@ class OnRay:
         ray = connect(progress.quiet)
         place = groups[0][0].place
         keys = {"threads": place.engine.threads or 1, "memory": place.engine.memory * self.share(ray, place)}
-        placed = [[run.within(engine=keys) for run in group] for group in groups]
+        out = {"root": Origin.here(place).out}  # the user of a node may have another home
+        placed = [[run.within(engine=keys, output=out) for run in group] for group in groups]
         reasons: list[str] = []
         for turn in range(RETRIES + 1):
             left = sum(not all(map(is_done, group)) for group in groups)

@@ -5,12 +5,16 @@ import secrets
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
+from kdzoo.experiments import on_ray
 from kdzoo.experiments.bench import bench
-from kdzoo.experiments.on_ray import Origin, on_node
+from kdzoo.experiments.on_ray import OnRay, Origin, on_node
+from kdzoo.experiments.work import grouped
 from kdzoo.experiments.workers import find
 from kdzoo.store.folder import RunFolder
 
@@ -103,3 +107,21 @@ def test_a_node_that_does_not_share_the_folder_says_so(counted, tmp_path):
     value, reason = on_node(Origin.here(place), list)
     assert value is None
     assert f"has no folder {tmp_path / 'not-there'}; start the bench in a folder that all nodes share" in reason
+
+
+def test_a_node_writes_where_the_bench_was_started_though_its_user_has_another_home(counted, tmp_path, monkeypatch):
+    homes, done = [tmp_path / "one", tmp_path / "two"], []
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda origin, work: done.append((origin, work))))
+    monkeypatch.setattr(on_ray, "connect", lambda quiet: SimpleNamespace())
+    monkeypatch.setattr(OnRay, "task", lambda *_: task.options())
+    monkeypatch.setattr(OnRay, "share", lambda *_: 1.0)
+    monkeypatch.setattr(on_ray, "answers", lambda ray, tasks: iter([("worker 1", None, "stopped")]))
+    monkeypatch.setenv("HOME", str(homes[0]))
+    suite = counted(1)
+    groups = grouped(run.within(output={"root": "~/runs"}) for run in suite.runs)
+    with Progress(quiet=True) as progress:
+        OnRay().start(suite, groups, progress)
+    monkeypatch.setenv("HOME", str(homes[1]))
+    [(_, work)] = done
+    folders = {RunFolder.of(run).path.parent for group in work.args[0] for run in group}
+    assert folders == {homes[0] / "runs"}
