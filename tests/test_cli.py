@@ -1,6 +1,7 @@
 """The command line: quick to start, one line and exit code 2 for the user's mistakes."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from PIL import Image
 
 from kdzoo.cli import COMMANDS, main
 from kdzoo.experiments import suites
+from kdzoo.experiments.predictions import Prediction
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
@@ -162,6 +164,14 @@ def test_no_line_commands_the_terminal(kdzoo, tmp_path):
     assert code == 2
     assert r"\x1b[2J\x07; expected a run or a folder of runs" in err
     assert err[:-1].isprintable()
+
+
+def test_a_probability_that_is_no_number_is_null_in_json(kdzoo, tmp_path, monkeypatch):
+    found = Prediction("a.png", ("x", "y"), (math.nan, 0.25))
+    monkeypatch.setattr("kdzoo.experiments.predictions.predict", lambda *_, **__: iter([found]))
+    _, out, _ = kdzoo("predict", tmp_path, "a.png", "--format", "json")
+    classes = [{"class": "x", "probability": None}, {"class": "y", "probability": 0.25}]
+    assert json.loads(out, parse_constant=pytest.fail) == [{"image": "a.png", "classes": classes}]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")

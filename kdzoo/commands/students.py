@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,10 +102,15 @@ def _array(found: "Iterator[Prediction]") -> Iterator[str]:
     opening = "[\n"
     for each in found:
         pairs = zip(each.classes, each.probabilities, strict=True)
-        classes = [{"class": name, "probability": float(f"{share:.6g}")} for name, share in pairs]
+        classes = [{"class": name, "probability": _number(share)} for name, share in pairs]
         yield opening + json.dumps({"image": each.image, "classes": classes})
         opening = ",\n"
     yield "[]\n" if opening == "[\n" else "\n]\n"
+
+
+def _number(share: float) -> float | None:
+    """Round a probability; None, which JSON has, where a logit is no number, which it has not."""
+    return float(f"{share:.6g}") if math.isfinite(share) else None
 
 
 @click.command()

@@ -151,7 +151,7 @@ class Likeness(NamedTuple):
     """How much a student is like its teacher on test images, and what its embedding is worth; None: not measured."""
 
     agreement: float | None = None  # percent of the images that both take for the same class
-    kl: float | None = None  # mean divergence of the student's probabilities from the teacher's, in nats
+    kl: float | None = None  # mean divergence of the student's probabilities from the teacher's; None too if not finite
     knn: float | None = None  # top-1 in percent, by the nearest neighbours of the embedding
     probe: float | None = None  # top-1 in percent, of a linear classifier of the embedding
 
@@ -175,7 +175,8 @@ def compare(
                     p, q = (output.logits.float().log_softmax(1) for output in (theirs, ours))
                     divergence += float(F.kl_div(q, p, reduction="sum", log_target=True))
             count += len(images)
-        found = Likeness(100 * alike / count, divergence / count) if compares else Likeness()
+        kl = max(0.0, divergence / count) if math.isfinite(divergence) else None  # of equal ones it may round below 0
+        found = Likeness(100 * alike / count, kl) if compares else Likeness()
         if not dataset.is_judged or (dataset.test_size < 2 and not dataset.is_labelled):
             return found
         rows, labels = (torch.cat(parts) for parts in zip(*embedded, strict=True))

@@ -28,7 +28,7 @@ class Predictions:
 
     labels: NDArray[np.integer]  # (N,) the true classes
     student: NDArray[np.integer]  # (N,) the classes of the student's highest logits
-    confidence: NDArray[np.floating]  # (N,) their probabilities
+    confidence: NDArray[np.floating]  # (N,) their probabilities; written as 0 where a logit is no number
     teacher: NDArray[np.integer]  # (N,) the classes of the teacher's highest logits; empty where there is no teacher
     worst: NDArray[np.integer]  # (M,) rows of the surest mistakes, surest first
     pictures: NDArray[np.uint8]  # (M, S, S, 3) of these rows
@@ -74,7 +74,7 @@ def read(file: Path, num_classes: int) -> Predictions:
 def _compact(array: NDArray[Any]) -> NDArray[Any]:
     """Keep whole numbers in 16 bits where they fit, and probabilities in 16 too."""
     if array.dtype.kind == "f":
-        return array.astype(np.float16)
+        return np.nan_to_num(array).astype(np.float16)
     if array.dtype == np.uint8:
         return array
     return array.astype(np.int16 if array.max(initial=0) < 2**15 else np.int32)

@@ -149,6 +149,20 @@ def test_the_divergence_is_that_of_a_float64_reference(unlabelled):
     assert compare(teacher, teacher, unlabelled, "float32", 1.0)[:2] == (100, pytest.approx(0, abs=1e-6))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_student_whose_logits_are_no_numbers_has_no_divergence(unlabelled, bad):
+    student = Linear(1)
+    student.forward = lambda images: Linear.forward(student, images)._replace(logits=torch.full((len(images), 10), bad))
+    assert compare(student, Linear(0), unlabelled, "float32", 1.0).kl is None
+
+
+def test_a_divergence_is_never_below_0(unlabelled):
+    for step in (1e-5, 1e-4, 1e-3):
+        student = Linear(0)
+        student.weight.data += step * Linear(1).weight.data
+        assert compare(student, Linear(0), unlabelled, "float32", 1.0).kl >= 0
+
+
 def test_networks_that_are_the_same_have_all_neighbours_in_common_and_others_have_few(unlabelled):
     unlabelled.name_outputs([])
     teacher = Linear(0, classes=0)

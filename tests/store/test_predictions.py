@@ -1,7 +1,7 @@
 """What a student takes the test images for is kept beside it, and what was harmed is one line."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -43,6 +43,12 @@ def test_equal_predictions_are_equal_bytes(file, tmp_path):
     made().write(tmp_path / "again")
     made(images=19).write(tmp_path / "other")
     assert (tmp_path / "again").read_bytes() == file.read_bytes() != (tmp_path / "other").read_bytes()
+
+
+def test_a_student_whose_logits_are_no_numbers_is_sure_of_nothing(tmp_path):
+    given = replace(made(), confidence=np.where(np.arange(20) % 2, np.nan, 0.5))
+    given.write(tmp_path / "file")
+    assert read(tmp_path / "file", 3).confidence.tolist() == [0.5, 0.0] * 10
 
 
 def test_many_classes_need_more_bits_and_keep_their_numbers(tmp_path):
