@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from io import BytesIO, TextIOWrapper
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -186,22 +187,25 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_text(path: Path, largest: int = LARGEST) -> str:
+def read_text(path: Path, largest: int = LARGEST, piped: bool = False) -> str:
     """Read a UTF-8 text file.
 
     Args:
         path: the file.
         largest: the bytes that it may have; 64 MiB are more than kdzoo ever writes.
+        piped: whether it may also be a pipe, which is read until it ends.
 
     Raises:
         UserError: it cannot be read, is too large, or is no text.
     """
     try:
-        if not path.is_file():
+        if not (path.is_file() or (piped and path.exists() and not path.is_dir())):
             raise UserError(f"{path} is no file")
-        if path.stat().st_size > largest:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected a text file of at most {largest:,}")
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+        if len(content) > largest:
+            raise UserError(f"{path} is larger than {largest:,} bytes; expected a text file of at most that size")
+        return TextIOWrapper(BytesIO(content), encoding="utf-8").read()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:

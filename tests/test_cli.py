@@ -174,6 +174,17 @@ def test_a_probability_that_is_no_number_is_null_in_json(kdzoo, tmp_path, monkey
     assert json.loads(out, parse_constant=pytest.fail) == [{"image": "a.png", "classes": classes}]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_settings_may_come_by_a_pipe_which_is_read_once(kdzoo):
+    reader, writer = os.pipe()
+    os.write(writer, b"distiller: {name: none}\nstudent: {name: resnet81}\n")
+    os.close(writer)
+    code, _, err = kdzoo("run", "--config", f"/dev/fd/{reader}")
+    os.close(reader)
+    assert code == 2
+    assert "unknown model 'resnet81'" in err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
 def test_an_output_replaces_no_pipe_and_no_device(kdzoo, tmp_path):
     os.mkfifo(tmp_path / "pipe")

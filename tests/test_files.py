@@ -10,7 +10,7 @@ import pytest
 
 import kdzoo
 from kdzoo.errors import StorageError, UserError, unknown
-from kdzoo.files import DAY, appearing, cache_folder, make_folder, path_of, write_text
+from kdzoo.files import DAY, appearing, cache_folder, make_folder, path_of, read_text, write_text
 
 
 def test_the_cache_is_made_for_its_owner_alone(tmp_path, monkeypatch):
@@ -92,6 +92,13 @@ def test_an_empty_path_is_not_taken_for_the_working_folder(function, tmp_path, m
 def test_what_is_no_folder_to_write_to_is_one_line(function, given):
     with pytest.raises(UserError, match=r"is of type \w+; expected a path$"):
         function(out=given)
+
+
+def test_a_text_that_is_too_large_is_one_line(tmp_path):
+    write_text(tmp_path / "a", "12345")
+    assert read_text(tmp_path / "a", 5) == "12345"
+    with pytest.raises(UserError, match=r"a is larger than 4 bytes"):
+        read_text(tmp_path / "a", 4)
 
 
 def test_half_written_files_go_a_day_later(tmp_path):

@@ -9,7 +9,7 @@ import click
 
 from kdzoo.commands.options import (
     DEBUG,
-    FILE,
+    GIVEN_FILE,
     OVERRIDES,
     PATH,
     TEACHER_WEIGHTS,
@@ -31,7 +31,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 @click.command()
 @click.option(
     "--config",
-    type=FILE,
+    type=GIVEN_FILE,
     help="YAML file with settings by section, such as the recommended.yaml of 'kdzoo recommend'; settings on the "
     "command line take precedence (default: none).",
 )
@@ -174,9 +174,9 @@ def read_settings(file: Path, given: Mapping[str, Any] = MappingProxyType({})) -
     from kdzoo.files import read_text
     from kdzoo.keywords import read_yaml
 
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"no file {file}; expected a YAML file with settings, such as recommended.yaml")
-    settings = read_yaml(read_text(file), str(file))
+    settings = read_yaml(read_text(file, piped=True), str(file))
     for section, value in settings.items():
         if section != "seed" and not isinstance(value, dict):
             raise UserError(
