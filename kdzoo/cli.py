@@ -1,9 +1,11 @@
 """The command line: its commands, and how a mistake is said."""
 
+import codecs
 import os
 import select
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,26 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+# What is written for a character of ours that the encoding of a terminal or a pipe lacks.
+PLAIN = {"→": "->", "±": "+/-", "†": "(1)", "‡": "(2)", "…": "..."}
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """Write characters that an encoding lacks by others: ours as in ``PLAIN``, those of names as ``\\xe9``."""
+    assert isinstance(error, UnicodeEncodeError)
+    strange = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in strange), error.end
+
+
 def open_streams() -> None:
-    """Lead to nowhere the standard streams that are closed, or the next files to be opened would stand in for them."""
+    """Have the standard streams take every text, in the encoding that they have.
+
+    Those that are closed lead to nowhere, or the next files to be opened would stand in for them.
+    """
+    codecs.register_error("kdzoo.plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+            stream.reconfigure(errors="kdzoo.plain")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))

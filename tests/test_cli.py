@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 
 import click
 import pytest
 from PIL import Image
 
-from kdzoo.cli import COMMANDS, main
+from kdzoo.cli import COMMANDS, main, open_streams
 from kdzoo.experiments import suites
 from kdzoo.experiments.predictions import Prediction
 from kdzoo.store.folder import RunFolder
@@ -164,6 +165,26 @@ def test_no_line_commands_the_terminal(kdzoo, tmp_path):
     assert code == 2
     assert r"\x1b[2J\x07; expected a run or a folder of runs" in err
     assert err[:-1].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "printed"),
+    [
+        (
+            "cp1252",
+            "vit_s → resnet18: 70.1 ± 0.2 † π \udcff",
+            b"vit_s -> resnet18: 70.1 \xb1 0.2 \x86 \\u03c0 \\udcff\n",
+        ),
+        ("ascii", "a → b ± c† ‡ é…", b"a -> b +/- c(1) (2) \\xe9...\n"),
+        ("utf-8", "a → b ± \udcff", "a → b ± \\udcff\n".encode()),
+    ],
+)
+def test_characters_that_an_encoding_lacks_are_replaced_by_others(monkeypatch, encoding, text, printed):
+    stream = TextIOWrapper(BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    open_streams()
+    print(text, flush=True)
+    assert stream.buffer.getvalue() == printed
 
 
 def test_a_probability_that_is_no_number_is_null_in_json(kdzoo, tmp_path, monkeypatch):
