@@ -18,6 +18,7 @@ from kdzoo.experiments.predictions import Prediction
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.lock import RunLock
 
+from .made_runs import many
 from .misbehaving import write_method
 
 TINY = ["--student", "resnet8", "protocol.epochs=1", "data.limit=128"]
@@ -185,6 +186,27 @@ def test_characters_that_an_encoding_lacks_are_replaced_by_others(monkeypatch, e
     open_streams()
     print(text, flush=True)
     assert stream.buffer.getvalue() == printed
+
+
+@pytest.mark.parametrize(
+    ("style", "encoding", "pair"),
+    [
+        ("markdown", "cp1252", "vit_s -> resnet_8"),
+        ("html", "utf-8", "vit_s → resnet_8"),
+        ("csv", "utf-8", "vit_s → resnet_8"),
+        ("latex", "utf-8", r"vit\_s $\rightarrow$ resnet\_8"),
+    ],
+)
+def test_a_table_can_be_printed_in_any_encoding_and_a_file_is_in_its_own(
+    kdzoo, tmp_path, monkeypatch, style, encoding, pair
+):
+    many(tmp_path, ["none", "kd"], seeds=1)
+    stream = TextIOWrapper(BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    code, _, _ = kdzoo("table", tmp_path, "--pivot", "--format", style)
+    stream.flush()
+    assert code == 0
+    assert pair in stream.buffer.getvalue().decode(encoding)
 
 
 def test_a_probability_that_is_no_number_is_null_in_json(kdzoo, tmp_path, monkeypatch):

@@ -111,6 +111,11 @@ def loading(progress: "Progress", what: str = "torch") -> Iterator[Callable[[str
     never_searched()
 
 
+def write_out(text: str) -> None:
+    """Print the content of a file on the standard output in UTF-8, as it is written in a file."""
+    click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
+
+
 def tell(lines: Iterable[str]) -> None:
     """Print lines on the standard error, each as one line."""
     for line in lines:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, FILE, PATH, elsewhere, tell
+from kdzoo.commands.options import DEBUG, FILE, PATH, elsewhere, tell, write_out
 from kdzoo.errors import UserError
 
 
@@ -76,7 +76,8 @@ def table(folders: tuple[Path, ...], style: str, baseline: str | None, pivot: bo
         table.check_baseline(found, baseline)
     if ranks is not None:
         draw(found, ranks)
-    click.echo(layout.render(found, style, baseline or table.BASELINE, pivot), nl=False)
+    rendered = layout.render(found, style, baseline or table.BASELINE, pivot)
+    click.echo(rendered, nl=False) if style == "markdown" else write_out(rendered)
     tell([*found.attrs["left_out"], *waiting])
 
 

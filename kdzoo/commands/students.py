@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, loading, with_data
+from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, loading, with_data, write_out
 from kdzoo.errors import UserError, visible
 from kdzoo.quantities import counted
 
@@ -70,7 +70,7 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
                 yield each
 
     for line in _table(readable()) if style == "csv" else _array(readable()):
-        click.echo(line, nl=False)
+        write_out(line)
     if failures:
         raise UserError(
             f"{len(failures)} of {counted(count, 'image')} cannot be read, see above; replace or remove what is damaged"
