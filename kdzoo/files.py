@@ -183,8 +183,8 @@ def part_of(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file completely or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a UTF-8 text file completely or not at all; bytes of a path that are no text are written as ``\\udcff``."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def read_text(path: Path, largest: int = LARGEST, piped: bool = False) -> str:

@@ -94,6 +94,11 @@ def test_what_is_no_folder_to_write_to_is_one_line(function, given):
         function(out=given)
 
 
+def test_a_path_that_is_no_text_can_be_written_about(tmp_path):
+    write_text(tmp_path / "failed.txt", "pic\udcff.png cannot be decoded")
+    assert read_text(tmp_path / "failed.txt") == r"pic\udcff.png cannot be decoded"
+
+
 def test_a_text_that_is_too_large_is_one_line(tmp_path):
     write_text(tmp_path / "a", "12345")
     assert read_text(tmp_path / "a", 5) == "12345"

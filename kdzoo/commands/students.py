@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, loading, with_data, write_out
+from kdzoo.commands.options import DEBUG, PATH, TRUST_CODE, computing, loading, tell, with_data, write_out
 from kdzoo.errors import UserError, visible
 from kdzoo.quantities import counted
 
@@ -65,7 +65,7 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
             count += 1
             if each.failure:
                 failures.append(each.failure)
-                click.echo(" ".join(each.failure.split()), err=True)
+                tell([each.failure])
             else:
                 yield each
 

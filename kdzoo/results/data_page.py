@@ -6,6 +6,7 @@ from pathlib import Path
 from kdzoo.data.inspection import Inspection, inspect
 from kdzoo.data.pictures import Reading
 from kdzoo.data.sources import open_source
+from kdzoo.errors import visible
 from kdzoo.quantities import counted
 from kdzoo.settings import Run
 
@@ -51,7 +52,7 @@ def page(name: str, found: Inspection) -> str:
     lines += [f"{each:{width}}  {train:>6}  {test:>6}".rstrip() for each, train, test in rows]
     lines += _part("damaged images", {path: f"({reason})" for path, reason in found.damaged.items()})
     lines += _part("test images that are nearly the same as a training image", found.doubles)
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))  # files may have any name
 
 
 def _part(title: str, entries: Mapping[str, str]) -> list[str]:

@@ -123,3 +123,14 @@ def test_workers_change_nothing(make_tree: MakeTree) -> None:
     alone, helped = (inspect(root, f"data.workers={workers}") for workers in (0, 2))
     assert list(alone.damaged) == list(helped.damaged) == ["train/ant/x777.png"]
     assert alone.doubles == helped.doubles
+
+
+def test_a_file_of_any_name_can_be_printed_and_commands_no_terminal() -> None:
+    counts = {"train": np.array([1]), "test": np.array([1])}
+    damaged = {"ant/pic\udcff.png": "UnidentifiedImageError", "ant/\x1b[2J.png": "UnidentifiedImageError"}
+    said = page("mine", Inspection(("ant",), counts, (8, 8), (8, 8), damaged, {}, ""))
+    assert [line for line in said.splitlines() if "png" in line] == [
+        r"  ant/pic\udcff.png  (UnidentifiedImageError)",
+        r"  ant/\x1b[2J.png  (UnidentifiedImageError)",
+    ]
+    assert all(line.isprintable() for line in said.splitlines())

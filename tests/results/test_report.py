@@ -465,12 +465,12 @@ def test_the_page_is_served_to_this_machine_alone_and_made_anew():
 
 def test_an_error_of_the_page_is_told_to_the_browser():
     def fails():
-        raise UserError("no finished run")
+        raise UserError("no finished run in b\udcff")
 
     with server(fails) as opened:
         thread = threading.Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        assert asked(opened.server_port) == (500, "no finished run")
+        assert asked(opened.server_port) == (500, r"no finished run in b\udcff")
         opened.shutdown()
         thread.join()
 

@@ -33,7 +33,7 @@ def server(page: Callable[[], str], port: int = 0) -> ThreadingHTTPServer:
                     self._answer(500, "text/plain", str(error))
 
         def _answer(self, status: int, kind: str, text: str) -> None:
-            body = text.encode()
+            body = text.encode("utf-8", "backslashreplace")
             self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
