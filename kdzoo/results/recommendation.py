@@ -107,9 +107,8 @@ class Answer:
                 return "No other finalist has a result to compare it with."
             whom = "the other finalist" if others == 1 else f"each of the other {others} finalists"
             return f"It is better than {whom} beyond chance (p < {statistics.ALPHA})."
-        names = " and ".join(
-            [", ".join([best.candidate.title, *(one.candidate.title for one in ties[:-1])]), ties[-1].candidate.title]
-        )
+        names = [one.candidate.title for one in ties]
+        named = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
         cheapest = min(ties, key=lambda one: one.cost)
         less = 1 - cheapest.cost / best.cost
         also = (
@@ -117,7 +116,7 @@ class Answer:
             if less >= NOTABLE
             else ""
         )
-        return f"{names} cannot be told apart{also}."
+        return f"{named} cannot be told apart from {best.candidate.title}{also}."
 
     def _weak_teacher(self) -> list[str]:
         alone = self.reference("none")
