@@ -33,7 +33,7 @@ def plan(made: Search) -> str:
         left = sum(halving.left(count, rung) for count in counts)
         lines.append(f"epochs {begin + 1} to {end}: {counted(left, 'candidate')}")
     finalists = sum(halving.left(count, len(made.rungs)) for count in counts)
-    references = " and ".join(beside(made.candidates))
+    references = " and ".join(beside(made.candidates)) if made.rungs else ""  # without a rung they are among them
     others = f", with {references} beside them," if references else ""
     seeds = ", ".join(map(str, made.seeds))
     length = counted(made.epochs, "epoch")

@@ -312,3 +312,9 @@ def test_the_plan_says_what_each_rung_trains_and_what_does_not_fit(tmp_path):
     assert f"with 3 seeds: at most {6 * 3 + 5 * 3 * 4} epochs in all" in lines[0]
     assert "then 3 finalists, with none and kd beside them, for 4 epochs with seeds 1, 2, 3" in lines
     assert lines[-2:] == ["These do not fit:", "  resnet_8, crd: its feature maps differ in size"]
+
+
+def test_a_plan_in_which_all_candidates_are_finalists_promises_no_others_beside_them(tmp_path):
+    finalists = [("kd", KD, 0.02), ("none", NONE, 0.01), ("dkd", DKD, 0.03)]
+    found = read(tmp_path, *finalists, rungs=[])
+    assert plan(found.search).splitlines()[-1] == "then 3 finalists for 4 epochs with seeds 1, 2, 3"
