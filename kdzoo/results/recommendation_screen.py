@@ -11,7 +11,7 @@ from kdzoo.errors import visible
 from kdzoo.experiments import halving
 from kdzoo.experiments.recommend import beside, outline
 from kdzoo.quantities import counted, short
-from kdzoo.results.last_screen import shortened
+from kdzoo.results.last_screen import shortened, written
 from kdzoo.results.recommendation import Recommendation
 from kdzoo.store.result import MEASURED_BY
 from kdzoo.store.search import Search
@@ -82,7 +82,7 @@ def screen(found: Recommendation, files: Sequence[Path]) -> str:
         "Cost is the time of a training step, that of the best one being 1. Train at full length:",
     ]
     lines += [f"  {shlex.join(['kdzoo', 'run', '--config', str(shortened(file))])}" for file in files]
-    page = shlex.join(["kdzoo", "report", str(shortened(found.folder))])
+    page = shlex.join(["kdzoo", "report", written(found.folder)])
     return visible_lines([*lines, "How the search went, as a page:", f"  {page}"])
 
 

@@ -4,6 +4,7 @@ import io
 import math
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,6 +281,12 @@ def test_a_narrow_terminal_loses_no_digit(tmp_path):
     narrow = drawn(found, 40)
     assert "…" not in narrow
     assert sorted(filter(str.isdigit, narrow)) == sorted(filter(str.isdigit, drawn(found)))
+
+
+def test_commands_name_a_folder_that_begins_with_a_dash_as_no_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = read(Path("-mine"), ("kd", KD, 0.02), ("none", NONE, 0.01))
+    assert screen(found, found.write()).endswith("\n  kdzoo report ./-mine")
 
 
 def renamed(found, name):
