@@ -1,4 +1,4 @@
-"""Readable quantities: numbers of things, durations and bytes."""
+"""Readable quantities: numbers of things, durations, p-values and bytes."""
 
 
 def counted(number: int, thing: str) -> str:
@@ -24,6 +24,11 @@ def duration(seconds: float) -> str:
 def short(number: float) -> str:
     """Write a number in three digits, or in whole ones where it is larger: ``0.318``, ``25.1``, ``7820``."""
     return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+
+
+def p_value(p: float) -> str:
+    """Write a p-value in three decimals, as ``0.031`` or ``<0.001``."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def size(count: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from kdzoo import registry
-from kdzoo.quantities import counted, short
+from kdzoo.quantities import counted, p_value, short
 from kdzoo.results import published, statistics
 from kdzoo.results.render import Cell, Grid, Section, latex, markdown, no_formula, page
 from kdzoo.results.table import (
@@ -184,7 +184,7 @@ def _compared(rows: pd.DataFrame, baseline: str) -> dict[str, list[Cell]]:
     columns = {title: _cells(rows["difference"], _signed)}
     columns[f"{title}, 95 %"] = _interval(rows, "difference", _signed)
     columns["compared"] = [Cell(str(n) if n else "") for n in rows["compared"]]
-    columns["p (Holm)"] = _cells(rows["p_holm"], lambda p: "<0.001" if p < 0.001 else f"{p:.3f}")
+    columns["p (Holm)"] = _cells(rows["p_holm"], p_value)
     columns["verdict"] = [Cell(said) for said in rows["verdict"]]
     return columns
 

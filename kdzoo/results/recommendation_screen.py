@@ -10,9 +10,10 @@ from rich.table import Table
 from kdzoo.errors import visible
 from kdzoo.experiments import halving
 from kdzoo.experiments.recommend import beside, outline
-from kdzoo.quantities import counted, short
+from kdzoo.quantities import counted, p_value, short
 from kdzoo.results.last_screen import shortened, written
 from kdzoo.results.recommendation import Recommendation
+from kdzoo.results.statistics import ALPHA
 from kdzoo.store.result import MEASURED_BY
 from kdzoo.store.search import Search
 
@@ -57,7 +58,7 @@ def table(found: Recommendation) -> Table:
     several = len(found.answers) > 1
     for name in ("student", "latency") if several else ():
         drawn.add_column(name, justify="left" if name == "student" else "right", overflow="fold")
-    for name in ("method", "top-1", "best minus it", "95 % interval", "verdict", "cost"):
+    for name in ("method", "top-1", "best minus it", "95 % interval", "p (Holm)", "verdict", "cost"):
         drawn.add_column(name, justify="left" if name in ("method", "verdict") else "right", overflow="fold")
     for row in found.rows():
         cells = [visible(row["student"]), _latency(row["latency_1"])] if several else []
@@ -67,6 +68,7 @@ def table(found: Recommendation) -> Table:
             "" if math.isnan(row["top1"]) else f"{row['top1']:.2f} ± {row['std']:.2f}",
             f"{row['behind']:+z.2f}" if known else "",
             f"{row['low']:+z.2f} to {row['high']:+z.2f}" if known else "",
+            p_value(row["p"]) if known else "",
             visible(row["verdict"]),
             f"{row['cost']:.2f}",
         ]
@@ -79,6 +81,7 @@ def screen(found: Recommendation, files: Sequence[Path]) -> str:
     lines = [
         *sentences(found),
         "",
+        f"Worse: p (Holm), that of the paired t-test corrected for the number of finalists, is below {ALPHA}.",
         "Cost is the time of a training step, that of the best one being 1. Train at full length:",
     ]
     lines += [f"  {shlex.join(['kdzoo', 'run', '--config', str(shortened(file))])}" for file in files]

@@ -283,6 +283,20 @@ def test_a_narrow_terminal_loses_no_digit(tmp_path):
     assert sorted(filter(str.isdigit, narrow)) == sorted(filter(str.isdigit, drawn(found)))
 
 
+def test_the_table_shows_the_p_that_its_verdicts_follow_from(tmp_path):
+    near, far = (79.0, 80.4, 79.4), (74.0, 77.0, 75.5)
+    found = read(tmp_path, ("dkd", DKD, 0.03), ("kd", near, 0.02), ("at", far, 0.02), ("none", (72, 80.9, 80), 0.01))
+    rows = {row["method"]: row for row in found.rows()}
+    undecided = rows["kd"]
+    assert undecided["low"] > 0  # the interval alone would say otherwise
+    assert undecided["verdict"] == "cannot be told apart"
+    lines = [line for line in drawn(found).splitlines() if "│" in line]
+    for line, row in zip(lines, found.rows(), strict=True):
+        assert (f" {row['p']:.3f} " in line) == (row["method"] != "dkd"), line
+    assert "p (Holm)" in drawn(found)
+    assert "p (Holm), that of the paired t-test" in screen(found, [])
+
+
 def test_commands_name_a_folder_that_begins_with_a_dash_as_no_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = read(Path("-mine"), ("kd", KD, 0.02), ("none", NONE, 0.01))

@@ -58,7 +58,7 @@ def test_a_page_begins_with_the_answer_of_a_search(tmp_path):
     assert "Search: vit_s → resnet_8" in first
     for sentence in Recommendation.read(tmp_path).sentences():
         assert sentence in first
-    assert "method top-1 best minus it 95 % interval verdict cost dkd 80.53 ± 0.45 best 1.00 kd 72.57" in first
+    assert "method top-1 best minus it 95 % interval p (Holm) verdict cost dkd 80.53 ± 0.45 best 1.00 kd 72.57" in first
     assert "(2) fbt, resnet_8: its stages differ crd, resnet_8: failed: NaN in the loss" in first
     assert "dkd is 8.0 points above kd" in second  # the finalists' runs, as of any other folder
 
