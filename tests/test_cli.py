@@ -355,6 +355,15 @@ def test_show_writes_types_as_they_are_though_a_file_postpones_them(kdzoo, tmp_p
     assert re.search(r"kd +\W float +\W 1\.0", "\n".join(shown[1]))
 
 
+@pytest.mark.parametrize("name", ["no fidelity", "an unknown fidelity", "no weights", "needs of another type"])
+def test_show_says_in_one_line_why_a_method_cannot_be_explained(kdzoo, tmp_path, name):
+    file = write_method(tmp_path, 0, name)
+    code, out, err = kdzoo("show", file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{file} cannot be explained" in err
+    assert f"'kdzoo check {file}' says what to correct" in err
+
+
 def test_check_tells_what_a_method_breaks(kdzoo, tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("from kdzoo import Distiller\nclass Broken(Distiller):\n    pass\n")

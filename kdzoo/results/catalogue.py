@@ -39,9 +39,20 @@ def page(name: str, data: str) -> RenderableType:
 
 
 def distiller_page(name: str) -> RenderableType:
-    """Describe a method: its paper, fidelity, documentation, and keywords with their defaults."""
+    """Describe a method: its paper, fidelity, documentation, and keywords with their defaults.
+
+    Raises:
+        UserError: the method's class lacks what is described here, or its constructor fails.
+    """
+    from kdzoo.process_state import foreign  # here, so that lists need no torch
+
     method = registry.find(name)
     distiller = registry.load(name)
+    with foreign(str(method.file), " cannot be explained", f"'kdzoo check {name}' says what to correct"):
+        return _distiller_page(method, distiller)
+
+
+def _distiller_page(method: registry.Plugin, distiller: "type[Distiller]") -> RenderableType:
     keywords = Table("keyword", "type", "default", title="distiller.KEYWORD=value", title_justify="left")
     for parameter in parameters(distiller):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
