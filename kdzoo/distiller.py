@@ -284,13 +284,19 @@ class Distiller(nn.Module):
             terms: functions without arguments, by the name of the term, each of which returns a scalar.
 
         Raises:
-            UserError: the constructor gave no weight for a term, or a function returned no tensor.
+            UserError: the constructor gave no weight for a term, a term is no function, or it returned no tensor.
         """
         if missing := [name for name in terms if name not in self.weights]:
             raise UserError(
                 f"{self.title} has no weight for its term '{missing[0]}'; pass one to "
                 f"super().__init__({missing[0]}=...), from a keyword of that name"
             )
+        for name, term in terms.items():
+            if not callable(term):
+                raise UserError(
+                    f"the term '{name}' of {self.title} is of type {type(term).__name__}; expected a function, so that "
+                    f"its work can be skipped: {name}=lambda: ..."
+                )
         found = {name: term() for name, term in terms.items() if self.weights[name]}
         for name, value in found.items():
             if not isinstance(value, Tensor):

@@ -8,6 +8,7 @@ import torch
 from kdzoo.distillers.at import AT
 from kdzoo.distillers.kd import KD
 from torch import nn
+from torch.nn import functional as F
 
 import kdzoo
 from kdzoo import (
@@ -208,6 +209,19 @@ def test_a_term_that_is_no_tensor_is_named(batch):
 
     with pytest.raises(UserError, match="the term 'match' of Forgetful is of type NoneType; return a tensor"):
         Distillation(Net(), Net(), Forgetful())(batch)
+
+
+def test_a_term_that_is_no_function_is_told_how_it_is_written(batch):
+    class Eager(Distiller):
+        def __init__(self, *, match: float = 1.0):
+            super().__init__(match=match)
+
+        def loss(self, student, teacher, batch):
+            return self.weigh(match=F.mse_loss(student.logits, teacher.logits))
+
+    said = r"the term 'match' of Eager is of type Tensor; expected a function, .*: match=lambda: \.\.\."
+    with pytest.raises(UserError, match=said):
+        Distillation(Net(), Net(), Eager())(batch)
 
 
 @pytest.mark.parametrize(
