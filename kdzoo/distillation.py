@@ -152,7 +152,8 @@ class Distillation(nn.Module):
         """Compute the weighted loss terms, float32 scalars by name; minimise their sum.
 
         Raises:
-            UserError: the batch is of another type, or lacks labels or views that the method reads.
+            UserError: the batch is of another type, or lacks labels or views that the method reads; or a buffer of the
+                method keeps the batch's graph.
         """
         if not isinstance(batch, Batch):
             kind = type(batch).__name__
@@ -166,12 +167,16 @@ class Distillation(nn.Module):
             )
         if batch.labels is None and any(distiller.weights.get(term) for term in distiller.label_terms):
             raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")
-        if not (torch.compiler.is_compiling() or self.is_called or batch.images.is_meta):
+        is_first = not (torch.compiler.is_compiling() or self.is_called or batch.images.is_meta)
+        if is_first:
             self.is_called = True
             warn_of_bytes(batch.images, "unless your networks do so")
         student, teacher = self._views_on(device)
         with autocast(device, FLOAT32):
-            return self.distiller(student, _shown(teacher, batch), batch)
+            terms = distiller(student, _shown(teacher, batch), batch)
+        if is_first:
+            _check_kept(distiller)
+        return terms
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Run the method's phase before training, if it has one. Each iteration over ``batches`` is an epoch."""
@@ -300,6 +305,16 @@ def _check_built(distiller: Distiller, student: nn.Module) -> None:
             raise UserError(
                 f"{name} of {distiller.title} has a shape and no numbers, as all that build() is given; make it with "
                 "numbers, such as torch.zeros(...)"
+            )
+
+
+def _check_kept(distiller: Distiller) -> None:
+    """Check that no buffer keeps the graph of a batch: the next one's backward pass would enter it again."""
+    for name, buffer in distiller.named_buffers():
+        if buffer.grad_fn is not None:
+            raise UserError(
+                f"the buffer {name} of {distiller.title} keeps the graph of the batch that it was made from; compute "
+                "it under torch.no_grad(), or from detached tensors, such as student.logits.detach()"
             )
 
 

@@ -224,6 +224,30 @@ def test_a_term_that_is_no_function_is_told_how_it_is_written(batch):
         Distillation(Net(), Net(), Eager())(batch)
 
 
+class Running(Distiller):
+    """A method with a running mean of the student's logits, computed with their graph or without it."""
+
+    def __init__(self, *, match: float = 1.0, detached: bool = True):
+        super().__init__(match=match)
+        self.detached = detached
+
+    def build(self, student, teacher, data):
+        self.register_buffer("mean", torch.zeros(data.num_classes))
+
+    def loss(self, student, teacher, batch):
+        new = student.logits.mean(0)
+        self.mean = 0.9 * self.mean + 0.1 * (new.detach() if self.detached else new)
+        return self.weigh(match=lambda: F.mse_loss(student.logits - self.mean, teacher.logits))
+
+
+def test_a_buffer_that_keeps_a_batchs_graph_is_named_before_the_next_batch_goes_through_it(batch):
+    sound = Distillation(Net(), Net(), Running())
+    for _ in range(2):
+        sound(batch)["match"].backward()
+    with pytest.raises(UserError, match=r"the buffer mean of Running keeps the graph .* under torch\.no_grad\(\)"):
+        Distillation(Net(), Net(), Running(detached=False))(batch)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "classes", "said"),
     [
