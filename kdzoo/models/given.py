@@ -19,7 +19,7 @@ from kdzoo.models.adapt import SMALL
 from kdzoo.models.by_name import create, pretrained_classes
 from kdzoo.models.network import Network
 from kdzoo.models.weight_files import find_file
-from kdzoo.models.weights import head_rows, load_weights
+from kdzoo.models.weights import Unfitting, head_rows, load_weights
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,29 @@ def load_given(
                 chosen["image_size"] = _native(name)
             try:
                 network = create(name, data, pretrained=published, fetch=False, **chosen)
-                adapted = network.facts()["adapted"]
-                was = adapted if written.get("adapted") is None else list(written["adapted"])
-                if adapted != was:
-                    said = "; ".join(was) or "nothing adapted"
-                    others.append(
-                        UserError(f"'{file}' was written for '{name}' with {said}, which no image size here has")
-                    )
-                    continue
+            except UserError as error:
+                others.append(error)
+                continue
+            adapted = network.facts()["adapted"]
+            was = adapted if written.get("adapted") is None else list(written["adapted"])
+            if adapted != was:
+                said = "; ".join(was) or "nothing adapted"
+                others.append(UserError(f"'{file}' was written for '{name}' with {said}, which no image size here has"))
+                continue
+            try:
                 network.origin = load_weights(network, file, drop_head=drop, role=role)
-                if assumed := [key for key in asked if options[key] is None]:
-                    network.origin += f"; assumed: {', '.join(assumed)}"
-                return network
             except UserError as error:
                 refused.append(error)
-    raise [*refused, *others][0]
+                continue
+            if assumed := [key for key in asked if options[key] is None]:
+                network.origin += f"; assumed: {', '.join(assumed)}"
+            return network
+    raise min(refused or others, key=_far)
+
+
+def _far(refusal: UserError) -> int:
+    """Count the tensors that do not fit, so that of two networks the one that the file is nearly of says why."""
+    return refusal.tensors if isinstance(refusal, Unfitting) else 0
 
 
 def classes_in(name: str, data: DataSpec, file: str | Path, **making: Any) -> int:

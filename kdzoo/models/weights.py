@@ -23,6 +23,14 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # number
 SHOWN = 3  # mismatching tensors named in an error
 
 
+class Unfitting(UserError):
+    """Weights of another network; ``tensors`` counts those that do not fit."""
+
+    def __init__(self, message: str, tensors: int):
+        super().__init__(message)
+        self.tensors = tensors
+
+
 def save_weights(network: nn.Module, file: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> None:
     """Save the weights of ``network.body``, or of the module itself, as safetensors.
 
@@ -116,7 +124,8 @@ def _chosen(network: nn.Module, path: Path, drop_head: bool, role: str) -> tuple
         if fitting:
             break
     if not fitting:
-        raise UserError(f"'{path}' does not fit {_name(network, body)}: {_misfit(known, tensors, expected, head)}")
+        said, count = _misfit(known, tensors, expected, head)
+        raise Unfitting(f"'{path}' does not fit {_name(network, body)}: {said}", count)
     return choose(fitting, role, str(path)), tensors
 
 
@@ -145,16 +154,18 @@ def _head(network: nn.Module, body: nn.Module) -> str:
     return name + "."
 
 
-def _misfit(known: list[Found], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: str) -> str:
-    """Say how the nearest reading of a file differs from the network, and why."""
+def _misfit(
+    known: list[Found], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: str
+) -> tuple[str, int]:
+    """Say how the nearest reading of a file differs from the network, and why; count the tensors that do not fit."""
     nearest = min(
         (found.state for found in known),
         key=lambda state: misfit(state, expected, head).total,
         default=dict(tensors),
     )
-    differing, missing, unexpected = misfit(nearest, expected, head)
-    if missing and (reason := next(filter(None, (known_as(found.state) for found in known)), "")):
-        return reason
+    differing, missing, unexpected = found = misfit(nearest, expected, head)
+    if missing and (reason := next(filter(None, (known_as(other.state) for other in known)), "")):
+        return reason, found.total
     shapes = [f"{k} is {tuple(nearest[k].shape)}, expected {tuple(expected[k].shape)}" for k in differing[:SHOWN]]
     layers = {key.rpartition(".")[0] for key in differing}
     only_head = len(layers) == 1 and not missing and not unexpected and list(expected)[-1] in differing
@@ -163,7 +174,7 @@ def _misfit(known: list[Found], tensors: Mapping[str, Tensor], expected: Mapping
         f"{'; '.join(named)} ({len(differing)} differ, {len(missing)} missing, {len(unexpected)} unexpected); pass the "
         "weights of the same network, classes and image size"
         + (", or leave the head out and train on (teacher.finetune=true)" if only_head else "")
-    )
+    ), found.total
 
 
 def _check_kind(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

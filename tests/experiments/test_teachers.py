@@ -119,6 +119,21 @@ def test_weights_of_another_network_are_refused(published):
         load_given("resnet8", DATA, published[1])
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"head.weight": torch.zeros(7, 64), "head.bias": torch.zeros(7)}, r"head\.weight is .*teacher\.finetune=true"),
+        ({"head.bias": torch.full((10,), torch.nan)}, r"head\.bias holds NaN"),
+    ],
+)
+def test_a_refusal_is_that_of_the_network_that_the_file_is_nearly_of(change, why, tmp_path):
+    body = timm.create_model("test_vit", num_classes=10, img_size=32)  # whose patches are larger than for small images
+    torch.save({**body.state_dict(), **change}, tmp_path / "mine.pth")
+    with pytest.raises(UserError, match=why) as caught:
+        load_given("test_vit", DATA, tmp_path / "mine.pth", image_size=32)
+    assert "patch_embed" not in str(caught.value)
+
+
 def test_teacher_and_student_may_read_different_sizes_from_one_batch(published):
     teacher = load_given("resnet10t", DATA._replace(image_size=96), published[1])
     student = create("resnet8", DATA._replace(image_size=96), image_size=32)
