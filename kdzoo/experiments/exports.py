@@ -98,7 +98,8 @@ def export(
     student = load(source.path, trust_code=here.trust_code)
     with appearing(target) as folder, Progress() as progress:
         record: dict[str, Any] = {"kdzoo": __version__, "run": source.path.name, "format": format}
-        record |= {"top1": result.shipped_top1, "image_size": student.image_size, "classes": list(student.classes)}
+        record |= {"top1": result.shipped_top1, "image_size": student.image_size, "test_crop": student.test_crop}
+        record |= {"classes": list(student.classes)}
         with progress.doing(f"writing {result.student} for {format}"):
             if format in ("timm", "hub"):
                 lines, found = _for_timm(student, result, folder, target, format)

@@ -28,7 +28,8 @@ import torch
 from huggingface_hub import hf_hub_download
 
 program = torch.export.load(hf_hub_download("OWNER/NAME", "model.pt2")).module()
-logits = program(torch.rand(1, 3, {side}, {side}))  # images in [0, 1], resized and cropped to {side} pixels
+# images in [0, 1]: the short side resized to {resized} pixels, then the centre of {side} x {side} cut out
+logits = program(torch.rand(1, 3, {side}, {side}))
 ```"""
 
 
@@ -76,7 +77,8 @@ def card(result: Result, student: Student, program: bool) -> str:
         ("parameters", "" if result.parameters is None else f"{result.parameters:,}"),
         ("operations of one image", "" if result.flops is None else f"{short(result.flops / 1e9)} GFLOPs"),
     ]
-    usage = FOR_TORCH.replace("{side}", str(student.image_size)) if program else FOR_TIMM
+    side, resized = student.image_size, int(student.image_size / student.test_crop)
+    usage = FOR_TORCH.format(side=side, resized=resized) if program else FOR_TIMM
     usage = usage if student.classes else usage.replace("logits =", "embedding =")
     return "\n".join(
         [

@@ -163,6 +163,19 @@ def test_a_program_is_compared_with_the_student(transformer, tmp_path):
     assert found["top1"] == pytest.approx(transformer.top1)
 
 
+def test_an_export_says_how_pictures_of_other_sizes_are_cut(tmp_path):
+    folder = write(
+        tmp_path, 50.0, 0, "student.name=test_vit", "protocol.test_crop=0.8", student="test_vit", image_size=32
+    )
+    spec = open_dataset("digits", image_size=32).spec
+    models.save_weights(models.create("test_vit", spec), folder.student)
+    folder.classes.write_text("".join(f"{name}\n" for name in spec.class_names))
+    made = kdzoo.export(folder.path, "timm", tmp_path / "out")
+    record = json.loads((made.folder / "export.json").read_text())
+    assert (record["image_size"], record["test_crop"]) == (32, 0.8)
+    assert json.loads((made.folder / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 0.8
+
+
 def test_a_card_for_the_hub_tells_what_the_student_is_and_leaves_the_licence_open(transformer, tmp_path):
     from huggingface_hub import ModelCard
 
@@ -186,7 +199,9 @@ def test_a_card_counts_the_seeds_beside_it_and_escapes_what_is_not_ours(tmp_path
     write(tmp_path, 10.0, 3, "distiller.temperature=1")
     result = write(tmp_path, 82.0, 4).read_result()
     student = kdzoo.models.Student(torch.nn.Identity(), classes=["a", "b"], image_size=8)
+    student.test_crop = 0.875
     text = card(result, student, program=True)
+    assert "the short side resized to 9 pixels, then the centre of 8 x 8 cut out" in text
     assert "82.00 ± 2.16 % over 4 seeds \\(0, 1, 2, 4\\)" in text
     assert "model.pt2" in text
     strange = replace(result, names=replace(result.names, data="<b>|`pets`\n# [x](y)"))
