@@ -81,7 +81,7 @@ def screen(found: Recommendation, files: Sequence[Path]) -> str:
     lines = [
         *sentences(found),
         "",
-        f"Worse: p (Holm), that of the paired t-test corrected for the number of finalists, is below {ALPHA}.",
+        f"A method is worse if p (Holm) is below {ALPHA}: the paired t-test's p, corrected for the number of finalists.",
         "Cost is the time of a training step, that of the best one being 1. Train at full length:",
     ]
     lines += [f"  {shlex.join(['kdzoo', 'run', '--config', str(shortened(file))])}" for file in files]

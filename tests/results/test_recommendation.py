@@ -294,7 +294,7 @@ def test_the_table_shows_the_p_that_its_verdicts_follow_from(tmp_path):
     for line, row in zip(lines, found.rows(), strict=True):
         assert (f" {row['p']:.3f} " in line) == (row["method"] != "dkd"), line
     assert "p (Holm)" in drawn(found)
-    assert "p (Holm), that of the paired t-test" in screen(found, [])
+    assert "A method is worse if p (Holm) is below 0.05: the paired t-test's p" in screen(found, [])
 
 
 def test_commands_name_a_folder_that_begins_with_a_dash_as_no_option(tmp_path, monkeypatch):
