@@ -307,7 +307,7 @@ def _verdict(answer: Answer, one: Finalist) -> str:
 
 
 def _settings(found: Search, best: Candidate) -> dict[str, Any]:
-    """Write the settings of a run at full length."""
+    """Write the settings of a run at full length; where the best is ``none``, a teacher would be trained in vain."""
     asked, recipe = found.asked, found.asked["protocol"]
     if found.epochs > read_protocol(str(recipe["name"]), recipe.get("epochs")).epochs:
         recipe = {**recipe, "epochs": found.epochs}  # of a recipe that is shorter than its search
@@ -318,4 +318,5 @@ def _settings(found: Search, best: Candidate) -> dict[str, Any]:
         "data": asked["data"],
         "protocol": recipe,
     }
-    return merged(settings, asked["overrides"])
+    settings = merged(settings, asked["overrides"])
+    return {name: value for name, value in settings.items() if name != "teacher" or best.method != "none"}

@@ -256,6 +256,14 @@ def test_the_recommended_file_makes_the_run_of_the_best_method(tmp_path, one):
     assert settings.identity() != resolve({**wanted, "protocol": {"name": "quick"}}, []).settings.identity()
 
 
+def test_the_recommended_file_of_a_student_without_a_teacher_trains_no_teacher(tmp_path):
+    found = read(tmp_path, ("none", DKD, 0.01), ("kd", KD, 0.02))
+    found.search.asked["overrides"] = ["teacher.epochs=2", "data.limit=100"]
+    [file] = found.write()
+    settings = resolve(read_settings(file), []).settings
+    assert (settings.distiller.name, settings.teacher.name, settings.data.limit) == ("none", None, 100)
+
+
 EVIL = "kd\x1b[31m\nseed: 5\u202e"
 
 
