@@ -152,8 +152,8 @@ class Distillation(nn.Module):
         """Compute the weighted loss terms, float32 scalars by name; minimise their sum.
 
         Raises:
-            UserError: the batch is of another type, or lacks labels or views that the method reads; or a buffer of the
-                method keeps the batch's graph.
+            UserError: the batch is of another type, or lacks labels, views or an index that the method reads; or a
+                buffer of the method keeps the batch's graph.
         """
         if not isinstance(batch, Batch):
             kind = type(batch).__name__
@@ -164,6 +164,11 @@ class Distillation(nn.Module):
             raise UserError(
                 f"{distiller.title} reads {', '.join(missing)} of the batch's views, and it has none; give it those as "
                 "batch._replace(views={...}), which kdzoo run makes by itself"
+            )
+        if batch.index is None and distiller.needs.labels:
+            raise UserError(
+                f"{distiller.title} reads which images of the training set a batch holds, and this one does not say; "
+                "pass their rows as Batch.of(..., index=...)"
             )
         if batch.labels is None and any(distiller.weights.get(term) for term in distiller.label_terms):
             raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")

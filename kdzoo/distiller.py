@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W), float in [0, 1], augmented; every network normalises for itself
     labels: Tensor  # (B,) int64, hard labels, kept under mixup and cutmix; None where the data have no labels
     targets: Tensor  # (B, K) float: what cross-entropy is taken against (smoothed, mixed); None as well
-    index: Tensor  # type: ignore[assignment]  # (B,) int64, row of the training set; tuple.index is not missed
+    index: Tensor  # type: ignore[assignment]  # (B,) int64, row of the training set, or None; tuple.index is not missed
     progress: Tensor  # () float in [0, 1): the share of training that is done
     views: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default, never written to)  further views by name
     partner: Tensor | None = None  # (B,) int64: the row whose image was mixed into this one; None without mixing
@@ -62,7 +62,8 @@ class Batch(NamedTuple):
             labels: (B,) int64; None where there are none.
             num_classes: K.
             progress: the share of training that is done, for methods that warm up.
-            index: (B,) int64, the images' rows in the training set, for methods that remember them.
+            index: (B,) int64, the images' rows in the training set, for methods that remember them; None where no
+                method reads them.
 
         Raises:
             UserError: images or labels are of another shape or type, or labels come without ``num_classes``.
@@ -77,7 +78,7 @@ class Batch(NamedTuple):
             images,
             labels,  # type: ignore[arg-type]  # absent where there are none
             None if labels is None else F.one_hot(labels, num_classes).to(torch.float32),  # type: ignore[arg-type]
-            torch.arange(len(images), device=images.device) if index is None else index,
+            index,  # type: ignore[arg-type]  # absent where it is not given
             torch.tensor(progress, device=images.device),
         )
 

@@ -316,12 +316,9 @@ def test_what_ships_is_the_student():
 def test_a_batch_from_ones_own_loader_is_complete():
     batch = Batch.of(torch.rand(2, 3, 4, 4), torch.tensor([2, 0]), num_classes=3, progress=0.25)
     assert batch.targets.tolist() == [[0, 0, 1], [1, 0, 0]]
-    assert (batch.index.tolist(), float(batch.progress), batch.views, batch.partner) == (
-        [0, 1],
-        0.25,
-        {},
-        None,
-    )
+    assert (batch.index, float(batch.progress), batch.views, batch.partner) == (None, 0.25, {}, None)
+    batch = Batch.of(torch.rand(2, 3, 4, 4), torch.tensor([2, 0]), num_classes=3, index=torch.tensor([7, 5]))
+    assert batch.index.tolist() == [7, 5]
 
 
 def test_a_data_spec_has_sensible_defaults():
@@ -388,6 +385,18 @@ def test_networks_of_other_classes_are_an_error():
         Distillation(Net(), Net(), KD(), num_classes=6)
     with pytest.raises(UserError, match="'the teacher' gives 7 logits, expected 5"):
         Distillation(cnn(), cnn(classes=7), KD(), num_classes=5, image_size=32)
+
+
+def test_a_method_that_remembers_images_refuses_a_batch_that_does_not_say_which_it_holds():
+    labels, index = torch.arange(64) % 5, torch.tensor([9, 8, 7, 6])
+    distillation = kdzoo.distill(cnn(), cnn(8), "crd", num_classes=5, image_size=32, labels=labels, negatives=4)
+    pictures = torch.rand(4, 3, 32, 32)
+    with pytest.raises(UserError, match=r"CRD reads which images .* rows as Batch\.of\(\.\.\., index=\.\.\.\)"):
+        distillation(Batch.of(pictures, labels[index], num_classes=5))
+    before = distillation.distiller.memory_s.clone()
+    distillation(Batch.of(pictures, labels[index], num_classes=5, index=index))
+    moved = (distillation.distiller.memory_s != before).any(dim=1).nonzero().flatten()
+    assert moved.tolist() == sorted(index.tolist())
 
 
 def test_a_method_that_reads_labels_asks_for_them():
