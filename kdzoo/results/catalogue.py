@@ -11,7 +11,6 @@ from rich.text import Text
 
 from kdzoo import registry
 from kdzoo.errors import UserError, unknown
-from kdzoo.keywords import parameters
 from kdzoo.quantities import counted
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ def distiller_page(name: str) -> RenderableType:
 
 
 def _distiller_page(method: registry.Plugin, distiller: "type[Distiller]") -> RenderableType:
+    from kdzoo.keywords import parameters  # which loads more than lists need
+
     keywords = Table("keyword", "type", "default", title="distiller.KEYWORD=value", title_justify="left")
     for parameter in parameters(distiller):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:

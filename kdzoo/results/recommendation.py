@@ -120,7 +120,7 @@ class Answer:
 
     def _weak_teacher(self) -> list[str]:
         alone = self.reference("none")
-        if alone is None or not self.teacher_top1 < alone.mean:
+        if alone is None or not self.teacher_top1 < alone.mean - statistics.EQUAL:
             return []
         return [
             f"The teacher reaches {self.teacher_top1:.2f} % and the student without it {alone.mean:.2f} %: look for a "

@@ -13,7 +13,7 @@ from kdzoo.experiments.recommend import beside, outline
 from kdzoo.quantities import counted, p_value, short
 from kdzoo.results.last_screen import shortened, written
 from kdzoo.results.recommendation import Recommendation
-from kdzoo.results.statistics import ALPHA
+from kdzoo.results.statistics import ALPHA, EQUAL
 from kdzoo.store.result import MEASURED_BY
 from kdzoo.store.search import Search
 
@@ -81,7 +81,7 @@ def screen(found: Recommendation, files: Sequence[Path]) -> str:
     lines = [
         *sentences(found),
         "",
-        f"A method is worse if p (Holm) is below {ALPHA}: the paired t-test's p, corrected for the number of finalists.",
+        f"Worse means that p (Holm), of a paired t-test corrected for the number of finalists, is below {ALPHA}.",
         "Cost is the time of a training step, that of the best one being 1. Train at full length:",
     ]
     lines += [f"  {shlex.join(['kdzoo', 'run', '--config', str(shortened(file))])}" for file in files]
@@ -103,7 +103,9 @@ def front(found: Recommendation) -> list[str]:
     kept = [
         f"{name} ({one.mean:.2f} %, {short(speed[name])} ms)"
         for name, one in best
-        if not any(other.mean >= one.mean and speed[rival] < speed[name] for rival, other in best if rival != name)
+        if not any(
+            other.mean >= one.mean - EQUAL and speed[rival] < speed[name] for rival, other in best if rival != name
+        )
     ]
     return [f"No other student is both faster and at least as accurate as: {', '.join(kept)}."]
 

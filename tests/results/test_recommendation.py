@@ -108,6 +108,9 @@ def test_a_teacher_below_the_student_alone_is_said_to_be_weak(tmp_path):
     ]
     sound = read(tmp_path / "sound", ("kd", DKD, 0.02), ("none", NONE, 0.01), teacher_top1=90.0)
     assert len(sound.sentences()) == 2
+    assert np.mean([81.1] * 6) > 81.1
+    equal = read(tmp_path / "equal", ("kd", [90.0] * 6, 0.02), ("none", [81.1] * 6, 0.01), teacher_top1=81.1)
+    assert len(equal.sentences()) == 2
 
 
 def test_nothing_is_said_of_a_teacher_that_was_never_measured(tmp_path):
@@ -220,6 +223,14 @@ def test_the_front_holds_the_students_that_no_other_beats_in_both(tmp_path):
     assert screen(found, []).splitlines()[4:6] == [*front(found), ""]
 
 
+def test_of_students_that_are_equal_but_for_rounding_the_faster_one_is_in_front(tmp_path):
+    low, *_, high = sorted(permutations((71.1, 70.2, 70.3)), key=np.mean)
+    assert 0 < np.mean(high) - np.mean(low) < 1e-13
+    search(tmp_path, [(candidate("kd", "resnet_8"), low, 0.02), (candidate("kd", "resnet_14"), high, 0.02)])
+    found = timed(Recommendation.read(tmp_path), {"resnet_8": 1.0, "resnet_14": 2.5})
+    assert front(found) == ["No other student is both faster and at least as accurate as: resnet_8 (70.53 %, 1 ms)."]
+
+
 def test_without_a_latency_no_front_is_said(tmp_path):
     found = two(tmp_path)
     assert front(found) == []
@@ -302,7 +313,7 @@ def test_the_table_shows_the_p_that_its_verdicts_follow_from(tmp_path):
     for line, row in zip(lines, found.rows(), strict=True):
         assert (f" {row['p']:.3f} " in line) == (row["method"] != "dkd"), line
     assert "p (Holm)" in drawn(found)
-    assert "A method is worse if p (Holm) is below 0.05: the paired t-test's p" in screen(found, [])
+    assert "Worse means that p (Holm), of a paired t-test corrected" in screen(found, [])
 
 
 def test_commands_name_a_folder_that_begins_with_a_dash_as_no_option(tmp_path, monkeypatch):
