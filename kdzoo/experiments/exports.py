@@ -119,6 +119,7 @@ def _for_timm(
         write_timm(student.network, folder, student.classes, student.test_crop)
         why = ""
         lines = [f"timm reads it: timm.create_model({f'local-dir:{target}'!r}, pretrained=True)"]
+        lines += filter(None, [model_card.enlarging(student)])
     except CannotSay as error:
         why = str(error)
         for file in folder.iterdir():

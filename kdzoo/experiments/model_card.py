@@ -104,7 +104,19 @@ def card(result: Result, student: Student, program: bool) -> str:
             "",
             usage,
             "",
+            *([] if program or not (note := enlarging(student)) else [note, ""]),
         ]
+    )
+
+
+def enlarging(student: Student) -> str:
+    """Say what timm's transform does not do where the network enlarges the run's images; empty where it does not."""
+    side, read = student.image_size, getattr(student.network, "image_size", 0)
+    if read <= side:
+        return ""
+    return (
+        f"It was measured on images of {side} px that were enlarged to {read} px: resize the short side of larger "
+        f"pictures to {int(side / student.test_crop)} px before timm's transform, or its answers differ."
     )
 
 

@@ -163,17 +163,21 @@ def test_a_program_is_compared_with_the_student(transformer, tmp_path):
     assert found["top1"] == pytest.approx(transformer.top1)
 
 
-def test_an_export_says_how_pictures_of_other_sizes_are_cut(tmp_path):
-    folder = write(
-        tmp_path, 50.0, 0, "student.name=test_vit", "protocol.test_crop=0.8", student="test_vit", image_size=32
-    )
+@pytest.mark.parametrize("reads", [32, 64])
+def test_an_export_says_how_pictures_of_other_sizes_are_cut(reads, tmp_path):
+    settings = ["student.name=test_vit", f"student.image_size={reads}", "protocol.test_crop=0.8"]
+    folder = write(tmp_path, 50.0, 0, *settings, student="test_vit", image_size=32)
     spec = open_dataset("digits", image_size=32).spec
-    models.save_weights(models.create("test_vit", spec), folder.student)
+    models.save_weights(models.create("test_vit", spec, image_size=reads), folder.student)
     folder.classes.write_text("".join(f"{name}\n" for name in spec.class_names))
-    made = kdzoo.export(folder.path, "timm", tmp_path / "out")
+    made = kdzoo.export(folder.path, "hub", tmp_path / "out")
     record = json.loads((made.folder / "export.json").read_text())
     assert (record["image_size"], record["test_crop"]) == (32, 0.8)
-    assert json.loads((made.folder / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 0.8
+    config = json.loads((made.folder / "config.json").read_text())["pretrained_cfg"]
+    assert (config["input_size"], config["crop_pct"]) == ([3, reads, reads], 0.8)
+    said = "images of 32 px that were enlarged to 64 px: resize the short side of larger pictures to 40 px before"
+    for text in ("\n".join(made.lines), (made.folder / "README.md").read_text()):
+        assert (said in text) is (reads == 64)
 
 
 def test_a_card_for_the_hub_tells_what_the_student_is_and_leaves_the_licence_open(transformer, tmp_path):
