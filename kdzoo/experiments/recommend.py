@@ -85,17 +85,22 @@ def search(
             for number in set(some) - set(best):
                 made.courses[number].stopped = epoch
             chosen[student] = best
-        if not made.finals:  # else all of this stands there already
+        if not Search.read(out).finals:  # else all of this stands there already
             made.write(out)
     for student, some in chosen.items():
         chosen[student] = [*some, *(number for number in references(made, student) if number not in some)]
     trained = list(trainer.train(made, "final", chosen, [f"output.measure_every={made.epochs}"]))
-    if not made.finals:
-        for student in made.students:
-            theirs = {number: run for number, run in trained if made.candidates[number].student == student}
-            compare_costs(made, theirs, quiet)
     made.finals = [Trained(number, run.settings.seed, RunFolder.of(run).path.name) for number, run in trained]
-    made.write(out)
+    lock = RunLock(out)
+    lock.acquire(wait=True)
+    try:
+        if retry or Search.read(out).finals != made.finals:  # else another process has compared their costs
+            for student in made.students:
+                theirs = {number: run for number, run in trained if made.candidates[number].student == student}
+                compare_costs(made, theirs, quiet)
+            made.write(out)
+    finally:
+        lock.release()
     return out
 
 

@@ -598,6 +598,25 @@ def test_costs_of_finalists_are_those_of_steps_by_turns(found):
 
 
 @WHOLE_SEARCH
+def test_of_processes_that_share_a_search_one_compares_costs_and_the_others_take_them(found, monkeypatch):
+    late = Search.read(found)
+    late.finals, late.costs = [], [0.5] * len(late.costs)  # as read before the first process ended
+    before = (found / FILE).read_text()
+    monkeypatch.setattr(recommend, "planned", lambda *given: late)
+    monkeypatch.setattr(recommend, "compare_costs", lambda *given: pytest.fail("it compared costs again"))
+    search(QUESTION, found, quiet=True)
+    assert (found / FILE).read_text() == before
+
+
+@WHOLE_SEARCH
+def test_costs_are_compared_again_where_what_failed_is_tried_again(found, monkeypatch):
+    compared = []
+    monkeypatch.setattr(recommend, "compare_costs", lambda made, runs, quiet: compared.extend(runs))
+    search(QUESTION, found, quiet=True, retry=True)
+    assert set(compared) == {one.candidate for one in Search.read(found).finals}
+
+
+@WHOLE_SEARCH
 def test_a_search_that_others_are_at_work_on_says_so_though_candidates_failed(found, tmp_path, monkeypatch):
     report = Report(elsewhere=[tmp_path / "one"], failed={tmp_path / "two": "the loss term 'kd' is not finite"})
     monkeypatch.setattr(recommend, "bench", lambda *given, **named: report)
