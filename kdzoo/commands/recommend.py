@@ -129,7 +129,7 @@ def recommend(
         seeds,
     )
     if dry_run:
-        click.echo(plan(tried(question)))
+        click.echo(plan(tried(question, out, executor)))
         return
     found = Recommendation.read(search(question, out, executor, retry=retry))
     files = found.write()

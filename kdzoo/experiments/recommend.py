@@ -187,13 +187,18 @@ class Trainer:
         yield from zip(numbers, suite.runs, strict=True)
 
 
-def tried(question: Question, quiet: bool = False) -> Search:
-    """Plan a search without training anything or leaving anything behind.
+def tried(
+    question: Question, out: str | Path | None = None, executor: Executor | None = None, quiet: bool = False
+) -> Search:
+    """Plan a search without training anything or leaving anything behind; one that has begun keeps its plan.
 
     Raises:
         UserError: as by ``search``.
     """
+    begun = question.folder if out is None else output_path(out)
     with TemporaryDirectory() as folder, Progress(quiet) as progress:
+        if (begun / FILE).is_file():
+            return planned(Trainer(question, begun, given_or_local(executor), quiet), progress)
         return planned(Trainer(question, Path(folder), Local(), quiet), progress)
 
 

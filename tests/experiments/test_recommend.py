@@ -165,6 +165,14 @@ def test_the_same_question_again_trains_nothing(found, monkeypatch):
 
 
 @WHOLE_SEARCH
+def test_a_dry_run_of_a_search_that_has_begun_says_what_the_search_does(found, monkeypatch):
+    monkeypatch.setattr(recommend, "measure", lambda *given: pytest.fail("it planned anew"))
+    assert tried(QUESTION, found, quiet=True) == Search.read(found)
+    with pytest.raises(UserError, match="holds the answer to another question"):
+        tried(replace(QUESTION, budget="900epochs"), found, quiet=True)
+
+
+@WHOLE_SEARCH
 @pytest.mark.parametrize(
     "changed",
     [
