@@ -41,7 +41,6 @@ COMMAS = "NAME[,NAME]..."
 )
 @click.option(
     "--budget",
-    default="",
     help="Time for everything, such as 4h or 90min, or the number of epochs of all trainings together, such as "
     "600epochs: trainings are as long as that allows (default: --epochs for each finalist).",
 )
@@ -78,7 +77,7 @@ def recommend(
     epochs: int | None,
     methods: str | None,
     settings: int,
-    budget: str,
+    budget: str | None,
     seed: int,
     seeds: int,
     out: Path | None,
@@ -106,6 +105,8 @@ def recommend(
 
     if methods is not None and not split(methods):
         raise UserError("no method is named; leave --methods out to try all")
+    if budget == "":
+        raise UserError("the budget is empty; leave --budget out to set none")
     with Progress() as progress, loading(progress):
         from kdzoo.experiments import workers
         from kdzoo.experiments.question import Question
@@ -120,7 +121,7 @@ def recommend(
         split(students),
         split(methods or ""),
         settings,
-        budget,
+        budget or "",
         {"name": data, **given},
         {"name": protocol, **({"epochs": epochs} if epochs else {})},
         teacher_weights,

@@ -530,6 +530,7 @@ def test_the_dry_run_says_what_it_would_do(tmp_path, monkeypatch, capsys):
         (["recommend", "--teacher", "resnet14", "--students", ","], "no student is named"),
         (["recommend", "--teacher", "resnet14", "--students", "resnet8", "--methods", ""], "no method is named; leave"),
         (["recommend", *ASKED, "--budget", "never"], "--budget never: expected a time"),
+        (["recommend", *ASKED, "--budget", ""], "the budget is empty; leave --budget out"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(words, said, tmp_path, monkeypatch, capsys):
