@@ -36,7 +36,8 @@ def after_a_step(run, dataset, teacher, folder):
 
 
 def test_parts_are_the_batch_cut_in_order():
-    batch = Batch.of(torch.rand(6, 3, 4, 4), torch.arange(6), 7)._replace(views={"weak": torch.rand(6, 3, 4, 4)})
+    batch = Batch.of(torch.rand(6, 3, 4, 4), torch.arange(6), 7, index=torch.arange(6) + 9)
+    batch = batch._replace(views={"weak": torch.rand(6, 3, 4, 4)})
     parts = micro_batches(batch, 3)
     assert [len(part.labels) for part in parts] == [2, 2, 2]
     for name in ("images", "labels", "targets", "index"):
