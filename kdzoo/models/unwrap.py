@@ -106,8 +106,8 @@ def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], left: st
 def candidates(tensors: Mapping[str, Tensor], body: nn.Module) -> Iterator[list[Found]]:
     """List the ways to read a file's tensors as the weights of a network, the plainest first, whether they fit or not.
 
-    These are the tensors below each container or prefix, first by their own names, then by translated ones, and at last
-    without prefixes that only some of them have.
+    These are the tensors below each container or prefix, first by their own names, then by translated ones, then
+    without prefixes that only some of them have, and at last with a classifier of another name.
     """
     needed = sum(not key.endswith(COUNTERS) for key in body.state_dict())
     counts: Counter[str] = Counter()
@@ -119,8 +119,10 @@ def candidates(tensors: Mapping[str, Tensor], body: nn.Module) -> Iterator[list[
         for path, count in sorted(counts.items())
         if count >= needed // 2
     ]
+    stripped = list(_stripped(places))
     yield from _ways(places, body)
-    yield from _ways(list(_stripped(places)), body)
+    yield from _ways(stripped, body)
+    yield [found for path, state in (*places, *stripped) for found in _headed(path, state, body)]
 
 
 def choose(fitting: list[Found], role: str, file: str) -> Found:
@@ -165,6 +167,22 @@ def _bare(key: str) -> str:
     while len(parts) > 2 and parts[0] in WRAPPERS:
         parts.pop(0)
     return ".".join(part for part in parts if part not in INSIDE)
+
+
+def _headed(path: str, state: dict[str, Tensor], body: nn.Module) -> Iterator[Found]:
+    """The same weights where all layers but the last linear one are there, and one layer more, which stands for it.
+
+    So they are saved where a head was put in its place, as in ``net.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))``.
+    """
+    expected = body.state_dict()
+    differing, missing, unexpected = misfit(state, expected)
+    layers = [{key.rpartition(".")[0] for key in keys} for keys in (missing, unexpected)]
+    if differing or [len(names) for names in layers] != [1, 1] or list(expected)[-1] not in missing:
+        return
+    [[name], [other]] = layers
+    renamed = {name + key.removeprefix(other) if key in unexpected else key: value for key, value in state.items()}
+    if isinstance(body.get_submodule(name), nn.Linear) and renamed.keys() >= set(missing):
+        yield Found(path, f"a network whose classifier is named {other}", renamed)
 
 
 def _translated(path: str, state: dict[str, Tensor], body: nn.Module) -> Iterator[Found]:

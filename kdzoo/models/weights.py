@@ -169,7 +169,8 @@ def _misfit(
     shapes = [f"{k} is {tuple(nearest[k].shape)}, expected {tuple(expected[k].shape)}" for k in differing[:SHOWN]]
     layers = {key.rpartition(".")[0] for key in differing}
     only_head = len(layers) == 1 and not missing and not unexpected and list(expected)[-1] in differing
-    named = shapes or [f"{k} is missing" for k in missing[:SHOWN]] or [f"{k} is unexpected" for k in unexpected[:SHOWN]]
+    absent = [f"{key} is missing" for key in missing[:SHOWN]]
+    named = shapes or [*absent, *(f"{key} is unexpected" for key in unexpected[:SHOWN])]
     return (
         f"{'; '.join(named)} ({len(differing)} differ, {len(missing)} missing, {len(unexpected)} unexpected); pass the "
         "weights of the same network, classes and image size"

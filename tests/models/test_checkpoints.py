@@ -267,6 +267,26 @@ def test_a_truncated_file_is_refused_in_one_line(trained, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("other", ["fc.1", "head.last", "cls"])
+def test_a_head_that_was_put_in_the_place_of_the_networks_own_has_another_name(other, trained, tmp_path):
+    renamed = {re.sub(r"^fc\.", f"{other}.", key): value for key, value in trained.items()}
+    state, said = loaded({"state_dict": prefixed(renamed, "module.")}, tmp_path)
+    assert same(state, trained)
+    assert f"names translated from those of a network whose classifier is named {other}" in said
+    wider = {**renamed, f"{other}.weight": torch.rand(3, 64), f"{other}.bias": torch.rand(3)}
+    with pytest.raises(UserError, match=r"fc\.weight is \(3, 64\), expected \(10, 64\).*teacher\.finetune=true"):
+        loaded(wider, tmp_path)
+    state, _ = loaded(wider, tmp_path, drop_head=True)
+    assert all(state[key].equal(value) for key, value in trained.items() if not key.startswith("fc."))
+
+
+def test_a_head_of_two_layers_is_no_head_of_another_name(trained, tmp_path):
+    rest = {key: value for key, value in trained.items() if not key.startswith("fc.")}
+    own = {"fc.0.weight": torch.rand(64, 64), "fc.2.weight": torch.rand(10, 64), "fc.2.bias": torch.rand(10)}
+    with pytest.raises(UserError, match=r"is missing; .*fc\.0\.weight is unexpected"):
+        loaded({**rest, **own}, tmp_path)
+
+
 def test_a_head_can_be_left_out(trained, tmp_path):
     wider = create("resnet8", DATA._replace(num_classes=7)).body.state_dict()
     with pytest.raises(UserError, match=r"teacher\.finetune=true"):
