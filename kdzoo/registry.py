@@ -139,7 +139,10 @@ class Registry(Generic[Base]):
                 if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
             ]
         if len(classes) != 1 or not issubclass(classes[0], base):
-            raise UserError(f"{plugin.file} holds {len(classes)} {self.plural}; expected one subclass of {self.base}")
+            named = f" ({', '.join(each.__name__ for each in classes)})" if classes else ""
+            raise UserError(
+                f"{plugin.file} holds {len(classes)} {self.plural}{named}; expected one subclass of {self.base}"
+            )
         return classes[0]
 
 

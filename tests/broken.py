@@ -66,6 +66,7 @@ class Sound(Distiller):
 FAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "check_documented": {
         "names no paper": {"paper": ""},
+        "would have a keyword varied that it does not have": {"search": {"hnt": (0.1, 10.0)}},
     },
     "check_needs": {
         "reads features and says that it does not": {"needs": Needs(features=False)},

@@ -58,7 +58,7 @@ def test_a_file_is_a_method(tmp_path):
         ("class Mine: pass", "holds 0 distillers"),
         (
             "from kdzoo import Distiller\nclass A(Distiller): pass\nclass B(Distiller): pass",
-            "holds 2 distillers",
+            r"holds 2 distillers \(A, B\); expected one subclass",
         ),
         ("import nothing_like_this", "ModuleNotFoundError"),
         ("def broken(:", "SyntaxError"),

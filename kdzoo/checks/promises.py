@@ -63,6 +63,8 @@ def check_documented(distiller: type[Distiller]) -> None:
         expect(keyword.default is not Parameter.empty, "a default for each keyword", "none", remedy)
         expect(keyword.annotation is not Parameter.empty, "a type for each keyword", "none", remedy)
         expect(name in described, "a line in the docstring's Args for each keyword", "none", remedy)
+    strange = set(getattr(cls, "search", {})) - _keywords(distiller).keys()
+    expect(not strange, f"a keyword of {cls.__name__} in search", ", ".join(map(repr, strange)), "correct the name")
     keyword_settings(distiller, {})  # refuses types that no YAML can hold
 
 

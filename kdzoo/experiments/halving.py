@@ -128,7 +128,7 @@ def longest(
         least = price(*epochs_of(candidates, references, epochs, seeds))
         if least <= amount:
             return epochs
-    need = counted(round(least), "epoch") if unit == "epochs" else duration(least)
+    need = counted(round(least), "epoch") if unit == "epochs" else duration(math.ceil(least))
     raise UserError(
         f"a budget of {budget} cannot pay the shortest search, of {counted(sum(candidates), 'candidate')}: it takes "
         f"about {need}; raise --budget, name fewer --methods, or lower --settings{' or --seeds' * (seeds > SEEDS)}"
