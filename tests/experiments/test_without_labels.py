@@ -399,13 +399,14 @@ def test_a_recommendation_is_planned_without_labels(pictures, weights, tmp_path)
         cli,
         [
             *("recommend", "--teacher", "resnet8", "--teacher-weights", str(weights), "--student", "resnet8"),
-            *("--data", f"images:{pictures}", "--methods", "at,dkd", "--settings", "1", "--epochs", "2", "--dry-run"),
+            *("--data", f"images:{pictures}", "--methods", "at,sp,dkd", "--settings", "1", "--epochs", "2"),
+            "--dry-run",
             *("--out", str(tmp_path / "search"), "engine.device=cpu", "engine.precision=float32"),
             "protocol.batch_size=8",
         ],
     )
     assert done.exit_code == 0, done.output
-    assert "kd, logitmse, at" in done.output
+    assert "kd, logitmse, at, sp" in done.output
     assert "none: NoDistillation learns from labels" in done.output
     assert "finalists, with kd beside them, for 2 epochs" in " ".join(done.output.split())
 
