@@ -174,18 +174,27 @@ def with_decays(rungs: list[int], protocol: Protocol, base: float, step: int, st
     return learning_rate(protocol, base, step, steps_per_epoch) * min(1.0, falling)
 
 
-def tables(case: Case, out: Path, title: str, results: Path) -> None:
-    """Write what was found."""
+def grid_of(out: Path, file: Path | None) -> dict[tuple[str, int], float]:
+    """The top-1 of each run of the grid, by its method's title and seed: from its table, or else from the runs."""
+    if file:
+        table = pd.read_csv(file)
+        return dict(zip(zip(table["method"], table["seed"], strict=True), table["top1"], strict=True))
+    runs = runs_in(out / "grid") if (out / "grid").is_dir() else {}
+    return {key: run.finished().top1 for key, run in runs.items()}
+
+
+def tables(case: Case, out: Path, title: str, results: Path, file: Path | None) -> None:
+    """Write what was found; ``file`` is the grid's table, where its runs are not here."""
     folders = sorted(out.glob("repeat-*"), key=lambda path: int(path.name.split("-")[1]))
     peaks = {folder.name: json.loads((folder / "peaks.json").read_text()) for folder in folders}
     memory = [
         {"repeat": name, "stage": stage, "bytes": most} for name, each in peaks.items() for stage, most in each.items()
     ]
     publish(pd.DataFrame(memory), file_of(results, f"recommend-{title}-memory", this_machine()))
-    if not (out / "grid").is_dir():
+    grid = grid_of(out, file)
+    if not grid:
         return
     made = Search.read(out / "repeat-0")
-    grid = {key: run.finished().top1 for key, run in runs_in(out / "grid").items()}
     sizes = sorted({USUAL_SEEDS, case.grid_seeds})
     means = {
         n: {one.title: fmean(grid[one.title, seed] for seed in case.seeds[:n]) for one in made.candidates}
@@ -272,13 +281,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--part", nargs="+", default=["grid", "repeats", "schedules"])
+    parser.add_argument("--grid", type=Path, help="of tables: that of the grid, where its runs are not under --out")
     given = parser.parse_args()
     case, out = CASES[given.case], given.out / given.case
     if given.what == "train":
         train(case, given.data, out, given.repeats, given.part)
     else:
         title = f"{case.teacher}-{case.student}-{given.case}-{case.protocol['epochs']}epochs"
-        tables(case, out, title, given.results)
+        tables(case, out, title, given.results, given.grid)
 
 
 if __name__ == "__main__":
