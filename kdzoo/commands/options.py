@@ -34,7 +34,7 @@ class GivenFile(GivenPath):
 
 
 PATH, FILE = GivenPath(path_type=Path), GivenFile(path_type=Path, dir_okay=False)
-GIVEN_FILE = GivenPath(path_type=Path, dir_okay=False)  # to read, which may be a pipe
+INPUT_FILE = GivenPath(path_type=Path, dir_okay=False)  # it is read, so that it may be a pipe
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the full traceback of an error.")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 TRUST_CODE = click.option(

@@ -9,7 +9,7 @@ import click
 
 from kdzoo.commands.options import (
     DEBUG,
-    GIVEN_FILE,
+    INPUT_FILE,
     OVERRIDES,
     PATH,
     TEACHER_WEIGHTS,
@@ -31,7 +31,7 @@ def flag(name: str, key: str, **options: Any) -> Callable[[Callable[..., None]],
 @click.command()
 @click.option(
     "--config",
-    type=GIVEN_FILE,
+    type=INPUT_FILE,
     help="YAML file with settings by section, such as the recommended.yaml of 'kdzoo recommend'; settings on the "
     "command line take precedence (default: none).",
 )

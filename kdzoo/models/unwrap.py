@@ -119,8 +119,8 @@ def candidates(tensors: Mapping[str, Tensor], body: nn.Module) -> Iterator[list[
         for path, count in sorted(counts.items())
         if count >= needed // 2
     ]
-    stripped = list(_stripped(places))
     yield from _ways(places, body)
+    stripped = list(_stripped(places))
     yield from _ways(stripped, body)
     yield [found for path, state in (*places, *stripped) for found in _headed(path, state, body)]
 

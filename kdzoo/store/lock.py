@@ -20,7 +20,7 @@ from kdzoo.errors import UserError
 from kdzoo.files import is_file, make_folder, read_json, storing, write_text
 
 HEARTBEAT = 10.0  # seconds
-LOOK = 0.1  # seconds, in which others see that a lock is free and let it go
+LOOK = 0.1  # seconds that a lock is tried for, since another process may hold it just to look
 LIFETIME = 60.0  # seconds without a heartbeat after which an owner on another machine is dead
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # one for all containers of a machine, which share its locks
 
@@ -68,7 +68,7 @@ class RunLock:
             self._lock.release()
 
     def is_held(self) -> bool:
-        """Tell whether another process holds the lock, which is free again before one that takes it gives up."""
+        """Tell whether another process holds the lock. Looking takes it for less time than others try to take it."""
         try:
             if not self._file.is_file():
                 return False
@@ -111,7 +111,7 @@ class RunLock:
         return None if here else beaten
 
     def _take(self, wait: bool = False) -> bool:
-        """Take the lock of this machine, waiting for it if asked, and else as long as others may need to look."""
+        """Take the lock of this machine, waiting for it if asked, and else for as long as others may look at it."""
         try:
             self._lock.acquire(timeout=-1 if wait else LOOK, poll_interval=LOOK / 5)
         except Timeout:
