@@ -21,6 +21,7 @@ from kdzoo.engine import memory
 from kdzoo.engine.device import use
 from kdzoo.engine.faults import caught
 from kdzoo.engine.lane import Lane
+from kdzoo.engine.measure import test_rows
 from kdzoo.engine.memory import Cost
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
@@ -36,7 +37,6 @@ from kdzoo.store.folder import RunFolder
 
 CALLS, ENOUGH = 3, 1.0  # a time is the median of so many calls, or of fewer that took so many seconds
 TURNS = 7  # of runs whose times are compared
-TEST_BATCH = 256
 NOTHING, TOO_MUCH = Cost(0, 0), Cost(2**62, 0)  # of runs that cannot be trained: at all, or beside any other
 
 
@@ -331,12 +331,13 @@ def look(network: nn.Module, images: Tensor, precision: str) -> None:
 
 def test_seconds(network: nn.Module, dataset: Dataset, settings: Settings) -> float:
     """Estimate the seconds of a pass over the test set by those of its first batch."""
+    rows = test_rows(dataset.spec)
 
     def first_batch() -> None:
-        images, _ = next(dataset.test_batches(TEST_BATCH, settings.protocol.test_crop))
+        images, _ = next(dataset.test_batches(rows, settings.protocol.test_crop))
         look(network, images, settings.engine.precision)
 
-    batches = dataset.test_size / min(TEST_BATCH, dataset.test_size)
+    batches = dataset.test_size / min(rows, dataset.test_size)
     with evaluating(network):
         first_batch()
         return batches * seconds(first_batch, dataset.device)

@@ -132,8 +132,8 @@ def train_together(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | Non
     """Train runs side by side; those that memory did not hold are tried again, half as many at a time."""
     for lanes in by_checkpoint(runs):
         progress.count_next(sum(run.last_epoch for run in lanes))
-        give_back_memory()  # of lanes before these
         outcomes = dict(enumerate(train_lanes(lanes, dataset, teacher, progress)))
+        give_back_memory()  # before anything else is made
         full = [i for i, outcome in outcomes.items() if isinstance(outcome, OutOfMemory) and len(lanes) > 1]
         for i in outcomes.keys() - set(full):
             record(lanes[i], outcomes[i], progress)

@@ -17,7 +17,7 @@ import kdzoo
 from kdzoo import files
 from kdzoo.cli import main
 from kdzoo.errors import StorageError, UserError
-from kdzoo.experiments import suites
+from kdzoo.experiments import suites, teachers, work
 from kdzoo.experiments.bench import bench, survey
 from kdzoo.experiments.work import by_checkpoint, grouped
 from kdzoo.store.folder import RunFolder
@@ -89,10 +89,8 @@ def test_a_bench_killed_twice_ends_as_one_that_nobody_killed(suite, tmp_path):
 def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is_new(suite, tmp_path, monkeypatch):
     bench(suite, tmp_path / "runs", quiet=True)
     trained = []
-    import kdzoo.experiments.work as engine
-
-    train_lanes = engine.train_lanes
-    monkeypatch.setattr(engine, "train_lanes", lambda runs, *rest: trained.extend(runs) or train_lanes(runs, *rest))
+    train_lanes = work.train_lanes
+    monkeypatch.setattr(work, "train_lanes", lambda runs, *rest: trained.extend(runs) or train_lanes(runs, *rest))
     bench(suite, tmp_path / "runs", quiet=True)
     assert not trained
     (tmp_path / "mine.yaml").write_text(SUITE.replace("temperature: 1", "temperature: 2"))
@@ -101,6 +99,23 @@ def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is
 
 
 @pytest.mark.slow(reason="trains a suite twice")
+def test_memory_is_given_back_after_each_training_before_the_next_teacher_is_made(suite, tmp_path, monkeypatch):
+    done = []
+
+    def noting(call):
+        def noted(*given):
+            done.append(call.__name__)
+            return call(*given)
+
+        return noted
+
+    for owner, name in ((teachers, "obtain"), (work, "train_lanes"), (work, "give_back_memory")):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
+    few = [run for run in suite.runs if run.settings.distiller.name == "kd" and run.settings.student.name == "resnet8"]
+    bench(suites.Suite("few", tuple(few)), tmp_path)
+    assert done == 2 * ["obtain", "train_lanes", "give_back_memory"]
+
+
 def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text(SUITE.replace("temperature: 1", "kd: 1.0e+39").replace("seeds: [0, 1]", "seeds: [0]"))
