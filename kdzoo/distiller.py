@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,18 @@ class Needs:
             self.stages,
         )
         return not any(more)
+
+
+class _NoTeacher:
+    """Stands for the teacher's output where a method's needs say that there is none: reading it is an error."""
+
+    def __init__(self, title: str):
+        self.title = title
+
+    def __getattr__(self, name: str) -> Any:
+        raise UserError(
+            f"{self.title} reads the teacher's {name}, and its needs say teacher=False; leave that out of needs"
+        )
 
 
 class Distiller(nn.Module):
@@ -305,7 +317,10 @@ class Distiller(nn.Module):
         return {name: self.weights[name] * value for name, value in found.items()}
 
     def loss(self, student: Output, teacher: Output, batch: Batch) -> dict[str, Tensor]:
-        """Compute the weighted loss terms of one batch, each a float32 scalar. Training minimises their sum."""
+        """Compute the weighted loss terms of one batch, each a float32 scalar. Training minimises their sum.
+
+        A method whose needs say ``teacher=False`` has no use for ``teacher``, and reading it is an error.
+        """
         raise UserError(
             f"{self.title} defines no loss(self, student, teacher, batch); write one that returns its terms"
         )
@@ -313,8 +328,7 @@ class Distiller(nn.Module):
     def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """Run each network once and compute the loss. Methods that run networks in another way override this."""
         if not self.needs.teacher:
-            output = student(batch.images)
-            return self.loss(output, output, batch)
+            return self.loss(student(batch.images), cast(Output, _NoTeacher(self.title)), batch)
         reference = teacher(batch.images)
         return self.loss(student(batch.images), reference, batch)
 

@@ -263,6 +263,16 @@ class HidesItsTeacher(Sound):
         return super().forward(student, teacher, batch)
 
 
+class ReadsATeacherThatIsNotThere(Sound):
+    """Reads its teacher's output and says that it has none."""
+
+    fails = "check_needs"
+    needs = Needs(teacher=False)
+
+    def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
+        pass
+
+
 class StrangeName(Sound):
     """Names a term after no keyword."""
 

@@ -274,8 +274,15 @@ def test_a_batch_of_what_is_no_batch_is_refused(images, labels, classes, said):
 
 
 def test_a_method_without_a_teacher_trains_without_one(batch):
-    probe = Probe(teacher=False)
-    assert Distillation(Net(), None, probe)(batch)["match"].isfinite()
+    class Alone(Probe):
+        def loss(self, student, teacher, batch):
+            return {"norm": student.logits.square().mean()}
+
+    assert Distillation(Net(), None, Alone(teacher=False))(batch)["norm"].isfinite()
+    with pytest.raises(
+        UserError, match=r"^Probe reads the teacher's embedding, and its needs say teacher=False; leave"
+    ):
+        Distillation(Net(), None, Probe(teacher=False))(batch)
     with pytest.raises(UserError, match="needs a teacher"):
         Distillation(Net(), None, Probe())
 
