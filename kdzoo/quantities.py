@@ -1,4 +1,6 @@
-"""Readable quantities: numbers of things, durations, p-values and bytes."""
+"""Readable quantities: numbers of things, durations, p-values and bytes; and choices."""
+
+from collections.abc import Sequence
 
 
 def counted(number: int, thing: str) -> str:
@@ -34,3 +36,9 @@ def p_value(p: float) -> str:
 def size(count: float) -> str:
     """Write a number of bytes as ``512 MiB`` or ``1.5 GiB``."""
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def either(choices: Sequence[str]) -> str:
+    """Write ``a``, ``a or b`` or ``a, b, or c``."""
+    *others, last = choices
+    return f"{', '.join(others)}{',' * (len(others) > 1)} or {last}" if others else last

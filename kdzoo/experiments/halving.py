@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kdzoo.engine import memory
 from kdzoo.errors import UserError
 from kdzoo.experiments.estimate import GroupCost, LaneCost
-from kdzoo.quantities import counted, duration
+from kdzoo.quantities import counted, duration, either
 
 FINALISTS = 3  # of each student, beside the references
 SEEDS, MOST_SEEDS = 3, 100  # of each finalist: fewer tell nothing apart
@@ -99,7 +99,13 @@ class Prices:
 
 
 def longest(
-    budget: str, candidates: Sequence[int], references: int, most: int, prices: Prices, seeds: int = SEEDS
+    budget: str,
+    candidates: Sequence[int],
+    references: int,
+    most: int,
+    prices: Prices,
+    seeds: int = SEEDS,
+    settings: int = 3,
 ) -> int:
     """Choose the epochs of a training at full length that a budget pays, at most ``most``.
 
@@ -110,15 +116,17 @@ def longest(
         most: the recipe's epochs.
         prices: of an epoch.
         seeds: as of ``epochs_of``.
+        settings: of each method, at most, among the candidates.
 
     Raises:
         UserError: the budget is none, or cannot pay the shortest search.
     """
     fewest = fewest_epochs(max(candidates))
+    fewer = ["name fewer --methods", *["lower --settings"] * (settings > 1)]
     if most < fewest:
         raise UserError(
-            f"epochs: {most}, too few to halve {max(candidates)} candidates until {FINALISTS} are left; set --epochs "
-            f"{fewest} or more, name fewer --methods, or lower --settings"
+            f"epochs: {most}, too few to halve {max(candidates)} candidates until {FINALISTS} are left; "
+            f"{either([f'set --epochs {fewest} or more', *fewer])}"
         )
     if not budget:
         return most
@@ -131,7 +139,7 @@ def longest(
     need = counted(round(least), "epoch") if unit == "epochs" else duration(math.ceil(least))
     raise UserError(
         f"a budget of {budget} cannot pay the shortest search, of {counted(sum(candidates), 'candidate')}: it takes "
-        f"about {need}; raise --budget, name fewer --methods, or lower --settings{' or --seeds' * (seeds > SEEDS)}"
+        f"about {need}; {either(['raise --budget', *fewer, *['lower --seeds'] * (seeds > SEEDS)])}"
     )
 
 

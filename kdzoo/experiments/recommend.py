@@ -284,14 +284,15 @@ def made_plan(trainer: Trainer, asked: dict[str, Any], found: Sequence[Candidate
     counts = [sum(one.student == student for one in fitting) for student in question.students]
     if not all(counts):
         student = question.students[counts.index(0)]
-        raise UserError(f"no method fits {question.teacher} -> {student}: {left_out[0][2]}")
+        reason = next(reason for where, _, reason in left_out if where == student)
+        raise UserError(f"no method fits {question.teacher} -> {student}: {reason}")
     places = {(one.student, one.method): i for i, one in enumerate(usual)}
     lanes = [cost.lanes[places[one.student, one.method]] for one in fitting]
     most = question.epochs
     if "epochs" not in question.protocol:  # a recipe may be shorter than its search
         most = max(most, halving.fewest_epochs(max(counts)))
     prices, references = Prices.of(cost, lanes, sum(teaching.values())), len(beside(fitting))
-    epochs = halving.longest(question.budget, counts, references, most, prices, question.seeds)
+    epochs = halving.longest(question.budget, counts, references, most, prices, question.seeds, question.settings)
     return Search(
         asked=asked,
         epochs=epochs,

@@ -206,6 +206,7 @@ def recommend(
     protocol: str = "quick",
     weights: str | Path | Sequence[str | Path] = (),
     seed: int = 0,
+    seeds: int = 3,
     out: str | Path | None = None,
     executor: Executor | None = None,
     overrides: Sequence[str] = (),
@@ -227,6 +228,7 @@ def recommend(
         protocol: a recipe's name, or the path of a YAML file.
         weights: the teacher's, a file or folder, or one for each of several; empty: they are trained.
         seed: of the search; those after it are the finalists'.
+        seeds: how many trainings of each finalist count, at least 3.
         out: the folder of the search (default: runs/recommend-TEACHER-STUDENTS-DATA).
         executor: where to train, as ``kdzoo.experiments.workers.find("ray")`` gives it; None for this machine.
         overrides: further settings of every run as ``key=value``.
@@ -248,7 +250,7 @@ def recommend(
     pictures = {"name": name(data=data)}
     recipe = {"name": name(protocol=protocol)} | ({} if epochs is None else {"epochs": epochs})
     question = Question(
-        teachers, pupils, names(methods=methods), settings, budget, pictures, recipe, files, seed, overrides
+        teachers, pupils, names(methods=methods), settings, budget, pictures, recipe, files, seed, overrides, seeds
     )
     found = Recommendation.read(search(question, out, executor, quiet, retry))
     found.write()

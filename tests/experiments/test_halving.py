@@ -56,8 +56,19 @@ def test_more_seeds_make_the_finalists_dearer_alone():
     budget = f"{search + final}epochs"
     assert halving.longest(budget, [40], 2, 100, DEAR) == 32
     assert halving.longest(budget, [40], 2, 100, DEAR, seeds=6) < 32
-    with pytest.raises(UserError, match=r"or lower --settings or --seeds$"):
-        halving.longest("10epochs", [40], 2, 100, DEAR, seeds=6)
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"seeds": 6}, "raise --budget, name fewer --methods, lower --settings, or lower --seeds"),
+        ({"seeds": 3}, "raise --budget, name fewer --methods, or lower --settings"),
+        ({"seeds": 3, "settings": 1}, "raise --budget or name fewer --methods"),
+    ],
+)
+def test_only_what_can_be_lowered_is_advised(given, advice):
+    with pytest.raises(UserError, match=f"epochs; {advice}$"):
+        halving.longest("10epochs", [40], 2, 100, DEAR, **given)
 
 
 @pytest.mark.parametrize("candidates", [1, 3, 4, 5, 6])

@@ -59,6 +59,7 @@ def test_a_question_that_makes_no_sense_is_one_line(changed, said):
         ({"protocol": None}, "protocol is of type NoneType"),
         ({"weights": 3}, "weights is of type int"),
         ({"weights": Path("none.pth")}, "none.pth"),
+        ({"seeds": 2}, "--seeds 2"),
         ({"out": 3}, "3 is of type int; expected a path"),
         ({"out": "x" * 256}, "can be no path"),
     ],

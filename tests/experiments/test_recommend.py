@@ -371,6 +371,20 @@ def test_the_cost_of_a_method_without_a_teacher_holds_no_pass_of_it(monkeypatch)
     assert tried(QUESTION, quiet=True).costs == [3.0, *[7.0] * 6]
 
 
+def test_a_student_that_no_method_fits_is_named_with_its_own_reason(monkeypatch):
+    lane = LaneCost(step=2.0, test=1.0, memory=Cost(1, 1))
+
+    def measured(runs, *given):
+        names = [run.settings.student.name for run in runs]
+        failed = {0: UserError("that is another"), **{i: UserError("its maps are odd") for i in range(7, 14)}}
+        assert names == ["resnet14"] * 7 + ["resnet8"] * 7
+        return GroupCost(5.0, 0.0, 5, 4, 4, {i: lane for i in range(14) if i not in failed}, failed, 0, 1.0), {}
+
+    monkeypatch.setattr(recommend, "measure", measured)
+    with pytest.raises(UserError, match=r"^no method fits resnet14 -> resnet8: its maps are odd$"):
+        tried(replace(QUESTION, students=("resnet14", "resnet8")), quiet=True)
+
+
 @WHOLE_SEARCH
 def test_several_students_are_each_given_an_answer(tmp_path):
     students = ("resnet8", "resnet14")
