@@ -32,10 +32,12 @@ def candidates(
     Raises:
         UserError: an unknown method.
     """
-    names = dict.fromkeys([*ALWAYS, *(methods or registry.names())])
+    names = dict[registry.Plugin, str]()
+    for name in (*ALWAYS, *(methods or registry.names())):
+        names.setdefault(registry.distillers.find(name), name)  # a file may be named by two paths
     found = []
     for student in students:
-        for name in names:
+        for name in names.values():
             usual = preset(name, data, protocol, teacher, student)
             found += [Candidate(student, name, keywords) for keywords in variants(name, usual, settings)]
     return found

@@ -1,5 +1,7 @@
 """What a search tries: every method as it comes, and settings of its main weight around the usual one."""
 
+from pathlib import Path
+
 import pytest
 
 from kdzoo import registry
@@ -38,6 +40,13 @@ def method(tmp_path):
 def test_none_kd_and_logitmse_are_always_in_and_nothing_is_in_twice():
     found = candidates("resnet14", ["resnet8"], ["dkd", "kd"], 1, "digits", "quick")
     assert [one.title for one in found] == ["none", "kd", "logitmse", "dkd"]
+
+
+def test_a_file_that_is_named_by_two_paths_is_one_method(method, monkeypatch):
+    file = Path(method())
+    monkeypatch.chdir(file.parent)
+    found = candidates("resnet14", ["resnet8"], ["mine.py", "./mine.py", str(file)], 1, "digits", "quick")
+    assert [one.method for one in found] == ["none", "kd", "logitmse", "mine.py"]
 
 
 def test_every_student_is_asked_about():
