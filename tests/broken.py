@@ -104,6 +104,8 @@ FAULTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "check_terms": {
+        "says of a term that it does not have that it reads labels": {"label_terms": ("ce", "hnit")},
+        "says of a term that it does not have that it reads logits alone": {"logit_terms": ("ce", "hnit")},
         "returns a value for each image": {"changed": lambda self, term, s, t, batch: term.expand(len(batch.images))},
         "returns a term in float64": {"changed": lambda self, term, s, t, batch: term.double()},
     },
