@@ -14,6 +14,7 @@ from kdzoo.experiments.recommend import search
 from kdzoo.experiments.workers import Executor
 from kdzoo.files import read_text, slug, write_text
 from kdzoo.keywords import name, names
+from kdzoo.quantities import counted
 from kdzoo.resolve import merged, read_protocol, several
 from kdzoo.results import statistics
 from kdzoo.store.result import Result
@@ -94,7 +95,7 @@ class Answer:
         shares = SHARES[best.results[0].measured]
         first = f"Train {self.student}{said} {title}: {best.mean:.2f} % {shares}, mean of {seeds} seeds"
         first += f"; {', '.join(gains)}." if gains else "."
-        return [first, self._ties(), *self._failed(), *self._weak_teacher()]
+        return [first, self._ties(), *self._larger(), *self._failed(), *self._weak_teacher()]
 
     def _failed(self) -> list[str]:
         return [f"{one.candidate.title} failed: {one.reason.rstrip('.')}." for one in self.finalists if one.reason]
@@ -117,6 +118,19 @@ class Answer:
             else ""
         )
         return f"{named} cannot be told apart from {best.candidate.title}{also}."
+
+    def _larger(self) -> list[str]:
+        """Name the methods to choose from that ship more than the student, as some keep layers of their own."""
+        alone = self.reference("none") or self.reference("kd")  # which ship the student as it is
+        least = None if alone is None else alone.results[0].parameters
+        if least is None:
+            return []
+        sizes = {one.candidate.title: one.results[0].parameters or 0 for one in (self.best, *self.ties)}
+        return [
+            f"What {title} ships has {counted(size, 'parameter')}; {self.student} alone has {least:,}."
+            for title, size in sizes.items()
+            if size > least
+        ]
 
     def _weak_teacher(self) -> list[str]:
         alone = self.reference("none")

@@ -101,6 +101,21 @@ def test_where_no_method_helps_the_answer_is_to_train_without_a_teacher(tmp_path
     assert second == "It is better than the other finalist beyond chance (p < 0.05)."
 
 
+def test_a_method_that_ships_more_than_the_student_is_said_to_where_it_may_be_chosen(tmp_path):
+    near, low = (80.0, 81.2, 80.3), (60.0, 61.0, 60.4)
+    found = read(tmp_path, ("dkd", DKD, 0.03), ("at", near, 0.03), ("sp", low, 0.03), ("none", NONE, 0.01))
+    answer = found.answers[0]
+    sizes = {"dkd": 1200, "at": 1000, "sp": 9000, "none": 1000}
+    answer.finalists[:] = [
+        replace(one, results=tuple(replace(each, parameters=sizes[one.candidate.title]) for each in one.results))
+        for one in answer.finalists
+    ]
+    assert found.sentences()[2:] == ["What dkd ships has 1,200 parameters; resnet_8 alone has 1,000."]
+    answer.finalists[-2] = replace(answer.finalists[-2], reason="its maps are odd")
+    answer.finalists[-1] = replace(answer.finalists[-1], reason="it was stopped")
+    assert not any("ships" in sentence for sentence in found.sentences())  # nothing tells the student's own size
+
+
 def test_a_teacher_below_the_student_alone_is_said_to_be_weak(tmp_path):
     found = read(tmp_path / "weak", ("kd", DKD, 0.02), ("none", NONE, 0.01), teacher_top1=60.0)
     assert found.sentences()[2:] == [
