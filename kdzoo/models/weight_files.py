@@ -18,6 +18,11 @@ from kdzoo.files import path_of
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", "student.safetensors")  # of the hub, and of kdzoo's own runs
 SPLIT = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.\w+$|\.index\.json$")  # names of parts of weights, of the hub
 
+IN_PARTS = {  # names of the parts that several processes wrote, and what makes one file of them
+    re.compile(r"\.distcp$"): "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt",
+    re.compile(r"^zero_to_fp32\.py$|^(bf16_)?zero_pp_rank_\d+_"): "the zero_to_fp32.py that lies beside them",
+}
+
 
 class Extra:
     """A stand-in for an object that trainers put beside the weights; it keeps nothing and does nothing."""
@@ -93,6 +98,11 @@ def find_file(given: Path) -> Path:
             f"the weights of '{path}' are split into several files; where they were made, save them in one: "
             "model.save_pretrained(folder, max_shard_size='1TB')"
         )
+    for part, how in IN_PARTS.items():
+        if any(part.search(name) for name in names):
+            raise UserError(
+                f"the weights of '{path}' lie in parts, one of each process; make one file of them with {how}"
+            )
     if path.is_dir():
         raise UserError(f"folder '{path}' holds no weights; expected {' or '.join(IN_FOLDERS)} in it")
     if not path.is_file():

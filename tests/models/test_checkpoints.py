@@ -14,6 +14,8 @@ import torchvision
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed import checkpoint as dist_cp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from kdzoo import DataSpec
 from kdzoo.errors import UserError
@@ -123,6 +125,25 @@ def test_weights_in_several_files_are_refused_by_that_name(trained, tmp_path):
     for whole in ("fold-1-of-5.safetensors", "model-00001-of-00001.safetensors"):
         save_file(dict(trained), tmp_path / whole)
         load_weights(create("resnet8", DATA), tmp_path / whole)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_parts_that_several_processes_wrote_are_refused_with_what_makes_one_file_of_them(trained, tmp_path):
+    parts, whole = tmp_path / "parts", tmp_path / "weights.pt"
+    dist_cp.save({"model": dict(trained)}, checkpoint_id=parts)
+    for given in (parts, *parts.glob("*.distcp")):
+        with pytest.raises(UserError, match=r"in parts, .* one file of them with python -m torch\.dist.* dcp_to_torch"):
+            load_weights(create("resnet8", DATA), given)
+    dcp_to_torch_save(parts, whole)  # which is what that command does
+    network = create("resnet8", DATA)
+    load_weights(network, whole)
+    assert same(network.body.state_dict(), trained)
+    zero = tmp_path / "zero"
+    zero.mkdir()
+    for name in ("latest", "zero_to_fp32.py"):
+        (zero / name).write_text("")
+    with pytest.raises(UserError, match=r"in parts, .* with the zero_to_fp32\.py that lies beside them"):
+        load_weights(create("resnet8", DATA), zero)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "student.safetensors"])
