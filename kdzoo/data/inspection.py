@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from kdzoo.data.cache import read_facts, write_facts
 from kdzoo.data.pictures import Files, Pictures, reason_of, warn_once
 from kdzoo.data.sources import Source
+from kdzoo.data.stream import lost_workers_told
 from kdzoo.errors import UserError
 from kdzoo.quantities import counted
 
@@ -92,10 +93,11 @@ def look(pictures: Pictures, split: str, workers: int = 0, report: Report | None
     workers = min(workers, len(chunks) // 2)  # a process pays for its start with two chunks
     loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator())
     found = []
-    for number, some in enumerate(loader if len(chunks) else ()):
-        if report is not None:
-            report(f"looking at {split} images: {number * _CHUNK} of {counted(len(pictures), 'image')}")
-        found.append(some)
+    with lost_workers_told(workers):
+        for number, some in enumerate(loader if len(chunks) else ()):
+            if report is not None:
+                report(f"looking at {split} images: {number * _CHUNK} of {counted(len(pictures), 'image')}")
+            found.append(some)
     return Looks.joined(found)
 
 

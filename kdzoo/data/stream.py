@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ DRAWN_AS = {PLAIN: "images"}  # the draws of a view that are those of another
 
 # What torch says where a worker cannot hand over a batch, by an error or by its death.
 OUT_OF_SHARED_MEMORY = ("shared memory", "No space left on device", "Bus error")
+LOST = "DataLoader worker"  # and where one has died
 
 Transform = Callable[[Image.Image], Image.Image]  # any size -> a square
 
@@ -135,20 +137,33 @@ def stream(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws its base seed from the global one
     )
-    try:
+    with lost_workers_told(workers):
         with script_hidden():
             batches = iter(loader)
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield {name: pixels.to(device, non_blocking=True) for name, pixels in batch.items()}
+
+
+@contextmanager
+def lost_workers_told(workers: int) -> Iterator[None]:
+    """Raise a ``UserError`` in place of torch's where one of so many workers was lost, or cannot hand over a batch."""
+    try:
+        yield
     except RuntimeError as error:
-        if not workers or not any(sign in str(error) for sign in OUT_OF_SHARED_MEMORY):
-            raise
-        raise UserError(
-            f"shared memory does not hold the images that {workers} workers decode ahead; set data.workers=0, or give "
-            "the container more, as docker run --shm-size=2g does"
-        ) from error
+        said = str(error.__cause__ or error)
+        if workers and any(sign in f"{error} {said}" for sign in OUT_OF_SHARED_MEMORY):
+            raise UserError(
+                f"shared memory does not hold the images that {workers} workers decode ahead; set data.workers=0, or "
+                "give the container more, as docker run --shm-size=2g does"
+            ) from error
+        if workers and LOST in said:
+            raise UserError(
+                f"a process that decodes images was lost ({said.strip().rstrip('.')}), mostly for lack of memory; run "
+                "the same command again, with a lower data.workers or data.workers=0 where it happens again"
+            ) from error
+        raise
 
 
 def _collate(items: list[Any]) -> Any:

@@ -30,6 +30,20 @@ def thumbs(*images: Image.Image) -> np.ndarray:
     return np.stack([np.asarray(image.resize((9, 8), Image.Resampling.BILINEAR)) for image in images])
 
 
+def test_a_process_that_is_lost_while_it_looks_is_told_in_a_line(
+    make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("kdzoo.data.inspection._CHUNK", 2)
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", killed)
+    with pytest.raises(
+        UserError, match=r"was lost \(.* is killed by signal: Killed\), mostly"
+    ):
+        inspect(make_tree(), "data.workers=2")
+
+
 def test_every_damaged_file_is_listed(make_tree: MakeTree) -> None:
     root = make_tree()
     assert inspect(root).damaged == {}

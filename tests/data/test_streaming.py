@@ -1,5 +1,8 @@
 """Sets that stream: the same bits with any number of workers, and the same pictures as in memory."""
 
+import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,8 @@ import torch
 from PIL import Image
 
 from kdzoo.data import open_dataset
+from kdzoo.data.stream import stream
+from kdzoo.errors import UserError
 from kdzoo.recipe import Augmentation, Protocol
 
 MakeTree = Callable[..., Path]
@@ -27,6 +32,23 @@ PROTOCOL = Protocol(
         cutmix=1.0,
     ),
 )
+
+
+class Deadly(torch.utils.data.Dataset[Any]):
+    """Images of which one is the death of the process that decodes it, as a machine that is short of memory is."""
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        if key == (0, 7):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"images": torch.zeros(4, 4, 3, dtype=torch.uint8)}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_process_that_is_killed_while_it_decodes_is_told_in_a_line() -> None:
+    keys = [[(0, row)] for row in range(12)]
+    with pytest.raises(UserError, match=r"^a process that decodes images was lost \(.*\), mostly .* data\.workers=0"):
+        list(stream(Deadly(), keys, 2, torch.device("cpu")))
 
 
 # Since Python 3.12 a fork beside other threads warns; the workers of torch's loader are forks on Linux.
