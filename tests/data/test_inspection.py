@@ -38,9 +38,7 @@ def test_a_process_that_is_lost_while_it_looks_is_told_in_a_line(
 
     monkeypatch.setattr("kdzoo.data.inspection._CHUNK", 2)
     monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", killed)
-    with pytest.raises(
-        UserError, match=r"was lost \(.* is killed by signal: Killed\), mostly"
-    ):
+    with pytest.raises(UserError, match=r"was lost \(.* is killed by signal: Killed\), mostly"):
         inspect(make_tree(), "data.workers=2")
 
 
