@@ -1,5 +1,6 @@
 """What several commands share: options, and how something rich and what was left out are printed."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from kdzoo.imports import never_searched, not_searched
 
 if TYPE_CHECKING:
     from kdzoo.engine.progress import Progress
+
+
+WIDEST = 1000  # columns of a table that goes to a file or pipe
 
 
 class GivenPath(click.Path):
@@ -97,10 +101,17 @@ def elsewhere(command: Command) -> Command:
 
 
 def show_rich(renderable: Any) -> None:
-    """Print a table or text of rich."""
+    """Print a table or text of rich. In a file or pipe a table is as wide as it needs, so that no cell is folded."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
     from kdzoo.engine.progress import plain_console
 
-    plain_console().print(renderable)
+    console = plain_console()
+    if isinstance(renderable, Table) and not (console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ):
+        needed = Measurement.get(console, console.options.update(max_width=WIDEST), renderable)
+        console.width = max(console.width, needed.maximum)
+    console.print(renderable)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
+from kdzoo.commands.options import show_rich
 from kdzoo.commands.training import read_settings
 from kdzoo.errors import UserError
 from kdzoo.resolve import resolve
@@ -114,6 +115,22 @@ def test_a_method_that_ships_more_than_the_student_is_said_to_where_it_may_be_ch
     answer.finalists[-2] = replace(answer.finalists[-2], reason="its maps are odd")
     answer.finalists[-1] = replace(answer.finalists[-1], reason="it was stopped")
     assert not any("ships" in sentence for sentence in found.sentences())  # nothing tells the student's own size
+
+
+def test_in_a_file_no_cell_is_folded_and_on_a_terminal_no_line_is_longer_than_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    found = read(tmp_path, ("dkd", DKD, 0.03), ("kd", (80.0, 81.2, 80.3), 0.03), ("none", NONE, 0.02))
+    show_rich(table(found))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(found.rows()) + 5  # a title, a head and three rules
+    assert any("80.53 ± 0.45" in line and "best" in line for line in lines)
+    assert any("cannot be told apart" in line for line in lines)
+    monkeypatch.setenv("COLUMNS", "70")
+    show_rich(table(found))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 70
+    assert not any("cannot be told apart" in line for line in lines)
 
 
 def test_a_teacher_below_the_student_alone_is_said_to_be_weak(tmp_path):
