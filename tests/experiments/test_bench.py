@@ -98,7 +98,7 @@ def test_what_is_finished_is_not_run_again_and_an_edited_suite_runs_only_what_is
     assert [run.settings.distiller.keywords["temperature"] for run in trained] == [2.0] * 4
 
 
-@pytest.mark.slow(reason="trains a suite twice")
+@pytest.mark.slow(reason="trains two groups of runs")
 def test_memory_is_given_back_after_each_training_before_the_next_teacher_is_made(suite, tmp_path, monkeypatch):
     done = []
 
@@ -116,6 +116,7 @@ def test_memory_is_given_back_after_each_training_before_the_next_teacher_is_mad
     assert done == 2 * ["obtain", "train_lanes", "give_back_memory"]
 
 
+@pytest.mark.slow(reason="trains a suite twice")
 def test_a_failed_run_is_kept_apart_and_retried_on_request(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text(SUITE.replace("temperature: 1", "kd: 1.0e+39").replace("seeds: [0, 1]", "seeds: [0]"))
