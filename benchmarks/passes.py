@@ -67,8 +67,8 @@ def variants(case: Case, machine: Machine) -> dict[str, Passes]:
     if case.learns:
         shared = {id(tensor): tensor for tensor in (*case.network.parameters(), *case.network.buffers())}
         fast = deepcopy(case.network, shared)
-        if machine.device.type == "cpu" and precision.dtype is None:
-            models.learn_by_winograd(fast)
+        if machine.device.type == "cpu":
+            models.learn_on_cpu(fast)
         compiled = Compiled(fast, case.images, LOGITS, True)
         return {"plain": case.network, "fewer products": fast, "compiled": compiled}
     folded, fast = models.fold_norms(case.network) or case.network, models.frozen(case.network, precision)

@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdzoo.engine import graphs
 from kdzoo.errors import UserError
-from kdzoo.models.winograd import WinogradConv2d
+from kdzoo.models.convolutions import LearningConv2d
 from kdzoo.precision import PRECISIONS, matmul_precision
 
 PAIRS = (
@@ -103,7 +103,7 @@ def bare_step(group: Group) -> Callable[[], None]:
 def plain_passes(group: Group) -> Iterator[None]:
     """Makes the passes by the networks themselves: as they were made, not folded, compiled or with fewer products."""
     students = [lane.distillation for lane in group.lanes]
-    layers: list[Any] = [layer for one in students for layer in one.student.modules() if type(layer) is WinogradConv2d]
+    layers: list[Any] = [layer for one in students for layer in one.student.modules() if type(layer) is LearningConv2d]
     faster, group.teacher.calls = group.teacher.calls, group.teacher.network
     kept = [student.pass_student_through(student.student) for student in students]
     for layer in layers:
@@ -113,7 +113,7 @@ def plain_passes(group: Group) -> Iterator[None]:
     finally:
         group.teacher.calls = faster
         for layer in layers:
-            layer.__class__ = WinogradConv2d
+            layer.__class__ = LearningConv2d
         for student, passes in zip(students, kept, strict=True):
             student.pass_student_through(passes)
 

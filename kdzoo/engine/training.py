@@ -63,13 +63,9 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
         spec = spec._replace(num_classes=0)  # there is no classifier to learn from
     seed_torch(seed_of(settings.seed, "student"))
     student = network_of(settings.student, spec, fetch)
-    precision = PRECISIONS[settings.engine.precision]
     if dataset.device.type == "cpu":
         models.unfuse_attention(student)
-        if precision.dtype is None:
-            models.learn_by_winograd(student)
-        else:
-            models.learn_from_narrow_maps(student)
+        models.learn_on_cpu(student)
     seed_torch(seed_of(settings.seed, "distiller"))
     make = partial(registry.load(settings.distiller.name), **settings.distiller.keywords)
     distiller = make()
@@ -82,7 +78,13 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
     if isinstance(network, models.Ensemble) and network.turns and distiller.is_active and distiller.needs.teacher:
         distiller = Turns(make, network)
     distillation = Distillation(
-        student, network, distiller, data=spec, labelled=dataset.is_labelled, precision=precision, passes=teacher
+        student,
+        network,
+        distiller,
+        data=spec,
+        labelled=dataset.is_labelled,
+        precision=PRECISIONS[settings.engine.precision],
+        passes=teacher,
     )
     if teacher is not None and distiller.needs.teacher:
         teacher.show |= distiller.needs.show("teacher")

@@ -5,17 +5,17 @@ from kdzoo.models import cifar_mobile, cifar_resnet, cifar_vgg, small_transforme
 from kdzoo.models.adapt import unfuse_attention
 from kdzoo.models.by_name import check_name, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
+from kdzoo.models.convolutions import learn_on_cpu
 from kdzoo.models.ensemble import Ensemble, combined, learned_shares
 from kdzoo.models.fold import fold_norms
 from kdzoo.models.frozen_copy import frozen
 from kdzoo.models.given import classes_in, load_given, written_facts
 from kdzoo.models.names import short_names
-from kdzoo.models.narrow import learn_from_narrow_maps
 from kdzoo.models.network import Network, describe, wrap
 from kdzoo.models.shapes import output_of, shapes_of
 from kdzoo.models.student import Student
 from kdzoo.models.weights import load_weights, save_weights
-from kdzoo.models.winograd import learn_by_winograd, use_winograd
+from kdzoo.models.winograd import use_winograd
 
 __all__ = [
     "Ensemble",
@@ -29,8 +29,7 @@ __all__ = [
     "describe",
     "fold_norms",
     "frozen",
-    "learn_by_winograd",
-    "learn_from_narrow_maps",
+    "learn_on_cpu",
     "learned_shares",
     "load_given",
     "load_weights",

@@ -40,7 +40,7 @@ def use_winograd(network: Network) -> Network:
     Returns:
         The copy; ``network`` itself where no layer is of that kind, or where the copy's outputs would differ.
     """
-    names = [name for name, module in network.named_modules() if _is_known(module)]
+    names = [name for name, module in network.named_modules() if is_plain(module) and suits(module)]
     if not names:
         return network
     tensors = chain(network.parameters(), network.buffers())
@@ -53,25 +53,6 @@ def use_winograd(network: Network) -> Network:
         return copy
 
     return alike(changed, network) or network
-
-
-def learn_by_winograd(network: nn.Module) -> None:
-    """Let a network's wide 3x3 convolutions of stride 1 learn by Winograd's algorithm, forward and backward.
-
-    In evaluation mode, and where no gradient is asked for, they are what they were. Weights and their names stay.
-    """
-    for module in network.modules():
-        if _is_known(module):
-            module.__class__ = WinogradConv2d
-
-
-class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution that needs fewer products where it learns."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and _gains(maps, LEAST_TILES):
-            return _Convolution.apply(maps, self.weight, self.bias)
-        return super().forward(maps)
 
 
 class Winograd(nn.Module):
@@ -94,9 +75,14 @@ class Winograd(nn.Module):
         self.register_buffer("bias", _bias(layer.weight, layer.bias).detach())
 
     def forward(self, maps: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not _gains(maps):
+        if torch.is_grad_enabled() or not gains(maps):
             return self.layer(maps)
         return winograd(maps, self.products, self.bias)
+
+
+def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve maps (B, C, H, W), padded by 1, with a weight (D, C, 3, 3) and a bias (D), with gradients for all."""
+    return _Convolution.apply(maps, weight, bias)
 
 
 class _Convolution(torch.autograd.Function):
@@ -219,23 +205,27 @@ def _tiles(side: int) -> int:
     return -(-side // TILE)
 
 
-def _gains(maps: Tensor, least: int = 1) -> bool:
+def gains(maps: Tensor, least: int = 1) -> bool:
     """Tell whether the tiles of maps (B, C, H, W) are at least so many, and not mostly outside."""
     images, (height, width) = len(maps), maps.shape[-2:]
     tiles = _tiles(height) * _tiles(width)
     return maps.ndim == 4 and images * tiles >= least and tiles <= MOST_TILES * height * width
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Tell whether a layer is a 3x3 convolution that is known to gain; what derives from it may do more."""
+def suits(module: nn.Module) -> bool:
+    """Tell whether a layer is a convolution of the kind that is computed here, which is known to gain."""
     return (
         torch.backends.cpu.get_cpu_capability() in MEASURED
-        and type(module) is nn.Conv2d
+        and isinstance(module, nn.Conv2d)
         and module.kernel_size == (3, 3)
         and module.stride == module.dilation == (1, 1)
         and module.padding in ((1, 1), "same")
         and module.padding_mode == "zeros"
         and module.groups == 1
         and min(module.in_channels, module.out_channels) >= LEAST_WIDTH
-        and not (module._forward_pre_hooks or module._forward_hooks)
     )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a layer is torch's own, since what derives from it, or is watched, may do more."""
+    return type(module) is nn.Conv2d and not (module._forward_pre_hooks or module._forward_hooks)

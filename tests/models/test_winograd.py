@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import DataSpec
-from kdzoo.models import create, frozen, learn_by_winograd, use_winograd, winograd, wrap
-from kdzoo.models.winograd import LEAST_WIDTH, Winograd, WinogradConv2d, transformed
+from kdzoo.models import create, frozen, learn_on_cpu, use_winograd, winograd, wrap
+from kdzoo.models.convolutions import LearningConv2d
+from kdzoo.models.winograd import LEAST_WIDTH, Winograd, transformed
 from kdzoo.outputs import EVERYTHING, LOGITS
 from kdzoo.precision import PRECISIONS
 
@@ -143,7 +144,7 @@ def test_only_wide_convolutions_are_exchanged_on_processors_that_were_measured(m
 
 def learning(layer):
     network = nn.Sequential(layer)
-    learn_by_winograd(network)
+    learn_on_cpu(network)
     return network.train()
 
 
@@ -174,8 +175,10 @@ def test_a_convolution_learns_with_the_gradients_of_float64(images, channels, wi
 def test_a_network_learns_by_it_and_is_measured_and_kept_as_it_was():
     network = create("resnet8x4", DATA).to(memory_format=torch.channels_last)
     other = copy.deepcopy(network)
-    learn_by_winograd(other)
-    learns = [name for name, module in other.named_modules() if isinstance(module, WinogradConv2d)]
+    learn_on_cpu(other)
+    learns = [
+        name for name, module in other.named_modules() if isinstance(module, LearningConv2d) and winograd.suits(module)
+    ]
     assert len(learns) == WIDE["resnet8x4"]
     assert list(other.state_dict()) == list(network.state_dict())
     images = torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,87 @@
+"""Convolutions that learn on a CPU: each by what is fastest for its maps there, and right."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdzoo.models import winograd
+
+
+class Small(NamedTuple):
+    """Maps from which one product of matrices learns faster than oneDNN's convolution."""
+
+    columns: int  # at most, for each image: positions that are given, times positions of the kernel
+    width: int  # channels on either side, at least
+
+
+# Measured with batches of 16 to 128 on a Xeon with AMX and AVX-512, and cut down to AVX2.
+SMALL = {torch.float32: Small(columns=36, width=256), torch.bfloat16: Small(columns=144, width=128)}
+
+
+def learn_on_cpu(network: nn.Module) -> None:
+    """Let a network's convolutions learn by what is fastest for their maps on a CPU, and right.
+
+    In evaluation mode, and where no gradient is asked for, they are what they were. Weights and their names stay, and
+    outputs and gradients but for rounding.
+    """
+    for module in network.modules():
+        if winograd.is_plain(module) and module.padding_mode == "zeros":
+            module.__class__ = LearningConv2d
+
+
+class LearningConv2d(nn.Conv2d):
+    """A convolution that chooses for each batch how it is computed, where it learns."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled() and maps.ndim == 4):
+            return super().forward(maps)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else maps.dtype
+        if dtype == torch.float32 and winograd.suits(self) and winograd.gains(maps, winograd.LEAST_TILES):
+            return winograd.convolve(maps, self.weight, self.bias)
+        if isinstance(self.padding, str):
+            return super().forward(maps)
+        if self._is_small(maps, dtype):
+            return self._as_one_product(maps.to(dtype))
+        if dtype == torch.bfloat16 and maps.shape[-1] < self.stride[1]:
+            # oneDNN (that of torch 2.14) never writes the part of the weight's gradient that belongs to the padding
+            # of such maps in bfloat16: what memory held before would be learned.
+            return F.conv2d(self._padded(maps), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return super().forward(maps)
+
+    def _is_small(self, maps: Tensor, dtype: torch.dtype) -> bool:
+        small = SMALL.get(dtype)
+        if small is None or torch.backends.cpu.get_cpu_capability() not in winograd.MEASURED:
+            return False
+        if self.groups != 1 or self.dilation != (1, 1) or min(self.in_channels, self.out_channels) < small.width:
+            return False
+        height, width = self._given(maps)
+        kernel = self.kernel_size[0] * self.kernel_size[1]
+        return min(height, width) > 0 and height * width * kernel <= small.columns
+
+    def _as_one_product(self, maps: Tensor) -> Tensor:
+        """Multiply all that the kernel reads of maps (B, C, H, W), at each position, with the whole weight at once."""
+        height, width = self._given(maps)
+        padded = self._padded(maps).permute(0, 2, 3, 1)
+        down, right = self.stride
+        read = [
+            padded[:, row : row + down * height : down, column : column + right * width : right][:, :height, :width]
+            for row in range(self.kernel_size[0])
+            for column in range(self.kernel_size[1])
+        ]
+        seen = torch.cat(read, -1) if len(read) > 1 else read[0]
+        return F.linear(seen, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+    def _given(self, maps: Tensor) -> list[int]:
+        """Tell height and width of what maps (B, C, H, W) become."""
+        sides = zip(maps.shape[-2:], self._added(), self.kernel_size, self.stride, strict=True)
+        return [(side + 2 * added - kernel) // stride + 1 for side, added, kernel, stride in sides]
+
+    def _padded(self, maps: Tensor) -> Tensor:
+        down, right = self._added()
+        return F.pad(maps, (right, right, down, down))
+
+    def _added(self) -> list[int]:
+        """Tell by how much maps are padded above and below, and on either side."""
+        return [int(side) for side in self.padding]

@@ -1,0 +1,197 @@
+"""Convolutions learn the same by what is fastest for their maps, no matter what memory held before."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kdzoo.models import convolutions, learn_on_cpu
+from kdzoo.models.convolutions import LearningConv2d, Small
+
+PADDED = {"kernel_size": 3, "stride": 2, "padding": 1}
+LAYERS = {
+    "3x3": PADDED,
+    "5x5, stride 3": {"kernel_size": 5, "stride": 3, "padding": 2},
+    "in groups": {**PADDED, "groups": 2},
+    "without a bias": {**PADDED, "bias": False},
+    "padded by 2 and 1": {**PADDED, "kernel_size": (5, 3), "padding": (2, 1)},
+    "dilated": {**PADDED, "padding": 2, "dilation": 2},
+}
+
+
+def layer(kind):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(16, 16, **LAYERS[kind]))
+
+
+def slopes(network, maps, dtype):
+    """The gradients of weight, bias and maps, computed where memory holds NaN."""
+    maps = maps.clone().requires_grad_()
+    for size in (64, 256, 1000, 4000, 16000, 64000):
+        torch.full((size,), torch.nan)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = network(maps)
+    return found, torch.autograd.grad(found.float().square().sum(), [*network.parameters(), maps])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (4, 4), (3, 2)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_on_narrow_maps_are_those_of_float32_but_for_rounding(kind, shape):
+    plain, changed = layer(kind), layer(kind)
+    learn_on_cpu(changed)
+    assert changed.state_dict().keys() == plain.state_dict().keys()
+    maps = torch.rand(8, 16, *shape)
+    outputs, expected = slopes(plain, maps, torch.float32)
+    torch.testing.assert_close(outputs, changed(maps))
+    for _ in range(3):
+        found, gradients = slopes(changed, maps, torch.bfloat16)
+        torch.testing.assert_close(found.float(), outputs, rtol=0.05, atol=0.05)
+        for one, other in zip(gradients, expected, strict=True):
+            assert (one - other).norm() <= 0.05 * other.norm()
+
+
+class Own(nn.Conv2d):
+    """May do more with its weight."""
+
+
+def test_other_layers_stay_what_they_are():
+    watched = nn.Conv2d(3, 3, 3)
+    watched.register_forward_hook(lambda module, inputs, output: None)
+    network = nn.Sequential(Own(3, 3, 3), watched, nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"))
+    kinds = [type(module) for module in network]
+    learn_on_cpu(network)
+    assert [type(module) for module in network] == kinds
+
+
+SMALL = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "3x3, stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "3x5, stride 2 and 1, padded by 2 and 0": {"kernel_size": (3, 5), "stride": (2, 1), "padding": (2, 0)},
+    "1x1": {"kernel_size": 1},
+    "1x1, stride 2, without a bias": {"kernel_size": 1, "stride": 2, "bias": False},
+    "4x4, stride 4": {"kernel_size": 4, "stride": 4},
+}
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The layers that learn by one product of matrices, in the order of their passes."""
+    found, product = [], LearningConv2d._as_one_product
+
+    def noted(layer, maps):
+        found.append(layer)
+        return product(layer, maps)
+
+    monkeypatch.setattr(LearningConv2d, "_as_one_product", noted)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    return found
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Narrow layers gain too, so that tests are quick."""
+    monkeypatch.setattr(convolutions, "SMALL", dict.fromkeys(convolutions.SMALL, Small(columns=1000, width=6)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.usefixtures("narrow")
+def test_small_maps_are_learned_from_with_the_gradients_of_float64(products, kind, dtype, layout):
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Conv2d(6, 7, **SMALL[kind])).to(memory_format=layout)
+    changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    learn_on_cpu(changed)
+    maps = torch.randn(5, 6, 4, 7).contiguous(memory_format=layout)
+    found, gradients = slopes(changed, maps, dtype)
+    wanted, expected = slopes(exact, maps.double(), torch.float32)
+    assert products == [changed[0]]
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    if layout == torch.channels_last:
+        assert gradients[0].is_contiguous(memory_format=torch.channels_last)  # as the weight that it is added to
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "kernel", "taken", "left"),
+    [
+        (torch.float32, 256, 3, (2, 2), (2, 3)),
+        (torch.float32, 256, 1, (6, 6), (6, 7)),
+        (torch.float32, 255, 3, None, (2, 2)),
+        (torch.bfloat16, 128, 3, (4, 4), (4, 5)),
+        (torch.bfloat16, 128, 1, (12, 12), (12, 13)),
+        (torch.bfloat16, 127, 3, None, (2, 2)),
+    ],
+)
+def test_only_maps_that_were_measured_to_gain_are_small(products, monkeypatch, dtype, channels, kernel, taken, left):
+    layer = nn.Conv2d(channels, 256, kernel, padding=kernel // 2)
+    learn_on_cpu(layer)
+    for instructions in ("AVX2", "AVX512", "DEFAULT"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda named=instructions: named)
+        for grid in (taken, left):
+            if grid is not None:
+                products.clear()
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    layer(torch.rand(2, channels, *grid))
+                assert bool(products) == (grid == taken and instructions != "DEFAULT")
+
+
+@pytest.mark.usefixtures("narrow")
+def test_what_is_measured_or_kept_is_the_convolution_itself(products):
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    fast, maps = copy.deepcopy(layer), torch.rand(2, 8, 2, 2)
+    learn_on_cpu(fast)
+    with torch.no_grad():
+        assert torch.equal(fast(maps), layer(maps))
+    assert torch.equal(fast.eval()(maps), layer(maps))
+    assert torch.equal(fast.train()(maps[0]), layer(maps[0]))  # an image without a batch
+    for others in ({"groups": 2}, {"dilation": 2}, {"padding": "same"}):
+        other = nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 2, **others})
+        learned = copy.deepcopy(other)
+        learn_on_cpu(learned)
+        assert torch.equal(learned(maps), other(maps))
+    assert products == []
+    fast(maps)
+    assert products == [fast]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_maps_without_positions_are_refused_as_ever(products):
+    layer = nn.Conv2d(8, 8, 5)
+    learn_on_cpu(layer)
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        layer(torch.rand(2, 8, 2, 2))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_gradients_of_gradients_are_right_and_what_follows_may_write_to_its_maps(products):
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    fast, maps = copy.deepcopy(layer), torch.randn(4, 8, 2, 2, requires_grad=True)
+    learn_on_cpu(fast)
+    found = []
+    for module in (layer, fast):
+        [slope] = torch.autograd.grad(nn.ReLU(inplace=True)(module(maps)).pow(3).sum(), maps, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), [maps, *module.parameters()]))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+    fast.requires_grad_(False)
+    [slope] = torch.autograd.grad(fast(maps).sum(), maps)
+    torch.testing.assert_close(slope, torch.autograd.grad(layer(maps).sum(), maps)[0])
+    assert products == [fast, fast]
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.slow(reason="torch.compile takes seconds")
+def test_it_compiles_where_it_learns(products):
+    torch.compiler.reset()
+    fast, maps = nn.Conv2d(8, 8, 3, padding=1), torch.randn(4, 8, 2, 2)
+    learn_on_cpu(fast)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for dtype in (torch.float32, torch.bfloat16):
+        for one, two in zip(slopes(compiled, maps, dtype)[1], slopes(fast, maps, dtype)[1], strict=True):
+            torch.testing.assert_close(one, two)
+    assert products != []
