@@ -55,6 +55,16 @@ def block_matrices(module: nn.Module) -> set[Tensor]:
     return found
 
 
+def _is_last(weight: Tensor) -> bool:
+    """Tell whether a weight lies in memory with its channels last, and in no other order."""
+    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def _in_order(weight: Tensor) -> Tensor:
+    """View a channels-last weight (D, C, H, W) as it lies in memory: (D, H, W, C)."""
+    return weight.permute(0, 2, 3, 1)
+
+
 def parameter_groups(module: nn.Module, protocol: Protocol) -> dict[str, list[nn.Parameter]]:
     """Sort every trainable parameter, once, into the group that the protocol treats alike.
 
@@ -169,8 +179,12 @@ class Optimizer:
         dtype = torch.float32 if device.type == "cuda" else torch.float64
         self._rate = torch.tensor(protocol.lr, device=device, dtype=dtype) if fused else None
         rate: Any = protocol.lr if self._rate is None else self._rate
+        # torch's fused steps on a CPU copy each gradient that is not contiguous, and then do not use the copy: weights
+        # of another layout are given to them as views in the order of their memory.
+        on_cpu = fused and device.type == "cpu"
+        self._views = {p: nn.Parameter(_in_order(p.detach())) for p in groups["rest"] if on_cpu and _is_last(p)}
         decayed = [
-            {"params": groups["rest"], "weight_decay": protocol.weight_decay},
+            {"params": [self._views.get(p, p) for p in groups["rest"]], "weight_decay": protocol.weight_decay},
             {"params": groups["plain"], "weight_decay": 0.0},
         ]
         decayed = [group for group in decayed if group["params"]]
@@ -213,6 +227,8 @@ class Optimizer:
         """Clip the gradients, take a step at the learning rate that was set before, and drop the gradients."""
         if self.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for p, view in self._views.items():
+            view.grad = None if p.grad is None else _in_order(p.grad).contiguous()
         for optimizer in self.optimizers:
             optimizer.step()
         self.forget()
@@ -221,6 +237,8 @@ class Optimizer:
         """Drop the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for p in self._views:
+            p.grad = None
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return what ``load_state_dict`` takes."""

@@ -1,6 +1,8 @@
 """Convolutions that learn on a CPU: each by what is fastest for its maps there, and right."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,15 +64,13 @@ class LearningConv2d(nn.Conv2d):
 
     def _as_one_product(self, maps: Tensor) -> Tensor:
         """Multiply all that the kernel reads of maps (B, C, H, W), at each position, with the whole weight at once."""
-        height, width = self._given(maps)
-        padded = self._padded(maps).permute(0, 2, 3, 1)
-        down, right = self.stride
+        (height, width), (down, right) = self._given(maps), self.stride
         read = [
-            padded[:, row : row + down * height : down, column : column + right * width : right][:, :height, :width]
-            for row in range(self.kernel_size[0])
-            for column in range(self.kernel_size[1])
+            (slice(None), slice(row, row + height * down, down), slice(column, column + width * right, right))
+            for row, column in product(*map(range, self.kernel_size))
         ]
-        seen = torch.cat(read, -1) if len(read) > 1 else read[0]
+        padded = self._padded(maps).permute(0, 2, 3, 1)
+        seen = _Cut.apply(padded, read) if len(read) > 1 else padded[read[0]]
         return F.linear(seen, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
     def _given(self, maps: Tensor) -> list[int]:
@@ -85,3 +85,23 @@ class LearningConv2d(nn.Conv2d):
     def _added(self) -> list[int]:
         """Tell by how much maps are padded above and below, and on either side."""
         return [int(side) for side in self.padding]
+
+
+class _Cut(torch.autograd.Function):
+    """Parts of maps (B, H, W, C), one beside the other. Autograd alone would make zeros for each part's gradient."""
+
+    @staticmethod
+    def forward(maps: Tensor, parts: Sequence[tuple[slice, ...]]) -> Tensor:
+        return torch.cat([maps[part] for part in parts], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Sequence[tuple[slice, ...]]], output: Tensor) -> None:
+        maps, ctx.parts = inputs
+        ctx.shape = maps.shape
+
+    @staticmethod
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+        total = slopes.new_zeros(ctx.shape)
+        for part, slope in zip(ctx.parts, slopes.chunk(len(ctx.parts), -1), strict=True):
+            total[part].add_(slope)
+        return total, None

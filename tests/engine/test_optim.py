@@ -214,6 +214,35 @@ def test_restored_moments_go_on_with_the_same_bits(optimizer, every):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_with_their_channels_last_step_with_the_same_bits_and_without_a_copy(optimizer):
+    protocol = Protocol(optimizer=optimizer, lr=0.1, decay_norms=False)
+    made = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, (1, 3), groups=2), nn.BatchNorm2d(4))
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network = deepcopy(made).to(memory_format=layout)
+        stepper, draw = Optimizer(network, protocol), torch.Generator().manual_seed(0)
+        for step in range(5):
+            for index, p in enumerate(network.parameters()):
+                slope = torch.randn(p.shape, generator=draw)
+                # Of any layout, and not of every weight each time.
+                p.grad = None if index == step else torch.empty_like(p).copy_(slope) if step % 2 else slope
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                stepper.step()
+            copied = "aten::clone" in [event.name for event in profile.events()]
+            assert copied == (layout == torch.channels_last and step % 2 == 0)
+            assert {p.grad for p in network.parameters()} == {None}
+        saved = stepper.state_dict()
+        stepper = Optimizer(network, protocol)
+        stepper.load_state_dict(saved)
+        for p in network.parameters():
+            p.grad = torch.ones_like(p)
+        stepper.step()
+        found.append(network.state_dict())
+    for one, other in zip(found[0].values(), found[1].values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_rate_in_a_tensor_leaves_the_bits_that_a_number_leaves(optimizer):
     torch.manual_seed(0)
     network = nn.Linear(7, 5)
