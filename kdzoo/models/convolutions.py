@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,10 @@ from torch.nn import functional as F
 
 from kdzoo.models import winograd
 
-
-class Small(NamedTuple):
-    """Maps from which one product of matrices learns faster than oneDNN's convolution."""
-
-    columns: int  # at most, for each image: positions that are given, times positions of the kernel
-    width: int  # channels on either side, at least
-
-
-# Measured with batches of 16 to 128 on a Xeon with AMX and AVX-512, and cut down to AVX2.
-SMALL = {torch.float32: Small(columns=36, width=256), torch.bfloat16: Small(columns=144, width=128)}
+# Where one product of matrices learns faster than oneDNN's convolution, measured with batches of 16 to 128 on a Xeon:
+# with AMX and AVX-512, and cut down to AVX2.
+MOST_COLUMNS = 144  # for each image: positions that are given, times positions of the kernel
+LEAST_WIDTH = {torch.float32: 256, torch.bfloat16: 128}  # channels on either side
 
 
 def learn_on_cpu(network: nn.Module) -> None:
@@ -53,14 +48,12 @@ class LearningConv2d(nn.Conv2d):
         return super().forward(maps)
 
     def _is_small(self, maps: Tensor, dtype: torch.dtype) -> bool:
-        small = SMALL.get(dtype)
-        if small is None or torch.backends.cpu.get_cpu_capability() not in winograd.MEASURED:
+        if dtype not in LEAST_WIDTH or torch.backends.cpu.get_cpu_capability() not in winograd.MEASURED:
             return False
-        if self.groups != 1 or self.dilation != (1, 1) or min(self.in_channels, self.out_channels) < small.width:
+        if self.groups != 1 or self.dilation != (1, 1) or min(self.in_channels, self.out_channels) < LEAST_WIDTH[dtype]:
             return False
-        height, width = self._given(maps)
-        kernel = self.kernel_size[0] * self.kernel_size[1]
-        return min(height, width) > 0 and height * width * kernel <= small.columns
+        given = self._given(maps)
+        return min(given) > 0 and prod((*given, *self.kernel_size)) <= MOST_COLUMNS
 
     def _as_one_product(self, maps: Tensor) -> Tensor:
         """Multiply all that the kernel reads of maps (B, C, H, W), at each position, with the whole weight at once."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdzoo.models import convolutions, learn_on_cpu
-from kdzoo.models.convolutions import LearningConv2d, Small
+from kdzoo.models.convolutions import LearningConv2d
 
 PADDED = {"kernel_size": 3, "stride": 2, "padding": 1}
 LAYERS = {
@@ -91,7 +91,8 @@ def products(monkeypatch):
 @pytest.fixture
 def narrow(monkeypatch):
     """Narrow layers gain too, so that tests are quick."""
-    monkeypatch.setattr(convolutions, "SMALL", dict.fromkeys(convolutions.SMALL, Small(columns=1000, width=6)))
+    monkeypatch.setattr(convolutions, "MOST_COLUMNS", 1000)
+    monkeypatch.setattr(convolutions, "LEAST_WIDTH", dict.fromkeys(convolutions.LEAST_WIDTH, 6))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -119,8 +120,8 @@ def test_small_maps_are_learned_from_with_the_gradients_of_float64(products, kin
 @pytest.mark.parametrize(
     ("dtype", "channels", "kernel", "taken", "left"),
     [
-        (torch.float32, 256, 3, (2, 2), (2, 3)),
-        (torch.float32, 256, 1, (6, 6), (6, 7)),
+        (torch.float32, 256, 3, (4, 4), (4, 5)),
+        (torch.float32, 256, 1, (12, 12), (12, 13)),
         (torch.float32, 255, 3, None, (2, 2)),
         (torch.bfloat16, 128, 3, (4, 4), (4, 5)),
         (torch.bfloat16, 128, 1, (12, 12), (12, 13)),
