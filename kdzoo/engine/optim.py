@@ -228,6 +228,7 @@ class Optimizer:
         if self.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         for p, view in self._views.items():
+            view.data = _in_order(p.detach())  # which a method may have exchanged for others
             view.grad = None if p.grad is None else _in_order(p.grad).contiguous()
         for optimizer in self.optimizers:
             optimizer.step()

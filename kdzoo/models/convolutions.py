@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,19 @@ def learn_on_cpu(network: nn.Module) -> None:
     for module in network.modules():
         if winograd.is_plain(module) and module.padding_mode == "zeros":
             module.__class__ = LearningConv2d
+            cast(LearningConv2d, module).may_gain = winograd.was_measured()  # asked here: torch's compiler cannot
 
 
 class LearningConv2d(nn.Conv2d):
     """A convolution that chooses for each batch how it is computed, where it learns."""
 
+    may_gain: bool  # on this processor
+
     def forward(self, maps: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and maps.ndim == 4):
             return super().forward(maps)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else maps.dtype
-        if dtype == torch.float32 and winograd.suits(self) and winograd.gains(maps, winograd.LEAST_TILES):
+        if self._gains_by_winograd(maps, dtype):
             return winograd.convolve(maps, self.weight, self.bias)
         if isinstance(self.padding, str):
             return super().forward(maps)
@@ -47,8 +50,12 @@ class LearningConv2d(nn.Conv2d):
             return F.conv2d(self._padded(maps), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         return super().forward(maps)
 
+    def _gains_by_winograd(self, maps: Tensor, dtype: torch.dtype) -> bool:
+        suits = self.may_gain and dtype == torch.float32 and winograd.suits(self)
+        return suits and winograd.gains(maps, winograd.LEAST_TILES)
+
     def _is_small(self, maps: Tensor, dtype: torch.dtype) -> bool:
-        if dtype not in LEAST_WIDTH or torch.backends.cpu.get_cpu_capability() not in winograd.MEASURED:
+        if not self.may_gain or dtype not in LEAST_WIDTH:
             return False
         if self.groups != 1 or self.dilation != (1, 1) or min(self.in_channels, self.out_channels) < LEAST_WIDTH[dtype]:
             return False

@@ -41,7 +41,7 @@ def use_winograd(network: Network) -> Network:
         The copy; ``network`` itself where no layer is of that kind, or where the copy's outputs would differ.
     """
     names = [name for name, module in network.named_modules() if is_plain(module) and suits(module)]
-    if not names:
+    if not (names and was_measured()):
         return network
     tensors = chain(network.parameters(), network.buffers())
     copy = deepcopy(network, {id(tensor): tensor for tensor in tensors})
@@ -212,11 +212,15 @@ def gains(maps: Tensor, least: int = 1) -> bool:
     return maps.ndim == 4 and images * tiles >= least and tiles <= MOST_TILES * height * width
 
 
+def was_measured() -> bool:
+    """Tell whether processors with the instructions of this one were measured to gain."""
+    return torch.backends.cpu.get_cpu_capability() in MEASURED
+
+
 def suits(module: nn.Module) -> bool:
-    """Tell whether a layer is a convolution of the kind that is computed here, which is known to gain."""
+    """Tell whether a layer is a convolution of the kind that is computed here, and wide enough to gain."""
     return (
-        torch.backends.cpu.get_cpu_capability() in MEASURED
-        and isinstance(module, nn.Conv2d)
+        isinstance(module, nn.Conv2d)
         and module.kernel_size == (3, 3)
         and module.stride == module.dilation == (1, 1)
         and module.padding in ((1, 1), "same")

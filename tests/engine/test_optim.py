@@ -243,6 +243,21 @@ def test_weights_with_their_channels_last_step_with_the_same_bits_and_without_a_
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_that_were_exchanged_for_others_are_those_that_step(optimizer):
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(6, 8, 3, bias=False).to(memory_format=layout)
+        stepper = Optimizer(layer, Protocol(optimizer=optimizer, lr=0.1))
+        layer.weight.data = torch.ones(8, 6, 3, 3).contiguous(memory_format=layout)
+        layer.weight.grad = torch.full_like(layer.weight, 2)
+        stepper.step()
+        found.append(layer.weight.detach())
+    assert torch.equal(*found)
+    assert (found[0] < 1).all()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_rate_in_a_tensor_leaves_the_bits_that_a_number_leaves(optimizer):
     torch.manual_seed(0)
     network = nn.Linear(7, 5)
