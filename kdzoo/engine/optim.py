@@ -228,7 +228,9 @@ class Optimizer:
         if self.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         for p, view in self._views.items():
-            view.data = _in_order(p.detach())  # which a method may have exchanged for others
+            if view.data_ptr() != p.data_ptr():  # a method has exchanged the weight for another
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+                view.data = _in_order(p.detach())
             view.grad = None if p.grad is None else _in_order(p.grad).contiguous()
         for optimizer in self.optimizers:
             optimizer.step()
