@@ -226,7 +226,7 @@ def test_weights_with_their_channels_last_step_with_the_same_bits_and_without_a_
                 slope = torch.randn(p.shape, generator=draw)
                 # Of any layout, and not of every weight each time.
                 p.grad = None if index == step else torch.empty_like(p).copy_(slope) if step % 2 else slope
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
                 stepper.step()
             copied = "aten::clone" in [event.name for event in profile.events()]
             assert copied == (layout == torch.channels_last and step % 2 == 0)
