@@ -20,11 +20,11 @@ LEAST_WIDTH = {torch.float32: 256, torch.bfloat16: 128}  # channels on either si
 def learn_on_cpu(network: nn.Module) -> None:
     """Let a network's convolutions learn by what is fastest for their maps on a CPU, and right.
 
-    In evaluation mode, and where no gradient is asked for, they are what they were. Weights and their names stay, and
-    outputs and gradients but for rounding.
+    In evaluation mode nothing is done for speed, and where no gradient is asked for nothing at all. Weights and their names
+    stay, and outputs and gradients but for rounding.
     """
     for module in network.modules():
-        if winograd.is_plain(module) and module.padding_mode == "zeros":
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros":  # what derives from it may do more
             module.__class__ = LearningConv2d
             cast(LearningConv2d, module).may_gain = winograd.was_measured()  # asked here: torch's compiler cannot
 
@@ -32,10 +32,10 @@ def learn_on_cpu(network: nn.Module) -> None:
 class LearningConv2d(nn.Conv2d):
     """A convolution that chooses for each batch how it is computed, where it learns."""
 
-    may_gain: bool  # on this processor
+    may_gain: bool  # where it is trained, on this processor
 
     def forward(self, maps: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled() and maps.ndim == 4):
+        if not (torch.is_grad_enabled() and maps.ndim == 4):
             return super().forward(maps)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else maps.dtype
         if self._gains_by_winograd(maps, dtype):
@@ -51,11 +51,11 @@ class LearningConv2d(nn.Conv2d):
         return super().forward(maps)
 
     def _gains_by_winograd(self, maps: Tensor, dtype: torch.dtype) -> bool:
-        suits = self.may_gain and dtype == torch.float32 and winograd.suits(self)
+        suits = self.training and self.may_gain and dtype == torch.float32 and winograd.suits(self)
         return suits and winograd.gains(maps, winograd.LEAST_TILES)
 
     def _is_small(self, maps: Tensor, dtype: torch.dtype) -> bool:
-        if not self.may_gain or dtype not in LEAST_WIDTH:
+        if not (self.training and self.may_gain) or dtype not in LEAST_WIDTH:
             return False
         if self.groups != 1 or self.dilation != (1, 1) or min(self.in_channels, self.out_channels) < LEAST_WIDTH[dtype]:
             return False

@@ -40,7 +40,7 @@ def use_winograd(network: Network) -> Network:
     Returns:
         The copy; ``network`` itself where no layer is of that kind, or where the copy's outputs would differ.
     """
-    names = [name for name, module in network.named_modules() if is_plain(module) and suits(module)]
+    names = [name for name, module in network.named_modules() if _is_plain(module) and suits(module)]
     if not (names and was_measured()):
         return network
     tensors = chain(network.parameters(), network.buffers())
@@ -230,6 +230,6 @@ def suits(module: nn.Module) -> bool:
     )
 
 
-def is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """Tell whether a layer is torch's own, since what derives from it, or is watched, may do more."""
     return type(module) is nn.Conv2d and not (module._forward_pre_hooks or module._forward_hooks)
