@@ -20,8 +20,8 @@ LEAST_WIDTH = {torch.float32: 256, torch.bfloat16: 128}  # channels on either si
 def learn_on_cpu(network: nn.Module) -> None:
     """Let a network's convolutions learn by what is fastest for their maps on a CPU, and right.
 
-    In evaluation mode nothing is done for speed, and where no gradient is asked for nothing at all. Weights and their names
-    stay, and outputs and gradients but for rounding.
+    In evaluation mode nothing is done for speed, and where no gradient is asked for nothing at all. Weights and their
+    names stay, and outputs and gradients but for rounding.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":  # what derives from it may do more
