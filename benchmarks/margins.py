@@ -121,7 +121,8 @@ def main() -> None:
     together: dict[str, Found] = {name: {} for name in given.methods}
     run = partial(elsewhere, given.methods, given.seeds, given.compiled)
     machine = this_machine()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    at_once = max(1, (os.cpu_count() or 1) // max(given.threads))
+    with ThreadPoolExecutor(at_once) as pool:
         for found in pool.map(run, *zip(*product(given.threads, given.instructions), strict=True)):
             for name, by_threshold in found.items():
                 for threshold, numbers in by_threshold.items():
