@@ -46,10 +46,16 @@ def hurried():
 
 @pytest.fixture(scope="session", autouse=True)
 def little_garbage():
-    """What was imported is never searched for garbage, which is done before each group of runs."""
+    """What was imported is never searched for garbage, which is done before each group of runs, and the rest seldom.
+
+    torch's compiler makes so many small objects that a search after every 700 takes a seventh of its time.
+    """
+    usual = gc.get_threshold()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, *usual[1:])
     yield
+    gc.set_threshold(*usual)
     gc.unfreeze()
 
 

@@ -13,7 +13,7 @@ from kdzoo.models import winograd
 
 # Where one product of matrices learns faster than oneDNN's convolution, measured with batches of 16 to 128 on a Xeon:
 # with AMX and AVX-512, and cut down to AVX2.
-MOST_COLUMNS = 144  # for each image: positions that are given, times positions of the kernel
+MOST_COLUMNS = 144  # for each image: positions that are given, times positions of the kernel that read the map
 LEAST_WIDTH = {torch.float32: 256, torch.bfloat16: 128}  # channels on either side
 
 
@@ -59,24 +59,33 @@ class LearningConv2d(nn.Conv2d):
             return False
         if self.groups != 1 or self.dilation != (1, 1) or min(self.in_channels, self.out_channels) < LEAST_WIDTH[dtype]:
             return False
-        given = self._given(maps)
-        return min(given) > 0 and prod((*given, *self.kernel_size)) <= MOST_COLUMNS
+        sides = *self._given(maps), *map(len, self._reading(maps))
+        return min(sides) > 0 and prod(sides) <= MOST_COLUMNS
 
     def _as_one_product(self, maps: Tensor) -> Tensor:
-        """Multiply all that the kernel reads of maps (B, C, H, W), at each position, with the whole weight at once."""
-        (height, width), (down, right) = self._given(maps), self.stride
+        """Multiply all that the kernel reads of maps (B, C, H, W), at each position, with all that reads it at once."""
+        (height, width), (down, right), (rows, columns) = self._given(maps), self.stride, self._reading(maps)
         read = [
             (slice(None), slice(row, row + height * down, down), slice(column, column + width * right, right))
-            for row, column in product(*map(range, self.kernel_size))
+            for row, column in product(rows, columns)
         ]
         padded = self._padded(maps).permute(0, 2, 3, 1)
         seen = _Cut.apply(padded, read) if len(read) > 1 else padded[read[0]]
-        return F.linear(seen, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.permute(0, 2, 3, 1)[:, rows.start : rows.stop, columns.start : columns.stop]
+        return F.linear(seen, weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
     def _given(self, maps: Tensor) -> list[int]:
         """Tell height and width of what maps (B, C, H, W) become."""
         sides = zip(maps.shape[-2:], self._added(), self.kernel_size, self.stride, strict=True)
         return [(side + 2 * added - kernel) // stride + 1 for side, added, kernel, stride in sides]
+
+    def _reading(self, maps: Tensor) -> list[range]:
+        """Tell which rows and columns of the kernel ever lie on maps (B, C, H, W), and not always on their padding."""
+        sides = zip(maps.shape[-2:], self._given(maps), self._added(), self.kernel_size, self.stride, strict=True)
+        return [
+            range(max(0, added - (given - 1) * stride), min(kernel, side + added))
+            for side, given, added, kernel, stride in sides
+        ]
 
     def _padded(self, maps: Tensor) -> Tensor:
         down, right = self._added()

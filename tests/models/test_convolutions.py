@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdzoo.models import convolutions, learn_on_cpu
 from kdzoo.models.convolutions import LearningConv2d
@@ -116,6 +117,44 @@ def test_small_maps_are_learned_from_with_the_gradients_of_float64(products, kin
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "padding", "read"),
+    [
+        ((1, 1), 3, 1, 1, 1),
+        ((2, 2), 3, 2, 1, 4),
+        ((2, 2), 3, 1, 1, 9),
+        ((1, 3), 3, 1, 1, 3),
+        ((1, 1), 5, 2, 2, 1),
+        ((2, 1), (5, 3), (1, 2), (2, 1), 3),
+        ((1, 1), 3, 1, 2, 9),  # the map lies once under each
+        ((1, 1), 2, 3, 1, 1),
+    ],
+)
+@pytest.mark.usefixtures("narrow")
+def test_what_lies_on_padding_alone_is_not_multiplied(products, shape, kernel, stride, padding, read):
+    torch.manual_seed(2)
+    plain = nn.Sequential(nn.Conv2d(6, 7, kernel, stride, padding))
+    changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    learn_on_cpu(changed)
+    maps = torch.randn(5, 6, *shape)
+    with FlopCounterMode(display=False) as counter:
+        positions = changed(maps).shape[2:].numel()
+    assert counter.get_total_flops() == 2 * 5 * positions * 6 * 7 * read
+    found, gradients = slopes(changed, maps, torch.float32)
+    wanted, expected = slopes(exact, maps.double(), torch.float32)
+    assert products == [changed[0]] * 2
+    for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_a_convolution_of_padding_alone_gives_its_bias(products):
+    layer = nn.Conv2d(256, 256, 1, stride=3, padding=1)
+    fast, maps = copy.deepcopy(layer), torch.rand(2, 256, 1, 1)
+    learn_on_cpu(fast)
+    assert torch.equal(fast(maps), layer(maps))
+    assert products == []
 
 
 @pytest.mark.parametrize(
