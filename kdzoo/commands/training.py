@@ -20,6 +20,7 @@ from kdzoo.commands.options import (
 )
 from kdzoo.quantities import counted
 
+FAILED = 2  # the exit code of a bench with runs that cannot be trained
 UNFINISHED = 3  # the exit code of a bench that leaves runs to other processes
 
 
@@ -249,6 +250,7 @@ def bench(
     may work on one suite. Settings may follow as KEY=VALUE, as in 'kdzoo run'; they apply to every run.
 
     Exit code: 0 if all runs are finished, 2 if some failed or stopped, 3 if other processes are still at work on some.
+    With --dry-run: 2 if some runs cannot be trained, or lack what they need to be measured.
     """
     from kdzoo.engine.progress import Progress
 
@@ -271,6 +273,8 @@ def bench(
             groups = grouped(engine.placed(found, folder, workers.Local(), progress))  # it measures here
             estimates = estimate(groups, retry, progress)
         click.echo(plan(found.name, groups, estimates))
+        if any(each.failed or each.missing for each in estimates):
+            click.get_current_context().exit(FAILED)
         return
     if worker:
         workers.end_with_starter()

@@ -26,7 +26,7 @@ from kdzoo.errors import UserError, unknown
 from kdzoo.files import files_named, path_of, read_text, shipped_folder, slug
 from kdzoo.keywords import read_yaml
 from kdzoo.resolve import merged, resolve, several
-from kdzoo.settings import Run
+from kdzoo.settings import Run, Settings
 
 LISTS = {"pairs": "[[vit_s, resnet18]]", "distillers": "[none, kd]", "seeds": "[0, 1, 2]"}
 DEFAULTS: dict[str, Any] = {
@@ -144,7 +144,7 @@ def _runs(
             f"suite {title}: teacher is {content['teacher']}; expected settings of it, such as {{epochs: 30}}"
         )
     runs: list[Run] = []
-    seen: set[str] = set()
+    seen: set[tuple[registry.Plugin, str]] = set()
     for data in content["data"]:
         fingerprint = None  # computed once for all runs on these data
         for teachers, student, protocol, distillers in pairs:
@@ -172,14 +172,20 @@ def _runs(
             for seed in content["seeds"]:
                 for distiller, run in zip(distillers, resolved, strict=True):
                     run = run._replace(settings=replace(run.settings, seed=seed))
-                    if run.settings.identity() in seen:
+                    if (same := _same(run.settings)) in seen:
                         raise UserError(
                             f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}; "
                             "remove one of them"
                         )
-                    seen.add(run.settings.identity())
+                    seen.add(same)
                     runs.append(run)
     return runs
+
+
+def _same(settings: Settings) -> tuple[registry.Plugin, str]:
+    """What two runs share only if they are the same; a method's file may be named by two paths."""
+    method, contents = settings.distiller, dict.fromkeys(settings.files.values(), "")
+    return registry.find(method.name), replace(settings, distiller=replace(method, name=""), files=contents).identity()
 
 
 def _pair(title: str, pair: Any, content: Mapping[str, Any]) -> _Pair:

@@ -144,7 +144,7 @@ def test_the_listing_holds_groups_runs_estimates_and_their_limits(dry_run):
 def test_data_that_is_not_there_is_listed_with_the_reason(dry_run):
     missing = SUITE.replace("data: {name: digits, limit: 320}", "data: [digits, 'folder:/nowhere']")
     code, out = dry_run(missing)
-    assert code == 0
+    assert code == 2
     [line] = [
         line for line in out.splitlines() if line.startswith("- resnet14 on folder:/nowhere, quick, 1 epoch, seed 1")
     ]
@@ -156,7 +156,7 @@ def test_data_that_is_not_there_is_listed_with_the_reason(dry_run):
 
 def test_a_method_that_does_not_fit_the_pair_is_known_before_anything_is_trained(dry_run):
     code, out = dry_run(SUITE.replace("[none, kd]", "[none, {name: lfcc, stages: [7]}]"))
-    assert code == 0
+    assert code == 2
     [line] = [line for line in out.splitlines() if "stages" in line][:1]
     assert line.strip().startswith("resnet8  lfcc")
     assert "cannot be trained: stages" in line

@@ -1,6 +1,7 @@
 """A suite file is read whole, checked before anything is trained, and means the same runs each time."""
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,19 @@ def test_a_wrong_suite_is_one_line(tmp_path, text, said):
         suites.load(str(file))
     assert said in str(caught.value).replace(str(file), "bad")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_a_method_that_is_named_by_two_paths_is_one_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "other"):
+        Path(f"{name}.py").write_bytes(registry.find("kd").file.read_bytes())
+    text = "pairs: [[resnet14, resnet8]]\ndistillers: [{}]"
+    for again in ("./mine.py", str(tmp_path / "mine.py")):
+        Path("bad.yaml").write_text(text.format(f"mine.py, {again}"))
+        with pytest.raises(UserError, match=f"has a run twice: resnet14 -> resnet8, {re.escape(again)}"):
+            suites.load("bad.yaml")
+    Path("good.yaml").write_text(text.format("mine.py, ./other.py"))
+    assert [run.settings.distiller.name for run in suites.load("good.yaml").runs] == ["mine.py", "./other.py"]
 
 
 def test_a_suite_is_a_mapping(tmp_path):
