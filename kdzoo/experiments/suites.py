@@ -168,11 +168,11 @@ def _runs(
                     fingerprint=fingerprint,
                 )
                 fingerprint = run.settings.data.fingerprint
-                resolved.append(run)
+                resolved.append((run, registry.find(run.settings.distiller.name)))
             for seed in content["seeds"]:
-                for distiller, run in zip(distillers, resolved, strict=True):
+                for distiller, (run, method) in zip(distillers, resolved, strict=True):
                     run = run._replace(settings=replace(run.settings, seed=seed))
-                    if (same := _same(run.settings)) in seen:
+                    if (same := (method, _without_paths(run.settings))) in seen:
                         raise UserError(
                             f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}; "
                             "remove one of them"
@@ -182,10 +182,10 @@ def _runs(
     return runs
 
 
-def _same(settings: Settings) -> tuple[registry.Plugin, str]:
-    """What two runs share only if they are the same; a method's file may be named by two paths."""
-    method, contents = settings.distiller, dict.fromkeys(settings.files.values(), "")
-    return registry.find(method.name), replace(settings, distiller=replace(method, name=""), files=contents).identity()
+def _without_paths(settings: Settings) -> str:
+    """Hash all but how files and the method are named, since one file may be named by two paths."""
+    contents = dict.fromkeys(settings.files.values(), "")
+    return replace(settings, distiller=replace(settings.distiller, name=""), files=contents).identity()
 
 
 def _pair(title: str, pair: Any, content: Mapping[str, Any]) -> _Pair:
