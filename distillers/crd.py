@@ -75,6 +75,7 @@ class CRD(Distiller):
     paper = "arXiv:1910.10699"
     fidelity = Fidelity.EXACT
     needs = Needs(logits=False, labels=True, features=False)
+    toy_settings = {"negatives": 64}  # noqa: RUF012 (never written to)
 
     memory_s: Tensor  # (N, width), and so memory_t
     memory_t: Tensor

@@ -10,8 +10,8 @@ CPU with toy networks, in seconds. ``promises.py`` holds them. Under pytest::
 
 A distiller that cannot keep a promise says so in a class attribute, ``expected_failures = {"check_learns":
 "why"}``; a check listed there that passes is a failure too, so the list stays true.
-A method whose own layers are far wider than those of the toy networks gives smaller ones to learn with in
-``toy_settings = {"width": 64}``; all other checks take the method as it is.
+A method that is made for far larger networks or data sets than the toys, with wide layers or thousands of negatives,
+gives smaller numbers to learn with in ``toy_settings = {"width": 64}``; all other checks take it as it is.
 """
 
 from kdzoo.checks import promises  # noqa: F401  each check joins the suite where it is declared

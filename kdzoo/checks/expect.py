@@ -102,7 +102,7 @@ class Learning(NamedTuple):
 def learning(distiller: type[Distiller], seed: int = 0) -> Learning:
     """Train a toy student briefly and measure what it learned; ``seed`` chooses the student and the images.
 
-    A method whose own layers are too wide for maps of a few channels is trained with its ``toy_settings``.
+    A method made for far larger networks or data sets is trained with its ``toy_settings``.
     """
     teacher = copy.deepcopy(toys.taught())
     together = toys.distillation(distiller, toys.toy_settings(distiller), teacher=teacher, seed=seed)
