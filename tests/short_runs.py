@@ -1,6 +1,7 @@
 """Settings of runs that take seconds: digits on a CPU in float32, resnet14 teaching resnet8 unless told otherwise.
 
-Epochs and batches are named here, so that changes of the quick protocol change no test.
+Epochs and batches are named here, so that changes of the quick protocol change no test. Images are shifted, as in most
+recipes, so that the teacher is asked in each step.
 """
 
 from collections.abc import Iterator
@@ -8,11 +9,12 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from kdzoo.engine.lane import Lane
 from kdzoo.resolve import resolve
 
-SHORT = ["protocol.epochs=2", "protocol.batch_size=64", "data.limit=320"]
+SHORT = ["protocol.epochs=2", "protocol.batch_size=64", "protocol.augmentation.crop=1", "data.limit=320"]
 SHORT += ["engine.device=cpu", "engine.precision=float32"]
 
 
@@ -24,6 +26,18 @@ def settings(out, distiller, *more, student="resnet8", teacher="resnet14"):
         "output": {"root": str(out)},
     }
     return resolve(values, [*SHORT, *more])
+
+
+def same(some, others):
+    """Whether two students have the same bits."""
+    return all(torch.equal(some[name], others[name]) for name in others)
+
+
+def distance(some, others):
+    """The norm of what differs in two students, as a share of the second's."""
+    names = [name for name in others if others[name].is_floating_point()]
+    one, two = (torch.cat([weights[name].flatten() for name in names]) for weights in (some, others))
+    return ((one - two).norm() / two.norm()).item()
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class Loader:
             )
         self.steps_per_epoch = self.images // self.batch_size
         self.total_steps = self.steps_per_epoch * protocol.epochs
-        self._spec, self._seed, self._device, self._views = spec, seed, device, views
+        self._spec, self._seed, self._device, self.views = spec, seed, device, views
         self._augmentation = augmentation
         self._pixels = pixels
         self._workers = workers
@@ -144,6 +144,19 @@ class Loader:
         for (step, _, rows), drawn in zip(steps, streamed, strict=False):
             yield self._batch(step, rows, drawn)
 
+    @property
+    def teacher_sees_the_same(self) -> bool:
+        """Whether the teacher is shown the same pixels of an image in every epoch."""
+        plan = self._plans[self._teachers or "images"]
+        recipe = replace(plan.recipe, erasing=0.0) if self._teachers else plan.recipe  # its view is never erased
+        return recipe == Augmentation() and not plan.streamed and not self.mixes
+
+    def teachers_images(self) -> Iterator[Tensor]:
+        """Yield what the teacher sees of all training images in their order, (B, 3, S, S); nothing is drawn."""
+        name = self._teachers or "images"
+        for rows in torch.arange(self.images, device=self._device).split(self.batch_size):
+            yield self._draw(name, self._plans[name].on_device, 0, self._kept(rows))
+
     def _schedule(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (step, epoch, this process's rows (B,)); drawn on the CPU, so the same on every device."""
         order, current = torch.empty(0, dtype=torch.int64), -1
@@ -172,7 +185,7 @@ class Loader:
         images, targets = self._targets(images, labels, seed_of(self._seed, step, "mix"))
         if seen is not None and self.mixes:  # as the student's are
             seen, _ = self._targets(seen.clone(), labels, seed_of(self._seed, step, "mix"))
-        if "rotations" in self._views:
+        if "rotations" in self.views:
             drawn["rotations"] = augment.rotations(images)
         return Batch(
             images,
@@ -180,7 +193,7 @@ class Loader:
             targets,  # type: ignore[arg-type]
             rows,
             torch.full((), step / self.total_steps, device=self._device),  # filled there: no copy to wait for
-            {view: drawn[view] for view in self._views},
+            {view: drawn[view] for view in self.views},
             torch.arange(len(rows) - 1, -1, -1, device=self._device) if self.mixes else None,
             seen,
         )

@@ -29,7 +29,8 @@ DRAWN_AS = {PLAIN: "images"}  # the draws of a view that are those of another
 
 # What torch says where a worker cannot hand over a batch, by an error or by its death.
 OUT_OF_SHARED_MEMORY = ("shared memory", "No space left on device", "Bus error")
-LOST = "DataLoader worker"  # and where one has died
+LOST = "DataLoader worker (pid"  # and where one has died
+RAISED = "in DataLoader worker process"  # and where one has raised an error
 
 Transform = Callable[[Image.Image], Image.Image]  # any size -> a square
 
@@ -151,19 +152,21 @@ def lost_workers_told(workers: int) -> Iterator[None]:
     """Raise a ``UserError`` in place of torch's where one of so many workers was lost, or cannot hand over a batch."""
     try:
         yield
-    except RuntimeError as error:
-        said = str(error.__cause__ or error)
-        if workers and any(sign in f"{error} {said}" for sign in OUT_OF_SHARED_MEMORY):
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+        said = str(error.__cause__ or error) or type(error).__name__
+        if not workers or RAISED in said:
+            raise
+        if any(sign in f"{error} {said}" for sign in OUT_OF_SHARED_MEMORY):
             raise UserError(
                 f"shared memory does not hold the images that {workers} workers decode ahead; set data.workers=0, or "
                 "give the container more, as docker run --shm-size=2g does"
             ) from error
-        if workers and LOST in said:
-            raise UserError(
-                f"a process that decodes images was lost ({said.strip().rstrip('.')}), mostly for lack of memory; run "
-                "the same command again, with a lower data.workers or data.workers=0 where it happens again"
-            ) from error
-        raise
+        if isinstance(error, RuntimeError) and LOST not in said:
+            raise
+        raise UserError(  # it died at work, or while it handed a batch over by a socket
+            f"a process that decodes images was lost ({said.strip().rstrip('.')}), mostly for lack of memory; run "
+            "the same command again, with a lower data.workers or data.workers=0 where it happens again"
+        ) from error
 
 
 def _collate(items: list[Any]) -> Any:

@@ -30,6 +30,7 @@ class Plain:
 
     def __init__(self, teacher: TeacherPasses | None):
         self.teacher = teacher
+        self.asks_teacher = True  # whether steps make passes of the teacher
 
     def begin(self, batch: Batch, step: int) -> Batch:
         """Begin a step of all lanes, and return the batch that they take."""

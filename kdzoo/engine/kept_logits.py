@@ -58,6 +58,7 @@ class KeptLogits(Plain):
         self.folder, self.shape, self.say = folder, shape, say
         self.bytes = DIGEST + 2 * shape[0] * shape[1] * shape[2]  # of a file
         self.missing = [epoch for epoch in epochs if not self.is_there(epoch)]
+        self.asks_teacher = bool(self.missing)
         self.width = teacher.network.shapes().embedding.shape[1]
         self.epoch = -1  # that the steps are in
         self.read: Tensor | None = None  # (S, B, K) float16, of that epoch; None where it is computed

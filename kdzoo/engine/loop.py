@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from kdzoo.data import Dataset, Loader
-from kdzoo.engine import graphs, kept_logits
+from kdzoo.engine import graphs, kept_logits, remembered
 from kdzoo.engine.compiling import Compiling
 from kdzoo.engine.faults import Shared, check_finite
 from kdzoo.engine.lane import Lane
@@ -45,16 +45,20 @@ def train(
     stop = lanes[0].run.last_epoch * per_epoch
     progress.measure = MEASURED_BY[measured(dataset, lanes[0].distillation.student)]
     start = begin(lanes, teacher, loader, shared, progress, termination)
-    kept = kept_logits.steps(lanes, teacher, dataset, loader, start, progress.say)
-    steps, clock = kept or graphs.steps(lanes[0], teacher, progress.say), Clock()
+    clock = Clock()
+    known: graphs.Plain | None = kept_logits.steps(lanes, teacher, dataset, loader, start, progress.say)
+    known = known or remembered.steps(lanes, teacher, loader, progress, termination)
+    steps = known or graphs.steps(lanes[0], teacher, progress.say)
+    for moment in ("first step", "epoch"):
+        clock.reset(moment)
     pause = until_next_save(place.engine.checkpoint_seconds)
-    compiling = Compiling(lanes, teacher if kept is None or kept.missing else None, stop, progress)
+    compiling = Compiling(lanes, teacher if steps.asks_teacher else None, stop, progress)
 
     for step, batch in enumerate(loader.batches(start, stop), start):
         with clock.without("epoch"):
-            compiled = compiling.decide(step, step - start, clock.since("start"), batch)
+            compiled = compiling.decide(step, step - start, clock.since("first step"), batch)
         if compiled:
-            steps = kept or graphs.steps(lanes[0], teacher, progress.say)  # graphs of plain networks are of no more use
+            steps = known or graphs.steps(lanes[0], teacher, progress.say)  # graphs of plain networks are no use now
         batch = steps.begin(batch, step)
         shared.watch(batch)
         for lane in alive(lanes):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kdzoo import models
 from kdzoo.data import Dataset, Loader
-from kdzoo.distiller import Batch
-from kdzoo.engine import memory
+from kdzoo.distiller import Batch, Needs
+from kdzoo.engine import memory, remembered
 from kdzoo.engine.device import use
 from kdzoo.engine.faults import caught
 from kdzoo.engine.lane import Lane
@@ -73,7 +73,7 @@ class GroupCost:
     failed: dict[int, UserError]  # runs that cannot be trained
     base: int  # bytes of process, data and teacher
     room: float  # bytes that the lanes may take
-    teacher: float = 0.0  # seconds of the teacher's pass, which are part of ``shared``
+    teacher: float = 0.0  # seconds of the teacher's pass, over all steps, which are part of ``shared``
 
     def packs(self, chosen: Sequence[int]) -> list[list[LaneCost]]:
         """Pack those of the chosen runs that can be trained, as many side by side as memory holds."""
@@ -183,6 +183,7 @@ def cost_of(
     room = memory.ROOM * memory.free(device, place.engine.memory)
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     lanes: dict[int, LaneCost] = {}
+    needs: list[Needs] = []
     failed: dict[int, UserError] = {}
     tests: dict[str, float] = {}  # by what goes through them: most methods deploy the student as it is
     for i, lane, batch in stepped(runs, dataset, teacher, failed):
@@ -196,6 +197,7 @@ def cost_of(
             phase = Counted(batch)
             lane.distillation.prepare(phase)
             lanes[i] = LaneCost(step, tests[architecture], weight, phase.epochs)
+            needs.append(lane.distillation.distiller.needs)
             method = runs[i].settings.distiller.name
             report(f"measured {len(lanes)} of {counted(len(runs), 'method')}, the last {method}")
         if lane.failure is not None:
@@ -207,6 +209,9 @@ def cost_of(
     if teacher is not None:
         fast = shared_passes(teacher, runs[0]).fast
         looking = seconds(partial(look, fast, batch.images, first.engine.precision), device)
+        if (share := remembered.share(first, device, teacher, needs, loader)) < 1:
+            looking *= share
+            base += remembered.bytes_of(teacher, loader)
         once = test_seconds(teacher, dataset, first)
     return GroupCost(
         shared=drawing + looking,
@@ -240,9 +245,8 @@ def by_turns(runs: Sequence[Run], progress: Progress) -> dict[int, float]:
     if not lanes:
         return {}
     _, batch = next(iter(lanes.values()))
-    works: dict[str, Callable[[], object]] = {
-        "batch": partial(next, cycle_of(dataset.loader(first.settings.protocol, seed=first.settings.seed)))
-    }
+    loader = dataset.loader(first.settings.protocol, seed=first.settings.seed)
+    works: dict[str, Callable[[], object]] = {"batch": partial(next, cycle_of(loader))}
     if teacher is not None:
         fast = shared_passes(teacher, first).fast
         works["teacher"] = partial(look, fast, batch.images, first.settings.engine.precision)
@@ -256,8 +260,10 @@ def by_turns(runs: Sequence[Run], progress: Progress) -> dict[int, float]:
     found = {}
     for i, (lane, _) in lanes.items():
         if lane.failure is None:
-            asks = teacher is not None and lane.distillation.distiller.needs.teacher
-            found[i] = least[i] + least["batch"] + (least["teacher"] if asks else 0.0)
+            found[i], needs = least[i] + least["batch"], lane.distillation.distiller.needs
+            if teacher is not None and needs.teacher:
+                share = remembered.share(lane.run.settings, dataset.device, teacher, [needs], loader)
+                found[i] += share * least["teacher"]
     return found
 
 

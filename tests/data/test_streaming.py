@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from kdzoo.data import open_dataset
-from kdzoo.data.stream import stream
+from kdzoo.data.stream import lost_workers_told, stream
 from kdzoo.errors import UserError
 from kdzoo.recipe import Augmentation, Protocol
 
@@ -49,6 +49,24 @@ def test_a_process_that_is_killed_while_it_decodes_is_told_in_a_line() -> None:
     keys = [[(0, row)] for row in range(12)]
     with pytest.raises(UserError, match=r"^a process that decodes images was lost \(.*\), mostly .* data\.workers=0"):
         list(stream(Deadly(), keys, 2, torch.device("cpu")))
+
+
+LOST = "DataLoader worker (pid 5) is killed by signal: Killed."
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset"), EOFError(), RuntimeError(LOST)])
+def test_so_is_one_that_is_killed_while_it_hands_a_batch_over(error: Exception) -> None:
+    with pytest.raises(UserError, match=r"was lost \(\S.*\S\), mostly"), lost_workers_told(2):
+        raise error
+    with pytest.raises(type(error)), lost_workers_told(0):
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, FileNotFoundError, ConnectionError])
+def test_an_error_in_its_work_is_not_taken_for_its_loss(error: type[Exception]) -> None:
+    text = f"Caught {error.__name__} in DataLoader worker process 0.\nOriginal Traceback (most recent call last): ..."
+    with pytest.raises(error, match=r"^Caught "), lost_workers_told(2):
+        raise error(text)
 
 
 # Since Python 3.12 a fork beside other threads warns; the workers of torch's loader are forks on Linux.

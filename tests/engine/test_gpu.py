@@ -29,7 +29,7 @@ ON_GPU = ["protocol.epochs=3", "data.limit=640", "engine.device=cuda", "engine.p
 
 
 def settings(out, distiller, *more, **networks):
-    return resolve_auto(short_runs.settings(out, distiller, *ON_GPU, "protocol.augmentation.crop=1", *more, **networks))
+    return resolve_auto(short_runs.settings(out, distiller, *ON_GPU, *more, **networks))
 
 
 @pytest.fixture(scope="module")

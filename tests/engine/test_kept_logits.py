@@ -15,7 +15,7 @@ from kdzoo.engine.training import train_lanes
 from kdzoo.errors import StorageError, UserError
 from kdzoo.losses import softened_kl
 
-from ..short_runs import interrupted_at, settings
+from ..short_runs import distance, interrupted_at, same, settings
 
 pytestmark = pytest.mark.slow(reason="trains runs with kept logits and without")
 
@@ -62,17 +62,6 @@ def kept(cache):
 
 def student(outcome):
     return load_file(outcome.folder / "student.safetensors")
-
-
-def same(some, others):
-    return all(torch.equal(some[name], others[name]) for name in others)
-
-
-def distance(some, others):
-    """The norm of what differs in two students, as a share of the second's."""
-    names = [name for name in others if others[name].is_floating_point()]
-    norms = [torch.cat([(weights[name]).flatten() for name in names]) for weights in (some, others)]
-    return ((norms[0] - norms[1]).norm() / norms[1].norm()).item()
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(train, cache, passes):
