@@ -47,7 +47,8 @@ def train(
     start = begin(lanes, teacher, loader, shared, progress, termination)
     clock = Clock()
     known: graphs.Plain | None = kept_logits.steps(lanes, teacher, dataset, loader, start, progress.say)
-    known = known or remembered.steps(lanes, teacher, loader, progress, termination)
+    if known is None and start < stop:
+        known = remembered.steps(lanes, teacher, loader, progress, termination)
     steps = known or graphs.steps(lanes[0], teacher, progress.say)
     for moment in ("first step", "epoch"):
         clock.reset(moment)

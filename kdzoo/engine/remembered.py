@@ -11,10 +11,12 @@ from kdzoo.data import Loader
 from kdzoo.distiller import Batch, Needs
 from kdzoo.engine.agreement import OUTPUTS, agree
 from kdzoo.engine.graphs import Plain
+from kdzoo.engine.host_work import first_line
 from kdzoo.engine.lane import Lane
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.termination import Termination
+from kdzoo.errors import is_shortage
 from kdzoo.models import Ensemble, Network
 from kdzoo.outputs import Output
 from kdzoo.precision import PRECISIONS, autocast
@@ -75,9 +77,10 @@ class Remembered(Plain):
 
 
 def applies(settings: Settings, device: torch.device, teacher: Network, needs: Iterable[Needs], loader: Loader) -> bool:
-    """Tell whether the teacher is asked once for each image. What decides is part of the run, free memory is not.
+    """Tell whether the teacher is asked once for each image.
 
-    On a GPU it is not: steps are graphs there, in which a teacher that is that small costs little.
+    What decides is part of each run, and neither free memory nor the methods beside it are, so that its bits are the
+    same everywhere. On a GPU the teacher is asked in each step: they are graphs there, and such a teacher costs little.
 
     Args:
         settings: of all runs.
@@ -93,7 +96,7 @@ def applies(settings: Settings, device: torch.device, teacher: Network, needs: I
         and settings.engine.accumulate == 1
         and settings.engine.devices == 1
         and not (isinstance(teacher, Ensemble) and teacher.turns)
-        and any(need.teacher and not (need.teacher_grad or need.views) for need in needs)
+        and any(need.teacher and not need.teacher_grad for need in needs)
         and bytes_of(teacher, loader) <= MOST
     )
 
@@ -130,11 +133,17 @@ def steps(
         with torch.no_grad(), autocast(device.type, PRECISIONS[precision]):
             return teacher.calls(images, teacher.show)
 
-    with progress.doing(f"showing {counted(loader.images, 'image')} to {name}"), termination.at_once():
-        remembered = Remembered(teacher, map(asked, loader.teachers_images()), bool(loader.views))
-        batch = next(loader.batches(0, 1))
-        images = batch.images if batch.teacher_images is None else batch.teacher_images
-        outputs = (remembered.output(batch.index), asked(images), asked(images))
+    try:
+        with progress.doing(f"showing {counted(loader.images, 'image')} to {name}"), termination.at_once():
+            remembered = Remembered(teacher, map(asked, loader.teachers_images()), bool(loader.views))
+            batch = next(loader.batches(0, 1))
+            images = batch.images if batch.teacher_images is None else batch.teacher_images
+            outputs = (remembered.output(batch.index), asked(images), asked(images))
+    except Exception as error:  # a network may take batches of one size alone
+        if is_shortage(error):
+            raise
+        progress.say(f"teacher {name} is asked in each step, as it cannot be before: {first_line(error)}")
+        return None
     for found, plain, again in zip(*map(leaves, outputs), strict=True):
         if not agree([found], [plain], [again], OUTPUTS[precision]):
             progress.say(f"teacher {name} is asked in each step, as it answers otherwise beside other images")

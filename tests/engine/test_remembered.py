@@ -1,6 +1,7 @@
 """Where every epoch shows the teacher the same images it is asked once for each, and nothing but rounding changes."""
 
 import io
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdzoo import models
+from kdzoo.data import open_dataset
 from kdzoo.engine import remembered
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress, plain_console
@@ -85,7 +87,7 @@ def test_what_a_method_shows_it_beside_the_batch_is_asked_in_the_step(train, sho
     assert len(shown) == FIXED + 2 * DRAWN
     shown.clear()
     train("b", "mlld")
-    assert len(shown) == 2 * DRAWN
+    assert len(shown) == FIXED + 2 * DRAWN
 
 
 def test_more_than_memory_may_hold_is_asked_in_each_step(train, shown, teacher, dataset, monkeypatch):
@@ -112,12 +114,14 @@ def test_students_are_those_of_a_teacher_that_is_asked_in_each_step_but_for_roun
 
 def test_a_run_alone_has_the_bits_of_one_beside_others_and_of_one_that_was_interrupted(train):
     [alone], _ = train("a", "kd")
-    beside = train("b", "uhkd", "kd", "ofd")[0][1]
+    [viewing], _ = train("d", "mlld")
+    beside = train("b", "uhkd", "kd", "ofd", "mlld")[0]
     with interrupted_at(STEPS + 2):
         train("c", "kd", also=[STILL, "engine.checkpoint_seconds=0"])
     [continued], said = train("c", "kd", also=[STILL, "engine.checkpoint_seconds=0"])
     assert f"resumed at step {STEPS + 2}" in said
-    assert same(beside, alone)
+    assert same(beside[1], alone)
+    assert same(beside[3], viewing)
     assert same(continued, alone)
 
 
@@ -139,6 +143,32 @@ def test_a_teacher_that_answers_otherwise_beside_other_images_is_asked_in_each_s
     _, said = train("a", "kd", teacher=Teacher(network.eval().requires_grad_(False), top1=10.0))
     assert "teacher mine is asked in each step, as it answers otherwise beside other images" in said
     assert len(shown) == FIXED + DRAWN
+
+
+class Choosy(Uncertain):
+    """A teacher that refuses a batch as small as what is left over from batches of 64."""
+
+    def forward(self, images):
+        if len(images) == 300 % 64:
+            raise ValueError("batches of 64, please")
+        return self.network(images).logits
+
+
+def test_a_teacher_that_refuses_the_last_few_images_is_asked_in_each_step(train, teacher):
+    network = models.wrap(Choosy(teacher.network), image_size=8, num_classes=10, name="mine")
+    images = open_dataset("digits", limit=300)
+    [found], said = train("a", "kd", teacher=Teacher(network.eval().requires_grad_(False), top1=10.0), dataset=images)
+    assert "teacher mine is asked in each step, as it cannot be before: batches of 64, please" in said
+    [plain], _ = train("b", "kd", dataset=images)
+    assert distance(found, plain) < 0.02
+
+
+def test_a_run_whose_steps_are_done_asks_nothing(train, shown):
+    with pytest.raises(KeyboardInterrupt), patch("kdzoo.engine.training.finish", side_effect=KeyboardInterrupt):
+        train("a", "kd", also=[STILL, "engine.checkpoint_seconds=0"])
+    shown.clear()
+    train("a", "kd", also=[STILL, "engine.checkpoint_seconds=0"])
+    assert shown == []
 
 
 def test_code_is_compiled_for_the_student_alone(train, monkeypatch):
