@@ -153,7 +153,7 @@ def lost_workers_told(workers: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-        said = str(error.__cause__ or error) or type(error).__name__
+        said = str(error.__cause__ or "") or str(error) or type(error).__name__
         if not workers or RAISED in said:
             raise
         if any(sign in f"{error} {said}" for sign in OUT_OF_SHARED_MEMORY):

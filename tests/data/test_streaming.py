@@ -1,6 +1,7 @@
 """Sets that stream: the same bits with any number of workers, and the same pictures as in memory."""
 
 import os
+import queue
 import signal
 import sys
 from collections.abc import Callable
@@ -51,10 +52,12 @@ def test_a_process_that_is_killed_while_it_decodes_is_told_in_a_line() -> None:
         list(stream(Deadly(), keys, 2, torch.device("cpu")))
 
 
-LOST = "DataLoader worker (pid 5) is killed by signal: Killed."
+KILLED = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+GONE = RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly")
+GONE.__cause__ = queue.Empty()  # which says nothing
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset"), EOFError(), RuntimeError(LOST)])
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset"), EOFError(), KILLED, GONE])
 def test_so_is_one_that_is_killed_while_it_hands_a_batch_over(error: Exception) -> None:
     with pytest.raises(UserError, match=r"was lost \(\S.*\S\), mostly"), lost_workers_told(2):
         raise error
