@@ -171,7 +171,7 @@ class Group:
         self.teacher = shared_passes(network(teacher, dataset.spec).eval().requires_grad_(False), self.runs[0])
         distillations = [build(run, dataset, self.teacher).train() for run in self.runs]
         loader = common_loader(self.runs[0].settings, distillations, dataset)
-        self.batch_size, self.done = loader.batch_size, 0
+        self.loader, self.batch_size, self.done = loader, loader.batch_size, 0
         self.plain = graphs.Plain(self.teacher)
         self._batches = self._for_ever(loader.batches)
         nowhere = RunFolder(Path("nowhere"))  # nothing is written before an epoch's end
