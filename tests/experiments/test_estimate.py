@@ -11,7 +11,7 @@ from kdzoo.engine.progress import Progress
 from kdzoo.errors import UserError
 from kdzoo.experiments import suites
 from kdzoo.experiments.bench import bench, placed
-from kdzoo.experiments.estimate import GroupCost, LaneCost, estimate
+from kdzoo.experiments.estimate import GroupCost, LaneCost, by_turns, estimate, measure
 from kdzoo.experiments.work import grouped
 from kdzoo.experiments.workers import Local
 from kdzoo.store.folder import RunFolder
@@ -84,6 +84,18 @@ def test_groups_that_differ_by_seed_are_measured_once_and_a_teacher_is_trained_o
     assert first.teaching > 0 == second.teaching
     assert first.memory > 2**20
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("drawn", "share"), [("{}", 1 / 5), ("{flip: true}", 1.0)])
+def test_a_teacher_that_is_asked_once_is_counted_once(tmp_path, monkeypatch, drawn, share):
+    monkeypatch.setattr("kdzoo.experiments.estimate.seconds", lambda work, device: 1.0)  # for all that is timed
+    monkeypatch.setattr("kdzoo.experiments.estimate.once", lambda work, device: 1.0)
+    text = SUITE.replace("epochs: 1", f"epochs: 5, augmentation: {drawn}")
+    [runs, *_] = grouped(placed(suite(tmp_path, text), tmp_path / "runs", Local(), Progress(quiet=True)))
+    cost, _ = measure(runs, Progress(quiet=True))
+    assert (cost.teacher, cost.shared) == (share, 1 + share)
+    turns = by_turns(runs, Progress(quiet=True))
+    assert turns == {0: 2.0, 1: 2 + share}  # a step and a batch, and for kd the teacher
 
 
 def test_nothing_is_trained(tmp_path, cache, monkeypatch):
