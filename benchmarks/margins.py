@@ -5,7 +5,8 @@
 Each method runs ``check_learns`` with so many seeds, and with each the checks that compare numbers to a tolerance
 (``check_compiles``, which is slow, with fewer), with one and two threads and with the instruction set cut to AVX2.
 The table has a row for each method and threshold: the value nearest to the threshold, mean and spread (standard
-deviation over all of these), and the distance between mean and threshold in spreads. It must not be below 3.
+deviation over all of these), and the distance between mean and threshold in spreads, which must not be below 3;
+``measured_with`` names threads and instructions, as the file's name has those of this process alone.
 """
 
 import json
@@ -120,16 +121,20 @@ def main() -> None:
         return
     together: dict[str, Found] = {name: {} for name in given.methods}
     run = partial(elsewhere, given.methods, given.seeds, given.compiled)
-    machine = this_machine()
+    machine, done = this_machine(), []
+    parts = list(product(given.threads, given.instructions))
     at_once = max(1, (os.cpu_count() or 1) // max(given.threads))
+    title = f"margins-{len(given.methods)}methods-{given.seeds}seeds"
     with ThreadPoolExecutor(at_once) as pool:
-        for found in pool.map(run, *zip(*product(given.threads, given.instructions), strict=True)):
+        for part, found in zip(parts, pool.map(run, *zip(*parts, strict=True)), strict=True):
+            done.append("{} threads {}".format(*part))
             for name, by_threshold in found.items():
                 for threshold, numbers in by_threshold.items():
                     together[name].setdefault(threshold, []).extend(numbers)
-            # Written after each part, so that a measurement which is stopped leaves what it has; "runs" tells how much.
+            # Written after each part, so that a measurement which is stopped leaves what it has, and says what that is.
             table = pd.DataFrame([row for name, values in together.items() for row in rows_of(name, values)])
-            publish(table.sort_values("spreads_away"), file_of(given.results, "margins", machine))
+            table["measured_with"] = ", ".join(done)
+            publish(table.sort_values("spreads_away"), file_of(given.results, title, machine))
 
 
 if __name__ == "__main__":
