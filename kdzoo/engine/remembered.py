@@ -142,10 +142,10 @@ def steps(
     except Exception as error:  # a network may take batches of one size alone
         if is_shortage(error):
             raise
-        progress.say(f"teacher {name} is asked in each step, as it cannot be before: {first_line(error)}")
+        progress.say(f"teacher {name} is asked in each step, as it fails on all images beforehand: {first_line(error)}")
         return None
     for found, plain, again in zip(*map(leaves, outputs), strict=True):
         if not agree([found], [plain], [again], OUTPUTS[precision]):
-            progress.say(f"teacher {name} is asked in each step, as it answers otherwise beside other images")
+            progress.say(f"teacher {name} is asked in each step, as its answers depend on the other images of a batch")
             return None
     return remembered

@@ -141,7 +141,7 @@ def test_a_teacher_that_answers_otherwise_beside_other_images_is_asked_in_each_s
     network = models.wrap(Uncertain(teacher.network), image_size=8, num_classes=10, name="mine")
     network.register_forward_hook(lambda _network, images, _output: shown.append(images[0]))
     _, said = train("a", "kd", teacher=Teacher(network.eval().requires_grad_(False), top1=10.0))
-    assert "teacher mine is asked in each step, as it answers otherwise beside other images" in said
+    assert "teacher mine is asked in each step, as its answers depend on the other images of a batch" in said
     assert len(shown) == FIXED + DRAWN
 
 
@@ -158,7 +158,7 @@ def test_a_teacher_that_refuses_the_last_few_images_is_asked_in_each_step(train,
     network = models.wrap(Choosy(teacher.network), image_size=8, num_classes=10, name="mine")
     images = open_dataset("digits", limit=300)
     [found], said = train("a", "kd", teacher=Teacher(network.eval().requires_grad_(False), top1=10.0), dataset=images)
-    assert "teacher mine is asked in each step, as it cannot be before: batches of 64, please" in said
+    assert "teacher mine is asked in each step, as it fails on all images beforehand: batches of 64, please" in said
     [plain], _ = train("b", "kd", dataset=images)
     assert distance(found, plain) < 0.02
 
