@@ -106,6 +106,13 @@ def share(settings: Settings, device: torch.device, teacher: Network, needs: Ite
     return 1 / settings.protocol.epochs if applies(settings, device, teacher, needs, loader) else 1.0
 
 
+def bytes_kept(
+    settings: Settings, device: torch.device, teacher: Network, needs: Iterable[Needs], loader: Loader
+) -> int:
+    """Count the bytes that the teacher's answers take at most; the arguments are those of ``applies``."""
+    return bytes_of(teacher, loader) if applies(settings, device, teacher, needs, loader) else 0
+
+
 def bytes_of(teacher: Network, loader: Loader) -> int:
     """Count the bytes of all that a teacher can show of all training images, in float32."""
     return 4 * loader.images * sum(tensor[0].numel() for tensor in leaves(teacher.shapes()))

@@ -209,9 +209,9 @@ def cost_of(
     if teacher is not None:
         fast = shared_passes(teacher, runs[0]).fast
         looking = seconds(partial(look, fast, batch.images, first.engine.precision), device)
-        if (share := remembered.share(first, device, teacher, needs, loader)) < 1:
-            looking *= share
-            base += remembered.bytes_of(teacher, loader)
+        looking *= remembered.share(first, device, teacher, needs, loader)
+        answers = remembered.bytes_kept(first, device, teacher, needs, loader)
+        base, room = base + answers, room - answers
         once = test_seconds(teacher, dataset, first)
     return GroupCost(
         shared=drawing + looking,
@@ -276,15 +276,21 @@ def packs(runs: Sequence[Run], dataset: Dataset, teacher: Teacher | None, progre
     failed: dict[int, UserError] = {}
     lanes = stepped(runs, dataset, None if teacher is None else teacher.network, failed)
     weights: dict[int, Cost] = {}
+    needs: list[Needs] = []
     full = set(range(len(runs)))  # where memory does not even hold what is measured, each is tried alone
     with suppress(OutOfMemory), progress.doing(f"measuring the memory of {counted(len(runs), 'run')}"):
         for i, lane, batch in lanes:
             with lane.failing_alone():
                 weights[i] = memory.weigh(lane, batch)
+                needs.append(lane.distillation.distiller.needs)
             if lane.failure is not None:
                 failed[i] = lane.failure
         full = {i for i, error in failed.items() if isinstance(error, OutOfMemory)}
     costs = [weights.get(i, TOO_MUCH if i in full else NOTHING) for i in range(len(runs))]
+    if teacher is not None:
+        settings = runs[0].settings
+        loader = dataset.loader(settings.protocol, seed=settings.seed)
+        room -= remembered.bytes_kept(settings, dataset.device, teacher.network, needs, loader)
     found = memory.packed(costs, room)
     if len(found) > 1:
         progress.say(f"memory does not hold all {len(runs)} runs side by side: {len(found)} parts, one after the other")

@@ -110,6 +110,18 @@ def test_a_group_is_split_by_what_is_free_and_says_so(tmp_path, dataset, teacher
     assert "memory does not hold all 3 runs side by side: 3 parts" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("crop", "parts"), [(1, 1), (0, 2)])  # images that are never changed are shown to it once
+def test_answers_of_the_teacher_that_are_kept_take_room_too(tmp_path, dataset, teacher, monkeypatch, crop, parts):
+    more = ["protocol.epochs=2", f"protocol.augmentation.crop={crop}"]
+    runs = [settings(tmp_path, name, *more) for name in ("none", "kd")]
+    costs = [Cost(0, 0), Cost(2**20, 0)]
+    monkeypatch.setattr(memory, "weigh", lambda lane, batch: costs[lane.run.settings.distiller.name == "kd"])
+    monkeypatch.setattr(memory, "free", lambda device, share: (2**20 + 1) / memory.ROOM)
+    assert len(packs(runs, dataset, teacher, Progress(quiet=True))) == parts
+    whole = estimate.cost_of(runs, dataset, teacher.network)
+    assert len(whole.packs(range(2))) == parts
+
+
 def test_where_a_number_of_lanes_is_asked_for_nothing_is_weighed(tmp_path, dataset, teacher, monkeypatch):
     monkeypatch.setattr(memory, "weigh", None)
     runs = [settings(tmp_path, name, "engine.lanes=3") for name in ("none", "kd", "logitmse")]
@@ -305,7 +317,8 @@ def test_where_memory_does_not_hold_what_is_measured_each_run_is_tried_alone(tmp
     assert packs(runs, dataset, teacher, Progress(quiet=True)) == [runs[:1], runs[1:]]
 
 
-def test_the_limit_of_a_process_counts_as_its_memory():
+def test_the_limit_of_a_process_counts_as_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "give_back_memory", lambda: None)  # what tests before left is no part of this one
     before = resource.getrlimit(resource.RLIMIT_AS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, before[1]))
