@@ -89,6 +89,7 @@ def test_a_precision_that_is_named_is_taken(name, monkeypatch):
 @pytest.mark.slow(reason="trains a run")
 def test_what_runs_on_a_cpu_touches_no_gpu(tmp_path, monkeypatch):
     touched = []
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)  # lightning sets it: the devices below count
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: touched.append(args) or torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: touched.append(args))

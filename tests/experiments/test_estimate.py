@@ -75,7 +75,8 @@ def test_memory_is_that_of_the_largest_part_beside_data_and_teacher():
     assert group(room=0).bytes(range(4)) == 1000 + 30 + 50
 
 
-def test_groups_that_differ_by_seed_are_measured_once_and_a_teacher_is_trained_once(tmp_path, capsys):
+def test_groups_that_differ_by_seed_are_measured_once_and_a_teacher_is_trained_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "cache"))  # in which no teacher is trained yet
     groups = grouped(placed(suite(tmp_path), tmp_path / "runs", Local(), Progress()))
     found = estimate(groups, False, Progress())
     assert capsys.readouterr().err.count("measuring resnet14 on digits") == 1
