@@ -19,7 +19,7 @@ def host_work(device: torch.device) -> Iterator[list[str]]:
     if device.type != "cuda":
         yield found
         return
-    drawn, mode = _generators(), torch.cuda.get_sync_debug_mode()
+    drawn, mode = generators(), torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -32,12 +32,12 @@ def host_work(device: torch.device) -> Iterator[list[str]]:
             found.append(f"the host reads the device at {Path(warning.filename).name}:{warning.lineno}")
         elif "debug mode is a prototype" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if drawn != _generators():
+    if drawn != generators():
         found.append("the host draws random numbers in it")
 
 
-def _generators() -> tuple[Any, ...]:
-    """Read the state of the generators that a capture does not follow."""
+def generators() -> tuple[Any, ...]:
+    """Read the state of the host's generators, which a capture does not follow: Python's, numpy's and torch's."""
     # A method may draw from numpy's global generator, hence the legacy call.
     numbers = np.random.get_state(legacy=False)  # noqa: NPY002
     return (

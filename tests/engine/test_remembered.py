@@ -145,6 +145,17 @@ def test_a_teacher_that_answers_otherwise_beside_other_images_is_asked_in_each_s
     assert len(shown) == FIXED + DRAWN
 
 
+def test_a_teacher_that_draws_random_numbers_is_asked_in_each_step_with_the_same_bits_when_continued(train, teacher):
+    teacher.network.classifier.register_forward_pre_hook(lambda _layer, given: nn.functional.dropout(given[0], 0.01))
+    also = [STILL, "engine.checkpoint_seconds=0"]
+    [alone], said = train("a", "kd", also=also)
+    assert "teacher resnet14 is asked in each step, as it draws random numbers" in said
+    with interrupted_at(STEPS + 2):
+        train("b", "kd", also=also)
+    [continued], _ = train("b", "kd", also=also)
+    assert same(continued, alone)
+
+
 class Choosy(Uncertain):
     """A teacher that refuses a batch as small as what is left over from batches of 64."""
 
