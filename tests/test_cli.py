@@ -12,7 +12,9 @@ import click
 import pytest
 from PIL import Image
 
+from kdzoo.checks import CheckResult, Outcome
 from kdzoo.cli import COMMANDS, main, open_streams
+from kdzoo.engine.progress import Progress
 from kdzoo.experiments import suites
 from kdzoo.experiments.predictions import Prediction
 from kdzoo.store.folder import RunFolder
@@ -371,6 +373,22 @@ def test_check_tells_what_a_method_breaks(kdzoo, tmp_path):
     assert code == 2
     assert "failed " in out
     assert "fails" in err
+
+
+def test_check_says_how_far_it_is_where_it_takes_long(kdzoo, monkeypatch):
+    def done(_kind):
+        for number in range(3):
+            views[0].tick()
+            yield CheckResult(f"check_{number}", Outcome.PASSED)
+
+    views = []
+    monkeypatch.setattr("kdzoo.checks.running.results", done)
+    monkeypatch.setattr("kdzoo.engine.progress.FIRST", 0.0)
+    monkeypatch.setattr("kdzoo.engine.progress.EVERY", 0.0)
+    monkeypatch.setattr(Progress, "__enter__", lambda view: views.append(view) or view)
+    code, out, err = kdzoo("check", "kd")
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert re.findall(r"checking kd(?:, \d of)?", err) == ["checking kd", "checking kd, 1 of", "checking kd, 2 of"]
 
 
 def test_an_error_that_many_checks_meet_is_told_once(kdzoo, tmp_path):

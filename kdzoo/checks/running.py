@@ -1,6 +1,6 @@
 """The conformance suite's runner: collects the checks, runs them on one distiller, and reports the results."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from functools import wraps
 from typing import Literal, NamedTuple
@@ -84,18 +84,24 @@ def check(
         {'passed'}
     """
     kind = registry.load(distiller) if isinstance(distiller, str) else distiller
+    found = []
+    for result in results(kind, expected_failures):
+        found.append(result)
+        if on_fail == "raise" and result.outcome is Outcome.FAILED:
+            raise AssertionError(f"{toys.class_of(kind).__name__}, {result.name}: {result.message}")
+    return found
+
+
+def results(kind: type[Distiller], expected_failures: Mapping[str, str] = {}) -> Iterator[CheckResult]:
+    """Yield the result of each check of a class as soon as it is known; all else is as for ``check``."""
     if not (isinstance(toys.class_of(kind), type) and issubclass(toys.class_of(kind), Distiller)):
         raise UserError(f"{kind!r} is no distiller; expected the class of one, a method's name, or the path of a file")
     reasons = {**getattr(toys.class_of(kind), "expected_failures", {}), **expected_failures}
     known = {check.__name__: check for check in CHECKS}
     for name in reasons.keys() - known.keys():
         raise unknown("check", name, known)
-    results = []
     for name, run in known.items():
-        results.append(_result(name, run, kind, reasons.get(name)))
-        if on_fail == "raise" and results[-1].outcome is Outcome.FAILED:
-            raise AssertionError(f"{toys.class_of(kind).__name__}, {name}: {results[-1].message}")
-    return results
+        yield _result(name, run, kind, reasons.get(name))
 
 
 def _result(name: str, check: Check, distiller: type[Distiller], reason: str | None) -> CheckResult:

@@ -91,12 +91,22 @@ def check(name: str) -> None:
     \b
       kdzoo check ./mine.py
     """
-    from kdzoo.checks import Outcome
-    from kdzoo.checks import check as check_all
+    from kdzoo.engine.progress import Progress
 
+    with Progress() as progress:
+        with loading(progress):
+            from kdzoo import registry
+            from kdzoo.checks.running import CHECKS, Outcome, results
+
+            kind = registry.load(name)
+        found = []
+        with progress.doing(f"checking {name}") as rename:
+            for result in results(kind):
+                found.append(result)
+                rename(f"checking {name}, {len(found)} of {len(CHECKS)} checks done")
     failed = 0
     told: dict[str, str] = {}  # the check that met an error first, by that
-    for result in check_all(name, on_fail=None):
+    for result in found:
         message, got = result.message, result.message.partition("; got ")[2]
         if got and result.outcome is Outcome.FAILED:
             first = told.setdefault(got, result.name)
