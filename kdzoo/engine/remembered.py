@@ -128,10 +128,10 @@ def steps(
     """Ask the teacher for all images, and make the steps of a training that reads its answers.
 
     Returns:
-        None where it is asked in each step.
+        None where it is asked in each step, or by no lane that has not failed.
     """
     settings, device = lanes[0].run.settings, lanes[0].device
-    needs = [lane.distillation.distiller.needs for lane in lanes]
+    needs = [lane.distillation.distiller.needs for lane in lanes if lane.failure is None]
     if teacher is None or not applies(settings, device, teacher.network, needs, loader):
         return None
     name, precision, before = teacher.network.name, settings.engine.precision, generators()

@@ -182,6 +182,15 @@ def test_a_run_whose_steps_are_done_asks_nothing(train, shown):
     assert shown == []
 
 
+def test_where_all_that_read_a_teacher_failed_before_training_nothing_is_asked(tmp_path, dataset, teacher, shown):
+    runs = [settings(tmp_path, method, STILL) for method in ("ab", "none")]
+    with patch("kdzoo.distillers.ab.AB.prepare", side_effect=ZeroDivisionError):
+        failed, result = train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    assert "before training" in str(failed)
+    assert result.folder.is_dir()
+    assert shown == []
+
+
 def test_code_is_compiled_for_the_student_alone(train, monkeypatch):
     made = []
 
