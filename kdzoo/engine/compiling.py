@@ -185,17 +185,19 @@ class Compiling:
         seed_torch(seed_of(0, "compiling"))
         weights = [weight for weight in student.parameters() if weight.requires_grad]
         precision = PRECISIONS[name]
-        with autocast(self.device.type, precision):
-            outputs = leaves(call(images, show))
-        with matmul_precision(self.device.type, precision):
-            slopes: Sequence[Tensor | None] = torch.autograd.grad(
-                torch.stack([output.square().mean() for output in outputs]).sum(), weights, allow_unused=True
-            )
         changes: Found = [[], []]
-        with torch.no_grad():
-            for buffer, kept in zip(buffers, before, strict=True):
-                changes[not buffer.is_floating_point()].append(buffer.double() - kept.double())
-                buffer.copy_(kept)
+        try:
+            with autocast(self.device.type, precision):
+                outputs = leaves(call(images, show))
+            with matmul_precision(self.device.type, precision):
+                slopes: Sequence[Tensor | None] = torch.autograd.grad(
+                    torch.stack([output.square().mean() for output in outputs]).sum(), weights, allow_unused=True
+                )
+        finally:  # code for the backward pass is made after the forward pass, and that may fail
+            with torch.no_grad():
+                for buffer, kept in zip(buffers, before, strict=True):
+                    changes[not buffer.is_floating_point()].append(buffer.double() - kept.double())
+                    buffer.copy_(kept)
         return [[output.detach() for output in outputs], [one for one in slopes if one is not None], *changes]
 
     def tried(

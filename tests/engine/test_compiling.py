@@ -231,6 +231,24 @@ def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, 
 
 
 @pytest.mark.slow(reason="trains a run")
+@pytest.mark.slow(reason="trains two runs")
+def test_a_run_whose_backward_pass_cannot_be_compiled_is_as_it_was(tmp_path, dataset, teacher, code):
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx, slopes):
+            raise OSError("No space left on device")
+
+    code.change = lambda output: output._replace(logits=Failing.apply(output.logits))
+    plain, _ = trained(tmp_path / "plain", dataset, teacher)
+    found, said = trained(tmp_path / "found", dataset, teacher, "engine.compile=on")
+    assert said == ["student resnet8: steps run as they are, as it cannot be compiled: No space left on device"]
+    assert same(found, plain)
+
+
 def test_a_check_that_lacks_memory_leaves_the_run_as_it_was(tmp_path, dataset, teacher, code, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no memory is left")
