@@ -44,11 +44,12 @@ def hurried():
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def little_garbage():
-    """What was imported is never searched for garbage, which is done before each group of runs, and the rest seldom.
+    """What was there before a module is not searched for garbage, which each group of runs does, and the rest seldom.
 
-    torch's compiler makes so many small objects that a search after every 700 takes a seventh of its time.
+    torch's compiler makes so many small objects that a search after every 700 takes a seventh of its time, and those
+    that it keeps take a whole search half a second.
     """
     usual = gc.get_threshold()
     gc.collect()
@@ -56,7 +57,6 @@ def little_garbage():
     gc.set_threshold(50_000, *usual[1:])
     yield
     gc.set_threshold(*usual)
-    gc.unfreeze()
 
 
 def pytest_fixture_setup(fixturedef):

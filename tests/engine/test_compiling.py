@@ -230,7 +230,6 @@ def test_where_nothing_can_be_compiled_a_run_is_as_it_was_and_says_so(tmp_path, 
     assert same(weights, trained(tmp_path / "off", dataset, teacher, "engine.compile=off")[0])
 
 
-@pytest.mark.slow(reason="trains a run")
 @pytest.mark.slow(reason="trains two runs")
 def test_a_run_whose_backward_pass_cannot_be_compiled_is_as_it_was(tmp_path, dataset, teacher, code):
     class Failing(torch.autograd.Function):
@@ -249,6 +248,7 @@ def test_a_run_whose_backward_pass_cannot_be_compiled_is_as_it_was(tmp_path, dat
     assert same(found, plain)
 
 
+@pytest.mark.slow(reason="trains a run")
 def test_a_check_that_lacks_memory_leaves_the_run_as_it_was(tmp_path, dataset, teacher, code, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no memory is left")
