@@ -282,6 +282,12 @@ class Distiller(nn.Module):
                 f"{self.title} teaches nothing with {counted(data.num_classes, 'class')}: what it compares is then the "
                 f"same for every network; expected at least {self.fewest_classes}, so choose another method, such as kd"
             )
+        terms = list(self.weights)
+        if terms and type(self).build is not Distiller.build and set(terms) <= set(self.logit_terms):
+            raise UserError(
+                f"build() of {self.title} would never be called, as its terms ({', '.join(terms)}) count as terms that "
+                "need no modules; write in the class logit_terms = (...) with the names of those that need none"
+            )
         if self.is_active and not self.is_assembled:
             self.build(student, teacher, data)
         self.is_assembled = True

@@ -87,6 +87,16 @@ def foreign(who: str, failed: str, todo: str) -> Iterator[None]:
         raise UserError(f"{who}{failed} ({told(error)}){at_own_place(error)}; {todo}") from error
 
 
+def check_compiler() -> None:
+    """Check that torch compiles at all, as a variable of the environment may turn that off without a word.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not torch.compile(lambda: torch.compiler.is_compiling(), backend="eager")():
+        raise UserError("torch compiles nothing here; unset TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE")
+
+
 @contextmanager
 def only_errors_of(library: str) -> Iterator[None]:
     """Keep a library from logging warnings inside this context."""

@@ -537,6 +537,19 @@ def test_what_a_method_builds_has_shapes_and_numbers(make, said):
         Distillation(cnn(), cnn(), Built(), num_classes=5, image_size=32)
 
 
+def test_layers_that_would_never_be_built_are_told_with_what_to_write():
+    class Own(KD):
+        def build(self, student, teacher, data):
+            self.layer = nn.Linear(student.embedding.shape[1], 3)
+
+    with pytest.raises(
+        UserError, match=r"build\(\) of Own would never be called, as its terms \(ce, kd\).*logit_terms ="
+    ):
+        Distillation(cnn(), cnn(), Own(), num_classes=5, image_size=32)
+    Own.logit_terms = ("ce",)
+    assert Distillation(cnn(), cnn(), Own(), num_classes=5, image_size=32).distiller.layer.out_features == 3
+
+
 def test_images_from_0_to_255_are_told_once_and_normalised_ones_are_not(pictures, recwarn):
     for scale, shift in ((1.0, 0.0), (5.0, -2.0)):
         Distillation(cnn(), cnn(), KD(), num_classes=5, image_size=32)(

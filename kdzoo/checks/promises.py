@@ -31,6 +31,7 @@ from kdzoo.distiller import Batch, Distiller, Fidelity
 from kdzoo.errors import UserError
 from kdzoo.keywords import keyword_settings
 from kdzoo.outputs import Output
+from kdzoo.process_state import check_compiler
 from kdzoo.tensors import leaves, trained_by
 
 
@@ -315,6 +316,7 @@ def check_meta(distiller: type[Distiller]) -> None:
 def check_compiles(distiller: type[Distiller]) -> None:
     """The method compiles as one graph, once for all batches, with the same results as without compilation."""
     torch.compiler.reset()
+    check_compiler()
     # Outputs that are stored compile sooner than networks do, but their stages compute nothing.
     made = toys.Toy if distiller().needs.stages else partial(toys.Replay, make=torch.randn, scale=1.0)
     plain = toys.distillation(distiller, student=made(toys.STUDENT), teacher=made(toys.TEACHER))

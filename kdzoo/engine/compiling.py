@@ -25,6 +25,7 @@ from kdzoo.files import cache_folder
 from kdzoo.models import Network
 from kdzoo.outputs import Output, Show
 from kdzoo.precision import PRECISIONS, autocast, matmul_precision
+from kdzoo.process_state import check_compiler
 from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.tensors import leaves
 
@@ -72,6 +73,7 @@ class Compiled:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()  # where there is none, inductor says so after minutes
+        check_compiler()
         # Weights that stay are laid out for the kernels; draws are those of plain code.
         options = {"fallback_random": True} if grad else {"freezing": True}
         wanted: Any = {"options": options} if BACKEND == "inductor" else {}

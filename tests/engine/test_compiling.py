@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdzoo import models
+from kdzoo.checks import Outcome, check
 from kdzoo.engine import compiling
 from kdzoo.engine.passes import Teacher
 from kdzoo.engine.progress import Progress
@@ -246,6 +247,18 @@ def test_a_run_whose_backward_pass_cannot_be_compiled_is_as_it_was(tmp_path, dat
     found, said = trained(tmp_path / "found", dataset, teacher, "engine.compile=on")
     assert said == ["student resnet8: steps run as they are, as it cannot be compiled: No space left on device"]
     assert same(found, plain)
+
+
+@pytest.mark.slow(reason="trains a run")
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_compilation_that_the_environment_turns_off_is_told(tmp_path, dataset, teacher, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with torch._dynamo.config.patch(disable=variable == "TORCH_COMPILE_DISABLE"):  # read when torch is imported
+        _, said = trained(tmp_path, dataset, teacher, "engine.compile=on")
+        [found] = [result for result in check("none", on_fail=None) if result.name == "check_compiles"]
+    assert [variable in line for line in said] == [True, True]
+    assert found.outcome is Outcome.FAILED
+    assert variable in found.message
 
 
 @pytest.mark.slow(reason="trains a run")
