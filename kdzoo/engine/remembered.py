@@ -1,6 +1,7 @@
 """Ask the teacher once for each image, where every epoch shows it the same images."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,15 @@ class Stored(NamedTuple):
     back: tuple[int, ...]  # the dimensions of a batch among those of ``rows``
 
     @classmethod
-    def of(cls, parts: Sequence[Tensor]) -> "Stored":
-        """Store batches (B, ...) one after the other."""
-        first = parts[0]
-        order = [0, *sorted(range(1, first.ndim), key=first.stride, reverse=True)]
-        rows = torch.cat([part.permute(order) for part in parts]).contiguous()
-        return cls(rows, tuple(order.index(dim) for dim in range(first.ndim)))
+    def like(cls, batch: Tensor, images: int) -> "Stored":
+        """Make room for so many rows as those of a batch (B, ...)."""
+        order = [0, *sorted(range(1, batch.ndim), key=batch.stride, reverse=True)]
+        rows = batch.new_empty(images, *(batch.shape[dim] for dim in order[1:]))
+        return cls(rows, tuple(order.index(dim) for dim in range(batch.ndim)))
+
+    def write(self, batch: Tensor, start: int) -> None:
+        """Store a batch (B, ...) from row ``start`` on."""
+        self.rows[start : start + len(batch)].permute(self.back).copy_(batch)
 
     def batch(self, index: Tensor) -> Tensor:
         """Copy the rows ``index`` (B,): (B, ...)."""
@@ -55,14 +59,21 @@ class Remembered(Plain):
     Args:
         teacher: makes the passes.
         outputs: of all training images, a batch after the other, as the passes show them.
+        images: how many there are.
         views: whether methods show it other images too.
     """
 
-    def __init__(self, teacher: TeacherPasses, outputs: Iterable[Output], views: bool):
+    def __init__(self, teacher: TeacherPasses, outputs: Iterable[Output], images: int, views: bool):
         super().__init__(teacher)
         self.shared, self.asks_teacher = teacher, views
-        self.first, *others = outputs  # what an output is made of
-        self.stored = list(map(Stored.of, zip(*map(leaves, [self.first, *others]), strict=True)))
+        waiting = iter(outputs)
+        self.first = next(waiting)  # what an output is made of
+        self.stored = [Stored.like(part, images) for part in leaves(self.first)]
+        start = 0
+        for output in chain([self.first], waiting):
+            for stored, part in zip(self.stored, leaves(output), strict=True):
+                stored.write(part, start)
+            start += len(output.logits)
 
     def begin(self, batch: Batch, step: int) -> Batch:
         batch = super().begin(batch, step)
@@ -142,10 +153,11 @@ def steps(
 
     try:
         with progress.doing(f"showing {counted(loader.images, 'image')} to {name}"), termination.at_once():
-            remembered = Remembered(teacher, map(asked, loader.teachers_images()), bool(loader.views))
+            outputs = map(asked, loader.teachers_images())
+            remembered = Remembered(teacher, outputs, loader.images, bool(loader.views))
             batch = next(loader.batches(0, 1))
             images = batch.images if batch.teacher_images is None else batch.teacher_images
-            outputs = (remembered.output(batch.index), asked(images), asked(images))
+            compared = (remembered.output(batch.index), asked(images), asked(images))
     except Exception as error:  # a network may take batches of one size alone
         if is_shortage(error):
             raise
@@ -154,7 +166,7 @@ def steps(
     if generators() != before:  # other answers each time, and the seed of its step decides which
         progress.say(f"teacher {name} is asked in each step, as it draws random numbers")
         return None
-    for found, plain, again in zip(*map(leaves, outputs), strict=True):
+    for found, plain, again in zip(*map(leaves, compared), strict=True):
         if not agree([found], [plain], [again], OUTPUTS[precision]):
             progress.say(f"teacher {name} is asked in each step, as its answers depend on the other images of a batch")
             return None

@@ -208,10 +208,12 @@ def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | N
         with progress.doing(f"loading the pretrained weights of {wanted.name}"):
             network = untrained(run, dataset, fetch=True)
     elif wanted.weights and _is_given(wanted):
-        network = given(run, dataset, wanted.weights)
+        with progress.doing(f"loading teacher {wanted.name}"):
+            network = given(run, dataset, wanted.weights)
     else:
         folder = (made and _kept(run, made, dataset)) or trained(run, dataset, progress)
-        network = given(run, dataset, folder.student)
+        with progress.doing(f"loading teacher {wanted.name}"):
+            network = given(run, dataset, folder.student)
         network.origin = str(folder.path)
     device = dataset.device
     network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)

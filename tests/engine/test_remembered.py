@@ -220,7 +220,9 @@ def test_code_is_compiled_for_the_student_alone(train, monkeypatch):
     ],
 )
 def test_stored_rows_come_back_with_their_bits_in_their_layout(batch):
-    stored = Stored.of(batch.split(2))
+    stored = Stored.like(batch[:2], len(batch))
+    for start in range(0, len(batch), 2):
+        stored.write(batch[start : start + 2], start)
     index = torch.tensor([4, 0, 0, 3])
     found = stored.batch(index)
     assert torch.equal(found, batch[index])
@@ -234,7 +236,7 @@ def test_stored_rows_come_back_with_their_bits_in_their_layout(batch):
 
 def test_outputs_that_a_network_lacks_stay_absent(teacher):
     outputs = [Output(torch.rand(2, 3), torch.rand(2, 4), final=None)] * 2
-    made = remembered.Remembered(remembered.TeacherPasses(teacher.network), outputs, views=False)
+    made = remembered.Remembered(remembered.TeacherPasses(teacher.network), outputs, 4, views=False)
     found = made.output(torch.tensor([3]))
     assert torch.equal(found.logits, outputs[1].logits[1:])
     assert found.features == ()
