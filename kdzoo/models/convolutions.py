@@ -34,21 +34,21 @@ class LearningConv2d(nn.Conv2d):
 
     may_gain: bool  # where it is trained, on this processor
 
-    def forward(self, maps: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and maps.ndim == 4):
-            return super().forward(maps)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else maps.dtype
-        if self._gains_by_winograd(maps, dtype):
-            return winograd.convolve(maps, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # the name by which networks may give it
+        if not (torch.is_grad_enabled() and input.ndim == 4):
+            return super().forward(input)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+        if self._gains_by_winograd(input, dtype):
+            return winograd.convolve(input, self.weight, self.bias)
         if isinstance(self.padding, str):
-            return super().forward(maps)
-        if self._is_small(maps, dtype):
-            return self._as_one_product(maps.to(dtype))
-        if dtype == torch.bfloat16 and maps.shape[-1] < self.stride[1]:
+            return super().forward(input)
+        if self._is_small(input, dtype):
+            return self._as_one_product(input.to(dtype))
+        if dtype == torch.bfloat16 and input.shape[-1] < self.stride[1]:
             # oneDNN (that of torch 2.14) never writes the part of the weight's gradient that belongs to the padding
             # of such maps in bfloat16: what memory held before would be learned.
-            return F.conv2d(self._padded(maps), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-        return super().forward(maps)
+            return F.conv2d(self._padded(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return super().forward(input)
 
     def _gains_by_winograd(self, maps: Tensor, dtype: torch.dtype) -> bool:
         suits = self.training and self.may_gain and dtype == torch.float32 and winograd.suits(self)

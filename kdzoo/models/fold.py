@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdzoo.errors import is_shortage
 from kdzoo.models.cast import probed
-from kdzoo.models.maps import FAILURES, close_to
+from kdzoo.models.maps import FAILURES, close_to, first_of
 from kdzoo.models.network import Network
 from kdzoo.tensors import leaves
 
@@ -92,10 +92,10 @@ def find_pairs(network: Network) -> dict[str, str]:
         return hook
 
     def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple) -> None:
+        def hook(module: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
             calls[name] += 1
-            if id(inputs[0]) in made:
-                pairs[made[id(inputs[0])][0]] = name
+            if (read := id(first_of(inputs, keywords))) in made:
+                pairs[made[read][0]] = name
 
         return hook
 
@@ -108,7 +108,7 @@ def find_pairs(network: Network) -> dict[str, str]:
     handles = [
         module.register_forward_hook(after(name))
         if type(module) in LAYERS
-        else module.register_forward_pre_hook(before(name))
+        else module.register_forward_pre_hook(before(name), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:

@@ -17,6 +17,7 @@ from kdzoo.models.maps import (
     as_map,
     close_to,
     evenly_spaced,
+    first_of,
     layout_of,
     logits_in,
 )
@@ -133,7 +134,7 @@ class HookReader:
             final.module.register_forward_hook(self._final.output)
         self._embedding = Slot()
         if self.classifier is not None:
-            body.get_submodule(self.classifier).register_forward_pre_hook(self._embedding.input)
+            body.get_submodule(self.classifier).register_forward_pre_hook(self._embedding.input, with_kwargs=True)
 
     def read(self, body: nn.Module, images: Tensor, features: bool) -> Output:
         """Run normalised images (B, 3, H, W) through the network and return what ``Output`` holds.
@@ -182,16 +183,16 @@ def _probe(body: nn.Module, images: Tensor, classifier: bool) -> tuple[list[Modu
     linear: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple, keywords: dict[str, Any], output: Any) -> None:
             layout = layout_of(output, len(images))
             if layout is not None:
                 calls.append(ModuleCall(name, module, layout, as_map(output, layout).mean((2, 3))))
             if isinstance(module, nn.Linear):
-                linear.append((name, inputs[0], output))
+                linear.append((name, first_of(inputs, keywords), output))
 
         return hook
 
-    handles = [m.register_forward_hook(watch(name)) for name, m in body.named_modules() if name]
+    handles = [m.register_forward_hook(watch(name), with_kwargs=True) for name, m in body.named_modules() if name]
     try:
         output = body(images)
     finally:

@@ -38,6 +38,11 @@ class Layout(NamedTuple):
     place: int | None = None  # which tensor of an output of several it is; None: the output is the tensor
 
 
+def first_of(inputs: tuple, keywords: Mapping[str, Any]) -> Any:
+    """Find the first of what a module was called with, by its place or by its name; None where it was nothing."""
+    return next(iter((*inputs, *keywords.values())), None)
+
+
 class Slot:
     """Storage for one module's input or output: a hook writes it, the reader takes it."""
 
@@ -47,8 +52,8 @@ class Slot:
     def output(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         self.value = output
 
-    def input(self, module: nn.Module, inputs: tuple) -> None:
-        self.value = inputs[0]
+    def input(self, module: nn.Module, inputs: tuple, keywords: Mapping[str, Any]) -> None:
+        self.value = first_of(inputs, keywords)
 
     def take(self) -> Any:
         value, self.value = self.value, None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdzoo.models.maps import Layout, Slot, as_map, close_to, layout_of
+from kdzoo.models.maps import Layout, Slot, as_map, close_to, first_of, layout_of
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
@@ -25,9 +25,10 @@ class ReluInput(Slot):
 
     is_open = False
 
-    def input(self, module: Any, inputs: tuple) -> None:
+    def input(self, module: Any, inputs: tuple, keywords: Mapping[str, Any]) -> None:
         if self.is_open:
-            self.value = inputs[0].clone() if module.inplace else inputs[0]  # in place, it would be overwritten
+            value = first_of(inputs, keywords)
+            self.value = value.clone() if module.inplace else value  # in place, it would be overwritten
 
     def take(self) -> Any:
         self.is_open = False
@@ -55,7 +56,7 @@ class Preactivations:
                 self._slots.append(None)
                 continue
             slot = ReluInput()
-            found[stage].module.register_forward_pre_hook(slot.input)
+            found[stage].module.register_forward_pre_hook(slot.input, with_kwargs=True)
             self._slots.append((slot, found[stage].layout))
         # A map without a negative number was rectified, if only in parts or by a function.
         self.known = all(stage in found or bool((maps < 0).any()) for stage, maps in enumerate(features))
@@ -89,16 +90,17 @@ def find_rectifiers(
         maps = as_map(value, layout)
         return {i: layout for i, f in enumerate(features) if close_to(maps, f)}
 
-    def before(module: nn.Module, inputs: tuple) -> None:
+    def before(module: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
         nonlocal reading
+        value = first_of(inputs, keywords)
         if isinstance(module, NORMS):
-            reading = stages_of(inputs[0])
+            reading = stages_of(value)
             return
         for found in (ending, entered):  # a module that is called again keeps the last input only
             for stage in [stage for stage, rectified in found.items() if rectified.module is module]:
                 del found[stage]
         for stage, layout in reading.items():
-            if inputs[0].shape == features[stage].shape:
+            if value.shape == features[stage].shape:
                 entered[stage] = Rectified(module, layout)
         reading = {}
 
@@ -107,7 +109,7 @@ def find_rectifiers(
             ending[stage] = Rectified(module, layout)
 
     watched = [module for module in body.modules() if isinstance(module, (*RECTIFIERS, *NORMS))]
-    handles = [module.register_forward_pre_hook(before) for module in watched]
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in watched]
     handles += [module.register_forward_hook(after) for module in watched if isinstance(module, RECTIFIERS)]
     try:
         read()

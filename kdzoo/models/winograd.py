@@ -74,10 +74,10 @@ class Winograd(nn.Module):
         self.register_buffer("products", products.mT.contiguous())
         self.register_buffer("bias", _bias(layer.weight, layer.bias).detach())
 
-    def forward(self, maps: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not gains(maps):
-            return self.layer(maps)
-        return winograd(maps, self.products, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # the name by which networks may give it
+        if torch.is_grad_enabled() or not gains(input):
+            return self.layer(input)
+        return winograd(input, self.products, self.bias)
 
 
 def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

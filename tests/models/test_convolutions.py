@@ -236,3 +236,12 @@ def test_it_compiles_where_it_learns():
     for dtype in (torch.float32, torch.bfloat16):
         for one, two in zip(slopes(compiled, maps, dtype)[1], slopes(fast, maps, dtype)[1], strict=True):
             torch.testing.assert_close(one, two)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_maps_may_be_given_by_name(products):
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    fast, maps = copy.deepcopy(layer), torch.rand(2, 8, 2, 2)
+    learn_on_cpu(fast)
+    torch.testing.assert_close(fast(input=maps), layer(input=maps))
+    assert products == [fast]

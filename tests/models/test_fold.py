@@ -122,11 +122,20 @@ class Twice(Layered):
         return norm(norm(maps))
 
 
+class Named(Layered):
+    """Calls all its layers by the name of what they read."""
+
+    def forward(self, images):
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            images = norm(input=convolution(input=images))
+        return self.head(input=images.mean((2, 3)))
+
+
 def layered(kind):
     return taught(wrap(kind(), image_size=32, num_classes=7))
 
 
-@pytest.mark.parametrize(("kind", "left"), [(Layered, 0), (Read, 4), (Rectified, 4), (Twice, 4)])
+@pytest.mark.parametrize(("kind", "left"), [(Layered, 0), (Named, 0), (Read, 4), (Rectified, 4), (Twice, 4)])
 def test_a_norm_is_folded_where_it_reads_a_layer_and_that_alone(kind, left):
     folded = fold_norms(layered(kind))
     assert norms(folded) == left

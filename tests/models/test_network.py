@@ -1,6 +1,7 @@
 """What a network promises whatever is inside: reading, wrapping, compiling, copying."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kdzoo import DataSpec
 from kdzoo.errors import UserError
 from kdzoo.models import create, unfuse_attention, wrap
 from kdzoo.outputs import EVERYTHING
+from kdzoo.tensors import leaves
 
 DATA = DataSpec("fake", 10, tuple("abcdefghij"), 32, torch.arange(10), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -189,6 +191,34 @@ def test_taps_may_be_named():
     body = Tokens()
     network = wrap(body, image_size=32, num_classes=10, taps=["patch", "blocks.0", "blocks.1", "blocks.2"])
     torch.testing.assert_close(network(IMAGES, EVERYTHING).features[0], body.patch(IMAGES))
+
+
+class ByName(nn.Module):
+    """Calls its layers by the name of what they read where ``named``."""
+
+    def __init__(self, named):
+        super().__init__()
+        self.named = named
+        widths = [3, 4, 8, 12, 16]
+        self.convolutions = nn.ModuleList(nn.Conv2d(*both, 3, 2, 1) for both in pairwise(widths))
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths[1:]))
+        self.relus = nn.ModuleList(nn.ReLU() for _ in widths[1:])
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        for layers in zip(self.convolutions, self.norms, self.relus, strict=True):
+            for layer in layers:
+                x = layer(input=x) if self.named else layer(x)
+        return self.head(input=x.mean((2, 3))) if self.named else self.head(x.mean((2, 3)))
+
+
+def test_layers_may_be_called_by_the_name_of_what_they_read():
+    named, plain = (wrap(ByName(way), image_size=32, num_classes=10).eval() for way in (True, False))
+    named.load_state_dict(plain.state_dict())
+    for one, other in zip(leaves(named(IMAGES, EVERYTHING)), leaves(plain(IMAGES, EVERYTHING)), strict=True):
+        assert torch.equal(one, other)
+    assert len(named(IMAGES, EVERYTHING).preactivations) == 4
+    assert named.classifier is named.body.head
 
 
 def test_a_timm_network_is_wrapped_by_timms_own_interface():
