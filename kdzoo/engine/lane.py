@@ -20,6 +20,7 @@ from kdzoo.engine.optim import Optimizer, learning_rate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.ranks import ALONE, Ranks
 from kdzoo.errors import UserError
+from kdzoo.models import Network, fault_of_copies
 from kdzoo.precision import PRECISIONS, matmul_precision
 from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.settings import Run
@@ -67,6 +68,21 @@ class Trained(nn.Module):
         self.student, self.distiller = student, distiller
 
 
+class Average(ModelEmaV3):
+    """A moving average of all weights and statistics, in which one that has several names counts once."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        both = zip(*(module.state_dict(keep_vars=True).values() for module in (self.module, model)), strict=True)
+        pairs = {id(mine): (mine, its) for mine, its in both}.values()
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        if floating:
+            averages, values = map(list, zip(*floating, strict=True))
+            torch._foreach_lerp_(averages, values, weight=1 - decay)
+        for mine, its in pairs:
+            if not mine.is_floating_point():
+                mine.copy_(its)
+
+
 @dataclass
 class Lane:
     """All the state of one run in training. Every step is a function of that state, the seed and the step."""
@@ -93,10 +109,19 @@ class Lane:
         self.at: int | None = None  # the step that it is in or was in last; None before the first
         self.failure: UserError | None = None
         self.best: dict[str, Tensor] | None = None  # on the CPU: the student of the best epoch, where that ships
-        self.average = ModelEmaV3(self.trained, decay=protocol.ema) if protocol.ema else None
+        self.average = self._average() if protocol.ema else None
         # What the host writes at the begin of a step and the device reads in it.
         self.number = torch.zeros((), device=self.device, dtype=torch.int64)
         self.share = torch.full((), 1 / settings.engine.accumulate, device=self.device)
+
+    def _average(self) -> Average:
+        student = self.distillation.student
+        if isinstance(student, Network) and (why := fault_of_copies(student)):
+            raise UserError(
+                f"the moving average of {student.name}'s weights needs a copy of it, and {why}; register methods as "
+                "hooks in place of lambdas and inner functions, or set protocol.ema=0"
+            )
+        return Average(self.trained, decay=self.run.settings.protocol.ema)
 
     def rate(self, step: int) -> float:
         """Compute the learning rate of a step."""

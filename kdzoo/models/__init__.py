@@ -6,6 +6,7 @@ from kdzoo.models.adapt import unfuse_attention
 from kdzoo.models.by_name import check_name, create, pretrained_classes
 from kdzoo.models.cast import cast_weights
 from kdzoo.models.convolutions import learn_on_cpu
+from kdzoo.models.copies import fault_of_copies
 from kdzoo.models.ensemble import Ensemble, combined, learned_shares
 from kdzoo.models.fold import fold_norms
 from kdzoo.models.frozen_copy import frozen
@@ -27,6 +28,7 @@ __all__ = [
     "combined",
     "create",
     "describe",
+    "fault_of_copies",
     "fold_norms",
     "frozen",
     "learn_on_cpu",

@@ -213,6 +213,69 @@ def test_the_moving_average_is_what_ships_and_counts_its_batches(tmp_path, datas
     )
 
 
+OWN = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 10)
+        self.again = self.layer
+        self.norm = nn.BatchNorm2d(8)
+
+        self.noted = 0
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        return self.head(self.again(self.layer(x).relu()).relu().mean((2, 3)) + self.noted)
+
+
+class Noting(Net):
+    def __init__(self):
+        super().__init__()
+        self.stem.register_forward_hook(lambda module, inputs, output: setattr(self, "noted", output.mean()))
+
+
+def shared(num_classes):
+    return Net()
+
+
+def noting(num_classes):
+    return Noting()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Networks of one's own in the working folder."""
+    (tmp_path / "owned.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("owned", None)
+
+
+@pytest.mark.usefixtures("own")
+def test_a_weight_under_two_names_counts_once_in_the_moving_average(tmp_path, dataset, teacher):
+    run = settings(tmp_path, "kd", "protocol.ema=0.5", student="owned:shared")
+    lane = lane_of(run, dataset, teacher, tmp_path)
+    weight = lane.trained.student.body.layer.weight
+    before = weight.detach().clone()
+    lane.step(next(dataset.loader(run.settings.protocol, seed=0).batches()), 0)
+    shipped = lane.deployed().body
+    assert shipped.layer is shipped.again
+    assert not torch.equal(weight, before)
+    torch.testing.assert_close(shipped.layer.weight, 0.5 * before + 0.5 * weight)
+
+
+@pytest.mark.usefixtures("own")
+def test_a_student_whose_copies_do_not_answer_by_themselves_has_no_moving_average(tmp_path, dataset, teacher):
+    run = settings(tmp_path, "kd", "protocol.ema=0.5", student="owned:noting")
+    with pytest.raises(UserError, match=r"needs a copy of it, and copies of it .* set protocol\.ema=0"):
+        lane_of(run, dataset, teacher, tmp_path)
+    lane_of(settings(tmp_path, "kd", "protocol.ema=0", student="owned:noting"), dataset, teacher, tmp_path)
+
+
 def test_the_moving_average_begins_with_what_a_phase_before_training_found(tmp_path, dataset, teacher):
     run = settings(tmp_path, "simkd", "protocol.ema=0.9")
     lane = lane_of(run, dataset, teacher, tmp_path)

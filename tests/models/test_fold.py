@@ -1,5 +1,7 @@
 """A frozen network whose batch norms are folded away shows what it showed, but for rounding."""
 
+import threading
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdzoo import DataSpec
-from kdzoo.models import create, fold_norms, wrap
+from kdzoo.models import create, fault_of_copies, fold_norms, frozen, wrap
 from kdzoo.outputs import EVERYTHING
+from kdzoo.precision import PRECISIONS, autocast
 
 DATA = DataSpec("fake", 7, tuple("abcdefg"), 32, torch.arange(7))
 
@@ -161,3 +164,61 @@ def test_a_layer_that_is_a_tap_stays():
     assert all(
         torch.equal(one, other) for one, other in zip(outputs(folded, images), outputs(network, images), strict=True)
     )
+
+
+class Noting(Layered):
+    """Reads a map that a hook notes on the network, which is a method of it, or bound to it for ever."""
+
+    def __init__(self, bound):
+        super().__init__()
+        self.noted = None
+        self.convolutions[1].register_forward_hook((lambda *call: self.note(*call)) if bound else self.note)
+
+    def note(self, module, inputs, output):
+        self.noted = output
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits + self.noted.mean()
+
+
+class Locked(Layered):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Drawing(Layered):
+    def between(self, maps, norm):
+        return F.dropout(norm(maps), training=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Layered, None),
+        (partial(Noting, bound=False), None),
+        (partial(Noting, bound=True), "a hook refers to the network itself"),
+        (Locked, "it cannot be copied"),
+    ],
+)
+def test_a_network_whose_copies_do_not_answer_by_themselves_makes_its_passes_itself(make, why, precision):
+    network = layered(make)
+    said = []
+    fast = frozen(network, PRECISIONS[precision], said.append)
+    assert (fast is network) == bool(why)
+    assert [why in line for line in said] == ([True] if why else [])
+    images = torch.rand(5, 3, 32, 32)
+    with autocast("cpu", PRECISIONS[precision]):
+        for one, other in zip(outputs(fast, images), outputs(network, images), strict=True):
+            assert (one - other).abs().max() <= 0.05 * other.abs().max()
+
+
+@pytest.mark.parametrize(("make", "fails"), [(Drawing, False), (partial(Noting, bound=True), True), (Locked, True)])
+def test_what_is_wrong_with_copies_is_told_and_nothing_is_disturbed(make, fails):
+    network = wrap(make(), image_size=32, num_classes=7)
+    before = torch.get_rng_state()
+    assert bool(fault_of_copies(network)) == fails
+    assert network.training
+    assert torch.equal(torch.get_rng_state(), before)
