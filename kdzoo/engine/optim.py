@@ -60,6 +60,11 @@ def _is_last(weight: Tensor) -> bool:
     return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
+def _is_map(value: Any) -> bool:
+    """Tell whether a part of an optimiser's state has an order of four dimensions."""
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
 def _in_order(weight: Tensor) -> Tensor:
     """View a channels-last weight (D, C, H, W) as it lies in memory: (D, H, W, C)."""
     return weight.permute(0, 2, 3, 1)
@@ -244,14 +249,46 @@ class Optimizer:
             p.grad = None
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return what ``load_state_dict`` takes."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+        """Return what ``load_state_dict`` takes, here or on another device: all of it in the shapes of the weights."""
+
+        def turned(p: Tensor, value: Any) -> Any:
+            return value.permute(0, 3, 1, 2) if self._is_view(p) and _is_map(value) else value
+
+        return [_changed(optimizer, optimizer.state_dict(), turned) for optimizer in self.optimizers]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Restore moments and counters; what the protocol and the device say stays."""
+        """Restore moments and counters; what the protocol and the device say stays.
+
+        Raises:
+            ValueError: they belong to weights of other shapes.
+        """
+
+        def laid_out(p: Tensor, value: Any) -> Any:  # as the weight lies, in whose order fused steps read it
+            if not _is_map(value):
+                return value
+            value = _in_order(value) if self._is_view(p) else value
+            if value.shape != p.shape:
+                raise ValueError(f"a moment of shape {tuple(value.shape)} for a weight of shape {tuple(p.shape)}")
+            return torch.empty_like(p, requires_grad=False).copy_(value)
+
         for optimizer, saved in zip(self.optimizers, state, strict=True):
-            optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+            changed = _changed(optimizer, saved, laid_out)
+            optimizer.load_state_dict({**changed, "param_groups": optimizer.state_dict()["param_groups"]})
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"] = self._rate  # not the copy that torch has made of it
         self._begin_momentum()
+
+    def _is_view(self, p: Tensor) -> bool:
+        return any(p is view for view in self._views.values())
+
+
+def _changed(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], change: Callable[[Tensor, Any], Any]
+) -> dict[str, Any]:
+    """Change each part of an optimiser's saved state, given the parameter that it belongs to."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {name: change(parameters[i], value) for name, value in parts.items()} for i, parts in saved["state"].items()
+    }
+    return {**saved, "state": state}

@@ -12,7 +12,7 @@ from kdzoo.errors import StorageError, UserError
 from kdzoo.files import storing, write_atomically
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
-FORMAT = 1  # of a checkpoint; another version's are refused
+FORMAT = 2  # of a checkpoint; another version's are refused
 KEPT = 2
 _AGAIN = "move {} away and run the same command again"
 

@@ -1,7 +1,7 @@
 """Rates follow the recipe, and every parameter is trained once, decayed or not as the recipe says."""
 
 from copy import deepcopy
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -240,6 +240,29 @@ def test_weights_with_their_channels_last_step_with_the_same_bits_and_without_a_
         found.append(network.state_dict())
     for one, other in zip(found[0].values(), found[1].values(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("layouts", [*permutations([torch.contiguous_format, torch.channels_last])])
+def test_moments_go_on_where_weights_lie_in_another_order_as_on_another_device(optimizer, layouts):
+    protocol = Protocol(optimizer=optimizer, lr=0.1)
+    torch.manual_seed(0)
+    kept = nn.Conv2d(6, 8, 3).to(memory_format=layouts[0])
+    stepper, maps = Optimizer(kept, protocol), torch.randn(2, 6, 5, 5)
+    for _ in range(2):
+        kept(maps).square().sum().backward()
+        stepper.step()
+    moved = deepcopy(kept).to(memory_format=layouts[1])
+    continued = Optimizer(moved, protocol)
+    continued.load_state_dict(deepcopy(stepper.state_dict()))
+    for layer, one in ((kept, stepper), (moved, continued)):
+        layer(maps).square().sum().backward()
+        one.step()
+    torch.testing.assert_close(moved.weight, kept.weight)
+    saved = stepper.state_dict()
+    assert {value.shape for of in saved[0]["state"].values() for value in of.values()} - {()} == {(8, 6, 3, 3), (8,)}
+    with pytest.raises(ValueError, match="for a weight of shape"):
+        Optimizer(nn.Conv2d(4, 8, 3), protocol).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
