@@ -15,6 +15,7 @@ from kdzoo.models import winograd
 # with AMX and AVX-512, and cut down to AVX2.
 MOST_COLUMNS = 144  # for each image: positions that are given, times positions of the kernel that read the map
 LEAST_WIDTH = {torch.float32: 256, torch.bfloat16: 128}  # channels on either side
+FEW = 8  # channels, of which one of AVX2's registers holds as many
 
 
 def learn_on_cpu(network: nn.Module) -> None:
@@ -44,6 +45,11 @@ class LearningConv2d(nn.Conv2d):
             return super().forward(input)
         if self._is_small(input, dtype):
             return self._as_one_product(input.to(dtype))
+        if self.kernel_size == (1, 1) != self.stride and self.in_channels < FEW * self.groups:
+            # oneDNN (that of torch 2.14) gives the weight a wrong gradient, or writes over other memory, where it may
+            # use no more than AVX2.
+            read = self._padded(input)[..., :: self.stride[0], :: self.stride[1]]
+            return F.conv2d(read, self.weight, self.bias, groups=self.groups)
         if dtype == torch.bfloat16 and input.shape[-1] < self.stride[1]:
             # oneDNN (that of torch 2.14) never writes the part of the weight's gradient that belongs to the padding
             # of such maps in bfloat16: what memory held before would be learned.

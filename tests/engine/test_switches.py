@@ -223,7 +223,6 @@ class Net(nn.Module):
         self.stem, self.layer, self.head = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 10)
         self.again = self.layer
         self.norm = nn.BatchNorm2d(8)
-
         self.noted = 0
 
     def forward(self, x):

@@ -1,6 +1,9 @@
 """Convolutions learn the same by what is fastest for their maps, no matter what memory held before."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -245,3 +248,28 @@ def test_maps_may_be_given_by_name(products):
     learn_on_cpu(fast)
     torch.testing.assert_close(fast(input=maps), layer(input=maps))
     assert products == [fast]
+
+
+FEW = """
+import torch
+from torch import nn
+from kdzoo.models import learn_on_cpu
+
+for channels, stride, padding in ((2, 3, 0), (3, 2, 0), (4, 3, 1), (5, (2, 1), 0), (7, (1, 2), 0)):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, 64, 1, stride, padding)
+    exact = nn.Conv2d(channels, 64, 1, stride, padding).double()
+    exact.load_state_dict(layer.state_dict())
+    learn_on_cpu(layer.to(memory_format=torch.channels_last))
+    maps = torch.randn(8, channels, 15, 16).contiguous(memory_format=torch.channels_last)
+    wanted = exact(maps.double())
+    torch.testing.assert_close(layer(maps), wanted.float())
+    slopes = torch.randn(wanted.shape).contiguous(memory_format=torch.channels_last)
+    layer(maps).backward(slopes)
+    wanted.backward(slopes.double())
+    torch.testing.assert_close(layer.weight.grad, exact.weight.grad.float(), rtol=1e-3, atol=1e-3)
+"""
+
+
+def test_strided_layers_of_few_channels_learn_right_where_a_processor_has_avx2_and_no_more():
+    subprocess.run([sys.executable, "-c", FEW], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)
