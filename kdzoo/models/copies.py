@@ -16,7 +16,7 @@ def fault_of_copies(network: Network) -> str:
     """Say why copies of a network do not answer as it does; empty where they do.
 
     A hook that is a lambda or an inner function stays bound to the network that it was made in: called for a copy, it
-    stores a map there, and the copy reads an old one of its own.
+    stores a map there, and the copy reads an old one.
     """
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     tensors = chain(network.parameters(), network.buffers())
@@ -34,7 +34,7 @@ def fault_of_copies(network: Network) -> str:
             if is_shortage(error):
                 raise
             same = False
-    return "" if same else "copies of it answer otherwise than it does, as where a hook refers to the network itself"
+    return "" if same else "copies of it answer differently, as where a hook refers to the network itself"
 
 
 def _same(one: Network, other: Network) -> bool:
