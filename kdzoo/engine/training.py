@@ -3,9 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
-
-import torch
 
 from kdzoo import models, registry
 from kdzoo.data import Dataset, Loader
@@ -90,15 +87,7 @@ def build(run: Run, dataset: Dataset, teacher: TeacherPasses | None, fetch: bool
         teacher.show |= distiller.needs.show("teacher")
     if place.engine.checkpoint_activations:
         student.checkpoint_activations()
-    return channels_last(distillation.to(dataset.device))
-
-
-def channels_last(distillation: Distillation) -> Distillation:
-    """Lay the weights of convolutions out as their maps are; ``Module.to`` would refuse a method's 5-D weights."""
-    for tensor in chain(distillation.parameters(), distillation.buffers()):
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    return distillation
+    return models.channels_last(distillation.to(dataset.device))
 
 
 def build_all(

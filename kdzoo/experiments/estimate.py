@@ -168,7 +168,7 @@ def measure(
     lacking = teachers.lacking(first, dataset)
     teaching = {one.settings.identity(): cost_of([one], dataset, None).seconds([0]) for one in lacking}
     network = teachers.untrained(first, dataset).eval().requires_grad_(False)
-    network.to(dataset.device).to(memory_format=torch.channels_last)
+    models.channels_last(network.to(dataset.device))
     return cost_of(group, dataset, network, report), teaching
 
 
@@ -240,7 +240,7 @@ def by_turns(runs: Sequence[Run], progress: Progress) -> dict[int, float]:
     dataset, teacher = open_data(first, use(first.place), progress), None
     if first.settings.teacher.name is not None:
         teacher = teachers.untrained(first, dataset).eval().requires_grad_(False)
-        teacher.to(dataset.device).to(memory_format=torch.channels_last)
+        models.channels_last(teacher.to(dataset.device))
     lanes = {i: (lane, batch) for i, lane, batch in stepped(runs, dataset, teacher, {})}
     if not lanes:
         return {}

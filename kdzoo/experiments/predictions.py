@@ -19,7 +19,7 @@ from kdzoo.engine.device import find_device
 from kdzoo.errors import UserError, out_of_memory_told, unknown
 from kdzoo.experiments.students import load
 from kdzoo.files import path_of
-from kdzoo.models import Network, Student, frozen
+from kdzoo.models import Network, Student, channels_last, frozen
 from kdzoo.precision import PRECISIONS, autocast
 from kdzoo.store.folder import RunFolder
 
@@ -78,7 +78,7 @@ def predict(
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     reading = Reading(config["data"].get("exif", True), config["data"].get("alpha", "white"))
-    student.to(place).to(memory_format=torch.channels_last)
+    channels_last(student.to(place))
     if workers is None:
         batches = len(paths) // BATCH
         workers = 0 if place.type == "cpu" else min(os.cpu_count() or 1, MOST_WORKERS, batches // 2)

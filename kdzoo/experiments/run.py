@@ -24,6 +24,7 @@ from kdzoo.experiments import teachers
 from kdzoo.experiments.students import shipped
 from kdzoo.files import output_path, path_of, read_text
 from kdzoo.keywords import name, names
+from kdzoo.models import channels_last
 from kdzoo.precision import PRECISIONS
 from kdzoo.randomness import restored
 from kdzoo.resolve import changed_files, fingerprint_of, resolve, several, stored
@@ -250,7 +251,7 @@ def measure_run(path: Path, here: Here = HERE) -> tuple[float, float, str]:
                 )
             deployed = shipped_of(run, dataset, folder, progress)
         with progress.doing(f"measuring {settings.student.name} on {settings.data.name}"):
-            deployed.to(dataset.device).to(memory_format=torch.channels_last)
+            channels_last(deployed.to(dataset.device))
             top1, top5, _ = evaluate(deployed, dataset, settings.engine.precision, settings.protocol.test_crop)
         known = result.shipped_top1, result.top5 if result.shipped_top5 is None else result.shipped_top5
         kind = measured(dataset, deployed)

@@ -187,7 +187,7 @@ def compare(
         UserError: a network does not show four stages.
     """
     for network in networks.values():
-        network.to(dataset.device).to(memory_format=torch.channels_last).eval()
+        models.channels_last(network.to(dataset.device)).eval()
     measured: dict[str, Measured] = {}
     with torch.inference_mode():
         for images, labels in islice(dataset.test_batches(BATCH, test_crop=crop), batches or None):

@@ -216,7 +216,7 @@ def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | N
             network = given(run, dataset, folder.student)
         network.origin = str(folder.path)
     device = dataset.device
-    network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    models.channels_last(network.to(device)).eval().requires_grad_(False)
     top1, (labels, classes, confidence) = _measured(run, network, dataset, progress)
     if wrong := int((~confidence.isfinite()).sum()):
         raise UserError(

@@ -12,7 +12,7 @@ from kdzoo.models.fold import fold_norms
 from kdzoo.models.frozen_copy import frozen
 from kdzoo.models.given import classes_in, load_given, written_facts
 from kdzoo.models.names import short_names
-from kdzoo.models.network import Network, describe, wrap
+from kdzoo.models.network import Network, channels_last, describe, wrap
 from kdzoo.models.shapes import output_of, shapes_of
 from kdzoo.models.student import Student
 from kdzoo.models.weights import load_weights, save_weights
@@ -23,6 +23,7 @@ __all__ = [
     "Network",
     "Student",
     "cast_weights",
+    "channels_last",
     "check_name",
     "classes_in",
     "combined",

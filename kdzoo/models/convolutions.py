@@ -24,16 +24,20 @@ def learn_on_cpu(network: nn.Module) -> None:
     In evaluation mode nothing is done for speed, and where no gradient is asked for nothing at all. Weights and their
     names stay, and outputs and gradients but for rounding.
     """
+    free = getattr(network, "reads_channels_last", True)
     for module in network.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":  # what derives from it may do more
             module.__class__ = LearningConv2d
-            cast(LearningConv2d, module).may_gain = winograd.was_measured()  # asked here: torch's compiler cannot
+            layer = cast(LearningConv2d, module)
+            layer.is_free = free
+            layer.may_gain = free and winograd.was_measured()  # asked here: torch's compiler cannot
 
 
 class LearningConv2d(nn.Conv2d):
     """A convolution that chooses for each batch how it is computed, where it learns."""
 
-    may_gain: bool  # where it is trained, on this processor
+    is_free: bool  # to give maps whose channels lie last
+    may_gain: bool  # by Winograd's algorithm, where it is trained, on this processor
 
     def forward(self, input: Tensor) -> Tensor:  # the name by which networks may give it
         if not (torch.is_grad_enabled() and input.ndim == 4):
@@ -43,7 +47,7 @@ class LearningConv2d(nn.Conv2d):
             return winograd.convolve(input, self.weight, self.bias)
         if isinstance(self.padding, str):
             return super().forward(input)
-        if self._is_small(input, dtype):
+        if self.is_free and self._is_small(input, dtype):
             return self._as_one_product(input.to(dtype))
         if self.kernel_size == (1, 1) != self.stride and self.in_channels < FEW * self.groups:
             # oneDNN (that of torch 2.14) gives the weight a wrong gradient, or writes over other memory, where it may

@@ -34,4 +34,5 @@ def frozen(network: Network, precision: Precision, say: Callable[[str], object] 
         fast = network
     if precision.dtype is not None:
         return cast_weights(fast, precision.dtype)
-    return use_winograd(fast) if network.mean.device.type == "cpu" else fast
+    on_cpu = network.mean.device.type == "cpu"
+    return use_winograd(fast) if on_cpu and network.reads_channels_last else fast

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,8 @@ class Network(nn.Module):
             self._reader = _reader(body, self._probe(), taps, classifier)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
         self._stages: Stages | None = None  # found when first asked for
+
+    reads_channels_last = True  # False where it asks for ``view`` of its maps, which only contiguous ones give
 
     def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         """Compute logits and embedding, and the maps that ``show`` names where the network has them.
@@ -209,7 +212,19 @@ class Network(nn.Module):
             shrinks = images.shape[-1] > self.image_size
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)
         images = (images - self.mean) / self.std
-        return (images * self.luma).sum(dim=1, keepdim=True) if self._gray else images
+        images = (images * self.luma).sum(dim=1, keepdim=True) if self._gray else images
+        return images if self.reads_channels_last else images.contiguous()
+
+    def find_layout(self) -> None:
+        """Find out whether it reads maps whose channels lie last in memory."""
+        images = self._probe().contiguous(memory_format=torch.channels_last)
+        with _undisturbed(self):
+            try:
+                self._reader.read(self.body, images, False)
+            except FAILURES as error:
+                if is_shortage(error):
+                    raise
+                self.reads_channels_last = False
 
     def _probe(self) -> Tensor:
         # A generator apart, so that the global one stays still; not zeros, with which two ways of reading could agree.
@@ -217,6 +232,9 @@ class Network(nn.Module):
         images = torch.rand(PROBE_BATCH, 3, side, side, generator=generator, device="cpu")
         weight = next((p for p in self.body.parameters() if p.is_floating_point()), self.mean)
         return self._prepared(images.to(self.mean)).to(weight)
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def wrap(
@@ -270,7 +288,21 @@ def wrap(
     if classes != num_classes:
         gives = counted(classes, "logit")
         raise UserError(f"'{name}' gives {gives}, expected {num_classes}; give it that many classes")
+    network.find_layout()
     return network
+
+
+def channels_last(module: M) -> M:
+    """Lay the weights of convolutions out as their maps are, but those of networks that read no such maps.
+
+    ``Module.to`` would refuse a method's 5-D weights.
+    """
+    networks = [part for part in module.modules() if isinstance(part, Network) and not part.reads_channels_last]
+    left = {id(tensor) for network in networks for tensor in chain(network.parameters(), network.buffers())}
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.ndim == 4 and id(tensor) not in left:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def describe(network: Network) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import kdzoo
 from kdzoo import Batch, DataSpec, distill
 from kdzoo.errors import UserError
-from kdzoo.models import create, wrap
+from kdzoo.experiments.run import evaluate_run
+from kdzoo.models import channels_last, create, wrap
 from kdzoo.outputs import EVERYTHING
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -202,6 +204,21 @@ def bare():
 def net(num_classes, width=8):
     first = nn.Sequential(nn.Conv2d(3, width, 4, 4), nn.ReLU())
     return nn.Sequential(first, nn.Conv2d(width, 8, 4, 4), nn.Flatten(), nn.Linear(32, num_classes))
+
+class Viewing(nn.Module):
+    def __init__(self, num_classes, width=256, stride=2):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3, stride, 1), nn.Conv2d(width, width, 3, stride, 1)
+        self.norm, self.third = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1)
+        self.head = nn.Linear(width * (8 // stride**2) ** 2, num_classes)
+
+    def forward(self, x):
+        x = self.norm(self.second(self.first(x).relu()))
+        x = self.third(x.view(x.size(0), -1).view(x.shape))
+        return self.head(x.view(x.size(0), -1))
+
+def large(num_classes):
+    return Viewing(num_classes, 128, 1)
 """
 
 
@@ -220,6 +237,28 @@ def test_a_factory_that_fails_is_shown_with_the_call_that_was_tried(factories):
     with pytest.raises(UserError, match=r"net\(num_classes=10, depth=3\) failed"):
         create(f"{factories}:net", DATA, depth=3)
     assert create(f"{factories}:net", DATA, width=12).body[0][0].out_channels == 12
+
+
+def test_a_network_that_asks_for_views_of_its_maps_is_given_contiguous_ones(factories):
+    data = DATA._replace(image_size=8)
+    viewing, plain = (channels_last(create(name, data).eval()) for name in (f"{factories}:Viewing", "resnet8"))
+    assert all(weight.is_contiguous() for weight in viewing.parameters())
+    assert not all(weight.is_contiguous() for weight in plain.parameters())
+    images = torch.rand(3, 3, 8, 8)
+    other = images.contiguous(memory_format=torch.channels_last)
+    for network in (viewing, plain):
+        torch.testing.assert_close(network(other).logits, network(images).logits)
+
+
+@pytest.mark.slow(reason="trains two networks")
+@pytest.mark.parametrize(("name", "precision"), [("Viewing", "float32"), ("Viewing", "bf16"), ("large", "float32")])
+def test_a_network_that_asks_for_views_of_its_maps_teaches_and_learns(tmp_path, factories, name, precision):
+    short = ["protocol.epochs=2", "data.limit=128", "teacher.epochs=1", "teacher.allow_weak=true"]
+    name = f"{factories}:{name}"
+    found = kdzoo.run(
+        "kd", name, name, overrides=[*short, f"engine.precision={precision}"], out=tmp_path / "runs", quiet=True
+    )
+    assert evaluate_run(found.folder) == (found.top1, found.top5)
 
 
 @pytest.mark.parametrize("name", ["ownfactories:net", "resnet8", "torchvision:resnet18"])
