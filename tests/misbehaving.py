@@ -239,7 +239,7 @@ NETWORKS = {
     "a recursion": ("before", "return self(x)", "RecursionError"),
     "two images at most": ("before", "assert len(x) <= 2", "AssertionError"),
     "a weight made in training": ("before", TRAINING + "self.late = nn.Parameter(torch.zeros(3))", "at step|sees"),
-    "a part that cannot be copied": ("init", "self.copies = (each for each in ())", "set up: TypeError"),
+    "a part that cannot be copied": ("init", "self.copies = (each for each in ())", r"it cannot be copied \(TypeError"),
     "an error in the factory": (
         "factory",
         "raise ValueError('no')",

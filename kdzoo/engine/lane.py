@@ -118,8 +118,8 @@ class Lane:
         student = self.distillation.student
         if isinstance(student, Network) and (why := fault_of_copies(student)):
             raise UserError(
-                f"the moving average of {student.name}'s weights needs a copy of it, and {why}; register methods as "
-                "hooks in place of lambdas and inner functions, or set protocol.ema=0"
+                f"the moving average of {student.name}'s weights needs a copy of it, and {why}; correct that, or set "
+                "protocol.ema=0"
             )
         return Average(self.trained, decay=self.run.settings.protocol.ema)
 

@@ -40,12 +40,12 @@ def cast_weights(network: Network, dtype: torch.dtype) -> Network:
 
 
 @torch.no_grad()
-def probed(network: Network, dtype: torch.dtype | None = None, images: int = 2) -> list[Tensor]:
-    """List all outputs of a network for so many images, under autocast to ``dtype`` or in float32."""
-    side, generator = network.image_size, torch.Generator().manual_seed(images)
-    given = torch.rand(images, 3, side, side, generator=generator)
-    given = given.to(network.mean.device).contiguous(memory_format=torch.channels_last)
-    with autocast(given.device.type, Precision(dtype)):
-        output = network.forward(given, EVERYTHING)  # not a call, which would be one for those who watch the network
+def probed(network: Network, dtype: torch.dtype | None = None, seed: int = 0) -> list[Tensor]:
+    """List all outputs of a network for the two images of a seed, under autocast to ``dtype`` or in float32."""
+    side, generator = network.image_size, torch.Generator().manual_seed(seed)
+    images = torch.rand(2, 3, side, side, generator=generator)
+    images = images.to(network.mean.device).contiguous(memory_format=torch.channels_last)
+    with autocast(images.device.type, Precision(dtype)):
+        output = network.forward(images, EVERYTHING)  # not a call, which would be one for those who watch the network
     shown = [output.logits, output.embedding, *output.features, *output.preactivations]
     return shown if output.final is None else [*shown, output.final]
