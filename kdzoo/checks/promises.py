@@ -54,7 +54,7 @@ def check_documented(distiller: type[Distiller]) -> None:
         "none",
         "give title, formula, Args and source",
     )
-    expect(isinstance(paper, str) and bool(paper), "paper to be a text with words", repr(paper), "set it on the class")
+    expect(isinstance(paper, str) and bool(paper), "a paper, as a text", repr(paper), "set it on the class")
     expect(isinstance(fidelity, Fidelity), "a Fidelity", repr(fidelity), "set fidelity on the class")
     sections = [(base.__doc__ or "").partition("Args:")[2] for base in cls.__mro__]
     entries = re.findall(r"^[ \t]+(\w+(?:, \w+)*):", "\n".join(sections), re.MULTILINE)

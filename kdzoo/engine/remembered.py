@@ -139,7 +139,7 @@ def steps(
     """Ask the teacher for all images, and make the steps of a training that reads its answers.
 
     Returns:
-        None where it is asked in each step, or by no lane that has not failed.
+        None where it is asked in each step, or where every lane that reads it has failed.
     """
     settings, device = lanes[0].run.settings, lanes[0].device
     needs = [lane.distillation.distiller.needs for lane in lanes if lane.failure is None]

@@ -34,7 +34,7 @@ def fault_of_copies(network: Network) -> str:
             if is_shortage(error):
                 raise
             same = False
-    return "" if same else "copies of it answer differently, as where a lambda as a hook refers to the network itself"
+    return "" if same else "copies of it answer differently, as where a hook is a lambda that refers to the network"
 
 
 def _same(one: Network, other: Network) -> bool:

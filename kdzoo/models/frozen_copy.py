@@ -26,7 +26,7 @@ def frozen(network: Network, precision: Precision, say: Callable[[str], object] 
     if isinstance(network, Ensemble):
         return network.over(partial(frozen, precision=precision, say=say))
     if why := fault_of_copies(network):
-        say(f"passes of {network.name} are made by itself and not by a faster copy: {why}")
+        say(f"{network.name} makes its passes itself, without a faster copy: {why}")
         return network
     fast = fold_norms(network)
     if fast is None:

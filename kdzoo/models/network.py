@@ -27,6 +27,9 @@ PROBE_BATCH = 2
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, by ITU-R BT.601
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 class Network(nn.Module):
     """A classifier that normalises and resizes its images itself.
 
@@ -50,6 +53,8 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
     luma: Tensor
+
+    reads_channels_last = True  # False where it fails on maps that are not contiguous, as ``view`` does
 
     def __init__(
         self,
@@ -80,8 +85,6 @@ class Network(nn.Module):
             self._reader = _reader(body, self._probe(), taps, classifier)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)
         self._stages: Stages | None = None  # found when first asked for
-
-    reads_channels_last = True  # False where it asks for ``view`` of its maps, which only contiguous ones give
 
     def forward(self, images: Tensor, show: Show = LOGITS) -> Output:
         """Compute logits and embedding, and the maps that ``show`` names where the network has them.
@@ -232,9 +235,6 @@ class Network(nn.Module):
         images = torch.rand(PROBE_BATCH, 3, side, side, generator=generator, device="cpu")
         weight = next((p for p in self.body.parameters() if p.is_floating_point()), self.mean)
         return self._prepared(images.to(self.mean)).to(weight)
-
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def wrap(

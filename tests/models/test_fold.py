@@ -199,7 +199,7 @@ class Drawing(Layered):
     [
         (Layered, None),
         (partial(Noting, bound=False), None),
-        (partial(Noting, bound=True), "as a hook refers to the network itself"),
+        (partial(Noting, bound=True), "a hook is a lambda that refers to the network"),
         (Locked, "it cannot be copied"),
     ],
 )
