@@ -25,7 +25,7 @@ LEAST_WIDTH = 128  # channels on either side, below which transforms cost more t
 MEASURED = ("AVX2", "AVX512")  # a processor's instructions
 LEAST_TILES = 128  # of a batch, below which the transforms of a weight that changes cost more
 MOST_TILES = 0.1  # for each position of a map: the tiles of small maps lie half outside
-CACHED = 2**14  # numbers of a transformed map that are worked on at once, for each of its 36 products
+AT_ONCE = 128  # tiles worked on at once: what is between their products lies in a processor's caches
 
 
 def use_winograd(network: Network) -> Network:
@@ -70,8 +70,8 @@ class Winograd(nn.Module):
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
         self.layer = layer
-        products = transformed(layer.weight.detach().double()).to(layer.weight.dtype)
-        self.register_buffer("products", products.mT.contiguous())
+        products = transformed(layer.weight.detach().double().transpose(0, 1))
+        self.register_buffer("products", products.to(layer.weight.dtype))
         self.register_buffer("bias", _bias(layer.weight, layer.bias).detach())
 
     def forward(self, input: Tensor) -> Tensor:  # the name by which networks may give it
@@ -88,7 +88,7 @@ def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return winograd(maps, transformed(weight).mT, _bias(weight, bias))
+        return winograd(maps, transformed(weight.transpose(0, 1)), _bias(weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -112,7 +112,10 @@ class _Convolution(torch.autograd.Function):
 
 
 def transformed(weight: Tensor, kernel: Sequence[Sequence[float]] = KERNEL) -> Tensor:
-    """Transform the weight (D, C, 3, 3) of a convolution: (36, D, C)."""
+    """Transform the weight (D, C, 3, 3) of a convolution: (36, D, C).
+
+    A product with it leads from D to C; forward it is the transposed weight's from C to D.
+    """
     return (_both(kernel, weight) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(-1, *weight.shape[:2])
 
 
@@ -124,14 +127,14 @@ def winograd(maps: Tensor, products: Tensor, bias: Tensor) -> Tensor:
         (B, D, H, W), channels-last, and no view, since what follows may write to it.
     """
     (images, _, height, width), wide = maps.shape, products.shape[2]
-    rows, columns = _tiles(height), _tiles(width)
-    read, given = _both(READ, maps), _both(GIVEN, maps)
+    rows, columns, count = _tiles(height), _tiles(width), _at_once(maps)
+    given = _repeated(_both(GIVEN, maps), count * rows * columns)
     found = _empty(maps, images, wide, TILE * rows, TILE * columns)
     tiles = found.permute(0, 2, 3, 1).view(images, rows, TILE, columns, TILE, wide)
-    for some in _chunks(maps):
-        inner = _windows(maps[some], read) @ products
-        outer = (given @ inner.flatten(1)).view(TILE, TILE, -1, rows, columns, wide)
-        torch.add(outer.permute(2, 3, 0, 4, 1, 5), bias, out=tiles[some])
+    for windows, some in zip(_windows(maps), tiles.split(count), strict=True):
+        inner = (windows @ products).transpose(0, 1)
+        outer = (given[: len(inner)] @ inner).view(-1, rows, columns, TILE, TILE, wide)
+        torch.add(outer.transpose(2, 3), bias, out=some)
     if (TILE * rows, TILE * columns) == (height, width):
         return found
     return _empty(maps, images, wide, height, width).copy_(found[..., :height, :width])
@@ -150,14 +153,13 @@ def winograd_weight(maps: Tensor, slopes: Tensor) -> Tensor:
         (D, C, 3, 3)
     """
     (_, channels, height, width), wide = maps.shape, slopes.shape[1]
-    rows, columns = _tiles(height), _tiles(width)
-    read, given = _both(READ, maps), _both(GIVEN, maps).mT
+    rows, columns, count = _tiles(height), _tiles(width), _at_once(maps)
+    given = _repeated(_both(GIVEN, maps).mT, count * rows * columns)
     products = maps.new_zeros(WINDOW**2, channels, wide)
-    for some in _chunks(maps):
-        padded = F.pad(slopes[some].permute(0, 2, 3, 1), (0, 0, 0, TILE * columns - width, 0, TILE * rows - height))
-        tiles = padded.reshape(-1, rows, TILE, columns, TILE, wide).permute(2, 4, 0, 1, 3, 5)
-        outer = (given @ tiles.reshape(TILE**2, -1)).view(WINDOW**2, -1, wide)
-        products.baddbmm_(_windows(maps[some], read).mT, outer)
+    for windows, some in zip(_windows(maps), slopes.split(count), strict=True):
+        padded = F.pad(some.permute(0, 2, 3, 1), (0, 0, 0, TILE * columns - width, 0, TILE * rows - height))
+        tiles = padded.reshape(-1, rows, TILE, columns, TILE, wide).transpose(2, 3).reshape(-1, TILE**2, wide)
+        products.baddbmm_(windows.mT, (given[: len(tiles)] @ tiles).transpose(0, 1))
     kernel = _both(KERNEL, maps).mT @ products.flatten(1)
     return kernel.view(3, 3, channels, wide).permute(3, 2, 0, 1).contiguous()
 
@@ -167,24 +169,32 @@ def _(maps: Tensor, slopes: Tensor) -> Tensor:
     return maps.new_empty(slopes.shape[1], maps.shape[1], 3, 3)
 
 
-def _windows(maps: Tensor, read: Tensor) -> Tensor:
-    """Transform what each tile reads of maps (B, C, H, W): (36, tiles, C)."""
-    images, channels, height, width = maps.shape
-    rows, columns = _tiles(height), _tiles(width)
-    padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height))
+def _windows(maps: Tensor) -> Iterator[Tensor]:
+    """Transform what each tile reads of maps (B, C, H, W), some images after others: (36, tiles, C) each time."""
+    _, channels, height, width = maps.shape
+    rows, columns, count = _tiles(height), _tiles(width), _at_once(maps)
+    read = _repeated(_both(READ, maps), count * rows * columns)
+    padded = maps.new_zeros(count, TILE * rows + 2, TILE * columns + 2, channels)
     image, row, column, channel = padded.stride()
     windows = padded.as_strided(
-        (WINDOW, WINDOW, images, rows, columns, channels),
-        (row, column, image, TILE * row, TILE * column, channel),
+        (count, rows, columns, WINDOW, WINDOW, channels),
+        (image, TILE * row, TILE * column, row, column, channel),
     )
-    return (read @ windows.reshape(WINDOW**2, -1)).view(WINDOW**2, -1, channels)
+    for some in maps.split(count):
+        padded[: len(some), 1 : height + 1, 1 : width + 1] = some.permute(0, 2, 3, 1)
+        tiles = windows[: len(some)].reshape(-1, WINDOW**2, channels)
+        yield (read[: len(tiles)] @ tiles).transpose(0, 1)
 
 
-def _chunks(maps: Tensor) -> Iterator[slice]:
-    """Cut a batch so that what is between the products lies in the processor's caches."""
-    images, channels, height, width = maps.shape
-    count = max(1, max(CACHED // channels, WINDOW**2) // (_tiles(height) * _tiles(width)))
-    return (slice(start, start + count) for start in range(0, images, count))
+def _at_once(maps: Tensor) -> int:
+    """Count the images of maps (B, C, H, W) that are worked on at once."""
+    images, _, height, width = maps.shape
+    return min(images, max(1, AT_ONCE // (_tiles(height) * _tiles(width))))
+
+
+def _repeated(matrix: Tensor, times: int) -> Tensor:
+    """Lay a matrix out for each tile: torch would do so for each product."""
+    return matrix.expand(times, -1, -1).contiguous()
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

@@ -51,7 +51,7 @@ def test_the_identity_is_exact_in_rational_numbers():
     weight = torch.randint(-3, 4, (64, 64, 3, 3)).double()
     maps = torch.randint(-3, 4, (2, 64, 9, 8)).double()
     bias = torch.randint(-3, 4, (64,)).double()
-    found = winograd.winograd(maps, transformed(weight).mT, bias)
+    found = winograd.winograd(maps, transformed(weight.transpose(0, 1)), bias)
     assert torch.allclose(found, F.conv2d(maps, weight, bias, padding=1), rtol=0, atol=1e-9)
 
 
