@@ -164,6 +164,15 @@ class _NoTeacher:
         )
 
 
+class _NotShown(tuple[Tensor, ...]):
+    """Stands for maps that a method's needs leave out: there are none, and reading one is an error that says why."""
+
+    why: str
+
+    def __getitem__(self, place: Any) -> Any:
+        raise UserError(self.why)
+
+
 class Distiller(nn.Module):
     """The base class of all methods: loss terms, and the modules that they train.
 
@@ -334,9 +343,34 @@ class Distiller(nn.Module):
     def forward(self, student: NetworkView, teacher: NetworkView, batch: Batch) -> dict[str, Tensor]:
         """Run each network once and compute the loss. Methods that run networks in another way override this."""
         if not self.needs.teacher:
-            return self.loss(student(batch.images), cast(Output, _NoTeacher(self.title)), batch)
-        reference = teacher(batch.images)
-        return self.loss(student(batch.images), reference, batch)
+            return self.loss(self._shown(student(batch.images)), cast(Output, _NoTeacher(self.title)), batch)
+        reference = self._shown(teacher(batch.images))
+        return self.loss(self._shown(student(batch.images)), reference, batch)
+
+    def _shown(self, output: Output) -> Output:
+        """Let the maps that an output lacks say why where they are read."""
+        return output._replace(
+            features=output.features or self._not_shown("features"),
+            preactivations=output.preactivations or self._not_shown("preactivations"),
+        )
+
+    def _not_shown(self, name: str) -> _NotShown:
+        maps = _NotShown()
+        maps.why = f"{self.title} reads {name}, and {self._why_without(name)}"
+        return maps
+
+    def _why_without(self, name: str) -> str:
+        active = ", ".join(term for term, weight in self.weights.items() if weight)
+        if not active:
+            return "no term of it has a weight; give super().__init__ the weight of each term by its name"
+        if not self.is_active:
+            return (
+                f"its terms with a weight ({active}) count as terms that read logits alone; write in the class "
+                "logit_terms = (...) with the names of those that do"
+            )
+        if name == "features":
+            return "its needs say features=False; leave that out of needs"
+        return "its needs do not name this network; write preactivations=('student', 'teacher') in needs"
 
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """Run a phase before training. ``batches`` can be iterated many times, one epoch each time."""

@@ -537,6 +537,38 @@ def test_what_a_method_builds_has_shapes_and_numbers(make, said):
         Distillation(cnn(), cnn(), Built(), num_classes=5, image_size=32)
 
 
+@pytest.mark.parametrize(
+    ("weights", "needs", "maps", "said"),
+    [
+        ({"match": 1.0}, Needs(features=False), "features", "its needs say features=False; leave that out of needs"),
+        ({"match": 1.0}, Needs(), "preactivations", r"its needs do not .*preactivations=\("),
+        ({"match": 1.0}, Needs(preactivations=("teacher",)), "preactivations", "its needs do not name this network"),
+        (
+            {"ce": 1.0, "kd": 1.0},
+            Needs(),
+            "features",
+            r"its terms with a weight \(ce, kd\) .* in the class logit_terms =",
+        ),
+        ({"ce": 1.0, "match": 0.0}, Needs(), "features", r"its terms with a weight \(ce\) count"),
+        ({}, Needs(), "features", r"no term of it has a weight; give super\(\).__init__ the weight"),
+    ],
+)
+def test_maps_that_are_not_shown_say_why_where_they_are_read(weights, needs, maps, said, batch):
+    class Own(Distiller):
+        paper, fidelity = "none", Fidelity.EXACT
+
+        def __init__(self):
+            self.needs = needs
+            super().__init__(**weights)
+
+        def loss(self, student, teacher, batch):
+            assert list(getattr(student, maps)) == []
+            return {"match": getattr(student, maps)[-1].mean()}
+
+    with pytest.raises(UserError, match=f"^Own reads {maps}, and {said}"):
+        Distillation(cnn(), cnn(), Own(), num_classes=5, image_size=32)(batch)
+
+
 def test_layers_that_would_never_be_built_are_told_with_what_to_write():
     class Own(KD):
         def build(self, student, teacher, data):
