@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from kdzoo.errors import UserError
@@ -141,6 +140,7 @@ class HookReader:
 
         Logits (B, K), embedding (B, D), four maps (B, C, H, W) if ``features``, and the final map where there is one.
         """
+        self.open()
         logits, embedding = self.tail(body, body(images))
         maps = tuple(as_map(slot.take(), layout) for slot, layout in zip(self._slots, self._layouts, strict=True))
         embedding = maps[-1].mean((2, 3)) if embedding is None and maps else embedding
@@ -155,17 +155,20 @@ class HookReader:
         """
         return logits_in(output), self._embedding.take()
 
+    def open(self) -> None:
+        """Store what hooks see from now on."""
+        for slot in (*self._slots, self._final, self._embedding):
+            slot.open()
+
     def forget(self) -> None:
-        """Drop what hooks have stored, after calls of submodules that no ``read`` follows."""
+        """Drop what hooks have stored, and store no more."""
         for slot in (*self._slots, self._final, self._embedding):
             slot.take()
 
     def head(self, body: nn.Module, means: Tensor) -> Tensor:
         """Classify means (M, D) over parts of the final map: logits (M, K). The network must have a final map."""
         assert self.classifier is not None, "no final map is shown"
-        layer = body.get_submodule(self.classifier)
-        assert isinstance(layer, nn.Linear)
-        return F.linear(means, layer.weight, layer.bias)  # a call of the layer itself would be read as a pass
+        return body.get_submodule(self.classifier)(means)
 
 
 def _averaged(calls: Sequence[ModuleCall], embedding: Tensor | None) -> ModuleCall | None:

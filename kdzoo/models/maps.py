@@ -44,19 +44,32 @@ def first_of(inputs: tuple, keywords: Mapping[str, Any]) -> Any:
 
 
 class Slot:
-    """Storage for one module's input or output: a hook writes it, the reader takes it."""
+    """Storage for one module's input or output: a hook writes it, the reader takes it.
+
+    It is filled in the passes for which it was opened: the hook stays on a network that its owner calls, copies and
+    saves as well.
+    """
 
     def __init__(self) -> None:
+        self.is_open = False
         self.value: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:  # after a pass that failed it holds a map, which no copy may
+        return type(self), ()
+
+    def open(self) -> None:
+        self.is_open = True
+
     def output(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        self.value = output
+        if self.is_open:
+            self.value = output
 
     def input(self, module: nn.Module, inputs: tuple, keywords: Mapping[str, Any]) -> None:
-        self.value = first_of(inputs, keywords)
+        if self.is_open:
+            self.value = first_of(inputs, keywords)
 
     def take(self) -> Any:
-        value, self.value = self.value, None
+        value, self.value, self.is_open = self.value, None, False
         return value
 
 

@@ -136,7 +136,7 @@ class Network(nn.Module):
         """
         stages = self._stages_for(maps)
         maps = maps if number else self._prepared(maps)
-        return stages.run(self.body, self._reader, number, maps, prefix).float()
+        return stages.run(self.body, number, maps, prefix).float()
 
     def run_tail(self, maps: Tensor, prefix: Tensor | None = None) -> Output:
         """Compute logits and embedding of the last stage's maps, of this network or of another."""
@@ -205,7 +205,7 @@ class Network(nn.Module):
         stages = self._separate()
         if not stages.knows_forms(maps):
             with _undisturbed(self):
-                stages.learn_forms(self.body, self._reader, self._probe())
+                stages.learn_forms(self.body, self._probe())
         return stages
 
     def _prepared(self, images: Tensor) -> Tensor:

@@ -21,18 +21,12 @@ class Rectified(NamedTuple):
 
 
 class ReluInput(Slot):
-    """Storage for the input of one ReLU, filled in the passes for which it was opened."""
-
-    is_open = False
+    """Storage for the input of one ReLU."""
 
     def input(self, module: Any, inputs: tuple, keywords: Mapping[str, Any]) -> None:
         if self.is_open:
             value = first_of(inputs, keywords)
             self.value = value.clone() if module.inplace else value  # in place, it would be overwritten
-
-    def take(self) -> Any:
-        self.is_open = False
-        return super().take()
 
 
 class Preactivations:
@@ -65,7 +59,7 @@ class Preactivations:
         """Store the inputs of the ReLUs in the next pass."""
         for slot in self._slots if self.known else ():
             if slot is not None:
-                slot[0].is_open = True
+                slot[0].open()
 
     def take(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the maps that the last pass stored, given its ``features``; none if a stage's is unknown."""

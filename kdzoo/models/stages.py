@@ -29,6 +29,8 @@ class Reader(Protocol):
 
     def tail(self, body: Any, final: Any) -> tuple[Tensor, Tensor | None]: ...
 
+    def open(self) -> None: ...
+
     def forget(self) -> None: ...
 
 
@@ -97,7 +99,7 @@ class Stages:
             body.train(mode)
             self.parts[mode] = _cut(body, reader.trunk, [tap.name for tap in self.taps])
         self.forms: dict[Any, list[Form]] = {}  # of the stages' maps, by device and what autocast is set to
-        self.learn_forms(body, reader, images)
+        self.learn_forms(body, images)
         self._check(body, reader, images)
         self.forms.clear()  # weights may still be laid out in another way
 
@@ -105,7 +107,7 @@ class Stages:
         wanted, maps, prefix = reader.read(body, images, True), images, None
         found = []
         for number in range(len(self.taps)):
-            maps, prefix = self.run(body, reader, number, maps, prefix)
+            maps, prefix = self.run(body, number, maps, prefix)
             found.append(maps)
         last = self.tail(body, reader, maps, prefix)
         shown = [*wanted.features, wanted.embedding, wanted.logits]
@@ -117,24 +119,20 @@ class Stages:
         """Tell whether the forms of the stages' maps are known for a tensor's device under the present autocast."""
         return _autocast(like) in self.forms
 
-    def learn_forms(self, body: nn.Module, reader: Reader, images: Tensor) -> None:
+    def learn_forms(self, body: nn.Module, images: Tensor) -> None:
         """Find out in which form each stage gives its map under the present autocast."""
         key, value = _autocast(images), images
         forms = []
         for number in range(len(self.taps)):
             value = self._run(body, number, value)
             forms.append(Form.of(value))
-        reader.forget()
         self.forms[key] = forms
 
-    def run(
-        self, body: nn.Module, reader: Reader, number: int, maps: Tensor, prefix: Tensor | None = None
-    ) -> StageOutput:
+    def run(self, body: nn.Module, number: int, maps: Tensor, prefix: Tensor | None = None) -> StageOutput:
         """Run one stage.
 
         Args:
             body: the network.
-            reader: its reader.
             number: of the stage, from 0.
             maps: of the stage before, (B, C, H, W); for stage 0 the images, normalised.
             prefix: the class and register tokens (B, P, C) beside that map. A map that comes without them is given
@@ -142,12 +140,12 @@ class Stages:
         """
         tap = self.taps[number]
         found = self._run(body, number, self._entering(number, maps, prefix))
-        reader.forget()
         return StageOutput(as_map(found, tap.layout), found[:, : tap.prefix] if tap.prefix else None)
 
     def tail(self, body: nn.Module, reader: Reader, maps: Tensor, prefix: Tensor | None = None) -> Output:
         """Run what follows the last stage: its map (B, C, H, W) -> logits and embedding."""
         number = len(self.taps)
+        reader.open()
         logits, embedding = reader.tail(body, self._run(body, number, self._entering(number, maps, prefix)))
         reader.forget()
         return Output(logits, maps.mean((2, 3)) if embedding is None else embedding)
@@ -226,7 +224,6 @@ def _find_taps(body: nn.Module, reader: Reader, images: Tensor) -> list[Tap]:
         if name:
             module.register_forward_hook(watch(name))
     reader.read(body, images, False)
-    reader.forget()
     taps: list[Tap] = []
     for stage, candidates in enumerate(found):
         whole = [tap for tap in candidates if not any(one.name.startswith(f"{tap.name}.") for one in taps)]

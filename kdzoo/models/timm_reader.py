@@ -101,6 +101,7 @@ class TimmReader:
         if stem is None:
             raise CannotRead("three stages and no stem")
         handle = stem.register_forward_hook(self._stem.output)
+        self.open()
         body.forward_features(images)
         output = self._stem.take()
         self._stem_layout = layout_of(output, len(images))
@@ -115,12 +116,12 @@ class TimmReader:
         """
         maps: list[Tensor] = []
         if features:
+            self.open()
             final, maps = body.forward_intermediates(images, indices=self.indices, output_fmt="NCHW")
+            if self._stem_layout is not None:
+                maps = [as_map(self._stem.take(), self._stem_layout), *maps]
         else:
             final = body.forward_features(images)
-        if self._stem_layout is not None:
-            stem = as_map(self._stem.take(), self._stem_layout)
-            maps = [stem, *maps] if features else []
         logits, embedding = self.tail(body, final)
         last = None if self._final is None else as_map(final, self._final)
         return Output(logits, embedding, tuple(maps), final=last)
@@ -133,8 +134,12 @@ class TimmReader:
         pooled = embedding if embedding.ndim == 2 else embedding.flatten(2).mean(2)
         return logits_in(body.forward_head(final)), pooled
 
+    def open(self) -> None:
+        """Store what hooks see from now on."""
+        self._stem.open()
+
     def forget(self) -> None:
-        """Drop what hooks have stored, after calls of submodules that no ``read`` follows."""
+        """Drop what hooks have stored, and store no more."""
         self._stem.take()
 
     def head(self, body: Any, means: Tensor) -> Tensor:

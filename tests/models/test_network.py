@@ -1,6 +1,7 @@
 """What a network promises whatever is inside: reading, wrapping, compiling, copying."""
 
 import copy
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -168,6 +169,28 @@ def test_a_copy_reads_its_own_body(body):
         nn.init.zeros_(parameter)
     assert all((f == 0).all() for f in double(IMAGES, EVERYTHING).features)
     assert any((f != 0).any() for f in network(IMAGES, EVERYTHING).features)
+
+
+@pytest.mark.parametrize("body", [Tokens, ChannelsLast, lambda: create("resnet8", DATA).body])
+def test_a_body_that_its_owner_calls_keeps_no_map_and_can_be_copied(body):
+    body, seen = body(), []
+    networks = [wrap(body, image_size=32, num_classes=10) for _ in range(2)]
+    for module in body.modules():
+        module.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
+    for call in (*networks, body):
+        call(IMAGES)
+        assert not any(output() is not None for output in seen)
+        copy.deepcopy(body)
+
+
+def test_a_body_whose_pass_failed_can_be_copied():
+    body = Tokens()
+    network = wrap(body, image_size=32, num_classes=10)
+    handle = body.head.register_forward_hook(lambda module, inputs, output: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        network(IMAGES)
+    handle.remove()
+    copy.deepcopy(body)
 
 
 def test_tokens_become_maps_without_their_prefix():
