@@ -109,6 +109,8 @@ class LearningConv2d(nn.Conv2d):
 class _Cut(torch.autograd.Function):
     """Parts of maps (B, H, W, C), one beside the other. Autograd alone would make zeros for each part's gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(maps: Tensor, parts: Sequence[tuple[slice, ...]]) -> Tensor:
         return torch.cat([maps[part] for part in parts], -1)

@@ -86,6 +86,8 @@ def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return winograd(maps, transformed(weight.transpose(0, 1)), _bias(weight, bias))
@@ -106,7 +108,7 @@ class _Convolution(torch.autograd.Function):
             )
         return (
             winograd(slopes, transformed(weight, TURNED), slopes.new_zeros(maps.shape[1])) if to_maps else None,
-            torch.empty_like(weight).copy_(winograd_weight(maps, slopes)) if to_weight else None,
+            winograd_weight(maps, slopes) if to_weight else None,
             slopes.sum((0, 2, 3)) if to_bias else None,
         )
 
@@ -150,7 +152,7 @@ def winograd_weight(maps: Tensor, slopes: Tensor) -> Tensor:
     """Compute the gradient of the weight from maps (B, C, H, W) and the gradient of what they became, (B, D, H, W).
 
     Returns:
-        (D, C, 3, 3)
+        (D, C, 3, 3), channels-last
     """
     (_, channels, height, width), wide = maps.shape, slopes.shape[1]
     rows, columns, count = _tiles(height), _tiles(width), _at_once(maps)
@@ -161,12 +163,13 @@ def winograd_weight(maps: Tensor, slopes: Tensor) -> Tensor:
         tiles = padded.reshape(-1, rows, TILE, columns, TILE, wide).transpose(2, 3).reshape(-1, TILE**2, wide)
         products.baddbmm_(windows.mT, (given[: len(tiles)] @ tiles).transpose(0, 1))
     kernel = _both(KERNEL, maps).mT @ products.flatten(1)
-    return kernel.view(3, 3, channels, wide).permute(3, 2, 0, 1).contiguous()
+    gradient = kernel.view(3, 3, channels, wide).permute(3, 2, 0, 1)
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 @winograd_weight.register_fake
 def _(maps: Tensor, slopes: Tensor) -> Tensor:
-    return maps.new_empty(slopes.shape[1], maps.shape[1], 3, 3)
+    return _empty(maps, slopes.shape[1], maps.shape[1], 3, 3)
 
 
 def _windows(maps: Tensor) -> Iterator[Tensor]:

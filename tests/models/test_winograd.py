@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from kdzoo import DataSpec
@@ -13,6 +14,7 @@ from kdzoo.models.convolutions import LearningConv2d
 from kdzoo.models.winograd import LEAST_WIDTH, Winograd, transformed
 from kdzoo.outputs import EVERYTHING, LOGITS
 from kdzoo.precision import PRECISIONS
+from kdzoo.tensors import leaves
 
 DATA = DataSpec("fake", 7, tuple("abcdefg"), 32, torch.arange(7))
 WIDE = {"resnet8x4": 3, "resnet32x4": 27, "vgg13_cifar": 9, "wrn_40_2": 22, "wrn_16_1": 3, "resnet18": 13}
@@ -212,6 +214,30 @@ def test_frozen_weights_get_no_gradient_and_gradients_of_gradients_are_right():
     fast.requires_grad_(True)
     fast(maps.detach()).sum().backward()
     assert fast[0].weight.grad is not None
+
+
+def of_each_image(module, maps, slopes):
+    def loss(weights, one, slope):
+        return (functional_call(module, weights, one[None])[0] * slope).sum()
+
+    return vmap(grad(loss, argnums=(0, 1)), in_dims=(None, 0, 0))(dict(module.named_parameters()), maps, slopes)
+
+
+def of_two_losses(module, maps, slopes):
+    maps = maps.requires_grad_()
+    both = torch.stack([slopes, slopes.square()])
+    return torch.autograd.grad(module(maps), [maps, *module.parameters()], both, is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("gradients", [of_each_image, of_two_losses])
+@pytest.mark.parametrize(("images", "channels", "side"), [(2, 64, 46), (3, 256, 2)])
+def test_gradients_may_be_asked_for_each_image_and_for_several_losses(gradients, images, channels, side):
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    maps, slopes = torch.randn(2, images, channels, side, side)
+    found = leaves(gradients(learning(copy.deepcopy(layer)), maps, slopes))
+    for one, other in zip(found, leaves(gradients(nn.Sequential(layer), maps, slopes)), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-4 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("side", [8, 7])
