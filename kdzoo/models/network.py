@@ -78,9 +78,9 @@ class Network(nn.Module):
         self._resize = resize
         first = next((module for module in body.modules() if isinstance(module, nn.Conv2d)), None)
         self._gray = first is not None and first.in_channels == 1
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("luma", torch.tensor(LUMA).view(1, -1, 1, 1), persistent=False)
+        dtype = next((p.dtype for p in body.parameters() if p.is_floating_point()), torch.float32)
+        for key, values in {"mean": mean, "std": std, "luma": LUMA}.items():
+            self.register_buffer(key, torch.tensor(values, dtype=dtype).view(1, -1, 1, 1), persistent=False)
         with _undisturbed(self):
             self._reader = _reader(body, self._probe(), taps, classifier)
             self._before = Preactivations(body, lambda: self._reader.read(body, self._probe(), True).features)

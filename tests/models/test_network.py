@@ -183,6 +183,16 @@ def test_a_body_that_its_owner_calls_keeps_no_map_and_can_be_copied(body):
         copy.deepcopy(body)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_body_of_another_dtype_reads_its_images(dtype):
+    body = ChannelsLast()
+    network = wrap(body, image_size=32, num_classes=10, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    wanted = network(IMAGES, EVERYTHING)
+    body = body.to(dtype)
+    found = wrap(body, image_size=32, num_classes=10, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))(IMAGES, EVERYTHING)
+    torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
+
+
 def test_a_body_whose_pass_failed_can_be_copied():
     body = Tokens()
     network = wrap(body, image_size=32, num_classes=10)
