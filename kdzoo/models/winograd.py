@@ -25,6 +25,7 @@ LEAST_WIDTH = 128  # channels on either side, below which transforms cost more t
 MEASURED = ("AVX2", "AVX512")  # a processor's instructions
 LEAST_TILES = 128  # of a batch, below which the transforms of a weight that changes cost more
 MOST_TILES = 0.1  # for each position of a map: the tiles of small maps lie half outside
+MOST_OF_ONE = 1024  # tiles of one image, which is worked on whole: more leave the caches, and take much memory
 AT_ONCE = 128  # tiles worked on at once: what is between their products lies in a processor's caches
 
 
@@ -219,10 +220,10 @@ def _tiles(side: int) -> int:
 
 
 def gains(maps: Tensor, least: int = 1) -> bool:
-    """Tell whether the tiles of maps (B, C, H, W) are at least so many, and not mostly outside."""
+    """Tell whether the tiles of maps (B, C, H, W) are at least so many, not too many, and not mostly outside."""
     images, (height, width) = len(maps), maps.shape[-2:]
     tiles = _tiles(height) * _tiles(width)
-    return maps.ndim == 4 and images * tiles >= least and tiles <= MOST_TILES * height * width
+    return maps.ndim == 4 and images * tiles >= least and tiles <= min(MOST_OF_ONE, MOST_TILES * height * width)
 
 
 def was_measured() -> bool:

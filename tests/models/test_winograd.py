@@ -57,6 +57,15 @@ def test_the_identity_is_exact_in_rational_numbers():
     assert torch.allclose(found, F.conv2d(maps, weight, bias, padding=1), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("shape", "by_tiles"), [((1, 64, 8, 8), True), ((1, 64, 128, 128), True), ((1, 64, 129, 128), False)]
+)
+def test_maps_of_large_images_are_convolved_plainly(shape, by_tiles):
+    layer, maps = nn.Conv2d(64, 64, 3, padding=1), torch.randn(shape)
+    with torch.no_grad():
+        assert torch.equal(Winograd(layer)(maps), layer(maps)) == (not by_tiles)
+
+
 def test_one_image_has_the_values_that_it_has_among_others():
     layer = Winograd(nn.Conv2d(64, 64, 3, padding=1))
     maps = torch.randn(37, 64, 8, 8)
