@@ -324,21 +324,16 @@ def _check_kept(distiller: Distiller) -> None:
 
 
 def _check_networks(student: object, teacher: object) -> None:
-    """Check that both are modules, that the student learns, and that the frozen teacher holds no weight it learns."""
+    """Check that both are modules, and that the teacher, which is frozen, holds no weight that the student learns."""
     for role, network in {"student": student, "teacher": student if teacher is None else teacher}.items():
         if not isinstance(network, nn.Module):
             raise UserError(f"the {role} is of type {type(network).__name__}; expected a torch.nn.Module")
-    weights = list(student.parameters()) if isinstance(student, nn.Module) else []
-    learned = {weight for weight in weights if weight.requires_grad}
-    if weights and not learned:
-        raise UserError(
-            "the student is frozen: no weight of it requires a gradient, as of one that was a teacher before; call "
-            "student.requires_grad_(True) first"
-        )
-    if isinstance(teacher, nn.Module) and not learned.isdisjoint(teacher.parameters()):
-        raise UserError(
-            "the teacher shares weights with the student, and a teacher's are frozen; pass a copy.deepcopy of it"
-        )
+    if isinstance(student, nn.Module) and isinstance(teacher, nn.Module):
+        learned = {weight for weight in student.parameters() if weight.requires_grad}
+        if not learned.isdisjoint(teacher.parameters()):
+            raise UserError(
+                "the teacher shares weights with the student, and a teacher's are frozen; pass a copy.deepcopy of it"
+            )
 
 
 def _network(role: str, module: nn.Module, num_classes: int | None, image_size: int | None) -> nn.Module:

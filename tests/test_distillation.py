@@ -185,14 +185,6 @@ def test_a_teacher_that_shares_weights_with_the_student_is_refused_as_it_would_f
     assert Distillation(student, teacher, KD())(batch)["kd"].requires_grad
 
 
-def test_a_student_that_was_a_teacher_is_refused_until_it_may_learn(batch):
-    student, teacher = Net(), Net()
-    Distillation(Net(), student, KD())
-    with pytest.raises(UserError, match=r"the student is frozen.*call student\.requires_grad_\(True\)"):
-        Distillation(student, teacher, Probe())
-    assert Distillation(student.requires_grad_(True), teacher, KD())(batch)["kd"].requires_grad
-
-
 def test_what_is_no_network_is_refused_by_its_type():
     with pytest.raises(UserError, match=r"the student is of type str; expected a torch\.nn\.Module"):
         kdzoo.distill("resnet18", Net(), "kd", num_classes=5, image_size=8)
