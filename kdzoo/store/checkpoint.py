@@ -24,10 +24,17 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "step": step, "state": state}, buffer)
+
+    def write(temporary: Path) -> None:
+        # Not by write_bytes: on an error its frame keeps a view of the buffer, and where the garbage collector of
+        # CPython clears the buffer before the view, the process ends by a segmentation fault.
+        with temporary.open("wb") as file:
+            file.write(content)
+
     with buffer.getbuffer() as content, storing(folder.parent):
         name = f"step-{step:09d}-{_digest(content)}.pt"
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
+        write_atomically(folder / name, write)
         kept = [folder / name, *(file for file in _files(folder) if _step(file) < step)][:KEPT]
         for file in [*_files(folder), *folder.glob(".step-*.part")]:  # parts are what a kill left behind
             if file not in kept:

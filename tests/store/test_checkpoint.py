@@ -1,6 +1,9 @@
 """A checkpoint is whole or it is not there, and a damaged one is never used."""
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,25 @@ def test_a_full_disk_is_one_line_and_what_stood_there_stays(tmp_path):
         write_atomically(file, full)
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_process_lives_on_after_a_checkpoint_that_did_not_fit(tmp_path):
+    code = """
+import gc, pathlib, resource, sys, torch
+from kdzoo.errors import StorageError
+from kdzoo.store import checkpoint
+gc.disable()  # until all are there that it is about
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+try:
+    checkpoint.save(pathlib.Path(sys.argv[1]), 1, {"weight": torch.zeros(2**18)})
+except StorageError as error:
+    error.itself = error  # for the garbage collector, as all that the frames of a training hold
+gc.collect()
+print("alive", *pathlib.Path(sys.argv[1]).iterdir())
+"""
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "alive\n", "")
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
