@@ -183,6 +183,11 @@ class DataSettings:
     skip_damaged: bool = setting(False, "Leave out image files that cannot be decoded, and count them")
     fingerprint: str = ""  # of images and labels; found by itself, empty where name and options decide them
 
+    @property
+    def measured_on(self) -> str:
+        """Name the images that accuracies are of: a teacher may have seen those that are held out here."""
+        return f"held-out training images of {self.name}" if self.val or self.select else self.test or self.name
+
     def opening(self) -> dict[str, Any]:
         """Return the keywords of ``open_dataset`` that decide images and labels."""
         return {key: value for key, value in asdict(self).items() if key != "fingerprint"}

@@ -171,7 +171,7 @@ def _together(run: Run, each: Sequence[Teacher], dataset: Dataset, progress: Pro
     network = ensemble(wanted, networks, shares).to(dataset.device)
     top1, answers = _measured(run, network, dataset, progress)
     if top1 is not None:
-        progress.say(f"{len(each)} teachers together: top-1 {top1:.2f} % on {dataset.spec.name}")
+        progress.say(f"{len(each)} teachers together: top-1 {top1:.2f} % on {run.settings.data.measured_on}")
     return Teacher(network, top1, answers.classes, tuple(one.top1 for one in each if one.top1 is not None))
 
 
@@ -225,7 +225,8 @@ def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | N
         )
     how = "top-1" if network.has_classifier else "top-1 by nearest neighbours"
     reached = f"answers for {len(labels)} test images" if top1 is None else f"{how} {top1:.2f} %"
-    progress.say(f"teacher {wanted.name}: {reached} on {spec.name}, reads {network.reads}  ({network.origin})")
+    where = run.settings.data.measured_on
+    progress.say(f"teacher {wanted.name}: {reached} on {where}, reads {network.reads}  ({network.origin})")
     if top1 is None or not spec.num_classes:
         return Teacher(network, top1, classes)
     confusion = torch.zeros(spec.num_classes, spec.num_classes, dtype=torch.int64)
@@ -233,7 +234,7 @@ def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | N
     check_order(wanted.name, spec.class_names, confusion.numpy())
     if top1 < near_chance(spec.num_classes, dataset.test_size) and not run.place.teacher.allow_weak:
         raise UserError(
-            f"teacher {wanted.name} reaches {top1:.2f} % on {spec.name}, near the chance of "
+            f"teacher {wanted.name} reaches {top1:.2f} % on {where}, near the chance of "
             f"{100 / spec.num_classes:.2f} %; "
             + (
                 f"it reads {network.reads}: set teacher.image_size, teacher.mean and teacher.std to what it was "

@@ -200,6 +200,16 @@ def test_a_file_of_another_head_is_trained_on_where_that_is_asked_for(tmp_path, 
     assert re.search(r"teacher resnet14: top-1 [\d.]+ % on digits, reads 8 px, mean [\d. ]+, std [\d. ]+ \(", said)
 
 
+@pytest.mark.parametrize("share", ["data.val", "data.select"])
+def test_an_accuracy_on_held_out_training_images_is_told_from_one_on_test_images(tmp_path, capsys, share):
+    file = tmp_path / "seen.pth"
+    torch.save(create("resnet14", DATA._replace(image_size=8)).body.state_dict(), file)
+    given = [*SHORT, f"teacher.weights={file}", f"{share}=0.5"]
+    kdzoo.run("kd", "resnet8", "resnet14", out=tmp_path / "runs", overrides=given)
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"teacher resnet14: top-1 [\d.]+ % on held-out training images of digits, reads", said)
+
+
 def test_a_student_starts_from_the_weights_of_a_file_and_says_so(tmp_path, capsys):
     file = tmp_path / "start.pth"
     start = create("resnet8", DATA._replace(image_size=8)).body.state_dict()
