@@ -97,6 +97,12 @@ def check_name(name: str) -> None:
             f"'{name}' names no network; expected {_module(path_of(origin))}:{member or 'FACTORY'}, the function that "
             "makes it in a module that Python finds from the working folder"
         )
+    if origin == "__main__":  # nor would a change of it be noticed
+        factory = member or "FACTORY"
+        raise UserError(
+            f"'{name}' is code of the running script or notebook, which no other process can import; write {factory} "
+            f"into a file, such as mynets.py, and give mynets:{factory}"
+        )
     if not colon and not timm.is_model(names.resolve(name)):
         raise unknown("model", name, names.known(), hint="(all: kdzoo list models; your own: MODULE:FACTORY)")
     if colon and origin == "torchvision" and member not in (known := _torchvision_models()):

@@ -53,6 +53,13 @@ def test_a_python_file_is_no_network_but_may_hold_one():
                 check_name(f"{file}{member}")
 
 
+@pytest.mark.parametrize(("member", "factory"), [("", "FACTORY"), (":plain", "plain")])
+def test_code_of_the_running_script_is_refused_since_no_other_process_finds_it_nor_a_change_of_it(member, factory):
+    said = f"__main__{member}' is code of the running script .* into a file, such as .*, and give mynets:{factory}"
+    with pytest.raises(UserError, match=said):
+        check_name(f"__main__{member}")
+
+
 def test_a_folder_that_timm_saved_gives_its_network_and_its_weights(folder):
     path, state = folder
     network = create(f"local-dir:{path}", DATA, pretrained=True)
