@@ -224,7 +224,7 @@ def _obtained(run: Run, dataset: Dataset, progress: Progress, made: Settings | N
             f"({network.origin}); take other weights, or engine.precision=float32"
         )
     how = "top-1" if network.has_classifier else "top-1 by nearest neighbours"
-    reached = f"answers for {len(labels)} test images" if top1 is None else f"{how} {top1:.2f} %"
+    reached = f"answers for {len(labels)} images" if top1 is None else f"{how} {top1:.2f} %"
     where = run.settings.data.measured_on
     progress.say(f"teacher {wanted.name}: {reached} on {where}, reads {network.reads}  ({network.origin})")
     if top1 is None or not spec.num_classes:
