@@ -95,6 +95,7 @@ def test_a_full_disk_is_one_line_and_what_stood_there_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow(reason="starts a process, which imports torch")
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 def test_a_process_lives_on_after_a_checkpoint_that_did_not_fit(tmp_path):
     code = """
