@@ -70,7 +70,7 @@ def train(
                 shared.watch(batch)
         steps.end()
         progress.step(step + 1)
-        images = (step + 1 - max(start, step - step % per_epoch)) * settings.protocol.batch_size  # of this epoch
+        images = (step + 1 - max(start, step - step % per_epoch)) * loader.batch_size  # of this epoch
 
         if clock.since("show") >= READ_EVERY:
             clock.reset("show")

@@ -44,6 +44,20 @@ def test_checkpoints_are_as_far_apart_as_was_asked_or_as_writing_them_allows(
     assert steps == saved
 
 
+def test_speed_counts_the_images_that_there_are_where_a_batch_could_hold_more(tmp_path, dataset, monkeypatch):
+    now, advance = [0.0], loop.graphs.Plain.end
+
+    def step_ends(self):
+        now[0] += STEP
+        advance(self)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop.graphs.Plain, "end", step_ends)
+    run = settings(tmp_path, "none", "protocol.epochs=1", "protocol.batch_size=4096")
+    [result] = train_lanes([run], dataset, None, Progress(quiet=True))
+    assert result.images_per_second == len(dataset.spec.labels) / STEP
+
+
 def test_an_epoch_that_is_shorter_than_a_tick_of_the_systems_clock_has_a_speed(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: 7.0)  # that of Windows ticks every 16 ms
     monkeypatch.setattr(time, "time", lambda: 7.0)
