@@ -77,7 +77,9 @@ class Protocol:
     )
     gamma: float = setting(0.1, "Factor of the step schedule", positive)
     warmup: float = setting(0.0, "Epochs in which the learning rate rises from 0", between, 0, 10**6)
-    min_lr: float = setting(0.0, "Learning rate at which the cosine schedule ends", not_negative)
+    min_lr: float = setting(
+        0.0, "Learning rate at which the cosine schedule ends; a lower one stays as it is", not_negative
+    )
     clip: float = setting(
         0.0, "Largest norm of the gradient, to which larger ones are scaled (0: no limit)", not_negative
     )

@@ -29,7 +29,8 @@ def learning_rate(protocol: Protocol, base: float, step: int, steps_per_epoch: i
         return base * protocol.gamma**passed
     if protocol.schedule == "cosine":
         share = (epoch - protocol.warmup) / max(protocol.epochs - protocol.warmup, 1e-9)
-        return protocol.min_lr + (base - protocol.min_lr) * (1 + math.cos(math.pi * share)) / 2
+        lowest = min(protocol.min_lr, base)
+        return lowest + (base - lowest) * (1 + math.cos(math.pi * share)) / 2
     return base
 
 

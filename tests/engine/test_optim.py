@@ -32,6 +32,12 @@ def test_a_cosine_ends_at_its_minimum_after_a_linear_warm_up():
     assert rates[100] == pytest.approx(0.01)
 
 
+def test_a_cosine_never_raises_a_rate_that_is_below_its_minimum():
+    protocol = Protocol(epochs=10, schedule="cosine", warmup=2, min_lr=0.01)
+    rates = [learning_rate(protocol, 0.001, step, steps_per_epoch=10) for step in range(101)]
+    assert rates[20:] == [0.001] * 81
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
