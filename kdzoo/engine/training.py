@@ -1,5 +1,6 @@
 """Train runs side by side and write their folders, given the data and, where a method has one, the teacher."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +24,7 @@ from kdzoo.engine.turns import Turns
 from kdzoo.errors import UserError
 from kdzoo.precision import PRECISIONS
 from kdzoo.process_state import unchanged
+from kdzoo.quantities import counted
 from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run, Settings, StudentSettings
@@ -30,6 +32,7 @@ from kdzoo.store.folder import RunFolder
 from kdzoo.store.loggers import Loggers
 from kdzoo.store.result import Result
 
+OF_THE_BEGINNING = 0.05  # share of the weights before training in an average of them, from which on it is said
 Outcome = Result | UserError | None  # of a run: its result, why it failed, or neither where it stopped on the way
 
 
@@ -165,6 +168,7 @@ def _train_lanes(
                     lane.loggers = ended.enter_context(Loggers(lane.run, lane.folder, progress.say))
             if lanes:
                 ranks.once(say_left_out, lanes.values(), dataset, progress)
+                ranks.once(say_average, runs[0].settings, loader.total_steps, progress)
                 ranks.once(say_origins, lanes.values(), dataset, progress)
                 with current(device), Termination() as termination:
                     loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
@@ -198,6 +202,19 @@ def say_left_out(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) ->
                 f"{lane.title}: without {', '.join(left_out)} nothing trains the student's "
                 "classifier, so only its embedding is worth something; teacher.classifier=false leaves it out"
             )
+
+
+def say_average(settings: Settings, steps: int, progress: Progress) -> None:
+    """Say where a training is too short for the average of its weights, which is what is kept."""
+    begun = settings.protocol.ema**steps
+    if begun > OF_THE_BEGINNING:
+        most = OF_THE_BEGINNING ** (1 / steps)
+        digits = 1 - math.floor(math.log10(1 - most))
+        progress.say(
+            f"protocol.ema={settings.protocol.ema:g} is for longer trainings: after {counted(steps, 'step')} "
+            f"{begun:.0%} of the average, which is the student that is kept, are still the weights before training; "
+            f"set it to {math.floor(most * 10**digits) / 10**digits:.{digits}f} or less (0: no average)"
+        )
 
 
 def say_origins(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) -> None:

@@ -12,7 +12,7 @@ from kdzoo.engine.lane import Epochs, Meter
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress, plain_console
-from kdzoo.engine.training import train_lanes
+from kdzoo.engine.training import say_average, train_lanes
 from kdzoo.errors import UserError
 from kdzoo.outputs import LOGITS, Output, Show
 from kdzoo.recipe import Protocol
@@ -66,11 +66,29 @@ def test_a_training_says_what_it_is_and_each_of_its_slow_steps_has_a_line(
                 yield batch
 
     monkeypatch.setattr(dataset, "loader", Slow)
-    train_lanes([settings(tmp_path, name) for name in names], dataset, teacher, progress)
+    train_lanes([settings(tmp_path, name, "protocol.ema=0") for name in names], dataset, teacher, progress)
     lines = console.file.getvalue().splitlines()
     assert lines[:2] == [f"{text}: 2 epochs of 5 steps", "  still in step 1/10, 20 s so far"]
     assert sum("step" in line for line in lines) == 1 + 2 * (320 // 64)
     assert sum("epoch   2/2" in line for line in lines) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("ema", "steps", "said"),
+    [
+        (0.97, 5, "after 5 steps 86% of the average, which is the student that is kept, are still the weights before"),
+        (0.97, 5, "set it to 0.54 or less"),
+        (0.54, 5, None),
+        (0.99996, 10_000, "set it to 0.99970 or less"),
+        (0.9997, 10_000, None),
+        (0.97, 100, None),
+        (0, 5, None),
+    ],
+)
+def test_an_average_that_a_training_is_too_short_for_is_said(ema, steps, said):
+    console = plain_console(file=io.StringIO(), width=80)
+    say_average(settings("runs", "none", f"protocol.ema={ema}").settings, steps, Progress(console=console))
+    assert said in console.file.getvalue() if said else not console.file.getvalue()
 
 
 def test_a_phase_before_training_keeps_no_more_than_one_batch_of_the_teachers_outputs(dataset, teacher):
