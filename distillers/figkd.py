@@ -134,9 +134,13 @@ class FiGKD(Distiller):
         self.register_buffer("basis", rows[self.band].float(), persistent=False)
         self.register_buffer("order", class_permutation(self.class_order, data))
 
+    @property
+    def has_phase(self) -> bool:
+        return self.is_active and self.class_order == "confusion"
+
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """Average the teacher's predictions by class over an epoch, if the order of classes comes from them."""
-        if not self.is_active or self.class_order != "confusion":
+        if not self.has_phase:
             return
         sums = torch.zeros(len(self.order), len(self.order), device=self.order.device)
         for batch in batches:

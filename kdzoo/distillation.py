@@ -152,8 +152,8 @@ class Distillation(nn.Module):
         """Compute the weighted loss terms, float32 scalars by name; minimise their sum.
 
         Raises:
-            UserError: the batch is of another type, or lacks labels, views or an index that the method reads; or a
-                buffer of the method keeps the batch's graph.
+            UserError: the batch is of another type, or lacks labels, views or an index that the method reads; the
+                method's phase before training has not run; or a buffer of the method keeps the batch's graph.
         """
         if not isinstance(batch, Batch):
             kind = type(batch).__name__
@@ -174,6 +174,11 @@ class Distillation(nn.Module):
             raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")
         is_first = not (torch.compiler.is_compiling() or self.is_called or batch.images.is_meta)
         if is_first:
+            if self.precision is None and distiller.has_phase and not distiller.is_prepared:  # no loop of ours
+                raise UserError(
+                    f"{distiller.title} has a phase before training; call prepare(batches) first, with the batches of "
+                    "an epoch, such as a list of Batch.of(...), or load the state of a training that went before"
+                )
             self.is_called = True
             warn_of_bytes(batch.images, "unless your networks do so")
         student, teacher = self._views_on(device)
@@ -190,6 +195,7 @@ class Distillation(nn.Module):
         teacher = copy(teacher)  # without a teacher it is the student's own view
         with autocast(device, FLOAT32), casting_anew():  # a phase may train the student
             self.distiller.prepare(student, teacher, _Shown(batches, teacher))
+        self.distiller.is_prepared = True
 
     def pass_student_through(self, passes: Callable[[Tensor, Show], Output]) -> Callable[[Tensor, Show], Output]:
         """Let ``passes`` make the student's passes, such as compiled code of it, and return what made them before."""

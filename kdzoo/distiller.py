@@ -173,6 +173,11 @@ class _NotShown(tuple[Tensor, ...]):
         raise UserError(self.why)
 
 
+def _take_as_prepared(distiller: "Distiller", _: object) -> None:
+    """Take a method whose state was loaded for one whose phase before training has run, when that was saved."""
+    distiller.is_prepared = True
+
+
 class Distiller(nn.Module):
     """The base class of all methods: loss terms, and the modules that they train.
 
@@ -224,6 +229,8 @@ class Distiller(nn.Module):
         super().__init__()
         self.weights = {name: not_negative(**{name: weight}) for name, weight in weights.items()}
         self.is_assembled = False
+        self.is_prepared = False  # whether its phase before training has run, here or before its state was saved
+        self.register_load_state_dict_post_hook(_take_as_prepared)
         self._settle()
 
     def _settle(self) -> None:
@@ -374,6 +381,11 @@ class Distiller(nn.Module):
 
     def prepare(self, student: NetworkView, teacher: NetworkView, batches: Iterable[Batch]) -> None:
         """Run a phase before training. ``batches`` can be iterated many times, one epoch each time."""
+
+    @property
+    def has_phase(self) -> bool:
+        """Whether ``prepare`` finds something that the loss reads."""
+        return type(self).prepare is not Distiller.prepare
 
     def deploy(self, student: nn.Module) -> nn.Module:
         """Return the network to ship, called as networks are. By default this is the student itself."""

@@ -315,6 +315,20 @@ def test_a_phase_before_training_sees_the_weights_that_it_changed(batch, precisi
     assert not shown[1].any()
 
 
+def test_a_loop_of_ones_own_is_asked_for_the_phase_before_training_that_a_method_has(batch):
+    class Phased(Probe):
+        def prepare(self, student, teacher, batches):
+            pass
+
+    together, resumed = (Distillation(Net(), Net(), Phased()) for _ in range(2))
+    with pytest.raises(UserError, match=r"Phased has a phase before training; call prepare\(batches\) first"):
+        together(batch)
+    together.prepare([batch])
+    together(batch)
+    resumed.load_state_dict(together.state_dict())
+    resumed(batch)
+
+
 def test_what_ships_is_the_student():
     student = Net()
     assert Distillation(student, Net(), Probe()).deploy() is student

@@ -53,6 +53,10 @@ class Turns(Distiller):
         return self.copies[0].title
 
     @property
+    def has_phase(self) -> bool:
+        return self.copies[0].has_phase
+
+    @property
     def copies(self) -> list[Distiller]:
         """The copies of the method, in the order of the teachers."""
         return list(self.methods)  # type: ignore[arg-type]  # all are methods
