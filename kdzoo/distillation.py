@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kdzoo.distiller import Batch, DataSpec, Distiller, Needs
-from kdzoo.errors import UserError
+from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast, casting_anew
 from kdzoo.quantities import counted
@@ -81,6 +81,7 @@ class Distillation(nn.Module):
             student = _network("student", student, num_classes, image_size)
             teacher = None if teacher is None else _network("teacher", teacher, num_classes, image_size)
         self.student, self.teacher, self.distiller = student, teacher, distiller
+        self.image_size = image_size  # that its networks' outputs were made of; None where it is not known
         self.left_out: list[str] = []  # terms of the method that read what there is not
         if not distiller.is_assembled:
             self._assemble(num_classes, labels, image_size, data, labelled)
@@ -182,8 +183,17 @@ class Distillation(nn.Module):
             self.is_called = True
             warn_of_bytes(batch.images, "unless your networks do so")
         student, teacher = self._views_on(device)
-        with autocast(device, FLOAT32):
-            terms = distiller(student, _shown(teacher, batch), batch)
+        try:
+            with autocast(device, FLOAT32):
+                terms = distiller(student, _shown(teacher, batch), batch)
+        except RuntimeError as error:  # maps of another size than the method's modules were made for
+            height, width = batch.images.shape[2:]
+            if self.image_size is None or (height, width) == (self.image_size,) * 2 or is_shortage(error):
+                raise
+            raise UserError(
+                f"{distiller.title} was made for images of {self.image_size} x {self.image_size}, and those of this "
+                f"batch are {height} x {width}; bring them to that size ({told(error)})"
+            ) from error
         if is_first:
             _check_kept(distiller)
         return terms

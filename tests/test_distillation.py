@@ -315,6 +315,22 @@ def test_a_phase_before_training_sees_the_weights_that_it_changed(batch, precisi
     assert not shown[1].any()
 
 
+def test_images_of_another_size_than_a_methods_modules_were_made_for_are_named(batch):
+    class Placed(Running):
+        def build(self, student, teacher, data):
+            self.register_buffer("place", torch.ones(data.image_size, data.image_size))
+
+        def loss(self, student, teacher, batch):
+            return {"match": (student.features[0] * self.place).mean()}
+
+    together = Distillation(Net(), Net(), Placed(), num_classes=5, image_size=6)
+    together(batch._replace(images=torch.rand(2, 3, 6, 6)))
+    with pytest.raises(
+        UserError, match="Placed was made for images of 6 x 6, and those of this batch are 6 x 4; bring"
+    ):
+        together(batch._replace(images=torch.rand(2, 3, 6, 4)))
+
+
 def test_a_loop_of_ones_own_is_asked_for_the_phase_before_training_that_a_method_has(batch):
     class Phased(Probe):
         def prepare(self, student, teacher, batches):
