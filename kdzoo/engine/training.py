@@ -1,6 +1,5 @@
 """Train runs side by side and write their folders, given the data and, where a method has one, the teacher."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -26,6 +25,7 @@ from kdzoo.precision import PRECISIONS
 from kdzoo.process_state import unchanged
 from kdzoo.quantities import counted
 from kdzoo.randomness import seed_of, seed_torch
+from kdzoo.recipe import Protocol
 from kdzoo.resolve import changed_files
 from kdzoo.settings import Run, Settings, StudentSettings
 from kdzoo.store.folder import RunFolder
@@ -168,7 +168,7 @@ def _train_lanes(
                     lane.loggers = ended.enter_context(Loggers(lane.run, lane.folder, progress.say))
             if lanes:
                 ranks.once(say_left_out, lanes.values(), dataset, progress)
-                ranks.once(say_average, runs[0].settings, loader.total_steps, progress)
+                ranks.once(say_too_short, runs[0].settings.protocol, loader.total_steps, progress)
                 ranks.once(say_origins, lanes.values(), dataset, progress)
                 with current(device), Termination() as termination:
                     loop.train(list(lanes.values()), shared, dataset, loader, progress, termination)
@@ -204,16 +204,20 @@ def say_left_out(lanes: Iterable[Lane], dataset: Dataset, progress: Progress) ->
             )
 
 
-def say_average(settings: Settings, steps: int, progress: Progress) -> None:
-    """Say where a training is too short for the average of its weights, which is what is kept."""
-    begun = settings.protocol.ema**steps
+def say_too_short(protocol: Protocol, steps: int, progress: Progress) -> None:
+    """Say what of a recipe a training is too short for."""
+    begun = protocol.ema**steps
     if begun > OF_THE_BEGINNING:
-        most = OF_THE_BEGINNING ** (1 / steps)
-        digits = 1 - math.floor(math.log10(1 - most))
         progress.say(
-            f"protocol.ema={settings.protocol.ema:g} is for longer trainings: after {counted(steps, 'step')} "
-            f"{begun:.0%} of the average, which is the student that is kept, are still the weights before training; "
-            f"set it to {math.floor(most * 10**digits) / 10**digits:.{digits}f} or less (0: no average)"
+            f"protocol.ema={protocol.ema:g} is for longer trainings: after {counted(steps, 'step')} {begun:.0%} of the "
+            "average, which is the student that is kept, are still the weights before training; protocol.ema=0 keeps "
+            "the last weights"
+        )
+    if protocol.warmup > protocol.epochs:
+        progress.say(
+            f"protocol.warmup={protocol.warmup:g} is for longer trainings: after {counted(protocol.epochs, 'epoch')} "
+            f"the learning rate is at {protocol.epochs / protocol.warmup:.0%} of its height; protocol.warmup=0 begins "
+            "there"
         )
 
 

@@ -12,7 +12,7 @@ from kdzoo.engine.lane import Epochs, Meter
 from kdzoo.engine.measure import evaluate
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress, plain_console
-from kdzoo.engine.training import say_average, train_lanes
+from kdzoo.engine.training import say_too_short, train_lanes
 from kdzoo.errors import UserError
 from kdzoo.outputs import LOGITS, Output, Show
 from kdzoo.recipe import Protocol
@@ -74,20 +74,22 @@ def test_a_training_says_what_it_is_and_each_of_its_slow_steps_has_a_line(
 
 
 @pytest.mark.parametrize(
-    ("ema", "steps", "said"),
+    ("recipe", "steps", "said"),
     [
-        (0.97, 5, "after 5 steps 86% of the average, which is the student that is kept, are still the weights before"),
-        (0.97, 5, "set it to 0.54 or less"),
-        (0.54, 5, None),
-        (0.99996, 10_000, "set it to 0.99970 or less"),
-        (0.9997, 10_000, None),
-        (0.97, 100, None),
-        (0, 5, None),
+        (
+            {"ema": 0.97},
+            5,
+            "after 5 steps 86% of the average, which is the student that is kept, are still the weights",
+        ),
+        ({"ema": 0.97}, 100, None),
+        ({"ema": 0.54}, 5, None),
+        ({"warmup": 8, "epochs": 2}, 5, "after 2 epochs the learning rate is at 25% of its height"),
+        ({"warmup": 2, "epochs": 2}, 5, None),
     ],
 )
-def test_an_average_that_a_training_is_too_short_for_is_said(ema, steps, said):
+def test_what_a_training_is_too_short_for_is_said(recipe, steps, said):
     console = plain_console(file=io.StringIO(), width=80)
-    say_average(settings("runs", "none", f"protocol.ema={ema}").settings, steps, Progress(console=console))
+    say_too_short(Protocol(**recipe), steps, Progress(console=console))
     assert said in console.file.getvalue() if said else not console.file.getvalue()
 
 
