@@ -249,6 +249,10 @@ def distill(
             out.
         keywords: the method's own, such as ``temperature=2.0``; ``kdzoo show METHOD`` explains them.
 
+    Returns:
+        The module. A method with a phase before training, such as ofd, asks for its ``prepare(batches)`` first;
+        ``deploy()`` returns the network to ship.
+
     Raises:
         UserError: an unknown method or keyword, with the nearest, or networks that do not fit.
 
