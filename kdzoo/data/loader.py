@@ -109,7 +109,8 @@ class Loader:
         self.rows = self.batch_size // world  # of a batch that are given here
         if self.mixes and self.rows % 2:
             raise UserError(
-                f"mixup and cutmix pair rows, and a device has {self.rows} of a batch; use an even number of them"
+                f"mixup and cutmix pair the images of a batch, and each device gets {self.rows}; "
+                f"set protocol.batch_size to a multiple of {2 * world}, at most {self.images}"
             )
         self.steps_per_epoch = self.images // self.batch_size
         self.total_steps = self.steps_per_epoch * protocol.epochs
