@@ -156,15 +156,14 @@ class Distillation(nn.Module):
             UserError: the batch is of another type, or lacks labels, views or an index that the method reads; the
                 method's phase before training has not run; or a buffer of the method keeps the batch's graph.
         """
-        if not isinstance(batch, Batch):
-            kind = type(batch).__name__
-            raise UserError(f"the batch is of type {kind}; expected Batch.of(images, labels, num_classes=...)")
-        device, distiller = batch.images.device.type, self.distiller
-        missing = [view for view in distiller.needs.views if view not in batch.views]
-        if missing and distiller.is_active:
+        distiller = self.distiller
+        _check_batch(batch, distiller)
+        device = batch.images.device.type
+        is_meta = batch.images.is_meta  # shapes alone are asked for
+        if self.precision is None and distiller.has_phase and not (distiller.is_prepared or is_meta):  # no loop of ours
             raise UserError(
-                f"{distiller.title} reads {', '.join(missing)} of the batch's views, and it has none; give it those as "
-                "batch._replace(views={...}), which kdzoo run makes by itself"
+                f"{distiller.title} has a phase before training; call prepare(batches) first, with the batches of "
+                "an epoch, such as a list of Batch.of(...), or load the state of a training that went before"
             )
         if batch.index is None and distiller.needs.labels:
             raise UserError(
@@ -173,13 +172,8 @@ class Distillation(nn.Module):
             )
         if batch.labels is None and any(distiller.weights.get(term) for term in distiller.label_terms):
             raise UserError("the batch has no labels, and the loss reads them; give it labels, or pass labelled=False")
-        is_first = not (torch.compiler.is_compiling() or self.is_called or batch.images.is_meta)
+        is_first = not (torch.compiler.is_compiling() or self.is_called or is_meta)
         if is_first:
-            if self.precision is None and distiller.has_phase and not distiller.is_prepared:  # no loop of ours
-                raise UserError(
-                    f"{distiller.title} has a phase before training; call prepare(batches) first, with the batches of "
-                    "an epoch, such as a list of Batch.of(...), or load the state of a training that went before"
-                )
             self.is_called = True
             warn_of_bytes(batch.images, "unless your networks do so")
         student, teacher = self._views_on(device)
@@ -199,12 +193,21 @@ class Distillation(nn.Module):
         return terms
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Run the method's phase before training, if it has one. Each iteration over ``batches`` is an epoch."""
+        """Run the method's phase before training, if it has one. Each iteration over ``batches`` is an epoch.
+
+        Raises:
+            UserError: ``batches`` can be read only once, or holds none, or what it holds is no batch for the method.
+        """
+        if isinstance(batches, Iterator):
+            raise UserError(
+                f"the batches are of type {type(batches).__name__}, which is used up when it was read once, and "
+                "prepare may read them several times; pass a list"
+            )
         device = next((p.device.type for p in self.student.parameters()), "cpu")
         student, teacher = self._views_on(device)
         teacher = copy(teacher)  # without a teacher it is the student's own view
         with autocast(device, FLOAT32), casting_anew():  # a phase may train the student
-            self.distiller.prepare(student, teacher, _Shown(batches, teacher))
+            self.distiller.prepare(student, teacher, _Shown(batches, teacher, self.distiller))
         self.distiller.is_prepared = True
 
     def pass_student_through(self, passes: Callable[[Tensor, Show], Output]) -> Callable[[Tensor, Show], Output]:
@@ -284,13 +287,30 @@ def _shown(teacher: NetworkView, batch: Batch) -> NetworkView:
 class _Shown:
     """Batches of a phase before training, of which the teacher sees what each says."""
 
-    def __init__(self, batches: Iterable[Batch], teacher: NetworkView):
-        self.batches, self.teacher = batches, teacher
+    def __init__(self, batches: Iterable[Batch], teacher: NetworkView, distiller: Distiller):
+        self.batches, self.teacher, self.distiller = batches, teacher, distiller
 
     def __iter__(self) -> Iterator[Batch]:
+        batch = None
         for batch in self.batches:
+            _check_batch(batch, self.distiller)
             self.teacher.other = None if batch.teacher_images is None else (batch.images, batch.teacher_images)
             yield batch
+        if batch is None:
+            raise UserError("an epoch of the phase before training has no batches; pass prepare at least one")
+
+
+def _check_batch(batch: object, distiller: Distiller) -> None:
+    """Check that a batch is one, and that it has the views that the method reads."""
+    if not isinstance(batch, Batch):
+        kind = type(batch).__name__
+        raise UserError(f"the batch is of type {kind}; expected Batch.of(images, labels, num_classes=...)")
+    missing = [view for view in distiller.needs.views if view not in batch.views]
+    if missing and distiller.is_active:
+        raise UserError(
+            f"{distiller.title} reads {', '.join(missing)} of the batch's views, and it has none; give it those as "
+            "batch._replace(views={...}), which kdzoo run makes by itself"
+        )
 
 
 def _check_distiller(distiller: object) -> None:

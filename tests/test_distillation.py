@@ -345,6 +345,43 @@ def test_a_loop_of_ones_own_is_asked_for_the_phase_before_training_that_a_method
     resumed(batch)
 
 
+def test_a_compiled_loop_is_asked_for_the_phase_before_training_as_well(batch):
+    class Phased(Probe):
+        def prepare(self, student, teacher, batches):
+            pass
+
+    together = Distillation(Net(), Net(), Phased())
+    compiled = torch.compile(together, backend="eager")
+    with pytest.raises(UserError, match=r"Phased has a phase before training; call prepare\(batches\) first"):
+        compiled(batch)
+    together.prepare([batch])
+    assert compiled(batch)["match"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda batch: iter([batch]), "the batches are of type list_iterator, which is used up .*; pass a list"),
+        (lambda batch: [], "an epoch of the phase before training has no batches; pass prepare at least one"),
+        (lambda batch: [(batch.images, batch.labels)], r"the batch is of type tuple; expected Batch\.of"),
+        (lambda batch: batch, r"the batch is of type Tensor; expected Batch\.of"),
+    ],
+    ids=["iterator", "none", "tuples", "one"],
+)
+def test_a_phase_before_training_refuses_what_cannot_be_read_as_batches(batch, given, said):
+    class Phased(Probe):
+        def prepare(self, student, teacher, batches):
+            for _ in range(2):
+                list(batches)
+
+    together = Distillation(Net(), Net(), Phased())
+    with pytest.raises(UserError, match=said):
+        together.prepare(given(batch))
+    assert not together.distiller.is_prepared
+    together.prepare([batch])
+    assert together.distiller.is_prepared
+
+
 def test_what_ships_is_the_student():
     student = Net()
     assert Distillation(student, Net(), Probe()).deploy() is student
