@@ -1,6 +1,7 @@
 """Teacher, student and distiller as one module, for kdzoo's engine and for any other training loop."""
 
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from itertools import chain
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from kdzoo.distiller import Batch, DataSpec, Distiller, Needs
+from kdzoo.distiller import Batch, DataSpec, Distiller, Needs, described
 from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast, casting_anew
@@ -71,6 +72,7 @@ class Distillation(nn.Module):
         passes: Callable[[Tensor, Show], Output] | None = None,
     ):
         super().__init__()
+        num_classes, image_size = _whole(num_classes=num_classes), _whole(image_size=image_size)
         _check_distiller(distiller)
         if teacher is None and distiller.needs.teacher:
             raise UserError(f"{distiller.title} needs a teacher and got None; pass one")
@@ -131,6 +133,8 @@ class Distillation(nn.Module):
                     f"cut into them ({why}); choose another {role}, such as a ResNet, or another method"
                 )
         if data is None:
+            if labels is not None and not (isinstance(labels, Tensor) and labels.ndim == 1):
+                raise UserError(f"labels of the training set are {described(labels)}; expected int64 of shape (N,)")
             if labels is None and self.distiller.needs.labels:
                 raise UserError(
                     f"{self.distiller.title} reads the labels of the training set; pass labels=..., one for "
@@ -180,17 +184,32 @@ class Distillation(nn.Module):
         try:
             with autocast(device, FLOAT32):
                 terms = distiller(student, _shown(teacher, batch), batch)
-        except RuntimeError as error:  # maps of another size than the method's modules were made for
-            height, width = batch.images.shape[2:]
-            if self.image_size is None or (height, width) == (self.image_size,) * 2 or is_shortage(error):
+        except RuntimeError as error:
+            why = "" if is_shortage(error) else self._misfit(batch)
+            if not why:
                 raise
-            raise UserError(
-                f"{distiller.title} was made for images of {self.image_size} x {self.image_size}, and those of this "
-                f"batch are {height} x {width}; bring them to that size ({told(error)})"
-            ) from error
+            raise UserError(f"{why} ({told(error)})") from error
         if is_first:
             _check_kept(distiller)
+            if self.precision is None:  # the engine checks every step
+                _check_terms(terms, distiller)
         return terms
+
+    def _misfit(self, batch: Batch) -> str:
+        """Say how a batch, or a method's modules by now, differ from what these modules were made for, if they do."""
+        title, (height, width) = self.distiller.title, batch.images.shape[2:]
+        for name, weight in self.distiller.named_parameters():
+            if weight.is_floating_point() and weight.dtype != torch.float32:
+                kind = str(weight.dtype).removeprefix("torch.")
+                return (
+                    f"{name} of {title} is {kind}, and methods compute in float32; call distillation.distiller.float()"
+                )
+        if self.image_size is None or (height, width) == (self.image_size,) * 2:
+            return ""
+        return (
+            f"{title} was made for images of {self.image_size} x {self.image_size}, and those of this batch are "
+            f"{height} x {width}; bring them to that size"
+        )
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Run the method's phase before training, if it has one. Each iteration over ``batches`` is an epoch.
@@ -351,6 +370,27 @@ def _check_built(distiller: Distiller, student: nn.Module) -> None:
                 f"{name} of {distiller.title} has a shape and no numbers, as all that build() is given; make it with "
                 "numbers, such as torch.zeros(...)"
             )
+
+
+def _check_terms(terms: object, distiller: Distiller) -> None:
+    """Check that a loss is a dictionary of tensors."""
+    if not isinstance(terms, Mapping):
+        raise UserError(
+            f"the loss of {distiller.title} is of type {type(terms).__name__}; expected a dictionary of its terms, "
+            "such as self.weigh(ce=lambda: ...)"
+        )
+    for name, term in terms.items():
+        if not isinstance(term, Tensor):
+            raise UserError(f"the term '{name}' of {distiller.title} is {described(term)}; return a tensor")
+
+
+def _whole(**keyword: object) -> int | None:
+    """Return a keyword's whole number, of whichever type; None as it is."""
+    ((name, value),) = keyword.items()
+    try:
+        return None if value is None else operator.index(value)  # type: ignore[arg-type]  # says so itself
+    except TypeError:
+        raise UserError(f"{name}={value!r}: expected a whole number") from None
 
 
 def _check_kept(distiller: Distiller) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.errors import UserError
-from kdzoo.keywords import not_negative
+from kdzoo.keywords import not_negative, share
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.quantities import counted
 
@@ -66,12 +66,16 @@ class Batch(NamedTuple):
                 method reads them.
 
         Raises:
-            UserError: images or labels are of another shape or type, or labels come without ``num_classes``.
+            UserError: images, labels or index are of another shape or type, labels come without ``num_classes``, or
+                ``progress`` is no share, such as the number of an epoch.
         """
-        if images.ndim != 4 or not images.is_floating_point():
-            raise UserError(f"images are {_described(images)}; expected floats in [0, 1] of shape (B, 3, H, W)")
-        if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != torch.int64):
-            raise UserError(f"labels of {len(images)} images are {_described(labels)}; expected int64 of shape (B,)")
+        fit = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)
+        if not (fit and images.is_floating_point()):
+            raise UserError(f"images are {described(images)}; expected floats in [0, 1] of shape (B, 3, H, W)")
+        if labels is not None and not _are_rows(labels, images):
+            raise UserError(f"labels of {len(images)} images are {described(labels)}; expected int64 of shape (B,)")
+        if index is not None and not _are_rows(index, images):
+            raise UserError(f"the index of {len(images)} images is {described(index)}; expected int64 of shape (B,)")
         if labels is not None and num_classes < 1:
             raise UserError(f"num_classes={num_classes}: pass the number of classes beside the labels")
         return cls(
@@ -79,7 +83,7 @@ class Batch(NamedTuple):
             labels,  # type: ignore[arg-type]  # absent where there are none
             None if labels is None else F.one_hot(labels, num_classes).to(torch.float32),  # type: ignore[arg-type]
             index,  # type: ignore[arg-type]  # absent where it is not given
-            torch.tensor(progress, device=images.device),
+            torch.tensor(share(progress=float(progress)), device=images.device),
         )
 
     @property
@@ -90,7 +94,19 @@ class Batch(NamedTuple):
         return F.one_hot(self.labels, self.targets.shape[1])
 
 
-def _described(tensor: Tensor) -> str:
+def _are_rows(values: object, images: Tensor) -> bool:
+    return isinstance(values, Tensor) and values.shape == images.shape[:1] and values.dtype == torch.int64
+
+
+def described(tensor: object) -> str:
+    """Say of which type and shape a value is that may be a tensor.
+
+    Example:
+        >>> described(torch.zeros(2, 3))
+        'float32 of shape (2, 3)'
+    """
+    if not isinstance(tensor, Tensor):
+        return f"of type {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 

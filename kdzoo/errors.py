@@ -88,9 +88,13 @@ LONGEST = 300  # characters of what an error of others says
 
 
 def told(error: BaseException) -> str:
-    """Say an error of others in one line: its type, and the first line of its text, if it has any."""
-    lines = _text(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__
+    """Say an error of others in one line: its type, and the first line of its text, if it has any.
+
+    A first line that ends in a colon says nothing without the next.
+    """
+    lines = [line.strip() for line in _text(error).strip().splitlines()]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
+    return f"{type(error).__name__}: {said[:LONGEST]}" if lines else type(error).__name__
 
 
 def visible(text: str) -> str:

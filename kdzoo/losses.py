@@ -12,6 +12,11 @@ from kdzoo.tensors import full_precision
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the cross-entropy of ``logits`` (B, K) against distributions ``targets`` (B, K), mean over the batch."""
+    if logits.shape != targets.shape:
+        raise ValueError(
+            f"the logits are of shape {tuple(logits.shape)} and the targets of shape {tuple(targets.shape)}; "
+            "expected the same, with a batch made with num_classes=... of the networks"
+        )
     logits = full_precision(logits)
     return F.cross_entropy(logits, targets.to(logits.dtype))
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import kdzoo
 from kdzoo import Distiller, toys
@@ -124,6 +125,36 @@ def test_an_error_of_a_method_is_told_with_its_file_and_line():
     line = Careless.changed.__code__.co_firstlineno + 1
     with pytest.raises(AssertionError, match=rf"got IndexError: beyond the end; look at test_checks\.py, line {line}$"):
         BY_NAME["check_terms"](Careless)
+
+
+def test_a_layer_that_is_made_by_the_first_loss_is_named_where_a_state_is_loaded():
+    class Late(broken.Sound):
+        def changed(self, term, student, teacher, batch):
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(1, 1)
+            return term + 0 * self.late.weight.sum()
+
+    with pytest.raises(
+        AssertionError, match=r"Distillation: Unexpected key\(s\) in state_dict: .*distiller\.late\.weight"
+    ):
+        BY_NAME["check_state"](Late)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda term: term.detach(), "expected a gradient of 'hint' for .*; got none; compute it from the student's"),
+        (lambda term: term.expand(4), r"expected a scalar 'hint' for .*; got \(4,\); take the mean over the batch"),
+    ],
+    ids=["detached", "rows"],
+)
+def test_a_term_that_teaches_nothing_or_is_no_scalar_fails_with_what_to_write(change, said):
+    class Changed(broken.Sound):
+        def changed(self, term, student, teacher, batch):
+            return change(term)
+
+    with pytest.raises(AssertionError, match=said):
+        BY_NAME["check_needs"](Changed)
 
 
 def test_every_check_has_a_distiller_that_fails_it():

@@ -266,11 +266,68 @@ def test_a_buffer_that_keeps_a_batchs_graph_is_named_before_the_next_batch_goes_
         ),
         (torch.zeros(2, 3, 8, 8), torch.zeros(2), 5, r"labels of 2 images are float32 of shape \(2,\); expected int64"),
         (torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), 0, "num_classes=0: pass the number of classes"),
+        (torch.zeros(2, 8, 8, 3), None, 0, r"images are float32 of shape \(2, 8, 8, 3\); expected .* \(B, 3, H, W\)"),
+        ([[0.0]], None, 0, r"images are of type list; expected floats"),
+        (torch.zeros(2, 3, 8, 8), [0, 1], 5, r"labels of 2 images are of type list; expected int64"),
     ],
 )
 def test_a_batch_of_what_is_no_batch_is_refused(images, labels, classes, said):
     with pytest.raises(UserError, match=said):
         kdzoo.Batch.of(images, labels, classes)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"index": torch.zeros(3, dtype=torch.int64)},
+            r"the index of 2 images is int64 of shape \(3,\); expected int64",
+        ),
+        ({"index": torch.zeros(2)}, r"the index of 2 images is float32 of shape \(2,\)"),
+        ({"index": [0, 1]}, "the index of 2 images is of type list"),
+        ({"progress": 7}, r"progress=7\.0: expected a share from 0 to 1"),
+    ],
+    ids=["short", "float", "list", "epoch"],
+)
+def test_an_index_or_a_share_of_training_that_is_none_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        Batch.of(torch.zeros(2, 3, 8, 8), **given)
+
+
+def test_a_batch_of_other_classes_than_the_networks_is_told_so(batch):
+    other = Batch.of(batch.images, batch.labels, num_classes=9)
+    with pytest.raises(
+        ValueError, match=r"logits are of shape \(4, 5\) and the targets of shape \(4, 9\); expected the"
+    ):
+        Distillation(Net(), Net(), KD())(other)
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        (lambda loss: loss.mean(), "the loss of Own is of type Tensor; expected a dictionary"),
+        (lambda loss: (loss.mean(),), "the loss of Own is of type tuple; expected a dictionary"),
+        (lambda loss: {"match": 0.0}, "the term 'match' of Own is of type float"),
+    ],
+    ids=["bare", "tuple", "number"],
+)
+def test_a_loss_that_is_no_dictionary_of_tensors_is_told_so(batch, terms, said):
+    class Own(Probe):
+        def loss(self, student, teacher, batch):
+            return terms(student.logits - teacher.logits)
+
+    with pytest.raises(UserError, match=said):
+        Distillation(Net(), Net(), Own())(batch)
+
+
+def test_modules_of_a_method_in_another_precision_are_named(batch):
+    halved = Distillation(Net(), Net(), Probe()).bfloat16()
+    with pytest.raises(
+        UserError, match=r"connector\.weight of Probe is bfloat16, and methods compute in float32; call"
+    ):
+        halved(batch._replace(images=batch.images.bfloat16()))
+    halved.distiller.float()
+    assert halved(batch._replace(images=batch.images.bfloat16()))["match"].isfinite()
 
 
 def test_a_method_without_a_teacher_trains_without_one(batch):
@@ -345,17 +402,15 @@ def test_a_loop_of_ones_own_is_asked_for_the_phase_before_training_that_a_method
     resumed(batch)
 
 
-def test_a_compiled_loop_is_asked_for_the_phase_before_training_as_well(batch):
-    class Phased(Probe):
+def test_a_compiled_loop_is_asked_for_the_phase_before_training_as_well(pictures):
+    class Phased(KD):
         def prepare(self, student, teacher, batches):
             pass
 
-    together = Distillation(Net(), Net(), Phased())
+    together = Distillation(cnn(), cnn(), Phased(), num_classes=5, image_size=32)
     compiled = torch.compile(together, backend="eager")
     with pytest.raises(UserError, match=r"Phased has a phase before training; call prepare\(batches\) first"):
-        compiled(batch)
-    together.prepare([batch])
-    assert compiled(batch)["match"].isfinite()
+        compiled(pictures)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +505,29 @@ def test_a_bare_network_says_what_is_missing(missing):
     del given[missing]
     with pytest.raises(UserError, match=r"the student is a bare Sequential; pass num_classes=\.\.\. and image_size="):
         Distillation(cnn(), cnn(), KD(), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_classes": "5"}, "num_classes='5': expected a whole number"),
+        ({"num_classes": 5.0}, r"num_classes=5\.0: expected a whole number"),
+        ({"image_size": (32, 32)}, r"image_size=\(32, 32\): expected a whole number"),
+        ({"labels": [0, 1]}, r"labels of the training set are of type list; expected int64 of shape \(N,\)"),
+        ({"labels": torch.eye(5)}, r"labels of the training set are float32 of shape \(5, 5\); expected int64"),
+    ],
+    ids=["text", "float", "pair", "list", "matrix"],
+)
+def test_what_is_known_of_the_data_is_of_the_type_it_is_said_to_be(given, said):
+    with pytest.raises(UserError, match=said):
+        kdzoo.distill(cnn(), cnn(), "crd", **{"num_classes": 5, "image_size": 32, "labels": torch.arange(5), **given})
+    whole = {"num_classes": torch.tensor(5), "image_size": torch.tensor(32)}
+    assert kdzoo.distill(cnn(), cnn(), "kd", **whole).image_size == 32
+
+
+def test_a_compiled_network_is_told_to_be_compiled_later():
+    with pytest.raises(UserError, match=r"'the student' is compiled, so its .* pass what torch\.compile was given"):
+        kdzoo.distill(torch.compile(cnn(), backend="eager"), cnn(), "at", num_classes=5, image_size=32)
 
 
 def test_networks_of_other_classes_are_an_error():

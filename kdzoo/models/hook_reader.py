@@ -197,7 +197,7 @@ def _probe(body: nn.Module, images: Tensor, classifier: bool) -> tuple[list[Modu
 
     handles = [m.register_forward_hook(watch(name), with_kwargs=True) for name, m in body.named_modules() if name]
     try:
-        output = body(images)
+        output = body(images.clone())  # some change them in place
     finally:
         for handle in handles:
             handle.remove()
@@ -231,7 +231,7 @@ def _check_stages(body: nn.Module, images: Tensor, calls: Sequence[ModuleCall], 
 
     Where the rest of the network reads this map alone, exchanging it between two images exchanges their logits.
     """
-    logits = logits_in(body(images))
+    logits = logits_in(body(images.clone()))
     wanted = logits.flip(0)
     for tap in chosen:
         left = [sum(call.name == tap.name for call in calls)]  # of a module that is called again, the last counts
@@ -242,7 +242,7 @@ def _check_stages(body: nn.Module, images: Tensor, calls: Sequence[ModuleCall], 
 
         handle = tap.module.register_forward_hook(exchange)
         try:
-            found = logits_in(body(images))
+            found = logits_in(body(images.clone()))
         finally:
             handle.remove()
         if (found - wanted).abs().max() > 0.01 * (logits - wanted).abs().max():

@@ -151,6 +151,17 @@ def test_maps_that_something_goes_past_are_no_stages():
     assert len(named(IMAGES, EVERYTHING).features) == 4
 
 
+def test_a_network_that_normalises_its_images_in_place_shows_its_stages():
+    class Normalising(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images.sub_(0.5).div_(0.25))
+
+    widths = ((3, 4), (4, 4), (4, 4), (4, 4))
+    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in widths]
+    network = Normalising(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    assert len(wrap(network, image_size=32, num_classes=5).shapes().features) == 4
+
+
 def test_a_network_without_stages_serves_methods_that_read_none():
     def two_stages():
         return nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 4, 4), nn.Flatten(), nn.Linear(32, 10))
