@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from kdzoo.distiller import Batch, DataSpec, Distiller, Needs, described
+from kdzoo.distiller import VIEWS, Batch, DataSpec, Distiller, Needs, described
 from kdzoo.errors import UserError, is_shortage, told
 from kdzoo.outputs import NetworkView, Output, Show
 from kdzoo.precision import FLOAT32, Precision, ambient, autocast, casting_anew
@@ -326,9 +326,10 @@ def _check_batch(batch: object, distiller: Distiller) -> None:
         raise UserError(f"the batch is of type {kind}; expected Batch.of(images, labels, num_classes=...)")
     missing = [view for view in distiller.needs.views if view not in batch.views]
     if missing and distiller.is_active:
+        shapes = "; ".join(f"{view} is {VIEWS[view]}" for view in missing if view in VIEWS)
         raise UserError(
             f"{distiller.title} reads {', '.join(missing)} of the batch's views, and it has none; give it those as "
-            "batch._replace(views={...}), which kdzoo run makes by itself"
+            f"batch._replace(views={{...}}), which kdzoo run makes by itself: {shapes}"
         )
 
 

@@ -28,6 +28,13 @@ class Fidelity(StrEnum):
     RECONSTRUCTED = "reconstructed"  # the full text was not available
 
 
+VIEWS = {  # of a batch, by name, with their shapes
+    "weak": "(B, 3, H, W), another draw of crop and flip",
+    "strong": "(B, 3, H, W), a third draw with RandAugment",
+    "rotations": "(B, 4, 3, H, W), turned by 0, 90, 180 and 270 degrees",
+}
+
+
 class Batch(NamedTuple):
     """The data of one training step, the same for every method of a comparison.
 
@@ -42,7 +49,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, K) float: what cross-entropy is taken against (smoothed, mixed); None as well
     index: Tensor  # type: ignore[assignment]  # (B,) int64, row of the training set, or None; tuple.index is not missed
     progress: Tensor  # () float in [0, 1): the share of training that is done
-    views: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default, never written to)  further views by name
+    views: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple default, never written to)  those of VIEWS
     partner: Tensor | None = None  # (B,) int64: the row whose image was mixed into this one; None without mixing
     teacher_images: Tensor | None = None  # (B, 3, H, W), what the teacher sees in place of images; None: the same
 
@@ -143,7 +150,7 @@ class Needs:
     embedding: bool = True  # False: reads no embedding of the teacher, so that with no other need its logits suffice
     logits: bool = True  # False: its own terms read no logits, so that networks without a classifier suffice
     labels: bool = False  # reads the labels of the training set, and from batch.index which rows of it a batch holds
-    views: tuple[str, ...] = ()  # further views in batch.views: "weak", "strong", "rotations"
+    views: tuple[str, ...] = ()  # further views in batch.views, of those in VIEWS
     teacher_grad: bool = False  # the graph is kept through the frozen teacher
     preactivations: tuple[str, ...] = ()  # whose features are shown before the last ReLU too: "student", "teacher"
     final: bool = False  # both networks' final maps, and that they classify means of parts of them

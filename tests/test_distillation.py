@@ -530,6 +530,13 @@ def test_a_compiled_network_is_told_to_be_compiled_later():
         kdzoo.distill(torch.compile(cnn(), backend="eager"), cnn(), "at", num_classes=5, image_size=32)
 
 
+def test_a_network_whose_weights_have_no_numbers_is_told_so():
+    with torch.device("meta"):
+        student = cnn()
+    with pytest.raises(UserError, match=r"weights of 'the student' are on the meta device, .* and load weights first"):
+        kdzoo.distill(student, cnn(), "kd", num_classes=5, image_size=32)
+
+
 def test_networks_of_other_classes_are_an_error():
     with pytest.raises(UserError, match="the teacher gives 7 logits, expected 5"):
         Distillation(Net(), Net(classes=7), KD())
@@ -612,6 +619,14 @@ def test_a_batch_of_another_type_is_one_line(pictures):
     distillation = Distillation(cnn(4), cnn(6), KD(), num_classes=5, image_size=32)
     with pytest.raises(UserError, match=r"the batch is of type tuple; expected Batch.of"):
         distillation((pictures.images, pictures.labels))
+
+
+def test_a_phase_before_training_without_the_views_of_a_method_says_of_which_shape_they_are(pictures):
+    distillation = kdzoo.distill(cnn(4), cnn(6), "sskd", num_classes=5, image_size=32)
+    with pytest.raises(
+        UserError, match=r"SSKD reads rotations of the .*: rotations is \(B, 4, 3, H, W\), turned by 0, 90"
+    ):
+        distillation.prepare([pictures])
 
 
 def test_a_batch_without_the_views_of_a_method_is_one_line_that_names_them(pictures):

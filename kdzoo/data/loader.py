@@ -11,13 +11,11 @@ from kdzoo.data import augment
 from kdzoo.data.pictures import Pictures
 from kdzoo.data.stream import DRAWN_AS, PLAIN, Streamed, left_for_the_device, side_needed, stream, worker_transform
 from kdzoo.data.targets import Targets
-from kdzoo.distiller import Batch, DataSpec
+from kdzoo.distiller import VIEWS, Batch, DataSpec
 from kdzoo.errors import UserError, unknown
 from kdzoo.quantities import counted
 from kdzoo.randomness import seed_of
 from kdzoo.recipe import Augmentation, Protocol
-
-VIEWS = ("weak", "strong", "rotations")
 
 
 def share(rows: int, rank: int, world: int) -> Tensor:

@@ -267,6 +267,11 @@ def wrap(
         return module
     if hasattr(module, "_orig_mod"):
         raise UserError(f"'{name}' is compiled, so its stages cannot be read; pass what torch.compile was given")
+    if any(weight.is_meta for weight in module.parameters()):
+        raise UserError(
+            f"weights of '{name}' are on the meta device, where they have shapes and no numbers; call "
+            "to_empty(device=...) and load weights first"
+        )
     if taps is not None and len(taps) != 4:
         raise UserError(f"taps of '{name}' are {counted(len(taps), 'name')}, expected four, from shallow to deep")
     made = partial(Network, module, name=name, image_size=image_size, mean=mean, std=std, classifier=num_classes > 0)
