@@ -196,9 +196,14 @@ class _NotShown(tuple[Tensor, ...]):
         raise UserError(self.why)
 
 
-def _take_as_prepared(distiller: "Distiller", _: object) -> None:
-    """Take a method whose state was loaded for one whose phase before training has run, when that was saved."""
-    distiller.is_prepared = True
+def _take_as_prepared(distiller: "Distiller", found: Any) -> None:
+    """Take a method whose state was loaded for one whose phase before training has run, when that was saved.
+
+    A state in which the method's own is missing, such as that of another method, says nothing of that.
+    """
+    own = tuple(distiller.state_dict()) if found.missing_keys else ()
+    if not any(f".{key}".endswith(f".{name}") for key in found.missing_keys for name in own):
+        distiller.is_prepared = True
 
 
 class Distiller(nn.Module):

@@ -402,6 +402,20 @@ def test_a_loop_of_ones_own_is_asked_for_the_phase_before_training_that_a_method
     resumed(batch)
 
 
+def test_a_state_without_the_methods_own_does_not_stand_for_its_phase_before_training(pictures):
+    def made(method):
+        return kdzoo.distill(cnn(), cnn(6), method, num_classes=5, image_size=32)
+
+    began = made("ofd")
+    began.load_state_dict(made("kd").student.state_dict(prefix="student."), strict=False)
+    with pytest.raises(UserError, match=r"OFD has a phase before training; call prepare\(batches\) first"):
+        began(pictures)
+    began.prepare([pictures])
+    resumed = made("ofd")
+    resumed.load_state_dict(began.state_dict() | {"more": torch.zeros(1)}, strict=False)
+    assert resumed(pictures)["ofd"].isfinite()
+
+
 def test_a_compiled_loop_is_asked_for_the_phase_before_training_as_well(pictures):
     class Phased(KD):
         def prepare(self, student, teacher, batches):
