@@ -539,8 +539,8 @@ def test_what_is_known_of_the_data_is_of_the_type_it_is_said_to_be(given, said):
     assert kdzoo.distill(cnn(), cnn(), "kd", **whole).image_size == 32
 
 
-def test_a_compiled_network_is_told_to_be_compiled_later():
-    with pytest.raises(UserError, match=r"'the student' is compiled, so its .* pass what torch\.compile was given"):
+def test_a_compiled_network_is_refused_since_hooks_see_its_layers_or_not_by_the_order_of_calls():
+    with pytest.raises(UserError, match=r"'the student' is compiled, which .* pass what torch\.compile was given"):
         kdzoo.distill(torch.compile(cnn(), backend="eager"), cnn(), "at", num_classes=5, image_size=32)
 
 

@@ -266,7 +266,7 @@ def wrap(
     if isinstance(module, Network):
         return module
     if hasattr(module, "_orig_mod"):
-        raise UserError(f"'{name}' is compiled, so its stages cannot be read; pass what torch.compile was given")
+        raise UserError(f"'{name}' is compiled, which hides its layers; pass what torch.compile was given")
     if any(weight.is_meta for weight in module.parameters()):
         raise UserError(
             f"weights of '{name}' are on the meta device, where they have shapes and no numbers; call "
