@@ -26,7 +26,7 @@ class Names:
     teacher: str
     student: str
     preset: bool  # whether the method has the keywords that the field uses for the pair
-    # Of the method, teacher and student that consist of files of the user's: a hash of these, by the part.
+    # Of the method, recipe, teacher and student that consist of files of the user's: a hash of these, by the part.
     versions: dict[str, str] = field(default_factory=dict)
 
 

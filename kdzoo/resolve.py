@@ -35,6 +35,8 @@ from kdzoo.settings import (
     are_mappings,
 )
 
+RECIPES = (".yaml", ".yml")  # endings of a file of one's own
+
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = (), *, fingerprint: str | None = None) -> Run:
     """Make a run from nested ``values`` (flags, a suite) and ``key=value`` strings, the latter winning.
@@ -295,7 +297,7 @@ def _networks(settings: Settings) -> Iterator[tuple[str, NetworkSettings]]:
 def files_of(settings: Settings) -> dict[str, str]:
     """Compute the SHA-256 of each file of the user's that the settings name.
 
-    These are methods, data sets, weights and networks, with the user's own modules that they import.
+    These are methods, recipes, data sets, weights and networks, with the user's own modules that they import.
     """
     return {name: digest(file) for part in files_by_part(settings).values() for name, file in part.items()}
 
@@ -307,16 +309,20 @@ def changed_files(settings: Settings) -> list[str]:
 
 
 def files_by_part(settings: Settings) -> dict[str, dict[str, Path]]:
-    """Find the user's files that the method, the data, the teacher and the student consist of."""
+    """Find the user's files that the method, the recipe, the data, the teacher and the student consist of."""
     found = {
         "method": _code(settings.distiller.name),
+        "protocol": _recipe_file(settings.protocol.name),
         "data": _code("", (settings.data.name, settings.data.test or "")) | _weights(settings.data.classes or ""),
     }
     for role, network in _networks(settings):
         name = network.name or ""
         folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else ""
         found.setdefault(role.partition(".")[0], {}).update(
-            _code(networks=(name,)) | _weights(folder) | _weights(network.weights or "")
+            _code(networks=(name,))
+            | _weights(folder)
+            | _weights(network.weights or "")
+            | _recipe_file(getattr(network, "protocol", None) or "")
         )
     return found
 
@@ -326,6 +332,11 @@ def _code(distiller: str = "", data: Sequence[str] = (), networks: Sequence[str]
     for named in own_code.named(distiller, data, networks).values():
         files |= named
     return files
+
+
+def _recipe_file(name: str) -> dict[str, Path]:
+    """List the file of a recipe, unless it is one that comes with kdzoo."""
+    return _weights(name) if path_of(name).suffix in RECIPES else {}
 
 
 def _weights(name: str) -> dict[str, Path]:
@@ -381,14 +392,14 @@ def _protocol(given: Mapping[str, Any]) -> Protocol:
         raise UserError(f"protocol={given}: expected protocol.KEY=value, such as protocol.name=quick")
     name = str(given.get("name", "quick"))
     path = path_of(name)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in RECIPES:
         if not path.is_file():
             raise UserError(f"no file {name}; expected a YAML file with the keys of a protocol")
         text = read_text(path)
     else:
         known = {f.name.removesuffix(".yaml"): f for f in _protocol_files()}
         if name not in known:
-            near = files_named(name, ".yaml", ".yml")
+            near = files_named(name, *RECIPES)
             raise unknown("protocol", name, [*known, *near], hint="(a file's path ends with .yaml)")
         text = known[name].read_text(encoding="utf-8")
     recipe = _recipe(f"protocol {name}", text)

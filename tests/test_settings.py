@@ -207,6 +207,16 @@ def test_a_section_that_is_no_mapping_is_one_line():
         resolve(BASE, ["engine=4"])
 
 
+@pytest.mark.parametrize("part", ["protocol.name", "teacher.protocol"])
+def test_an_edited_recipe_is_another_run(tmp_path, part):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("{epochs: 3, lr: 0.1}")
+    before, again = (resolve(BASE, [f"{part}={recipe}", "protocol.lr=0.1"]).settings.identity() for _ in range(2))
+    assert before == again
+    recipe.write_text("{epochs: 3, lr: 0.2}")  # by which the teacher is trained in both
+    assert resolve(BASE, [f"{part}={recipe}", "protocol.lr=0.1"]).settings.identity() != before
+
+
 def test_an_edited_distiller_file_is_another_run(tmp_path):
     file = tmp_path / "mine.py"
     text = '''"""Mine."""

@@ -102,7 +102,7 @@ def rows(folders: Iterable[RunFolder]) -> pd.DataFrame:
         table[name] = pd.to_numeric(table[name], errors="coerce")
     versions = table.pop("versions")
     _tell_apart(table, "data", table.pop("fingerprint"))
-    for part in ("method", *PAIR):
+    for part in ("method", "protocol", *PAIR):
         _tell_apart(table, part, versions.map(lambda found, part=part: found.get(part, "")))
     table.attrs["left_out"] = [f"left out: {visible(str(error))}" for error in left_out]
     return table

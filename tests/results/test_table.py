@@ -305,3 +305,13 @@ def test_seeds_of_an_edited_file_are_not_averaged_with_those_of_before(tmp_path)
     found = table.summary(table.rows(find_runs([tmp_path])))
     assert sorted(zip(found["seeds"], found["top1_mean"], strict=True)) == [(1, 60.0), (2, 81.0)]
     assert all(re.fullmatch(rf"{file} \[[0-9a-f]{{6}}\]", name) for name in found["method"])
+
+
+def test_seeds_of_an_edited_recipe_are_not_averaged_with_those_of_before(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    for seed, rate in enumerate((0.1, 0.2)):
+        recipe.write_text(f"{{epochs: 3, lr: {rate}}}")
+        write(tmp_path / "runs", 70.0 + seed, seed, f"protocol.name={recipe}")
+    found = table.rows(find_runs([tmp_path]))
+    assert found.protocol.nunique() == 2
+    assert all(re.fullmatch(rf"{recipe} \[[0-9a-f]{{6}}\]", name) for name in found.protocol)
