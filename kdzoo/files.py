@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.resources import files
@@ -55,6 +55,19 @@ def path_of(given: str | Path) -> Path:
 def files_named(name: str, *suffixes: str) -> list[str]:
     """List the files that ``name`` would mean with one of these suffixes."""
     return [file for file in (name + suffix for suffix in suffixes) if path_of(file).is_file()]
+
+
+def files_below(folders: Iterable[Path], name: str) -> Iterator[Path]:
+    """Find the files of a name in or below folders; links are followed, and no folder is entered twice."""
+    seen: set[str] = set()
+    for folder in folders:
+        for place, inner, names in os.walk(folder, followlinks=True):
+            inner.sort()
+            if (real := os.path.realpath(place)) in seen:
+                inner.clear()
+            elif name in names:
+                yield Path(place, name)
+            seen.add(real)
 
 
 def output_path(given: str | Path) -> Path:

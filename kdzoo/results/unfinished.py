@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdzoo.errors import UserError, visible
+from kdzoo.files import files_below
 from kdzoo.store.folder import RunFolder
 from kdzoo.store.search import FILE
 
@@ -13,7 +14,7 @@ NAMED = 5  # runs that a line names
 
 def find_searches(paths: Sequence[Path]) -> list[Path]:
     """Find the folders of searches in or below ``paths``, each once."""
-    return list({file.parent.resolve(): file.parent for path in paths for file in sorted(path.rglob(FILE))}.values())
+    return [file.parent for file in files_below(paths, FILE)]
 
 
 def trials(searches: Sequence[Path]) -> list[Path]:
@@ -28,7 +29,7 @@ def unfinished(paths: Sequence[Path], apart: Sequence[Path]) -> list[str]:
         paths: folders.
         apart: folders whose runs never have one, see ``trials``.
     """
-    begun = {file.parent.resolve() for path in paths for file in path.rglob("config.yaml")}
+    begun = {file.parent.resolve() for file in files_below(paths, "config.yaml")}
     names: dict[str, list[str]] = {"failed": [], "not finished": []}
     for folder in map(RunFolder, sorted(begun)):
         is_part = folder.path.parent in begun  # what a kill left of a finished run that was to be set aside

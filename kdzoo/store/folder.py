@@ -14,6 +14,7 @@ from kdzoo.errors import UserError
 from kdzoo.files import (
     MOVE_AWAY,
     digest,
+    files_below,
     make_folder,
     path_of,
     read_json,
@@ -302,11 +303,9 @@ def find_runs(paths: list[Path]) -> list[RunFolder]:
     Raises:
         UserError: a path is no folder.
     """
-    found: dict[Path, RunFolder] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"no folder {path}; expected a run or a folder of runs")
-        for file in sorted(path.rglob("result.json")):
-            found.setdefault(file.parent.resolve(), RunFolder(file.parent))
+    found = {file.parent.resolve(): RunFolder(file.parent) for file in files_below(paths, "result.json")}
     replaced = {folder.before.resolve() for folder in found.values()}  # a kill may leave them
     return [folder for place, folder in found.items() if place not in replaced]

@@ -13,7 +13,7 @@ import kdzoo
 from kdzoo import registry
 from kdzoo.errors import UserError
 from kdzoo.results import layout, table
-from kdzoo.store.folder import find_runs
+from kdzoo.store.folder import RunFolder, find_runs
 
 from ..made_runs import runs, varied, write
 
@@ -47,6 +47,18 @@ def test_a_run_below_several_of_the_folders_counts_once(tmp_path, found, monkeyp
     again = table.rows(find_runs(folders))
     assert len(again) == len(found)
     assert table.repeated(again) == 0
+
+
+def test_runs_that_are_linked_to_are_found_and_count_once(tmp_path, found):
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "all").symlink_to(tmp_path)  # in which the links lie themselves
+    run = RunFolder(find_runs([tmp_path])[0].path)
+    (links / "one").symlink_to(run.path)
+    assert len(table.rows(find_runs([links]))) == len(found)
+    run.result.unlink()
+    with pytest.warns(UserWarning, match=f"left out, since not finished: {run.path.name}"):
+        assert kdzoo.table(links)["seeds"].sum() == len(found) - 1
 
 
 def test_what_differs_is_another_row_and_says_how(found):
