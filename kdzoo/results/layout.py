@@ -201,9 +201,12 @@ def _notes(runs: pd.DataFrame, rows: pd.DataFrame, baseline: str, over: str, fam
     elif rows["compared"].any():
         notes.append(
             f"minus {baseline}: mean of the paired differences in top-1 of the {_epoch(runs)} epoch over the {over} "
-            f"that both have (compared: how many), with its 95 % interval; p of the paired t-test, Holm-corrected "
-            f"over the {family}; not told apart: p is at least {statistics.ALPHA}. It speaks of these {over}."
+            f"that both have (compared: how many), with its own 95 % interval, not corrected; p of the paired t-test, "
+            f"Holm-corrected over the {family}; not told apart: p is at least {statistics.ALPHA}. It speaks of these "
+            f"{over}."
         )
+        if (rows["difference_low"] == rows["difference_high"]).any():
+            notes.append("Where all differences are equal, the interval is a point, and p that of the sign test.")
         if rows["compared"].max() < 2:
             notes.append("No comparison here rests on more than one run of each method: nothing can be concluded.")
     elif baseline in set(runs["method"]) and runs["method"].nunique() > 1:

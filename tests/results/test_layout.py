@@ -38,6 +38,18 @@ def test_an_interval_below_zero_has_the_minus_sign_of_all_numbers():
 
 
 @pytest.mark.parametrize("pivot", [False, True])
+def test_an_interval_without_zero_beside_a_verdict_of_no_difference_is_explained(pivot):
+    methods = {"kd": (70, 71, 72), "at": (72, 73, 74), "sp": (70, 72, 71)}
+    scores = [("t", "s", name, seed, float(top1)) for name, found in methods.items() for seed, top1 in enumerate(found)]
+    said = layout.render(runs(*scores), "markdown", pivot=pivot)
+    assert "| +2.00 | +2.00 to +2.00 | 3 | 0.500 | not told apart |" in said
+    assert "with its own 95 % interval, not corrected" in said
+    assert "Where all differences are equal, the interval is a point, and p that of the sign test." in said
+    others = runs(*(row for row in scores if row[2] != "at"))
+    assert "sign test" not in layout.render(others, "markdown", pivot=pivot)
+
+
+@pytest.mark.parametrize("pivot", [False, True])
 def test_published_numbers_stand_beside_ours_with_difference_source_and_status(pivot):
     pair = ("resnet32x4", "resnet8x4")
     said = layout.render(runs((*pair, "kd", 0, 73.0), (*pair, "dkd", 0, 76.0)), "markdown", pivot=pivot)
