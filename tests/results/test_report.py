@@ -341,6 +341,12 @@ def test_where_no_run_is_finished_the_line_says_which_have_begun(tmp_path, monke
     assert f"(left out, since not finished: {folder.path.name})" in capsys.readouterr().err
 
 
+def test_a_student_alone_is_no_pair_beside_its_teachers(tmp_path):
+    many(tmp_path, ["kd", "dkd"], students=["resnet8", "resnet14"], seeds=1)
+    finished(tmp_path, 70.0, 0, "teacher.name=null", "student.name=resnet8", distiller="none")
+    assert "5 runs, 3 methods, 2 pairs, 1 seed" in page([tmp_path])
+
+
 def test_a_run_that_is_given_twice_counts_once(tmp_path):
     folder = finished(tmp_path, 80.0, 0)
     assert len(gather([tmp_path, folder.path, tmp_path / "."]).runs) == 1

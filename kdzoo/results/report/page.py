@@ -283,7 +283,7 @@ def _counts(runs: pd.DataFrame) -> str:
     counts = {
         "run": len(runs),
         "method": runs["method"].nunique(),
-        "pair": len(runs[PAIR].drop_duplicates()),
+        "pair": len(observations(runs)[PAIR].drop_duplicates()),
         "seed": runs["seed"].nunique(),
     }
     return ", ".join(f"{number} {name}{'' if number == 1 else 's'}" for name, number in counts.items())
