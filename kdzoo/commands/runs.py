@@ -17,7 +17,7 @@ def evaluate(folder: Path, **here: Any) -> None:
     """Measure the student of a finished run again.
 
     \b
-      kdzoo eval runs/digits-none-resnet8-s0-0123456789ab --device cpu
+      kdzoo eval runs/digits-resnet8-none-s0-0123456789ab --device cpu
 
     Prints its top-1 and top-5 on the test images, and what they are shares of where that is not accuracy. The run may
     come from another machine: its relative paths are looked up in the folder where it was made, if that is there, else
@@ -114,7 +114,7 @@ def spectrum(
     --distiller none to see the student without a teacher.
 
     \b
-      kdzoo spectrum runs/digits
+      kdzoo spectrum runs/NAME runs/OTHER
       kdzoo spectrum --teacher vit_s --student resnet18
     """
     from kdzoo.experiments import spectrum

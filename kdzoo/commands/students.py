@@ -46,7 +46,7 @@ def predict(folder: Path, images: tuple[Path, ...], style: str, **options: Any) 
     resized, cropped, normalised.
 
     \b
-      kdzoo predict runs/digits-none-resnet8-s0-0123456789ab photos --top 3 > answers.csv
+      kdzoo predict runs/digits-resnet8-none-s0-0123456789ab photos --top 3 > answers.csv
 
     Prints the path of each image, its class and the class's probability. An image that cannot be read is left out and
     named, and the exit code is then 2.
@@ -141,7 +141,7 @@ def export(
     """Export the student of a finished run for other tools.
 
     \b
-      kdzoo export runs/digits-none-resnet8-s0-0123456789ab --format onnx --quantize int8
+      kdzoo export runs/digits-resnet8-none-s0-0123456789ab --format onnx --quantize int8
 
     A network that timm cannot make by its configuration is written as a program of torch.export. ONNX and torch are
     compared with the student on test images, so they need the run's data. Nothing is uploaded.
