@@ -242,7 +242,7 @@ def _ranking(runs: pd.DataFrame) -> list[str]:
 
 def _marks(rows: pd.DataFrame, measure: str) -> list[str]:
     """Which rows are ``best`` and ``second`` of their pair, by the number as it is shown; none beside one row."""
-    places = rows[measure].round(2).groupby([rows[name] for name in PAIR], sort=False)
+    places = rows[measure].map("{:.2f}".format).astype(float).groupby([rows[name] for name in PAIR], sort=False)
     rank, many = places.rank(method="dense", ascending=False), places.transform("size") > 1
     return [{1: "best", 2: "second"}.get(int(r), "") if m else "" for r, m in zip(rank, many, strict=True)]
 

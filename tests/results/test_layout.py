@@ -96,6 +96,12 @@ def test_equal_numbers_are_equally_best():
     assert r"\underline{69.00}" in latex
 
 
+def test_numbers_that_are_shown_alike_are_marked_alike():
+    means = {"kd": (70.03, 70.04), "at": (70.03, 70.03)}  # the first is shown as 70.03, and numpy rounds it to 70.04
+    found = runs(*[("t", "s", name, seed, top1) for name, both in means.items() for seed, top1 in enumerate(both)])
+    assert layout.render(found, "latex").count(r"\textbf{70.03 ") == 2
+
+
 @pytest.mark.parametrize("pivot", [False, True])
 def test_csv_comes_back_as_it_went(found, pivot):
     expected = layout.wide(found) if pivot else table.summary(found)
