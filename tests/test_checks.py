@@ -141,20 +141,24 @@ def test_a_layer_that_is_made_by_the_first_loss_is_named_where_a_state_is_loaded
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("check", "change", "said"),
     [
-        (lambda term: term.detach(), "expected a gradient of 'hint' for .*; got none; compute it from the student's"),
-        (lambda term: term.expand(4), r"expected a scalar 'hint' for .*; got \(4,\); take the mean over the batch"),
+        ("check_terms", torch.detach, "expected a gradient of 'hint'; got none; compute it from the student's outputs"),
+        (
+            "check_needs",
+            lambda term: term.expand(4),
+            r"expected a scalar 'hint' for .*; got \(4,\); take the mean over the batch",
+        ),
     ],
     ids=["detached", "rows"],
 )
-def test_a_term_that_teaches_nothing_or_is_no_scalar_fails_with_what_to_write(change, said):
+def test_a_term_that_teaches_nothing_or_is_no_scalar_fails_with_what_to_write(check, change, said):
     class Changed(broken.Sound):
         def changed(self, term, student, teacher, batch):
             return change(term)
 
     with pytest.raises(AssertionError, match=said):
-        BY_NAME["check_needs"](Changed)
+        BY_NAME[check](Changed)
 
 
 def test_every_check_has_a_distiller_that_fails_it():

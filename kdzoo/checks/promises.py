@@ -132,6 +132,8 @@ def check_terms(distiller: type[Distiller]) -> None:
         expect(isinstance(term, Tensor), f"a tensor for '{name}'", type(term), "return the tensor itself")
         expect(term.ndim == 0, f"a scalar for '{name}'", tuple(term.shape), "take the mean over the batch")
         expect(term.dtype == torch.float32, f"'{name}' in float32", term.dtype, "compute it in float32")
+        taught = "compute it from the student's outputs, without detach() or no_grad()"
+        expect(term.requires_grad or not term.any(), f"a gradient of '{name}'", "none", taught)
     method = distiller()
     for attribute in ("label_terms", "logit_terms"):
         strange = set(getattr(method, attribute)) - {*method.weights, *Distiller.logit_terms}
