@@ -6,12 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdzoo.connectors import keep_layout
 from kdzoo.models.staged import StagedNet, conv_norm, init_classifier, init_weights, register
 
 REDUCTIONS = (1, 2, 4, 8)  # of the stem and the stages of both ShuffleNets
 
 
 def _shuffle(x: Tensor, groups: int) -> Tensor:
+    """Mix the channels of maps (B, C, H, W), and leave them laid out as they are."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.movedim(1, -1).unflatten(-1, (groups, -1)).transpose(-1, -2).flatten(-2).movedim(-1, 1)
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -35,7 +39,7 @@ class ShuffleUnitV1(nn.Module):
         """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
         path = self.expand(self.depthwise(_shuffle(self.squeeze(x), self.first_groups)))
         if self.stride == 2:
-            return self.act(torch.cat([path, F.avg_pool2d(x, 3, 2, 1)], 1))
+            return self.act(torch.cat([keep_layout(path), F.avg_pool2d(x, 3, 2, 1)], 1))
         return self.act(path + x)
 
 
@@ -54,19 +58,18 @@ class ShuffleUnitV2(nn.Module):
             conv_norm(half, half, 3, stride, groups=half, relu=False),
             conv_norm(half, half, 1, relu=False),
         )
-        self.other: nn.Module = nn.Identity()
         self.strided = stride == 2
         if self.strided:
             self.other = nn.Sequential(
                 conv_norm(inputs, inputs, 3, stride, groups=inputs, relu=False), conv_norm(inputs, half, 1, relu=False)
             )
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()  # in place, it would cost autograd copies: shuffled maps are a view
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
-        kept, changed = (x, x) if self.strided else x.chunk(2, 1)
+        kept, changed = (keep_layout(self.other(x)), x) if self.strided else x.chunk(2, 1)
         # What is kept was rectified before; one ReLU for both leaves it, and the unit's map before it, whole.
-        return self.act(_shuffle(torch.cat([self.other(kept), self.path(changed)], 1), 2))
+        return self.act(_shuffle(torch.cat([kept, keep_layout(self.path(changed))], 1), 2))
 
 
 class InvertedResidual(nn.Module):

@@ -122,6 +122,65 @@ def test_small_maps_are_learned_from_with_the_gradients_of_float64(products, kin
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+SEPARATE = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "3x3, stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "3x3, dilated": {"kernel_size": 3, "padding": 2, "dilation": 2},
+    "5x5, without a bias": {"kernel_size": 5, "padding": 2, "bias": False},
+    "two of each": {"kernel_size": 3, "padding": 1, "out_channels": 16},
+}
+ALWAYS, NARROW = (2, 3, 9), (2,)  # sides of maps
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """The layers of separate channels that are not left to torch, in the order of their passes."""
+    found, compute = [], LearningConv2d._in_float32
+
+    def noted(layer, maps):
+        found.append(layer)
+        return compute(layer, maps)
+
+    monkeypatch.setattr(LearningConv2d, "_in_float32", noted)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    return found
+
+
+@pytest.mark.parametrize("side", ALWAYS)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "sides"),
+    [
+        (torch.float32, "3x3", NARROW),
+        (torch.float32, "3x3, stride 2", NARROW),
+        (torch.float32, "two of each", NARROW),
+        (torch.float32, "5x5, without a bias", ()),
+        (torch.bfloat16, "3x3", NARROW),
+        (torch.bfloat16, "3x3, stride 2", ALWAYS),
+        (torch.bfloat16, "3x3, dilated", ALWAYS),
+        (torch.bfloat16, "5x5, without a bias", ALWAYS),
+        (torch.bfloat16, "two of each", ALWAYS),
+    ],
+)
+def test_separate_channels_that_torch_is_slow_at_learn_with_the_gradients_of_float64(apart, dtype, kind, sides, side):
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Conv2d(8, groups=8, **{"out_channels": 8, **SEPARATE[kind]}))
+    plain.to(memory_format=torch.channels_last)
+    changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    learn_on_cpu(changed)
+    maps = torch.randn(5, 8, side, 7).contiguous(memory_format=torch.channels_last)
+    found, gradients = slopes(changed, maps, dtype)
+    wanted, expected = slopes(exact, maps.double(), torch.float32)
+    assert apart == [changed[0]] * (side in sides)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+    slopes(changed.eval(), maps, dtype)
+    slopes(changed.train().double(), maps.double(), torch.float32)
+    assert len(apart) == (side in sides)
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "stride", "padding", "read"),
     [

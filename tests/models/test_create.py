@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from kdzoo import DataSpec, Show
 from kdzoo.errors import UserError
-from kdzoo.models import Network, create, describe, short_names
+from kdzoo.models import Network, cifar_mobile, create, describe, short_names
 
 
 def data(image_size=32, num_classes=100):
@@ -73,6 +74,35 @@ def test_every_network_of_the_published_tables_has_a_short_name():
         resnet20 resnet32 resnet32x4 resnet34 resnet50 resnet50_cifar resnet56 resnet8x4 shufflenetv1 shufflenetv2
         swin_nano swin_pico swin_t vgg13 vgg8 vit_s wrn_16_2 wrn_40_1 wrn_40_2"""
     assert set(tables.split()) <= short_names().keys()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("name", ["shufflenetv1", "shufflenetv2"])
+def test_shuffled_maps_and_the_gradients_of_joined_ones_stay_laid_out_as_they_are(name, layout):
+    network = create(name, data()).to(memory_format=layout)
+    lies: list[bool] = []
+
+    def watch(_, inputs, output):
+        lies.append(inputs[0].is_contiguous(memory_format=layout))
+        output.register_hook(lambda slope: lies.append(slope.is_contiguous(memory_format=layout)))
+
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_hook(watch)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+    network(images).logits.square().sum().backward()
+    assert len(lies) > 90
+    assert all(lies)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_channels_are_shuffled_alike_in_either_layout(groups):
+    maps = torch.arange(2 * 12 * 3 * 5.0).view(2, 12, 3, 5)
+    wanted = F.channel_shuffle(maps, groups)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        found = cifar_mobile._shuffle(maps.contiguous(memory_format=layout), groups)
+        assert torch.equal(found, wanted)
+        assert found.is_contiguous(memory_format=layout)
 
 
 def test_the_same_seed_gives_the_same_weights():
