@@ -33,24 +33,26 @@ def paired_features(student: Output, teacher: Output, stages: Sequence[int], *mo
 
 class _LayoutKept(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, maps: Tensor) -> Tensor:
-        last = maps.is_contiguous(memory_format=torch.channels_last)
-        ctx.layout = torch.channels_last if last else torch.contiguous_format
+    def forward(ctx: Any, maps: Tensor, layout: torch.memory_format) -> Tensor:
+        ctx.layout = layout
         return maps.view_as(maps)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].contiguous(memory_format=ctx.layout)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].contiguous(memory_format=ctx.layout), None
 
 
 def keep_layout(maps: Tensor) -> Tensor:
-    """Return a map (B, C, H, W) whose gradient will lie in memory as the map does, and in one piece.
+    """Return a map (B, C, H, W) whose gradient will lie in memory as the map does, where that is one piece.
 
     Losses flatten maps, and give gradients back in the usual layout, not in the channels-last one of the networks; maps
     that are joined get parts of a larger gradient. On a CPU torch's backward pass of a batch norm takes four to ten
     times longer then.
     """
-    return _LayoutKept.apply(maps) if maps.requires_grad else maps
+    for layout in (torch.channels_last, torch.contiguous_format):
+        if maps.requires_grad and maps.is_contiguous(memory_format=layout):
+            return _LayoutKept.apply(maps, layout)
+    return maps
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -80,7 +82,7 @@ class Positions(nn.Module):
         self.register_buffer("basis", basis.float(), persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return apply_basis(maps, self.basis)
+        return apply_basis(keep_layout(maps), self.basis)
 
 
 class CellLogits(nn.Module):
@@ -158,7 +160,7 @@ class CommonGrid(nn.Module):
         self.student, self.teacher = Pool(s_grid, self.size), Pool(t_grid, self.size)
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return self.student(student), self.teacher(teacher.detach())
+        return self.student(keep_layout(student)), self.teacher(teacher.detach())
 
 
 class CommonGrids(nn.ModuleList):

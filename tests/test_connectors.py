@@ -11,6 +11,7 @@ from kdzoo.connectors import (
     CommonGrid,
     CommonGrids,
     Pool,
+    Positions,
     Resize,
     TeachersClassifier,
     before_relu,
@@ -155,3 +156,15 @@ def test_the_gradient_that_reaches_a_batch_norm_lies_as_its_map_does(kind, kept,
     other = torch.contiguous_format if layout is torch.channels_last else torch.channels_last
     seen.backward(torch.ones(4, 6, 5, 3).contiguous(memory_format=other))
     assert lies == [kept]
+
+
+@pytest.mark.parametrize("kind", [lambda shown: Positions(torch.eye(15)), lambda shown: CommonGrid(shown, shown)])
+def test_gradients_of_flattened_maps_lie_as_the_maps_do(kind):
+    maps = torch.randn(4, 6, 5, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen, module = maps * 1, kind(maps)  # the end of a graph would take a gradient as it lies
+    lies = []
+    seen.register_hook(lambda slope: lies.append(slope.is_contiguous(memory_format=torch.channels_last)))
+    found = module(seen) if isinstance(module, Positions) else module(seen, maps)[0]
+    found.flatten(1).sin().sum().backward()
+    assert lies == [True]
+    torch.testing.assert_close(maps.grad, maps.detach().cos())
