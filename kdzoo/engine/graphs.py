@@ -128,7 +128,7 @@ class Graphed(Plain):
                 self.stay_plain(teacher, "the teacher as a CUDA graph gives other outputs")
                 return
             self.passes = passes
-        teacher.made = dict(self.passes)
+        teacher.repeat(self.passes)
 
     def stay_plain(self, teacher: TeacherPasses, reason: str) -> None:
         """Run all steps operation by operation from now on, and say why."""
@@ -193,7 +193,7 @@ class Graphed(Plain):
             before = state.read()
             plain, again = (self.plain_result(lane, batch, step, state, before) for _ in range(2))
         if self.teacher is not None:
-            self.teacher.made = dict(self.passes)
+            self.teacher.repeat(self.passes)
         self.take(lane, batch, step)
         if self.replays[id(lane)] is None:
             return
@@ -218,7 +218,7 @@ class Graphed(Plain):
         except Exception as error:
             lane.optimizer.forget()  # gradients that were never computed
             if self.teacher is not None:
-                self.teacher.made = dict(self.passes)
+                self.teacher.repeat(self.passes)
             self.give_up(lane, first_line(error))
             return False
         return True

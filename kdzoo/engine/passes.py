@@ -1,6 +1,6 @@
 """A teacher, and its passes, which all lanes share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ class Pass(NamedTuple):
     """One pass of the teacher."""
 
     images: Tensor  # kept so that their memory is not used again
+    seen: int  # writes to the images, when they were shown
     output: Output
     tensors: list[Tensor]  # of the output
     writes: int  # to these, when they were made
@@ -64,14 +65,18 @@ class TeacherPasses:
         return output.only(show)
 
     def output_of(self, images: Tensor) -> Output | None:
-        """Return the output of the shared pass of these images; None where there was none."""
+        """Return the output of the shared pass of these images; None where there was none, or they were other ones."""
         made = self.made.get(_slice(images))
-        return None if made is None else made.output
+        return None if made is None or made.seen != writes([images]) else made.output
 
     def remember(self, images: Tensor, output: Output) -> None:
         """Take an output for that of the shared pass of these images until ``forget``."""
         tensors = leaves(output)
-        self.made[_slice(images)] = Pass(images, output, tensors, writes(tensors))
+        self.made[_slice(images)] = Pass(images, writes([images]), output, tensors, writes(tensors))
+
+    def repeat(self, passes: Mapping[tuple[Any, ...], Pass]) -> None:
+        """Take passes for those of what their images hold now, since the same code is made anew on the same memory."""
+        self.made = {key: made._replace(seen=writes([made.images])) for key, made in passes.items()}
 
     @property
     def takes_turns(self) -> bool:

@@ -154,6 +154,16 @@ def test_a_shared_pass_is_forgotten_between_steps():
     assert len(counter.shown) == 5
 
 
+def test_images_that_a_method_wrote_to_since_they_were_shown_are_other_images():
+    counter = Counter()
+    shared, images = TeacherPasses(counter), torch.rand(2, 3, 4, 4)
+    with torch.no_grad():
+        first = shared(images, LOGITS).logits.clone()
+        second = shared(images.mul_(2), LOGITS).logits
+    assert torch.equal(second, 2 * first)
+    assert len(counter.shown) == 2
+
+
 def test_one_pass_shows_what_all_lanes_need_and_each_lane_what_it_needs_itself():
     counter, images = Counter(), torch.rand(2, 3, 4, 4)
     features, final = Show(features=True), Show(features=False, final=True)
