@@ -15,7 +15,7 @@ from kdzoo.data import Dataset, Loader
 from kdzoo.distiller import Batch
 from kdzoo.engine.graphs import Plain
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.passes import TeacherPasses
+from kdzoo.engine.passes import TeacherPasses, why_unsteady
 from kdzoo.errors import StorageError, UserError
 from kdzoo.files import cache_folder, make_folder, write_atomically
 from kdzoo.models import Network
@@ -179,6 +179,8 @@ def steps(
             raise UserError("engine.accumulate cuts the batches")
         if lanes[0].ranks.world > 1:
             raise UserError("engine.devices shares the batches")
+        if why := why_unsteady(teacher.fast, run.settings.engine.precision):
+            raise UserError(f"{teacher.network.name} {why}")
         folder = cache_folder() / "logits" / identity(run, teacher.network, dataset, loader)
     except UserError as error:
         say(f"teacher.keep=logits keeps no logits in this run: {error}")

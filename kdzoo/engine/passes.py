@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdzoo.engine.agreement import OUTPUTS, agree
+from kdzoo.engine.host_work import generators
 from kdzoo.models import Ensemble, Network
+from kdzoo.models.cast import probed
 from kdzoo.outputs import LOGITS, Output, Show
+from kdzoo.precision import PRECISIONS
 from kdzoo.tensors import leaves
 
 
@@ -35,6 +39,16 @@ class Pass(NamedTuple):
     output: Output
     tensors: list[Tensor]  # of the output
     writes: int  # to these, when they were made
+
+
+def why_unsteady(network: Network, precision: str) -> str:
+    """Say what a network does where its answer to an image cannot be used again; empty where it can."""
+    drawn = generators()
+    answers = [probed(network, PRECISIONS[precision].dtype) for _ in range(2)]
+    if generators() != drawn:
+        return "draws random numbers"
+    steady = all(agree([one], [other], [other], OUTPUTS[precision]) for one, other in zip(*answers, strict=True))
+    return "" if steady else "answers the same images differently each time"
 
 
 class TeacherPasses:

@@ -12,9 +12,9 @@ from kdzoo.data import Loader
 from kdzoo.distiller import Batch, Needs
 from kdzoo.engine.agreement import OUTPUTS, agree
 from kdzoo.engine.graphs import Plain
-from kdzoo.engine.host_work import first_line, generators
+from kdzoo.engine.host_work import first_line
 from kdzoo.engine.lane import Lane
-from kdzoo.engine.passes import TeacherPasses
+from kdzoo.engine.passes import TeacherPasses, why_unsteady
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.termination import Termination
 from kdzoo.errors import is_shortage
@@ -145,7 +145,10 @@ def steps(
     needs = [lane.distillation.distiller.needs for lane in lanes if lane.failure is None]
     if teacher is None or not applies(settings, device, teacher.network, needs, loader):
         return None
-    name, precision, before = teacher.network.name, settings.engine.precision, generators()
+    name, precision = teacher.network.name, settings.engine.precision
+    if why := why_unsteady(teacher.fast, precision):
+        progress.say(f"teacher {name} is asked in each step, as it {why}")
+        return None
 
     def asked(images: Tensor) -> Output:
         with torch.no_grad(), autocast(device.type, PRECISIONS[precision]):
@@ -162,9 +165,6 @@ def steps(
         if is_shortage(error):
             raise
         progress.say(f"teacher {name} is asked in each step, as it fails on all images beforehand: {first_line(error)}")
-        return None
-    if generators() != before:  # other answers each time, and the seed of its step decides which
-        progress.say(f"teacher {name} is asked in each step, as it draws random numbers")
         return None
     for found, plain, again in zip(*map(leaves, compared), strict=True):
         if not agree([found], [plain], [again], OUTPUTS[precision]):

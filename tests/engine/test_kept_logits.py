@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from kdzoo import models
 from kdzoo.engine.lane import Lane
@@ -236,6 +237,15 @@ def test_where_logits_do_not_suffice_a_line_says_why_nothing_is_kept(train, cach
     assert f"teacher.keep=logits keeps no logits in this run: {reason}" in said
     assert kept(cache) == []
     assert all(same(student(one), student(other)) for one, other in zip(outcomes, plain, strict=True))
+
+
+def test_nothing_is_kept_of_a_teacher_that_draws_random_numbers(train, cache, teacher):
+    teacher.network.classifier.register_forward_pre_hook(lambda _layer, given: nn.functional.dropout(given[0], 0.01))
+    [plain], _ = train("a", "kd")
+    [outcome], said = train("b", "kd", also=[KEEP])
+    assert "teacher.keep=logits keeps no logits in this run: resnet14 draws random numbers" in said
+    assert kept(cache) == []
+    assert same(student(outcome), student(plain))
 
 
 def test_a_run_without_a_teacher_has_nothing_to_keep(train, cache):

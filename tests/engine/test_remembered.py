@@ -156,6 +156,37 @@ def test_a_teacher_that_draws_random_numbers_is_asked_in_each_step_with_the_same
     assert same(continued, alone)
 
 
+class Alternating(Uncertain):
+    """A teacher that answers every other time as if images were darker."""
+
+    calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return self.network(images * (1 - self.calls % 2 / 2)).logits
+
+
+class Noisy(Uncertain):
+    """A teacher that adds noise from a generator apart."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, images):
+        return self.network(images + torch.rand(images.shape, generator=self.generator)).logits
+
+
+@pytest.mark.parametrize("kind", [Alternating, Noisy])
+def test_a_teacher_that_answers_the_same_images_differently_each_time_is_asked_in_each_step(train, teacher, kind):
+    shown = []
+    network = models.wrap(kind(teacher.network), image_size=8, num_classes=10, name="mine")
+    network.register_forward_hook(lambda _network, images, _output: shown.append(images[0]))
+    _, said = train("a", "kd", teacher=Teacher(network.eval().requires_grad_(False), top1=10.0))
+    assert "teacher mine is asked in each step, as it answers the same images differently each time" in said
+    assert len(shown) == DRAWN
+
+
 class Choosy(Uncertain):
     """A teacher that refuses a batch as small as what is left over from batches of 64."""
 
