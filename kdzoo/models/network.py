@@ -219,15 +219,19 @@ class Network(nn.Module):
         return images if self.reads_channels_last else images.contiguous()
 
     def find_layout(self) -> None:
-        """Find out whether it reads maps whose channels lie last in memory."""
+        """Find out whether it reads maps whose channels lie last in memory, where its weights lie so too."""
         images = self._probe().contiguous(memory_format=torch.channels_last)
+        tensors = [(tensor, tensor.data) for tensor in chain(self.parameters(), self.buffers())]
         with _undisturbed(self):
             try:
-                self._reader.read(self.body, images, False)
+                self._reader.read(channels_last(self).body, images, False)
             except FAILURES as error:
                 if is_shortage(error):
                     raise
                 self.reads_channels_last = False
+            finally:
+                for tensor, data in tensors:
+                    tensor.data = data
 
     def _probe(self) -> Tensor:
         # A generator apart, so that the global one stays still; not zeros, with which two ways of reading could agree.

@@ -228,6 +228,10 @@ class Viewing(nn.Module):
         x = self.third(x.view(x.size(0), -1).view(x.shape))
         return self.head(x.view(x.size(0), -1))
 
+class Laid(Viewing):
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
 def large(num_classes):
     return Viewing(num_classes, 128, 1)
 """
@@ -250,9 +254,10 @@ def test_a_factory_that_fails_is_shown_with_the_call_that_was_tried(factories):
     assert create(f"{factories}:net", DATA, width=12).body[0][0].out_channels == 12
 
 
-def test_a_network_that_asks_for_views_of_its_maps_is_given_contiguous_ones(factories):
+@pytest.mark.parametrize("kind", ["Viewing", "Laid"])
+def test_a_network_that_asks_for_views_of_its_maps_is_given_contiguous_ones(factories, kind):
     data = DATA._replace(image_size=8)
-    viewing, plain = (channels_last(create(name, data).eval()) for name in (f"{factories}:Viewing", "resnet8"))
+    viewing, plain = (channels_last(create(name, data).eval()) for name in (f"{factories}:{kind}", "resnet8"))
     assert all(weight.is_contiguous() for weight in viewing.parameters())
     assert not all(weight.is_contiguous() for weight in plain.parameters())
     images = torch.rand(3, 3, 8, 8)
