@@ -11,6 +11,7 @@ from kdzoo.distiller import Batch
 from kdzoo.engine.memory import out_of_memory
 from kdzoo.engine.passes import TeacherPasses, writes
 from kdzoo.errors import StorageError, UserError, told
+from kdzoo.models.cast import probed
 from kdzoo.own_code import place
 from kdzoo.process_state import process_state, put_back
 from kdzoo.settings import Run
@@ -214,11 +215,26 @@ class Shared:
         """Tell whether the lane, which was the last at work, wrote to what is shared; that is its failure then."""
         if (written := self.written()) is None:
             return False
+        if written == WEIGHTS and (name := self.changed_by_a_pass()):
+            lane.failure = UserError(
+                f"the teacher changes its {name} in each pass, in evaluation mode too, and a teacher is frozen; let "
+                "its forward change nothing in that mode"
+            )
+            return True
         lane.failure = UserError(
             f"distiller '{lane.run.settings.distiller.name}' changed {written} {lane.when}, which the methods beside "
             "it read too; compute on a copy"
         )
         return True
+
+    def changed_by_a_pass(self) -> str:
+        """Name what a pass of the teacher writes to of itself; empty for nothing."""
+        assert self.teacher is not None, "weights of a teacher were written to"
+        state = self.teacher.network.state_dict(keep_vars=True)
+        before = {name: writes([tensor]) for name, tensor in state.items()}
+        probed(self.teacher.network)
+        self.before = self.counts()
+        return next((name for name, tensor in state.items() if writes([tensor]) != before[name]), "")
 
     def written(self) -> str | None:
         """Name what was written to since the last look, and restore what outlives the batch; None for nothing."""

@@ -197,6 +197,21 @@ def test_a_teacher_that_was_written_to_is_restored_for_the_others(tmp_path, data
     assert all(torch.equal(tensor, alone[name]) for name, tensor in weights(sound).items())
 
 
+def test_a_teacher_that_changes_itself_is_no_methods_fault(tmp_path, dataset, teacher):
+    stem = teacher.network.body.get_submodule("stem.0")
+    stem.register_buffer("count", torch.zeros(()))
+
+    def count(layer, given, output):
+        layer.count += 1
+
+    stem.register_forward_hook(count)
+    runs = [settings(tmp_path, name) for name in ("kd", "logitmse", "none")]
+    *failed, other = train_lanes(runs, dataset, teacher, Progress(quiet=True))
+    for outcome in failed:
+        assert "the teacher changes its body.stem.0.count in each pass, in evaluation mode too" in str(outcome)
+    assert other.epochs == 2
+
+
 @pytest.mark.parametrize("when", [3, 9])  # in between, and in the last step, after which no loss is computed
 def test_a_student_that_is_not_finite_never_ships(tmp_path, dataset, teacher, when):
     harm = "terms['match'].register_hook(lambda gradient: gradient * float('nan'))"
