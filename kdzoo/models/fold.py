@@ -6,6 +6,7 @@ from copy import deepcopy
 from itertools import chain
 from typing import Any
 
+import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -132,6 +133,9 @@ def _fold(network: nn.Module, layer: str, norm: str) -> None:
     """Put the folded layer in the layer's place, and what is left of the norm in the norm's."""
     one: Any = network.get_submodule(layer)
     other: Any = network.get_submodule(norm)
+    for name, make in {"weight": torch.ones_like, "bias": torch.zeros_like}.items():
+        if getattr(other, name) is None:  # which torch folds into convolutions alone
+            setattr(other, name, nn.Parameter(make(other.running_mean)))
     fuse = fuse_linear_bn_eval if type(one) is nn.Linear else fuse_conv_bn_eval
     network.set_submodule(layer, fuse(one, other).requires_grad_(False))
     rest = nn.Sequential(other.drop, other.act) if type(other) is BatchNormAct2d else nn.Identity()

@@ -34,9 +34,9 @@ def taught(network):
     """The network, frozen, with the statistics and weights of norms that training leaves."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            for tensor in (module.running_var, module.weight):
+            for tensor in filter(torch.is_tensor, (module.running_var, module.weight)):
                 tensor.data.uniform_(0.8, 1.25)
-            for tensor in (module.running_mean, module.bias):
+            for tensor in filter(torch.is_tensor, (module.running_mean, module.bias)):
                 tensor.data.uniform_(-0.2, 0.2)
     return network.eval().requires_grad_(False)
 
@@ -134,11 +134,22 @@ class Named(Layered):
         return self.head(input=images.mean((2, 3)))
 
 
+class Plain(Layered):
+    """Norms without weights, the last after a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4, affine=False) for _ in range(4))
+        self.head = nn.Sequential(self.head, nn.BatchNorm1d(7, affine=False))
+
+
 def layered(kind):
     return taught(wrap(kind(), image_size=32, num_classes=7))
 
 
-@pytest.mark.parametrize(("kind", "left"), [(Layered, 0), (Named, 0), (Read, 4), (Rectified, 4), (Twice, 4)])
+@pytest.mark.parametrize(
+    ("kind", "left"), [(Layered, 0), (Named, 0), (Plain, 0), (Read, 4), (Rectified, 4), (Twice, 4)]
+)
 def test_a_norm_is_folded_where_it_reads_a_layer_and_that_alone(kind, left):
     folded = fold_norms(layered(kind))
     assert norms(folded) == left
