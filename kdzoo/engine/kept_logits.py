@@ -169,7 +169,7 @@ def steps(
         None where ``teacher.keep`` or the methods ask for nothing, or where it cannot be done, which a line explains.
     """
     run = lanes[0].run
-    readers = [lane for lane in lanes if lane.distillation.distiller.needs.teacher]
+    readers = [lane for lane in lanes if lane.failure is None and lane.distillation.distiller.needs.teacher]
     if run.place.teacher.keep == "nothing" or teacher is None or not readers:
         return None
     try:

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -237,6 +238,15 @@ def test_where_logits_do_not_suffice_a_line_says_why_nothing_is_kept(train, cach
     assert f"teacher.keep=logits keeps no logits in this run: {reason}" in said
     assert kept(cache) == []
     assert all(same(student(one), student(other)) for one, other in zip(outcomes, plain, strict=True))
+
+
+def test_a_method_that_failed_before_training_asks_for_nothing(train, cache):
+    with patch("kdzoo.distillers.ab.AB.prepare", side_effect=ZeroDivisionError):
+        [failed, beside], said = train("a", "ab", "kd", also=[KEEP])
+    assert "before training" in str(failed)
+    assert "(epochs to compute: 2)" in said
+    [alone], _ = train("b", "kd", also=[KEEP])
+    assert same(student(beside), student(alone))
 
 
 def test_nothing_is_kept_of_a_teacher_that_draws_random_numbers(train, cache, teacher):
