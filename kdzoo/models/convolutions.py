@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdzoo.models import winograd
+from kdzoo.models.cast import probed
+from kdzoo.models.network import Network
+from kdzoo.modes import evaluating
 
 # Where one product of matrices learns faster than oneDNN's convolution, measured with batches of 16 to 128 on a Xeon:
 # with AMX and AVX-512, and cut down to AVX2.
@@ -22,15 +25,30 @@ def learn_on_cpu(network: nn.Module) -> None:
     """Let a network's convolutions learn by what is fastest for their maps on a CPU, and right.
 
     In evaluation mode nothing is done for speed, and where no gradient is asked for nothing at all. Weights and their
-    names stay, and outputs and gradients but for rounding.
+    names stay, and outputs and gradients but for rounding. A network that answers otherwise then, as one that asks for
+    the type of its layers, is left as it was.
     """
     free = getattr(network, "reads_channels_last", True)
-    for module in network.modules():
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros":  # what derives from it may do more
-            module.__class__ = LearningConv2d
-            layer = cast(LearningConv2d, module)
-            layer.is_free = free
-            layer.may_gain = free and winograd.was_measured()  # asked here: torch's compiler cannot
+    # What derives from it may do more.
+    plain = [module for module in network.modules() if type(module) is nn.Conv2d and module.padding_mode == "zeros"]
+    before, again = _answers(network), _answers(network)
+    for module in plain:
+        module.__class__ = LearningConv2d
+        layer = cast(LearningConv2d, module)
+        layer.is_free = free
+        layer.may_gain = free and winograd.was_measured()  # asked here: torch's compiler cannot
+    if all(map(torch.equal, before, again)) and not all(map(torch.equal, before, _answers(network))):
+        for module in plain:
+            module.__class__ = nn.Conv2d
+
+
+def _answers(network: nn.Module) -> list[Tensor]:
+    """List what a network of kdzoo shows of two images; nothing of any other module."""
+    if not isinstance(network, Network):
+        return []
+    with evaluating(network), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return probed(network)
 
 
 class LearningConv2d(nn.Conv2d):

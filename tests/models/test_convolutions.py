@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdzoo.models import convolutions, learn_on_cpu
+from kdzoo.models import convolutions, learn_on_cpu, wrap
 from kdzoo.models.convolutions import LearningConv2d
 
 PADDED = {"kernel_size": 3, "stride": 2, "padding": 1}
@@ -67,6 +67,28 @@ def test_other_layers_stay_what_they_are():
     kinds = [type(module) for module in network]
     learn_on_cpu(network)
     assert [type(module) for module in network] == kinds
+
+
+class Typed(nn.Module):
+    """Does more where a layer is of torch's own type."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(one, 8, 3, 2, 1) for one in (3, 8, 8, 8)), nn.Flatten())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, maps):
+        for layer in self.layers:
+            maps = layer(maps).relu() if type(layer) is nn.Conv2d else layer(maps)
+        return self.head(maps)
+
+
+def test_a_network_that_asks_for_the_types_of_its_layers_computes_the_same():
+    network, images = wrap(Typed(), image_size=16, num_classes=5), torch.rand(4, 3, 16, 16)
+    before = network(images).logits
+    learn_on_cpu(network)
+    assert torch.equal(network(images).logits, before)
+    assert network.training
 
 
 SMALL = {
