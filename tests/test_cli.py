@@ -12,6 +12,7 @@ import click
 import pytest
 from PIL import Image
 
+from kdzoo import __version__
 from kdzoo.checks import CheckResult, Outcome
 from kdzoo.cli import COMMANDS, main, open_streams
 from kdzoo.engine.progress import Progress
@@ -134,6 +135,11 @@ def test_a_run_whose_streams_are_closed_is_finished(closed, tmp_path):
     subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], check=True)
     [run] = tmp_path.iterdir()
     assert RunFolder(run).read_result() is not None
+
+
+def test_the_package_runs_as_a_script_does():
+    ended = subprocess.run([sys.executable, "-m", "kdzoo", "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout == f"kdzoo, version {__version__}\n"
 
 
 def test_a_reader_that_has_read_enough_ends_the_command_without_a_word():

@@ -36,7 +36,7 @@ FLOORS = (
     ("experiments",),
     ("results",),
     ("commands",),
-    ("cli", "__init__"),
+    ("cli", "__init__", "__main__"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
