@@ -173,9 +173,10 @@ def _runs(
                 for distiller, (run, method) in zip(distillers, resolved, strict=True):
                     run = run._replace(settings=replace(run.settings, seed=seed))
                     if (same := (method, _without_paths(run.settings))) in seen:
+                        under = f", where {' '.join(overrides)} applies to every run" if overrides else ""
                         raise UserError(
-                            f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}; "
-                            "remove one of them"
+                            f"suite {title} has a run twice: {teacher} -> {student}, {distiller}, seed {seed}{under}; "
+                            f"remove one of them{' or that setting' if overrides else ''}"
                         )
                     seen.add(same)
                     runs.append(run)

@@ -74,6 +74,13 @@ def test_a_file_of_a_method_that_is_named_by_two_paths_is_one_method(tmp_path, m
     assert [run.settings.distiller.name for run in suites.load("good.yaml").runs] == ["mine.py", "./other.py"]
 
 
+def test_runs_that_an_override_makes_alike_name_it(tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text("pairs: [[resnet14, resnet8]]\ndistillers: [kd, {name: kd, temperature: 2.0}]")
+    with pytest.raises(UserError, match=r"where distiller\.temperature=3 applies to every run; .* or that setting"):
+        suites.load(str(file), overrides=["distiller.temperature=3"])
+
+
 def test_a_suite_is_a_mapping(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text("[1, 2]")
