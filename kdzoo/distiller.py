@@ -196,14 +196,18 @@ class _NotShown(tuple[Tensor, ...]):
         raise UserError(self.why)
 
 
-def _take_as_prepared(distiller: "Distiller", found: Any) -> None:
-    """Take a method whose state was loaded for one whose phase before training has run, when that was saved.
+def _note_prepared(distiller: "Distiller", _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
+    """Save beside a method's state whether its phase before training has run."""
+    metadata["is_prepared"] = distiller.is_prepared
+
+
+def _read_prepared(distiller: "Distiller", state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Read whether that phase had run when a state was saved; one that does not say so was saved after it.
 
     A state in which the method's own is missing, such as that of another method, says nothing of that.
     """
-    own = tuple(distiller.state_dict()) if found.missing_keys else ()
-    if not any(f".{key}".endswith(f".{name}") for key in found.missing_keys for name in own):
-        distiller.is_prepared = True
+    if all(f"{prefix}{name}" in state for name in distiller.state_dict()):
+        distiller.is_prepared = metadata.get("is_prepared", True)
 
 
 class Distiller(nn.Module):
@@ -258,7 +262,8 @@ class Distiller(nn.Module):
         self.weights = {name: not_negative(**{name: weight}) for name, weight in weights.items()}
         self.is_assembled = False
         self.is_prepared = False  # whether its phase before training has run, here or before its state was saved
-        self.register_load_state_dict_post_hook(_take_as_prepared)
+        self.register_state_dict_post_hook(_note_prepared)
+        self.register_load_state_dict_pre_hook(_read_prepared)
         self._settle()
 
     def _settle(self) -> None:

@@ -1,6 +1,7 @@
 """One module for anybody's loop: precision, modes and gradients are as promised."""
 
 import copy
+import io
 from itertools import pairwise
 
 import pytest
@@ -414,6 +415,17 @@ def test_a_state_without_the_methods_own_does_not_stand_for_its_phase_before_tra
     resumed = made("ofd")
     resumed.load_state_dict(began.state_dict() | {"more": torch.zeros(1)}, strict=False)
     assert resumed(pictures)["ofd"].isfinite()
+
+
+def test_a_state_says_whether_the_phase_before_training_had_run(pictures):
+    began, resumed = (kdzoo.distill(cnn(), cnn(6), "ofd", num_classes=5, image_size=32) for _ in range(2))
+    for prepared in (False, True):
+        file = io.BytesIO()
+        torch.save(began.state_dict(), file)
+        file.seek(0)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        assert resumed.distiller.is_prepared == prepared
+        began.prepare([pictures])
 
 
 def test_a_compiled_loop_is_asked_for_the_phase_before_training_as_well(pictures):
