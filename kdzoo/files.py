@@ -155,7 +155,8 @@ def storing(folder: Path) -> Iterator[None]:
             raise StorageError(
                 f"the folder {folder} is not there; if it was removed or renamed, run the same command again"
             ) from error
-        raise StorageError(f"{folder} cannot be written ({said}); choose another folder") from error
+        shown = "the working folder" if folder == Path() else folder
+        raise StorageError(f"{shown} cannot be written ({said}); choose another folder") from error
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:

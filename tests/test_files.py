@@ -10,7 +10,7 @@ import pytest
 
 import kdzoo
 from kdzoo.errors import StorageError, UserError, unknown
-from kdzoo.files import DAY, appearing, cache_folder, make_folder, path_of, read_text, write_text
+from kdzoo.files import DAY, appearing, cache_folder, make_folder, path_of, read_text, write_atomically, write_text
 
 
 def test_the_cache_is_made_for_its_owner_alone(tmp_path, monkeypatch):
@@ -32,6 +32,14 @@ def test_a_cache_that_others_can_write_to_is_refused_with_the_remedy(tmp_path, m
         cache_folder()
     tmp_path.chmod(0o755)  # that they read it is no harm
     assert cache_folder() == tmp_path
+
+
+def test_the_working_folder_is_called_so_where_it_cannot_be_written():
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(StorageError, match=r"^the working folder cannot be written \(Permission denied\)"):
+        write_atomically(Path("report.html"), refuse)
 
 
 @pytest.mark.parametrize("name", ["file", "file/cache"])
