@@ -40,7 +40,7 @@ def page(name: str, found: Inspection) -> str:
     kinds = counted(len(found.class_names), "class") if found.class_names else "no labels"
     lines = [
         f"data {name}: {kinds}, {totals['train']} training and {totals['test']} test images",
-        f"size: {small} pixels" + ("" if small == large else f" to {large}"),
+        f"size (width x height): {small if small == large else f'from {small} to {large}'} pixels",
         f"fingerprint: {found.fingerprint or 'none, as the name and the options decide every image'}",
     ]
     width = max(map(len, [*found.class_names, "class"]))

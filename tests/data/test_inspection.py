@@ -68,7 +68,7 @@ def test_images_are_counted_by_class_and_split(make_tree: MakeTree) -> None:
     assert (found.smallest, found.largest) == ((12, 12), (40, 30))
     text = page("mine", found)
     assert "3 classes, 17 training and 4 test images" in text
-    assert "size: 12 x 12 pixels to 40 x 30" in text
+    assert "size (width x height): from 12 x 12 to 40 x 30 pixels" in text
     assert ["bee", "6", "0"] in [line.split() for line in text.splitlines()]
     assert f"fingerprint: {found.fingerprint}" in text
 
