@@ -161,12 +161,13 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
     device = use(run.place)
     with processes.joined(run) as ranks, Progress(quiet or not ranks.first) as progress:
         device = ranks.device(device)
+        if not fresh and folder.result.is_file() and (finished := _finished(run, folder, progress)):
+            return finished  # without the lock: the folder may be one that cannot be written
         with RunLock(folder.path) if ranks.first else nullcontext(), restored(device):
             with ranks.in_turn():
-                folder.check_config(run) if fresh and folder.config.is_file() else folder.check(run)
-                finished = None if fresh else folder.read_result()
-                if finished is not None:
-                    progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
+                if fresh and folder.config.is_file():
+                    folder.check_config(run)
+                elif finished := _finished(run, folder, progress):
                     return finished
                 if other := folder.of_other_data(run):
                     progress.say(f"data differ from those of {other.path}: this is another run")
@@ -181,6 +182,14 @@ def execute(run: Run, fresh: bool = False, quiet: bool = False) -> Result:
                     ranks.once(folder.set_aside)
                     ranks.once(checkpoint.remove, folder.checkpoints)
             return train_one(run, dataset, teacher, progress, ranks)
+
+
+def _finished(run: Run, folder: RunFolder, progress: Progress) -> Result | None:
+    """Check what lies in the run's folder, and show its result where it is finished."""
+    folder.check(run)
+    if finished := folder.read_result():
+        progress.say(f"finished before: {folder.path}  (--fresh runs it again)")
+    return finished
 
 
 def open_data(run: Run, device: torch.device, progress: Progress, finished: RunFolder | None = None) -> data.Dataset:

@@ -84,6 +84,15 @@ def test_a_run_leaves_everything_that_its_number_stands_on(finished):
     assert not list(folder.checkpoints.glob("*.pt"))
 
 
+def test_a_finished_run_is_shown_where_no_lock_can_be_taken(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / finished.folder.name)
+    (folder / ".lock").unlink(missing_ok=True)
+    (folder / ".lock").mkdir()
+    assert distil(tmp_path).top1 == finished.top1
+    with pytest.raises(UserError, match="cannot be written"):
+        distil(tmp_path, fresh=True)
+
+
 def test_it_says_what_the_student_and_its_teacher_take_each_test_image_for(finished):
     found = predictions.read(finished.folder / "predictions.safetensors", 10)
     for classes, top1 in ((found.student, finished.top1), (found.teacher, finished.teacher_top1)):
