@@ -170,7 +170,8 @@ def place(error: BaseException) -> str:
 
 def own_place(error: BaseException) -> str:
     """Say which line of the user's own code an error came through last, if any: a library's line says little."""
-    frames = traceback.extract_tb(error.__traceback__)
+    compiled = getattr(error, "real_stack", None) or ()  # of code that torch.compile refuses, and has not run
+    frames = [*traceback.extract_tb(error.__traceback__), *compiled]
     files = [Path(frame.filename) for frame in frames]
     ours = Path(__file__).parent
     return _last(

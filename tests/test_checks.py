@@ -127,6 +127,28 @@ def test_an_error_of_a_method_is_told_with_its_file_and_line():
         BY_NAME["check_terms"](Careless)
 
 
+def test_terms_that_teach_nothing_where_there_are_no_labels_are_said_to():
+    class Detached(broken.Sound):
+        def changed(self, term, student, teacher, batch):
+            return term.detach()
+
+    said = "expected a loss with a gradient for a batch without labels; got none; .* without detach"
+    with pytest.raises(AssertionError, match=said):
+        BY_NAME["check_without_labels"](Detached)
+
+
+@pytest.mark.slow(reason="torch.compile takes seconds")
+def test_what_cannot_be_compiled_is_told_with_its_file_and_line():
+    class Seeding(broken.Sound):
+        def changed(self, term, student, teacher, batch):
+            torch.manual_seed(0)
+            return term
+
+    line = Seeding.changed.__code__.co_firstlineno + 1
+    with pytest.raises(AssertionError, match=rf"look at test_checks\.py, line {line}$"):
+        BY_NAME["check_compiles"](Seeding)
+
+
 def test_a_layer_that_is_made_by_the_first_loss_is_named_where_a_state_is_loaded():
     class Late(broken.Sound):
         def changed(self, term, student, teacher, batch):

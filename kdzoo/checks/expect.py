@@ -53,7 +53,9 @@ def expect_finite(together: Distillation, batch: Batch, where: str) -> None:
         for name, term in terms.items():
             expect(term.ndim == 0, f"a scalar '{name}' for {where}", tuple(term.shape), "take the mean over the batch")
             expect(bool(term.isfinite()), f"a finite '{name}' for {where}", term.item(), remedy)
-        toys.total(terms).backward()
+        loss, taught = toys.total(terms), "compute it from the student's outputs, without detach() or no_grad()"
+        expect(loss.requires_grad, f"a loss with a gradient for {where}", "none", taught)
+        loss.backward()
         remedy = "guard abs, sqrt and norms, whose gradient at 0 is not finite"
         for name, parameter in together.named_parameters():
             finite = parameter.grad is None or bool(parameter.grad.isfinite().all())
