@@ -19,6 +19,7 @@ from kdzoo.files import path_of
 LIBRARIES = ("torchvision", "timm", "hf-hub", "local-dir")  # before the colon of a network that names no code
 
 _states: dict[str, tuple[str, int, int]] = {}  # of modules imported here: file, size and time of change
+_late: set[str] = set()  # those that what needs them had not imported yet when it was imported itself
 
 
 def import_module(name: str) -> ModuleType:
@@ -38,7 +39,8 @@ def up_to_date(names: Iterable[str], folder: Path) -> Iterator[None]:
     Afterwards ``folder`` stays the last place to look, for what they import late.
 
     Raises:
-        UserError: a file hides a package with compiled parts, which a process cannot import twice.
+        UserError: a file hides a package with compiled parts, which a process cannot import twice; or two files of
+            one module's name are used, and one of them is imported late, so that it may be taken for the other.
     """
     importlib.invalidate_caches()
     files = sources(names, folder)
@@ -52,6 +54,8 @@ def up_to_date(names: Iterable[str], folder: Path) -> Iterator[None]:
         tops = {module.partition(".")[0] for module in states}
         for module in [module for module in sys.modules if module.partition(".")[0] in tops]:
             del sys.modules[module]
+    others = {module: Path(_states.get(module, state)[0]) for module, state in states.items()}
+    former = {module: file for module, file in others.items() if file.is_file() and not file.samefile(files[module])}
     _states.update(states)
     sys.path.insert(0, str(folder))
     try:
@@ -60,6 +64,12 @@ def up_to_date(names: Iterable[str], folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
+    _late.update(states.keys() - sys.modules.keys())
+    for module in _late & former.keys():
+        raise UserError(
+            f"{former[module]} and {files[module]} are both the module {module}, and one of them is imported inside a "
+            "function, where it may be taken for the other; import it at the head of the file, or give it another name"
+        )
 
 
 def sources(names: Iterable[str], folder: Path | None = None) -> dict[str, Path]:

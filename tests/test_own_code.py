@@ -131,6 +131,24 @@ def test_a_module_that_was_edited_is_imported_anew_and_one_that_was_not_is_kept(
     assert import_module("ownnets").plain(10) == (16, 10)
 
 
+@pytest.mark.parametrize("late", [{"one"}, {"two"}, {"one", "two"}, set()], ids=["first", "second", "both", "none"])
+def test_two_modules_of_one_name_are_refused_where_one_is_imported_late(folder, late):
+    method, module = registry.find("kd").file.read_text(encoding="utf-8"), "_".join(["own", *sorted(late)])
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        write(folder / name / f"{module}.py", f"NAME = '{name}'\n")
+        line = f"def late():\n    import {module}\n" if name in late else f"import {module}\n"
+        write(folder / name / "mine.py", f"{method}\n\n{line}")
+    registry.load("one/mine.py")
+    if late:
+        with pytest.raises(
+            UserError, match=rf"one.{module}\.py and .*two.{module}\.py are both the module {module}, and"
+        ):
+            registry.load("two/mine.py")
+    else:
+        assert sys.modules[registry.load("two/mine.py").__module__].own.NAME == "two"
+
+
 def test_a_file_that_does_not_parse_is_left_to_its_import(folder):
     write(folder / "ownnets.py", "def plain(:\n")
     assert list(sources(["ownnets"])) == ["ownnets"]
