@@ -175,6 +175,18 @@ def batch_of(seed: int = 1, size: int = 4, classes: int = 4, progress: float = 0
     return Batch(images, labels, targets, index, torch.tensor(progress), views, partner)
 
 
+def twice(batch: Batch) -> Batch:
+    """Let each image stand twice in a batch that is not mixed."""
+    rows = torch.arange(len(batch.images)).repeat(2)
+    return batch._replace(
+        images=batch.images[rows],
+        labels=batch.labels[rows],
+        targets=batch.targets[rows],
+        index=batch.index[rows],
+        views={name: view[rows] for name, view in batch.views.items()},
+    )
+
+
 def to_meta(value: Any) -> Any:
     """Move the tensors of nested tuples and dicts to the meta device."""
     if isinstance(value, dict):

@@ -306,6 +306,15 @@ class KnowsOneBatchSize(Sound):
         return F.mse_loss(self.projector(student.features[-1]).mean((2, 3)), wanted)
 
 
+class SumsOverTheBatch(Sound):
+    """Adds up over the images, so that its weight depends on how many there are."""
+
+    fails = "check_batch_sizes"
+
+    def changed(self, term: Tensor, student: Output, teacher: Output, batch: Batch) -> Tensor:
+        return term * len(batch.images)
+
+
 class VarianceInAList(Sound):
     """Keeps what it learns in a list, where no optimiser looks."""
 

@@ -19,6 +19,7 @@ from kdzoo.own_code import place
 Terms = Mapping[str, Tensor]
 LEAST_FALL = 0.1  # of the loss in a short training, as a share of its size
 LEAST_TEACHING = 0.01  # of the gradient with few classes, as a share of that with ten
+MOST_GROWTH = 1.8  # of a term, where each image of the batch stands there twice; that of a sum over the batch is 2
 LEAST_AGREEMENT = 0.6  # of the student with labels or teacher after it
 
 

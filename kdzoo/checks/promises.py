@@ -17,6 +17,7 @@ from kdzoo.checks.expect import (
     LEAST_AGREEMENT,
     LEAST_FALL,
     LEAST_TEACHING,
+    MOST_GROWTH,
     Narrow,
     expect,
     expect_equal,
@@ -192,10 +193,17 @@ def check_class_counts(distiller: type[Distiller]) -> None:
 
 @promise
 def check_batch_sizes(distiller: type[Distiller]) -> None:
-    """The batch size may change from step to step."""
+    """The batch size may change from step to step, and terms do not grow with it."""
     together = toys.distillation(distiller)
     for size in (8, 2):
         expect_finite(together, toys.batch_of(size=size), f"a batch of {size}")
+    once, twice = (
+        toys.distillation(distiller)(batch) for batch in (toys.batch_of(size=8), toys.twice(toys.batch_of(size=8)))
+    )
+    for name, term in once.items():
+        got = f"{term.item():.4g} for 8 images, and {twice[name].item():.4g} for each of them twice"
+        grown = twice[name].abs() > MOST_GROWTH * term.abs() + 1e-3
+        expect(not grown, f"a '{name}' that does not grow with the batch", got, "take the mean over the batch")
 
 
 @promise
