@@ -127,6 +127,17 @@ def test_an_error_of_a_method_is_told_with_its_file_and_line():
         BY_NAME["check_terms"](Careless)
 
 
+def test_work_outside_of_the_terms_that_needs_modules_is_told_when_they_are_not_made():
+    class Eager(broken.Sound):
+        def loss(self, student, teacher, batch):
+            self.centre.lerp_(teacher.features[-1].mean((0, 2, 3)), 0.1)
+            return super().loss(student, teacher, batch)
+
+    said = r"no work of 'hint' at a weight of 0, for which build\(\) may not have been called; got AttributeError"
+    with pytest.raises(AssertionError, match=said):
+        BY_NAME["check_weights"](Eager)
+
+
 def test_terms_that_teach_nothing_where_there_are_no_labels_are_said_to():
     class Detached(broken.Sound):
         def changed(self, term, student, teacher, batch):
