@@ -182,7 +182,9 @@ class Group:
         for distillation in distillations:
             distillation.prepare([self.batch()])
         with Progress() as progress:
-            Compiling(self.lanes, self.teacher, 10**6, progress).decide(0, 1, WATCHED, self.batch())
+            compiling = Compiling(self.lanes, self.teacher, 10**6, progress)
+            if compiling.is_due(0, 1, WATCHED):
+                compiling.decide(self.batch())
         self.steps = graphs.steps(self.lanes[0], self.teacher, print)
 
     def batch(self) -> Batch:

@@ -111,21 +111,22 @@ class Compiling:
         self.left = 0.0  # seconds that may still be spent
         self.decided = self.mode == "off" or (self.mode == "auto" and lanes[0].ranks.world > 1)
 
-    def decide(self, step: int, done: int, seconds: float, batch: Batch) -> bool:
-        """Decide, as soon as enough is known, and tell whether a network was compiled now.
+    def is_due(self, step: int, done: int, seconds: float) -> bool:
+        """Tell, once, that enough is known to decide and that it pays to try.
 
         Args:
             step: the next one.
             done: how many steps this process did before it.
             seconds: how long these took.
-            batch: that of the next step.
         """
         if self.decided or (self.mode == "auto" and (seconds < WATCHED or not done)):
             return False
         self.decided = True
         self.left = SHARE * seconds / done * (self.total - step) if self.mode == "auto" else inf
-        if self.left < min(COSTS.values()):
-            return False
+        return self.left >= min(COSTS.values())
+
+    def decide(self, batch: Batch) -> bool:
+        """Compile what is worth it, and tell whether a network was compiled now; ``batch`` is that of the next step."""
         images = micro_batches(batch, self.parts)[0].images
         begin_anew()
         found = []

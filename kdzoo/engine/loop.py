@@ -56,10 +56,14 @@ def train(
     compiling = Compiling(lanes, teacher if steps.asks_teacher else None, stop, progress)
 
     for step, batch in enumerate(loader.batches(start, stop), start):
-        with clock.without("epoch"):
-            compiled = compiling.decide(step, step - start, clock.since("first step"), batch)
-        if compiled:
-            steps = known or graphs.steps(lanes[0], teacher, progress.say)  # graphs of plain networks are no use now
+        if compiling.is_due(step, step - start, clock.since("first step")):
+            with clock.without("epoch"):
+                if step > start:  # a request to end need not wait for the compiler, nor lose what was done
+                    save(lanes, step, clock.since("start"))
+                with termination.at_once():
+                    compiled = compiling.decide(batch)
+            if compiled:
+                steps = known or graphs.steps(lanes[0], teacher, progress.say)  # graphs of plain networks are no use
         batch = steps.begin(batch, step)
         shared.watch(batch)
         for lane in alive(lanes):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdzoo.engine import compiling
 from kdzoo.engine.progress import Progress
 from kdzoo.engine.training import train_one
 from kdzoo.errors import StorageError
@@ -93,6 +94,21 @@ def test_a_signal_ends_a_phase_before_training_at_once(tmp_path, train, monkeypa
     monkeypatch.setenv("BEFORE", ends)
     train(tmp_path, ends.replace(" is ", " is not "))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_ends_compilation_at_once_and_the_steps_before_it_are_saved(tmp_path, train, monkeypatch):
+    found = []
+
+    def decide(self, batch):
+        ends = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        found.append((ends, [sorted(checkpoint.whole(lane.folder.checkpoints)[0]) for lane in self.lanes]))
+        return False
+
+    monkeypatch.setattr(compiling.Compiling, "decide", decide)
+    monkeypatch.setattr(compiling, "WATCHED", 0.0)
+    monkeypatch.setattr(compiling, "SHARE", 1e9)
+    train(tmp_path / "runs", "")
+    assert found == [(True, [[1]])]
 
 
 def test_who_asked_a_run_to_end_before_waits_for_no_phase(tmp_path, train, monkeypatch):
