@@ -1,9 +1,11 @@
 """Compile networks where that pays for itself within the training."""
 
+import hashlib
 import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -21,11 +23,12 @@ from kdzoo.engine.lane import Lane
 from kdzoo.engine.micro_batches import micro_batches
 from kdzoo.engine.passes import TeacherPasses
 from kdzoo.engine.progress import Progress
+from kdzoo.errors import UserError
 from kdzoo.files import cache_folder
 from kdzoo.models import Network
 from kdzoo.outputs import Output, Show
 from kdzoo.precision import PRECISIONS, autocast, matmul_precision
-from kdzoo.process_state import check_compiler
+from kdzoo.process_state import check_compiler, only_errors_of
 from kdzoo.randomness import seed_of, seed_torch
 from kdzoo.tensors import leaves
 
@@ -51,9 +54,48 @@ def begin_anew() -> None:
     """Forget the code of trainings before this one; what is compiled from now on is kept in the cache on disk."""
     folder = Path(os.environ.get(FOLDER) or Path(gettempdir(), TORCHS))
     if folder.name.startswith(TORCHS) and folder.parent == Path(gettempdir()):  # set by torch when it was imported
-        os.environ[FOLDER] = str(cache_folder() / "compiled")
+        with suppress(UserError):  # a cache that is lost meanwhile is no end of a training
+            os.environ[FOLDER] = str(cache_folder() / "compiled" / processor())
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CODES)
+
+
+def processor() -> str:
+    """Name the processor by the instructions that compilers may use.
+
+    Machines of several kinds may share a cache, and torch finds code there that was made for another: it computes wrong
+    numbers, or ends the process.
+    """
+    found = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool | str)}
+    names = [torch.backends.cpu.get_cpu_capability(), *sorted(f"{name}={value}" for name, value in found.items())]
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
+
+
+def find_compiler() -> None:
+    """Check that a C++ compiler works; inductor says only after minutes that there is none.
+
+    Raises:
+        UserError: none does.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    with suppress(InvalidCxxCompiler):
+        get_cpp_compiler()
+        return
+    names = [name for name in config.cpp.cxx if name]
+    raise UserError(f"no C++ compiler runs as {' or '.join(names)}; install one, or name another by CXX")
+
+
+def darker(call: Passes, times: float, images: Tensor, show: Show) -> Output:
+    """Make a pass over other images than those that were compiled for."""
+    return call(images / times, show)
+
+
+def codes() -> int:
+    """Count the pieces of code that torch's compiler has read so far."""
+    return int(torch._dynamo.utils.counters["frames"]["total"])
 
 
 class Compiled:
@@ -70,9 +112,7 @@ class Compiled:
         self.network = network
         self.kind = self._kind(images, show, grad)
         if BACKEND == "inductor" and images.device.type == "cpu":
-            from torch._inductor.cpp_builder import get_cpp_compiler
-
-            get_cpp_compiler()  # where there is none, inductor says so after minutes
+            find_compiler()
         check_compiler()
         # Weights that stay are laid out for the kernels; draws are those of plain code.
         options = {"fallback_random": True} if grad else {"freezing": True}
@@ -223,27 +263,34 @@ class Compiling:
             again: another of its kind was tried before and is faster, so that no stopwatch is needed.
         """
         timed, name, precision = self.mode == "auto" and not again, network.name, self.precision
+        times: tuple[list[float], list[float]] = [], []
+        why = ""
         try:
-            plain, other = work(network, precision), work(network, precision)
-            with self.progress.doing(f"compiling {role} {name}"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch's compiler, about itself
-                begun = time.perf_counter()
-                compiled = make()
-                found = work(compiled, precision)
-                took = time.perf_counter() - begun
-            is_right = right(found, plain, other, precision, partial(work, original, "float32"))
+            with warnings.catch_warnings(), only_errors_of("torch"):  # of its compiler, about itself
+                warnings.simplefilter("ignore")
+                plain, other = work(network, precision), work(network, precision)
+                with self.progress.doing(f"compiling {role} {name}"):
+                    begun = time.perf_counter()
+                    compiled = make()
+                    found = work(compiled, precision)
+                    took = time.perf_counter() - begun
+                if not right(found, plain, other, precision, partial(work, original, "float32")):
+                    why = "compiled code gives other outputs"
+                made = codes()
+                for number in range(0 if why else ROUNDS if timed else 1):
+                    calls: tuple[Passes, Passes] = network, compiled
+                    for call, spent in zip(calls, times, strict=True):
+                        spent.append(self.seconds(partial(work, partial(darker, call, 2.0 + number), precision)))
+                    if codes() > made:
+                        why = "it would be compiled anew in each step: what its code reads changes from pass to pass"
+                        break
         except Exception as error:
-            self.progress.say(f"{role} {name}: steps run as they are, as it cannot be compiled: {first_line(error)}")
-            return None
-        if not is_right:
-            self.progress.say(f"{role} {name}: steps run as they are, as compiled code gives other outputs")
+            why = f"it cannot be compiled: {first_line(error)}"
+        if why:
+            self.progress.say(f"{role} {name}: steps run as they are, as {why}")
             return None
         if not timed:
             return compiled
-        times: tuple[list[float], list[float]] = [], []
-        for _ in range(ROUNDS):
-            times[0].append(self.seconds(partial(work, network, precision)))
-            times[1].append(self.seconds(partial(work, compiled, precision)))
         share = median(times[1]) / median(times[0])
         kept = "kept" if share <= LEAST else "not kept"
         self.progress.say(f"{role} {name}: compiled in {took:.0f} s, takes {share:.2f} of the plain time: {kept}")

@@ -301,12 +301,87 @@ def test_the_time_of_compiling_is_none_of_training(tmp_path, dataset, teacher, c
     assert all(json.loads(line)["images_per_second"] > 1 for line in metrics.read_text().splitlines())
 
 
+def test_a_compiler_that_does_not_run_is_named_with_what_to_do():
+    said = r"no C\+\+ compiler runs as /nowhere/g\+\+; install one, or name another by CXX"
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}), pytest.raises(UserError, match=said):
+        compiling.find_compiler()
+
+
+COUNTS = """
+from torch import nn
+
+
+class Counts(nn.Sequential):
+    def forward(self, images):
+        self.passes += 1
+        return super().forward(images) * (1 + 1e-9 * self.passes)
+
+
+class Reads(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images) * (1 + 1e-9 * float(images.detach().mean()))
+
+
+def layers(num_classes):
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)
+    return nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *ends
+
+
+def counts(num_classes):
+    network = Counts(*layers(num_classes))
+    network.passes = 0
+    return network
+
+
+def reads(num_classes):
+    return Reads(*layers(num_classes))
+"""
+
+
+@pytest.mark.slow(reason="trains runs")
+@pytest.mark.parametrize("network", ["counts", "reads"])
+def test_a_network_that_would_be_compiled_anew_in_each_step_is_not(tmp_path, dataset, monkeypatch, network, capfd):
+    (tmp_path / "countingnets.py").write_text(COUNTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    student = f"student.name=countingnets:{network}"
+    _, [said] = trained(tmp_path, dataset, None, "engine.compile=on", "teacher.name=null", student, names=("none",))
+    assert said.startswith(
+        f"student countingnets:{network}: steps run as they are, as it would be compiled anew in each"
+    )
+    assert capfd.readouterr().err == ""  # nor does torch's compiler tell what it met
+
+
 @pytest.mark.parametrize("own", [None, "mine"])
 def test_compiled_code_lies_in_the_cache_or_where_the_user_wants_it(tmp_path, monkeypatch, cache, own):
     torchs = Path(tempfile.gettempdir()) / "torchinductor_me"  # which torch sets by itself
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / own if own else torchs))
     compiling.begin_anew()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / own if own else cache / "compiled")
+    found = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert found == tmp_path / own if own else found.parent == cache / "compiled"
+
+
+def test_machines_that_share_a_cache_find_code_for_their_own_instructions_alone(monkeypatch, cache):
+    def folder(level, **more):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_me"))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **more})
+        compiling.begin_anew()
+        return os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+    one = folder("AVX2", num_logical_cores=8)
+    assert folder("AVX2", num_logical_cores=4) == one
+    others = {folder("AVX512"), folder("AVX2", avx512_f=True), folder("AVX2", cpu_name="another")}
+    assert len({one, *others}) == 4
+
+
+def test_a_training_does_not_end_where_the_cache_of_compiled_code_is_lost(tmp_path, monkeypatch):
+    torchs = str(Path(tempfile.gettempdir()) / "torchinductor_me")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", torchs)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "file" / "cache"))
+    compiling.begin_anew()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == torchs
 
 
 def test_a_switch_is_on_off_or_auto(tmp_path):
