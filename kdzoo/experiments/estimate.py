@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +58,7 @@ class LaneCost(NamedTuple):
     test: float  # seconds of one pass over the test set
     memory: Cost
     phase: int = 0  # epochs of the method's phase before training
+    made: float = 0.0  # seconds of what is done once: building it, weighing it, writing its result
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,15 @@ class GroupCost:
     def seconds(self, chosen: Sequence[int]) -> float:
         """Estimate the seconds of these runs. Each pack makes its batches and asks the teacher anew."""
         packs = self.packs(chosen)
-        step = sum(self.shared + sum(lane.step for lane in pack) for pack in packs)
-        test = sum(lane.test for pack in packs for lane in pack)
-        return self.epochs * self.steps * step + self.measured * test + (self.once if packs else 0.0)
+        lanes = [lane for pack in packs for lane in pack]
+        step = len(packs) * self.shared + sum(lane.step for lane in lanes)
+        test, made = sum(lane.test for lane in lanes), sum(lane.made for lane in lanes)
+        training = self.epochs * self.steps * step + self.phases(lanes)
+        return training + self.measured * test + made + (self.once if packs else 0.0)
+
+    def phases(self, lanes: Iterable[LaneCost]) -> float:
+        """Estimate the seconds of phases before training, whose steps are taken for those of training."""
+        return sum(lane.phase * self.steps * (lane.step + self.shared) for lane in lanes)
 
     def bytes(self, chosen: Sequence[int]) -> int:
         """Estimate the bytes of the largest pack, with process, data and teacher."""
@@ -111,8 +118,7 @@ class Estimate:
 def estimate(groups: Sequence[Sequence[Run]], retry: bool, progress: Progress) -> list[Estimate]:
     """Estimate what each group of a suite will take. Nothing is trained: networks have random weights.
 
-    Groups that differ by their seed only are measured once. Phases before training, and the teacher's passes
-    over further views, are not counted.
+    Groups that differ by their seed only are measured once. The teacher's passes over further views are not counted.
     """
     known: dict[str, tuple[GroupCost, dict[str, float]] | UserError] = {}
     paid: set[str] = set()
@@ -186,9 +192,11 @@ def cost_of(
     needs: list[Needs] = []
     failed: dict[int, UserError] = {}
     tests: dict[str, float] = {}  # by what goes through them: most methods deploy the student as it is
+    begun, made = time.perf_counter(), 0.0
     for i, lane, batch in stepped(runs, dataset, teacher, failed):
         with lane.failing_alone():
             weight = memory.weigh(lane, batch)
+            made += time.perf_counter() - begun
             step = seconds(partial(lane.step, batch, 2), device)
             deployed = lane.deployed()
             architecture = f"{runs[i].settings.student} {deployed}"
@@ -202,6 +210,10 @@ def cost_of(
             report(f"measured {len(lanes)} of {counted(len(runs), 'method')}, the last {method}")
         if lane.failure is not None:
             failed[i] = lane.failure
+        begun = time.perf_counter()
+    times = 1 if place.engine.lanes or len(runs) == 1 else 2  # the first to measure the memory of all, as here
+    for i, cost in lanes.items():  # a result takes one more pass over the test set
+        lanes[i] = cost._replace(made=times * made / len(lanes) + cost.test)
     loader = dataset.loader(first.protocol, seed=first.seed)
     batches = cycle_of(loader)
     batch = next(batches)

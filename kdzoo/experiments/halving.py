@@ -88,9 +88,10 @@ class Prices:
         test = sum(lane.test for lane in lanes) / len(lanes)
         packs = len(memory.packed([lane.memory for lane in lanes], cost.room))
         alone = cost.steps * (step + cost.shared / FINALISTS)
-        phases = sum(lane.phase * cost.steps * (lane.step + cost.shared) for lane in lanes)
         return cls(
-            2 * teaching + phases, cost.steps * (step + packs * cost.shared / len(lanes)) + test, alone / (1 - SHARE)
+            once=2 * teaching + cost.phases(lanes),
+            search=cost.steps * (step + packs * cost.shared / len(lanes)) + test,
+            final=alone / (1 - SHARE),
         )
 
     def seconds(self, search: float, final: float) -> float:

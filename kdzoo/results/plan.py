@@ -49,5 +49,5 @@ def _total(groups: list[list["Run"]], estimates: list["Estimate"]) -> list[str]:
     return [
         f"Estimate{of}: {duration(runs)} for all runs, of which {duration(left)} are left{teachers}.",
         f"It is no more than an estimate: a few steps of each run on {device} in {settings.engine.precision}, one "
-        f"group after the other, untrained networks, phases before training not counted. Memory is {memory}.",
+        f"group after the other, with untrained networks. Memory is {memory}.",
     ]

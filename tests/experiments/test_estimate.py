@@ -2,6 +2,9 @@
 
 import math
 import sys
+from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +67,12 @@ def test_time_is_epochs_of_steps_and_tests_with_batch_and_teacher_paid_once_for_
     assert group(measured=1).seconds([1]) == 3 * 100 * (4 + 2) + 20 + 7
 
 
+def test_phases_before_training_and_what_is_done_once_for_each_run_are_counted():
+    lane = LaneCost(1.0, 10.0, Cost(30, 20), phase=5, made=3.0)
+    found = replace(group(), lanes={0: lane})
+    assert found.seconds([0]) == group().seconds([0]) + 5 * 100 * (1 + 4) + 3
+
+
 def test_a_group_that_memory_divides_pays_for_batch_and_teacher_in_each_part():
     divided = group(room=115)
     assert [len(pack) for pack in divided.packs(range(4))] == [2, 1]
@@ -97,6 +106,18 @@ def test_a_teacher_that_is_asked_once_is_counted_once(tmp_path, monkeypatch, dra
     assert (cost.teacher, cost.shared) == (share, 1 + share)
     turns = by_turns(runs, Progress(quiet=True))
     assert turns == {0: 2.0, 1: 2 + share}  # a step and a batch, and for kd the teacher
+
+
+@pytest.mark.parametrize(("more", "times"), [([], 2), (["engine.lanes=2"], 1)])
+def test_each_run_is_built_once_to_measure_memory_and_once_to_train(tmp_path, monkeypatch, more, times):
+    monkeypatch.setattr("kdzoo.experiments.estimate.seconds", lambda work, device: 10.0)  # for all that is timed
+    monkeypatch.setattr("kdzoo.experiments.estimate.time", SimpleNamespace(perf_counter=count().__next__))
+    file = tmp_path / "mine.yaml"
+    file.write_text(SUITE)
+    found = suites.load(str(file), overrides=[*QUICK, *more])
+    [runs, *_] = grouped(placed(found, tmp_path / "runs", Local(), Progress(quiet=True)))
+    cost, _ = measure(runs, Progress(quiet=True))
+    assert {i: lane.made - lane.test for i, lane in cost.lanes.items()} == {0: times, 1: times}
 
 
 def test_nothing_is_trained(tmp_path, cache, monkeypatch):
