@@ -33,15 +33,23 @@ def learn_on_cpu(network: nn.Module) -> None:
     free = getattr(network, "reads_channels_last", True)
     # What derives from it may do more.
     plain = [module for module in network.modules() if type(module) is nn.Conv2d and module.padding_mode == "zeros"]
-    before, again = _answers(network), _answers(network)
+    before = _answers(network)
     for module in plain:
         module.__class__ = LearningConv2d
         layer = cast(LearningConv2d, module)
         layer.is_free = free
         layer.may_gain = free and winograd.was_measured()  # asked here: torch's compiler cannot
-    if all(map(torch.equal, before, again)) and not all(map(torch.equal, before, _answers(network))):
+    if _same(before, _answers(network)):
+        return
+    for module in plain:
+        module.__class__ = nn.Conv2d
+    if not _same(before, _answers(network)):  # its answers differ anyway
         for module in plain:
-            module.__class__ = nn.Conv2d
+            module.__class__ = LearningConv2d
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def _answers(network: nn.Module) -> list[Tensor]:
