@@ -310,10 +310,11 @@ def test_gradients_of_gradients_are_right_and_what_follows_may_write_to_its_maps
 
 
 @pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.slow(reason="torch.compile takes seconds")
-def test_it_compiles_where_it_learns():
+def test_it_compiles_where_it_learns(groups):
     torch.compiler.reset()
-    fast, maps = nn.Conv2d(8, 8, 3, padding=1), torch.randn(4, 8, 2, 2)
+    fast, maps = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.randn(4, 8, 2, 2)
     learn_on_cpu(fast)
     fast.may_gain = True  # no function of torch is patched here, since the compiler fails at some of them
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
