@@ -110,8 +110,8 @@ class LearningConv2d(nn.Conv2d):
     def _is_slow(self, maps: Tensor, dtype: torch.dtype) -> bool:
         """Tell whether oneDNN takes far too long for the gradients of a convolution of separate channels.
 
-        In bfloat16 it takes 1.3 to 56 times as long as in float32, but for 3x3 kernels of stride 1. Where 3x3 kernels are
-        larger than the map, it takes 1.4 to 4 times as long as for the map with its padding.
+        In bfloat16 it takes 1.3 to 56 times as long as in float32, but for 3x3 kernels of stride 1. Where 3x3 kernels
+        are larger than the map, it takes 1.4 to 4 times as long as for the map with its padding.
         """
         if not (self.training and self.may_gain) or dtype not in LEAST_WIDTH or not 1 < self.groups == self.in_channels:
             return False
