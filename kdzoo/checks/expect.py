@@ -17,6 +17,7 @@ from kdzoo.outputs import Output
 from kdzoo.own_code import place
 
 Terms = Mapping[str, Tensor]
+TAUGHT = "compute it from the student's outputs, without detach() or no_grad()"
 LEAST_FALL = 0.1  # of the loss in a short training, as a share of its size
 LEAST_TEACHING = 0.01  # of the gradient with few classes, as a share of that with ten
 MOST_GROWTH = 1.8  # of a term, where each image of the batch stands there twice; that of a sum over the batch is 2
@@ -54,8 +55,8 @@ def expect_finite(together: Distillation, batch: Batch, where: str) -> None:
         for name, term in terms.items():
             expect(term.ndim == 0, f"a scalar '{name}' for {where}", tuple(term.shape), "take the mean over the batch")
             expect(bool(term.isfinite()), f"a finite '{name}' for {where}", term.item(), remedy)
-        loss, taught = toys.total(terms), "compute it from the student's outputs, without detach() or no_grad()"
-        expect(loss.requires_grad, f"a loss with a gradient for {where}", "none", taught)
+        loss = toys.total(terms)
+        expect(loss.requires_grad, f"a loss with a gradient for {where}", "none", TAUGHT)
         loss.backward()
         remedy = "guard abs, sqrt and norms, whose gradient at 0 is not finite"
         for name, parameter in together.named_parameters():

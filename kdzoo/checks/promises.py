@@ -18,6 +18,7 @@ from kdzoo.checks.expect import (
     LEAST_FALL,
     LEAST_TEACHING,
     MOST_GROWTH,
+    TAUGHT,
     Narrow,
     expect,
     expect_equal,
@@ -133,8 +134,7 @@ def check_terms(distiller: type[Distiller]) -> None:
         expect(isinstance(term, Tensor), f"a tensor for '{name}'", type(term), "return the tensor itself")
         expect(term.ndim == 0, f"a scalar for '{name}'", tuple(term.shape), "take the mean over the batch")
         expect(term.dtype == torch.float32, f"'{name}' in float32", term.dtype, "compute it in float32")
-        taught = "compute it from the student's outputs, without detach() or no_grad()"
-        expect(term.requires_grad or not term.any(), f"a gradient of '{name}'", "none", taught)
+        expect(term.requires_grad or not term.any(), f"a gradient of '{name}'", "none", TAUGHT)
     method = distiller()
     for attribute in ("label_terms", "logit_terms"):
         strange = set(getattr(method, attribute)) - {*method.weights, *Distiller.logit_terms}

@@ -115,8 +115,8 @@ class LearningConv2d(nn.Conv2d):
         """
         if not (self.training and self.may_gain) or dtype not in LEAST_WIDTH or not 1 < self.groups == self.in_channels:
             return False
-        steps = self.kernel_size == (3, 3) and self.stride == self.dilation == (1, 1)
-        is_fast = dtype == torch.float32 or (steps and self.in_channels == self.out_channels)
+        is_usual = self.kernel_size == (3, 3) and self.stride == self.dilation == (1, 1)
+        is_fast = dtype == torch.float32 or (is_usual and self.in_channels == self.out_channels)
         return self._is_narrow(maps) or not is_fast
 
     def _is_narrow(self, maps: Tensor) -> bool:

@@ -39,6 +39,17 @@ def slopes(network, maps, dtype):
     return found, torch.autograd.grad(found.float().square().sum(), [*network.parameters(), maps])
 
 
+def learned(changed, exact, maps, dtype):
+    """The outputs and gradients of a layer, which are those of float64 but for rounding."""
+    found, gradients = slopes(changed, maps, dtype)
+    wanted, expected = slopes(exact, maps.double(), torch.float32)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+    return found, gradients
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (4, 4), (3, 2)])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("watched", [True, False])
@@ -132,16 +143,11 @@ def test_small_maps_are_learned_from_with_the_gradients_of_float64(products, kin
     changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     learn_on_cpu(changed)
     maps = torch.randn(5, 6, 4, 7).contiguous(memory_format=layout)
-    found, gradients = slopes(changed, maps, dtype)
-    wanted, expected = slopes(exact, maps.double(), torch.float32)
+    found, gradients = learned(changed, exact, maps, dtype)
     assert products == [changed[0]]
-    assert found.dtype == dtype
     assert found.is_contiguous(memory_format=torch.channels_last)
     if layout == torch.channels_last:
         assert gradients[0].is_contiguous(memory_format=torch.channels_last)  # as the weight that it is added to
-    tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
-        assert (one - other).norm() <= tolerance * other.norm()
 
 
 SEPARATE = {
@@ -190,14 +196,9 @@ def test_separate_channels_that_torch_is_slow_at_learn_with_the_gradients_of_flo
     changed, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     learn_on_cpu(changed)
     maps = torch.randn(5, 8, side, 7).contiguous(memory_format=torch.channels_last)
-    found, gradients = slopes(changed, maps, dtype)
-    wanted, expected = slopes(exact, maps.double(), torch.float32)
+    found, _ = learned(changed, exact, maps, dtype)
     assert apart == [changed[0]] * (side in sides)
-    assert found.dtype == dtype
     assert found.is_contiguous(memory_format=torch.channels_last)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
-        assert (one - other).norm() <= tolerance * other.norm()
     slopes(changed.eval(), maps, dtype)
     slopes(changed.train().double(), maps.double(), torch.float32)
     assert len(apart) == (side in sides)
@@ -226,11 +227,8 @@ def test_what_lies_on_padding_alone_is_not_multiplied(products, shape, kernel, s
     with FlopCounterMode(display=False) as counter:
         positions = changed(maps).shape[2:].numel()
     assert counter.get_total_flops() == 2 * 5 * positions * 6 * 7 * read
-    found, gradients = slopes(changed, maps, torch.float32)
-    wanted, expected = slopes(exact, maps.double(), torch.float32)
+    learned(changed, exact, maps, torch.float32)
     assert products == [changed[0]] * 2
-    for one, other in zip((found, *gradients), (wanted, *expected), strict=True):
-        assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_a_convolution_of_padding_alone_gives_its_bias(products):
